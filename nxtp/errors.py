@@ -1,0 +1,19 @@
+"""What a user did that cannot work, said in one line, with what to do about it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class UserError(Exception):
+    """An error whose message is meant for the user: the command line prints it alone and exits with 1.
+
+    The message says what was wrong, where, and what to do.
+    """
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """' Did you mean X?' for the nearest of ``known``, or '' when nothing is near."""
+    found = get_close_matches(str(name), [str(k) for k in known], n=1, cutoff=0.5)
+    return f" Did you mean '{found[0]}'?" if found else ""
