@@ -1,0 +1,196 @@
+"""Truncated language model: the chosen blocks of a LLaMA-family causal LM, with its norm and output layer."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedConfig
+from transformers.utils.hub import cached_file
+
+from nxtp.errors import UserError, nearest
+
+# Causal LMs whose blocks take embeddings as they are, rotary positions and a ready mask, as LLaMA does.
+FAMILY = ("llama", "mistral", "qwen2", "qwen3", "olmo2", "smollm3")
+
+
+@dataclass
+class DecoderConfig:
+    """Which language model, and which of its blocks are kept.
+
+    ``source``       a local directory or hub name with weights; null builds from ``config`` at random
+    ``config``       fields of the Hugging Face configuration; over those of ``source`` if both are given
+    ``depth``        keep the first ``depth`` blocks (of a random model: its number of blocks); null keeps all
+    ``blocks``       keep exactly these blocks of the source, e.g. [0, 1, 2, 31]; instead of ``depth``
+    """
+
+    source: str | None = None
+    config: dict[str, Any] | None = None
+    depth: int | None = None
+    blocks: list[int] | None = None
+
+
+class Decoder(nn.Module):
+    """Embedding, blocks, final norm and output layer, fed with embeddings, positions and a ready mask.
+
+    Raises:
+        UserError: not a LLaMA-family model, blocks that it does not have, missing weights.
+    """
+
+    def __init__(self, config: DecoderConfig, vocab_size: int | None = None, load_pretrained: bool = True):
+        super().__init__()
+        self.config = config
+        architecture, kept = resolve(config, vocab_size)
+        self.kept_blocks = kept
+        state = None
+        if config.source is not None and load_pretrained:
+            state = read_blocks(config.source, kept)
+            self.lm = AutoModelForCausalLM.from_config(architecture)
+            _fill(self.lm, state, config.source)
+        else:
+            self.lm = AutoModelForCausalLM.from_config(architecture)
+        self.lm.config.use_cache = False
+
+    @property
+    def width(self) -> int:
+        return self.lm.config.hidden_size
+
+    @property
+    def vocab_size(self) -> int:
+        return self.lm.config.vocab_size
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        return self.lm.model.layers
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """int64 [...] → [..., D]."""
+        return self.lm.model.embed_tokens(tokens)
+
+    def forward(
+        self, embeddings_BTD: Tensor, positions_BT: Tensor, mask: Tensor, cache: DynamicCache | None = None
+    ) -> Tensor:
+        """Hidden states after the final norm.
+
+        Args:
+            embeddings_BTD: [B, T, D].
+            positions_BT: int64 [B or 1, T] rotary positions.
+            mask: bool [B or 1, 1, T, cached + T], True = may attend. Used as it is: causality is the caller's.
+            cache: keys and values of earlier tokens; this call's are appended.
+
+        Returns:
+            [B, T, D].
+        """
+        return self.lm.model(
+            inputs_embeds=embeddings_BTD,
+            position_ids=positions_BT,
+            attention_mask=mask,
+            past_key_values=cache,
+            use_cache=cache is not None,
+        ).last_hidden_state
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[..., D] → float32 [..., V]."""
+        return self.lm.lm_head(hidden).float()
+
+
+def resolve(config: DecoderConfig, vocab_size: int | None = None) -> tuple[PreTrainedConfig, list[int]]:
+    """The Hugging Face configuration of the truncated model, and the source's blocks it keeps, in order."""
+    fields = dict(config.config or {})
+    if vocab_size is not None:
+        fields.setdefault("vocab_size", vocab_size)
+    if config.source is not None:
+        try:
+            full = AutoConfig.from_pretrained(config.source, trust_remote_code=False, **fields)
+        except Exception as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise UserError(f"model.decoder.source: no usable model in '{config.source}': {reason}") from error
+    elif fields:
+        model_type = fields.pop("model_type", "llama")
+        if model_type not in FAMILY:
+            raise UserError(_not_family(model_type))
+        if config.blocks is not None:
+            raise UserError("model.decoder.blocks chooses blocks of a source; without one set model.decoder.depth.")
+        if config.depth is not None:
+            fields["num_hidden_layers"] = config.depth
+        full = AutoConfig.for_model(model_type, **fields)
+    else:
+        raise UserError("model.decoder needs 'source' (a directory or hub name) or 'config' (to start at random).")
+    if full.model_type not in FAMILY:
+        raise UserError(_not_family(full.model_type))
+
+    count = full.num_hidden_layers
+    if config.blocks is not None and config.depth is not None:
+        raise UserError("model.decoder: set 'depth' or 'blocks', not both.")
+    kept = list(config.blocks) if config.blocks is not None else list(range(count if config.depth is None else config.depth))
+    if not kept or len(set(kept)) != len(kept) or not all(0 <= block < count for block in kept):
+        raise UserError(f"model.decoder: blocks {kept} of '{config.source}', which has blocks 0 to {count - 1}.")
+    full.num_hidden_layers = len(kept)
+    layer_types = getattr(full, "layer_types", None)
+    if layer_types is not None:
+        full.layer_types = [layer_types[block] for block in kept]
+        if set(full.layer_types) != {"full_attention"}:
+            raise UserError(f"model.decoder: blocks with {set(full.layer_types)}; only full attention can follow the mask.")
+    full.dtype = torch.float32
+    full._attn_implementation = "sdpa"
+    return full, kept
+
+
+def _not_family(model_type: str) -> str:
+    return f"model.decoder: '{model_type}' is not a LLaMA-family model.{nearest(model_type, FAMILY)} Known: {', '.join(FAMILY)}."
+
+
+def read_blocks(source: str, kept: list[int]) -> dict[str, Tensor]:
+    """Read the kept blocks, embedding, norm and output layer of a safetensors checkpoint; nothing else is read.
+
+    Block ``kept[i]`` is renamed to block i.
+    """
+    number = {block: new for new, block in enumerate(kept)}
+    state: dict[str, Tensor] = {}
+    for file in _weight_files(source):
+        with safe_open(file, framework="pt") as tensors:
+            for key in tensors.keys():  # noqa: SIM118 (not a dict)
+                match = re.match(r"model\.layers\.(\d+)\.(.*)", key)
+                if match is None:
+                    state[key] = tensors.get_tensor(key)
+                elif int(match[1]) in number:
+                    state[f"model.layers.{number[int(match[1])]}.{match[2]}"] = tensors.get_tensor(key)
+    return state
+
+
+def _weight_files(source: str) -> list[Path]:
+    def find(name: str) -> Path | None:
+        found = cached_file(source, name, _raise_exceptions_for_missing_entries=False)
+        return Path(found) if found else None
+
+    single = find("model.safetensors")
+    if single is not None:
+        return [single]
+    index = find("model.safetensors.index.json")
+    if index is None:
+        raise UserError(f"model.decoder.source: '{source}' has no model.safetensors and no index of shards.")
+    names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    return [find(name) for name in names]
+
+
+def _fill(lm: nn.Module, state: dict[str, Tensor], source: str) -> None:
+    """Load ``state``; extra vocabulary rows that the source lacks keep their initial values."""
+    own = lm.state_dict()
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        if name in state and state[name].shape[0] < own[name].shape[0]:
+            grown = own[name].clone()
+            grown[: state[name].shape[0]] = state[name]
+            state[name] = grown
+    if lm.config.tie_word_embeddings:
+        state.setdefault("lm_head.weight", state["model.embed_tokens.weight"])
+    wrong = [n for n, t in state.items() if n in own and own[n].shape != t.shape]
+    missing = sorted(set(own) - set(state))
+    if wrong or missing:
+        raise UserError(f"model.decoder.source '{source}': missing {missing or 'nothing'}, wrong shape {wrong or 'none'}.")
+    lm.load_state_dict({n: t for n, t in state.items() if n in own})

@@ -1,0 +1,191 @@
+"""The sequence layout and the attention rule: the one idea that training, sampling and export share.
+
+    prefix  = image tokens · <|image|> · BOS · prompt          segment 0
+    label j = its tokens · delimiter                           segment j ≥ 1        padding: segment -1
+
+A query q may attend to a key k  ⇔  k ≤ q and (segment[k] = 0 or segment[k] = segment[q])
+                                    or q and k are both image tokens.
+
+(Paper: arXiv 2312.02142, section 3.3, "non-causal attention mask": images bidirectional, labels independent.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from enum import StrEnum
+from itertools import chain
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class Objective(StrEnum):
+    """Where a label stands, and where its first token is predicted.
+
+    ``published``: positions run on from label to label; the first token of a label is predicted at the
+    delimiter of the label before (the last prompt token for the first label); the prompt is supervised too.
+    ``matched``: every label stands right after the prompt and its first token is predicted at the last
+    prompt token, as in one-shot sampling; only labels and their delimiters are supervised.
+    """
+
+    PUBLISHED = "published"
+    MATCHED = "matched"
+
+
+@dataclass
+class Layout:
+    """A batch of laid-out sequences. All index tensors are int64.
+
+    ``tokens_BU``     token ids after ``<|image|>``: BOS, prompt, labels and delimiters (padding: 0), U = T - N - 1
+    ``segments_BT``   0 in the prefix, j ≥ 1 in label j, -1 in padding
+    ``positions_BT``  rotary position of each token
+    ``sources``       distinct supervised positions, as indices into the flattened B·T axis
+    ``pairs_S``       for each supervised pair, its row in ``sources``
+    ``targets_S``     for each supervised pair, the token to be predicted there
+    ``num_image_tokens``  N
+    """
+
+    tokens_BU: Tensor
+    segments_BT: Tensor
+    positions_BT: Tensor
+    sources: Tensor
+    pairs_S: Tensor
+    targets_S: Tensor
+    num_image_tokens: int
+
+    def mask(self) -> Tensor:
+        """The attention rule for the whole batch: bool [B, 1, T, T], True = may attend."""
+        return attention_mask(self.segments_BT, self.num_image_tokens)
+
+    @property
+    def num_tokens(self) -> int:
+        """Real (not padding) tokens in the batch, image tokens included. Synchronises a GPU."""
+        return int((self.segments_BT >= 0).sum())
+
+    def _map(self, function) -> Layout:
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return Layout(**{k: function(v) if isinstance(v, Tensor) else v for k, v in values.items()})
+
+    def to(self, *args, **kwargs) -> Layout:
+        return self._map(lambda t: t.to(*args, **kwargs))
+
+    def pin_memory(self) -> Layout:
+        return self._map(Tensor.pin_memory)
+
+
+def attention_mask(segments_BT: Tensor, num_image_tokens: int, query_start: int = 0) -> Tensor:
+    """The attention rule by broadcasting.
+
+    Args:
+        segments_BT: int64 [B, T], one segment number a token.
+        num_image_tokens: the first N tokens of each sequence are image tokens.
+        query_start: rows before it are left out (queries with cached keys).
+
+    Returns:
+        bool [B, 1, T - query_start, T], True where the query (row) may attend to the key (column).
+        A padding query sees the prefix and earlier padding, so no row is empty; real queries never see padding.
+    """
+    index = torch.arange(segments_BT.shape[1], device=segments_BT.device)
+    query, key = index[query_start:, None], index[None, :]
+    segment_q, segment_k = segments_BT[:, query_start:, None], segments_BT[:, None, :]
+    rule = (key <= query) & ((segment_k == 0) | (segment_k == segment_q))
+    both_images = (query < num_image_tokens) & (key < num_image_tokens)
+    return (rule | both_images).unsqueeze(1)
+
+
+def branch_mask(prefix_length: int, branches: int, steps: int, device=None) -> Tensor:
+    """The same rule for K branches grown together behind a cached prefix, one token a branch a step.
+
+    The row of cached keys is ``prefix · K tokens of step 1 · … · K tokens of step n``; the queries are the K
+    tokens of step n. Branch j sees the prefix and its own tokens: what :func:`attention_mask` says when
+    branch j is segment j + 1.
+
+    Returns:
+        bool [1, 1, K, P + K·n].
+    """
+    prefix = torch.ones(branches, prefix_length, dtype=torch.bool, device=device)
+    own = torch.eye(branches, dtype=torch.bool, device=device).repeat(1, steps)
+    return torch.cat([prefix, own], dim=1)[None, None]
+
+
+def lay_out(
+    labels: Sequence[Sequence[Sequence[int]]],
+    *,
+    prompt: Sequence[int],
+    delimiter: int,
+    num_image_tokens: int,
+    objective: Objective | str = Objective.MATCHED,
+) -> Layout:
+    """Lay all labels of each image after its prefix.
+
+    Args:
+        labels: for each image its labels, each a non-empty sequence of token ids without the delimiter.
+        prompt: BOS and prompt token ids, at least one.
+        delimiter: the token id that ends a label.
+        num_image_tokens: N.
+        objective: see :class:`Objective`.
+
+    Returns:
+        A :class:`Layout` as long as its longest real sequence.
+
+    Raises:
+        ValueError: an empty prompt, or a label without tokens.
+    """
+    objective = Objective(objective)
+    batch, queries = len(labels), len(prompt)
+    prefix = num_image_tokens + 1 + queries
+    if queries == 0:
+        raise ValueError("the prompt needs at least one token (BOS)")
+
+    # One entry a label, then one entry a token; everything below is arithmetic on these vectors.
+    flat = [label for image in labels for label in image]
+    lengths = np.fromiter(map(len, flat), dtype=np.int64, count=len(flat)) + 1  # the delimiter included
+    if (lengths == 1).any():
+        raise ValueError("a label without tokens cannot be laid out")
+    labels_per_image = np.fromiter(map(len, labels), dtype=np.int64, count=batch)
+    image_of_label = np.repeat(np.arange(batch), labels_per_image)
+    segment_of_label = _ramps(labels_per_image) + 1
+
+    ends = lengths.cumsum()
+    total = int(ends[-1]) if len(ends) else 0
+    tokens = np.full(total, delimiter, dtype=np.int64)
+    is_delimiter = np.zeros(total, dtype=bool)
+    is_delimiter[ends - 1] = True
+    tokens[~is_delimiter] = np.fromiter(chain.from_iterable(flat), dtype=np.int64, count=total - len(flat))
+
+    row = np.repeat(image_of_label, lengths)
+    within_label = _ramps(lengths)
+    tokens_per_image = np.bincount(row, minlength=batch)
+    within_image = _ramps(tokens_per_image)
+    column = prefix + within_image
+
+    length = prefix + int(tokens_per_image.max(initial=0))
+    ids = np.zeros((batch, length), dtype=np.int64)
+    segments = np.full((batch, length), -1, dtype=np.int64)
+    positions = np.tile(np.arange(length), (batch, 1))
+    ids[:, num_image_tokens + 1 : prefix] = np.asarray(prompt, dtype=np.int64)
+    segments[:, :prefix] = 0
+    ids[row, column] = tokens
+    segments[row, column] = np.repeat(segment_of_label, lengths)
+
+    if objective is Objective.MATCHED:
+        positions[row, column] = prefix + within_label
+        source = row * length + np.where(within_label == 0, prefix - 1, column - 1)
+        target = tokens
+    else:
+        prompt_row = np.repeat(np.arange(batch), queries)
+        prompt_source = prompt_row * length + num_image_tokens + np.tile(np.arange(queries), batch)
+        source = np.concatenate([prompt_source, row * length + column - 1])
+        target = np.concatenate([np.tile(np.asarray(prompt, dtype=np.int64), batch), tokens])
+    sources, pairs = np.unique(source, return_inverse=True)
+
+    tensors = (ids[:, num_image_tokens + 1 :], segments, positions, sources, pairs, target)
+    return Layout(*(torch.from_numpy(np.ascontiguousarray(a)) for a in tensors), num_image_tokens)
+
+
+def _ramps(lengths: np.ndarray) -> np.ndarray:
+    """[0, 1, …, n-1] for each n of ``lengths``, end to end."""
+    starts = np.cumsum(lengths) - lengths
+    return np.arange(int(lengths.sum())) - np.repeat(starts, lengths)

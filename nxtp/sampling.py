@@ -1,0 +1,130 @@
+"""Sampling labels: one-shot (paper, section 3.4), with the prefix computed once and labels grown as branches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from nxtp.labels import normalise
+from nxtp.layout import branch_mask
+from nxtp.model import Model
+from nxtp.tokens import LabelTokenizer
+
+MAX_LABEL_TOKENS = 19  # as published: a label without a delimiter by then is cut there
+
+
+@dataclass
+class Samples:
+    """K labels an image, in order of their first token's probability.
+
+    ``tokens_BKL``   int64, the label's tokens, then its delimiter; what follows is the delimiter repeated
+    ``probs_BKL``    float32, the probability of each token given the prefix and the label so far; 1 after the end
+    ``lengths_BK``   int64, tokens of the label without its delimiter
+    """
+
+    tokens_BKL: Tensor
+    probs_BKL: Tensor
+    lengths_BK: Tensor
+
+    @property
+    def scores_BK(self) -> Tensor:
+        """Probability of each label: the product of its tokens', delimiter included."""
+        return self.probs_BKL.prod(dim=-1)
+
+
+@torch.inference_mode()
+def one_shot(
+    model: Model,
+    images: Tensor,
+    *,
+    prompt: Sequence[int],
+    delimiter: int,
+    top_k: int,
+    max_tokens: int = MAX_LABEL_TOKENS,
+    never_first: Sequence[int] = (),
+) -> Samples:
+    """The ``top_k`` likeliest first tokens, each continued greedily on its own until its delimiter.
+
+    The labels are K branches in one row behind the cached prefix (:func:`nxtp.layout.branch_mask`). Branches
+    that have ended are not computed any further, and their keys leave the cache.
+
+    Args:
+        model: in evaluation mode.
+        images: uint8 [B, 3, S, S], or normalised floating point.
+        prompt: BOS and prompt token ids.
+        delimiter: the id that ends a label.
+        top_k: K, at most the vocabulary less ``never_first``.
+        max_tokens: a label is cut there; its delimiter's probability then does not enter.
+        never_first: ids that no label may start with (the delimiter, special tokens).
+    """
+    logits_BV, cache = model.prefill(images, prompt)
+    prefix = model.num_image_tokens + 1 + len(prompt)
+    first_BV = logits_BV.softmax(dim=-1)
+    candidates_BV = first_BV
+    if never_first:
+        candidates_BV = first_BV.index_fill(1, torch.tensor(never_first, device=first_BV.device), -1.0)
+    probs, tokens = candidates_BV.topk(min(top_k, first_BV.shape[-1] - len(set(never_first))), dim=-1)
+    batch, branches = tokens.shape
+
+    tokens_BKL = torch.full((batch, branches, max_tokens + 1), delimiter, device=tokens.device)
+    probs_BKL = torch.ones(batch, branches, max_tokens + 1, device=tokens.device)
+    tokens_BKL[..., 0], probs_BKL[..., 0] = tokens, probs
+
+    # A of the K branches are still computed: all at first, then as many as the neediest image has running.
+    active_BA = torch.arange(branches, device=tokens.device).expand(batch, -1)
+    current_BA, running_BA = tokens, tokens != delimiter
+    for step in range(1, max_tokens):
+        needed = int(running_BA.sum(dim=1).max())
+        if needed == 0:
+            break
+        if needed < active_BA.shape[1]:
+            keep_BA = running_BA.int().argsort(dim=1, descending=True, stable=True)[:, :needed]
+            _keep_branches(cache, keep_BA, prefix, steps=step - 1)
+            active_BA, current_BA, running_BA = (t.gather(1, keep_BA) for t in (active_BA, current_BA, running_BA))
+        mask = branch_mask(prefix, active_BA.shape[1], step, device=tokens.device)
+        logits_BAV = model.step(current_BA, prefix + step - 1, mask, cache)
+        top_BA, current_BA = logits_BAV.max(dim=-1)
+        prob_BA = (top_BA - logits_BAV.logsumexp(dim=-1)).exp()
+        current_BA = current_BA.where(running_BA, delimiter)
+        tokens_BKL[:, :, step].scatter_(1, active_BA, current_BA)
+        probs_BKL[:, :, step].scatter_(1, active_BA, prob_BA.where(running_BA, 1.0))
+        running_BA = running_BA & (current_BA != delimiter)
+    lengths_BK = (tokens_BKL == delimiter).int().argmax(dim=-1)
+    longest = int(lengths_BK.max()) + 1 if lengths_BK.numel() else 0
+    return Samples(tokens_BKL[..., :longest], probs_BKL[..., :longest], lengths_BK)
+
+
+def _keep_branches(cache: DynamicCache, keep_BA: Tensor, prefix: int, steps: int) -> None:
+    """Drop all other branches' keys and values. The cache's row is ``prefix · step 1 · … · step n``."""
+    if steps == 0:
+        return
+    for layer in cache.layers:
+        for name in ("keys", "values"):
+            old = getattr(layer, name)
+            batch, heads, _, width = old.shape
+            tree = old[:, :, prefix:].unflatten(2, (steps, -1))
+            index = keep_BA[:, None, None, :, None].expand(batch, heads, steps, -1, width)
+            kept = tree.gather(3, index).flatten(2, 3)
+            setattr(layer, name, torch.cat([old[:, :, :prefix], kept], dim=2))
+
+
+def ranked_labels(samples: Samples, tokenizer: LabelTokenizer, top_k: int) -> list[list[tuple[str, float]]]:
+    """Samples → for each image its labels with their probabilities, most probable first.
+
+    A label that came out several times (other tokens, same text once case and spaces are folded) is merged,
+    its probabilities added. Empty labels are left out. At most ``top_k`` an image.
+    """
+    tokens, lengths, scores = samples.tokens_BKL.tolist(), samples.lengths_BK.tolist(), samples.scores_BK.tolist()
+    result = []
+    for image_tokens, image_lengths, image_scores in zip(tokens, lengths, scores, strict=True):
+        merged: dict[str, float] = {}
+        for ids, length, score in zip(image_tokens, image_lengths, image_scores, strict=True):
+            label = normalise(tokenizer.decode_label(ids[:length]))
+            if label:
+                merged[label] = merged.get(label, 0.0) + score
+        result.append(sorted(merged.items(), key=lambda item: (-item[1], item[0]))[:top_k])
+    return result
