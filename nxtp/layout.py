@@ -45,6 +45,7 @@ class Layout:
     ``pairs_S``       for each supervised pair, its row in ``sources``
     ``targets_S``     for each supervised pair, the token to be predicted there
     ``num_image_tokens``  N
+    ``num_tokens``        real (not padding) tokens in the batch, image tokens included
     """
 
     tokens_BU: Tensor
@@ -54,15 +55,11 @@ class Layout:
     pairs_S: Tensor
     targets_S: Tensor
     num_image_tokens: int
+    num_tokens: int
 
     def mask(self) -> Tensor:
         """The attention rule for the whole batch: bool [B, 1, T, T], True = may attend."""
         return attention_mask(self.segments_BT, self.num_image_tokens)
-
-    @property
-    def num_tokens(self) -> int:
-        """Real (not padding) tokens in the batch, image tokens included. Synchronises a GPU."""
-        return int((self.segments_BT >= 0).sum())
 
     def _map(self, function) -> Layout:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
@@ -182,7 +179,11 @@ def lay_out(
     sources, pairs = np.unique(source, return_inverse=True)
 
     tensors = (ids[:, num_image_tokens + 1 :], segments, positions, sources, pairs, target)
-    return Layout(*(torch.from_numpy(np.ascontiguousarray(a)) for a in tensors), num_image_tokens)
+    return Layout(
+        *(torch.from_numpy(np.ascontiguousarray(array)) for array in tensors),
+        num_image_tokens=num_image_tokens,
+        num_tokens=batch * prefix + total,
+    )
 
 
 def _ramps(lengths: np.ndarray) -> np.ndarray:

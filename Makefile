@@ -1,0 +1,46 @@
+# Everything starts from a bare clone and needs nothing by hand.
+#   make demo       install, make scenes, train, evaluate, predict: the whole system in minutes on a laptop CPU
+#   make test       install, lint, test         make test-all   the slow tests too
+#   make scenes     the larger recipe (500+ concepts, up to an hour)
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+export TOKENIZERS_PARALLELISM = false
+
+.PHONY: demo scenes test test-all lint install clean
+.DEFAULT_GOAL := test
+
+install: $(READY)
+
+# Made once, and made anew when the requirements change.
+$(READY): pyproject.toml constraints.txt
+	rm -rf $(VENV)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[scenes,dev]'
+	touch $@
+
+lint: $(READY)
+	$(BIN)/ruff check .
+
+test: lint
+	$(BIN)/python -m pytest -n 2
+
+test-all: lint
+	$(BIN)/python -m pytest -n 2 -m ''
+
+demo: $(READY)
+	$(BIN)/python data/scenes.py --out data/shards/demo --concepts 500 --train 60000 --val 2000 --val-style 2000
+	$(BIN)/nxtp train experiment=demo
+	$(BIN)/nxtp evaluate model=runs/demo/model data=scenes data.root=data/shards/demo out=runs/demo
+	$(BIN)/nxtp show data/shards/demo/val --to runs/demo/unseen --count 4
+	$(BIN)/nxtp predict runs/demo/unseen --model runs/demo/model --top-k 5
+
+scenes: $(READY)
+	$(BIN)/python data/scenes.py --out data/shards/scenes
+	$(BIN)/nxtp train experiment=scenes
+	$(BIN)/nxtp evaluate model=runs/scenes/model data=scenes out=runs/scenes
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache

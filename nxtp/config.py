@@ -1,0 +1,100 @@
+"""Configuration: where conf/ is, how a command is composed by Hydra, and errors that name the nearest right key."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import hydra
+from hydra.errors import HydraException, MissingConfigException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from nxtp.errors import UserError, nearest
+
+T = TypeVar("T")
+PACKAGE = Path(__file__).resolve().parent
+
+
+def conf_dir() -> Path:
+    """The shipped configuration: inside the installed package, or beside it in a checkout."""
+    inside = PACKAGE / "conf"
+    return inside if inside.is_dir() else PACKAGE.parent / "conf"
+
+
+def compose_and_run(function: Callable[[DictConfig], Any], config_name: str, argv: Sequence[str]) -> Any:
+    """Run ``function`` on the configuration composed from conf/, the user's own ./conf and ``argv``.
+
+    ``argv`` is Hydra's: overrides, ``-m`` for a sweep, ``--help``, ``--cfg job``, …
+
+    Raises:
+        UserError: an unknown key, group, option or value, with the nearest known one.
+    """
+    _register_resolvers()
+    argv = list(argv)
+    shipped, own = conf_dir(), Path.cwd() / "conf"
+    if own.is_dir() and own.resolve() != shipped and not any(a in ("--config-dir", "-cd") for a in argv):
+        argv += ["--config-dir", str(own)]
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come here instead of ending the process
+    run = hydra.main(version_base="1.3", config_path=str(shipped), config_name=config_name)(function)
+    os.environ["NXTP_COMMAND"] = config_name  # a distributed launcher starts `nxtp` anew with these arguments
+    saved, sys.argv = sys.argv, [sys.argv[0], *argv]
+    try:
+        return run()
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(explain(error)) from error
+    finally:
+        sys.argv = saved
+
+
+def explain(error: BaseException) -> str:
+    """A configuration error in one line, with the nearest known name where there is one."""
+    cause = error
+    while cause is not None:
+        parent, key = getattr(cause, "parent_node", None), getattr(cause, "key", None)
+        if isinstance(parent, DictConfig) and key is not None and key not in parent:
+            known = [str(k) for k in parent]
+            where = str(getattr(cause, "full_key", "") or key)
+            return f"No configuration key '{where}'.{nearest(str(key), known)} Known there: {', '.join(sorted(known))}."
+        cause = cause.__cause__ or cause.__context__
+    text = " ".join(line.strip() for line in str(error).splitlines() if line.strip())
+    if isinstance(error, MissingConfigException):
+        missing = (error.missing_cfg_file or "").rsplit("/", 1)[-1]
+        return text.split("Config search path")[0].strip() + nearest(missing, error.options or [])
+    group = re.search(r"Could not override '([^'@]+)", text)
+    if group and "No match in the defaults list" in text:
+        groups = sorted(str(p.relative_to(conf_dir())) for p in conf_dir().rglob("*") if p.is_dir())
+        return f"No configuration group '{group[1]}'.{nearest(group[1], groups)} Known: {', '.join(groups)}."
+    return text
+
+
+def to_dataclass(cls: type[T], node: Any, where: str) -> T:
+    """A plain configuration node as the dataclass ``cls``, its types checked.
+
+    Raises:
+        UserError: a key that ``cls`` lacks, or a value of another type; names ``where`` and the nearest key.
+    """
+    plain = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(cls), plain or {})
+        return OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        key = str(error.full_key or error.key)
+        if error.parent_node is not None and error.key is not None and error.key not in error.parent_node:
+            raise UserError(f"No key '{where}.{key}'.{nearest(str(error.key), error.parent_node)}") from error
+        raise UserError(f"{where}.{key}: {str(error).splitlines()[0]}") from error
+
+
+def _register_resolvers() -> None:
+    OmegaConf.register_new_resolver("nxtp.wandb_offline", _wandb_offline, replace=True)
+
+
+def _wandb_offline() -> bool:
+    """True where no W&B key is at hand: runs are then kept on disk, to be synchronised later."""
+    import wandb
+
+    return os.environ.get("WANDB_MODE") == "offline" or not wandb.api.api_key

@@ -1,0 +1,155 @@
+"""`nxtp evaluate`: a model directory on named sets of shards → metrics table, metrics.json, predictions.jsonl."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+from PIL import Image
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from torch import Tensor
+
+from nxtp.config import compose_and_run, to_dataclass
+from nxtp.data import DataConfig, Loader, ShardData
+from nxtp.errors import UserError
+from nxtp.labels import noun_backend
+from nxtp.metrics import ExactMatch, LabelEmbedder, SemanticMatch
+from nxtp.module import describe_faults
+from nxtp.recognizer import Recognizer
+from nxtp.record import write_json
+from nxtp.shards import read_manifest
+from nxtp.show import GridItem, save_grid
+
+log = logging.getLogger("nxtp")
+
+
+def main(argv: Sequence[str]) -> int:
+    compose_and_run(evaluate, "evaluate", argv)
+    return 0
+
+
+def evaluate(cfg: DictConfig) -> dict[str, float]:
+    """Evaluate one model directory on every set of ``data.val``. Returns ``{"<set>/<metric>": value}``."""
+    console = Console()
+    out = Path(HydraConfig.get().runtime.output_dir)
+    config = to_dataclass(DataConfig, cfg.data, "data")
+    if not config.val:
+        raise UserError("data.val names no set to evaluate on: for example +data.val.mine=DIR, or data=scenes.")
+    recognizer = Recognizer.from_pretrained(cfg.model, device=cfg.device)
+    data = ShardData(
+        config,
+        recognizer.tokenizer,
+        image_size=recognizer.image_size,
+        num_image_tokens=recognizer.model.num_image_tokens,
+    )
+    embedder = LabelEmbedder(cfg.semantic, device=recognizer.device) if cfg.semantic else None
+
+    metrics: dict[str, float] = {}
+    skipped: Counter = Counter()
+    out.mkdir(parents=True, exist_ok=True)
+    predictions = out / ".predictions.jsonl.part"
+    with predictions.open("w") as lines:
+        for name, spec in config.val.items():
+            loader = data.loader(name, spec, training=False)
+            warn_if_nouns_differ(name, spec, config.nouns, recognizer)
+            values, shown, faults = evaluate_set(recognizer, loader, cfg, name, embedder, lines, console)
+            metrics.update({f"{name}/{key}": value for key, value in values.items()})
+            skipped.update(faults)
+            if cfg.grid and shown:
+                save_grid(out / f"predictions{'' if name == next(iter(config.val)) else '_' + name}.png", shown)
+    predictions.replace(out / "predictions.jsonl")
+    skipped.update(data.shard_faults)
+    write_json(out / "metrics.json", metrics)
+    console.print(metrics_table(metrics))
+    if skipped:
+        log.warning("Skipped samples and shards: %s.", describe_faults(skipped))
+    console.print(f"metrics.json and predictions.jsonl in {out}", highlight=False)
+    return metrics
+
+
+def evaluate_set(
+    recognizer: Recognizer,
+    loader: Loader,
+    cfg: DictConfig,
+    name: str,
+    embedder: LabelEmbedder | None,
+    lines,
+    console: Console,
+) -> tuple[dict[str, float], list[GridItem], Counter]:
+    """Metrics of one set, some images with their labels to show, and what was skipped."""
+    exact = ExactMatch(top_k=cfg.top_k)
+    semantic = SemanticMatch(embedder, top_k=cfg.top_k) if embedder is not None else None
+    faults: Counter = Counter()
+    offered = seen = 0
+    seconds = 0.0
+    shown: list[GridItem] = []
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task(name, total=loader.sampler.total)
+        for batch in loader:
+            begin = time.perf_counter()
+            predicted = recognizer.predict_pixels(batch.images, top_k=cfg.top_k) if len(batch) else []
+            seconds += time.perf_counter() - begin
+            labels = [[label for label, _ in image] for image in predicted]
+            exact.update(labels, batch.labels)
+            if semantic is not None:
+                semantic.update(labels, batch.labels)
+            for key, truth, image in zip(batch.keys, batch.labels, predicted, strict=True):
+                ranked = [[label, round(probability, 6)] for label, probability in image]
+                row = {"set": name, "key": key, "labels": truth, "predictions": ranked}
+                lines.write(json.dumps(row, ensure_ascii=False) + "\n")
+            room = max(cfg.grid - len(shown), 0)
+            for pixels, truth, image in list(zip(batch.images, batch.labels, predicted, strict=True))[:room]:
+                shown.append(GridItem(to_image(pixels), truth, image))
+            faults.update(batch.faults)
+            offered, seen = offered + batch.offered, seen + len(batch)
+            progress.advance(task, batch.offered)
+    if sum(faults.values()) > cfg.data.fault_limit * offered:
+        raise UserError(
+            f"{sum(faults.values())} of {offered} samples of '{name}' could not be used ({describe_faults(faults)}): "
+            f"more than data.fault_limit = {cfg.data.fault_limit:g}."
+        )
+    values = dict(exact.compute())
+    if semantic is not None:
+        values |= {f"semantic_{key}": value for key, value in semantic.compute().items()}
+    values = {key: float(value) for key, value in values.items()}
+    values |= {"images": seen, "skipped": sum(faults.values())}
+    if seen:
+        values["images_per_s"] = round(seen / seconds, 2)
+    return values, shown, faults
+
+
+def warn_if_nouns_differ(name: str, spec, nouns: str, recognizer: Recognizer) -> None:
+    """Labels of captions depend on the backend that found them: say so where it is not the training's."""
+    trained = (recognizer.provenance or {}).get("nouns")
+    manifest = read_manifest(Path(spec)) if isinstance(spec, str) and Path(spec).is_dir() else None
+    here = ((manifest or {}).get("nouns") or {}).get("backend", noun_backend(nouns).name)
+    if trained is not None and here != trained:
+        log.warning("Set '%s': nouns come from '%s', the model was trained on nouns from '%s'.", name, here, trained)
+
+
+def to_image(pixels: Tensor) -> Image.Image:
+    """uint8 [3, S, S] → PIL RGB."""
+    return Image.fromarray(pixels.permute(1, 2, 0).contiguous().cpu().numpy())
+
+
+def metrics_table(metrics: dict[str, float]) -> Table:
+    """One row a set, one column a metric."""
+    sets = list(dict.fromkeys(key.split("/", 1)[0] for key in metrics))
+    names = list(dict.fromkeys(key.split("/", 1)[1] for key in metrics))
+    table = Table(title="Evaluation")
+    table.add_column("set")
+    for column in names:
+        table.add_column(column, justify="right")
+    for name in sets:
+        values = [metrics.get(f"{name}/{column}") for column in names]
+        table.add_row(name, *("" if v is None else f"{v:.4f}" if isinstance(v, float) else str(v) for v in values))
+    return table

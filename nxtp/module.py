@@ -1,0 +1,170 @@
+"""LightningModule: steps, metrics, optimiser, and the count of what was skipped."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+
+from nxtp.data import Batch
+from nxtp.errors import UserError
+from nxtp.metrics import ExactMatch, LabelEmbedder, SemanticMatch
+from nxtp.model import Model, ModelConfig
+from nxtp.optim import OptimConfig, build_optimizer, choose_trained
+from nxtp.recognizer import Recognizer
+from nxtp.sampling import one_shot, ranked_labels
+from nxtp.tokens import LabelTokenizer
+
+
+@dataclass
+class ValidationConfig:
+    """What is measured on validation images while training.
+
+    ``top_k``     labels predicted an image, and the k of recall@k
+    ``semantic``  also measure semantic recall, precision and F1, with this sentence encoder (see LabelEmbedder)
+    """
+
+    top_k: int = 10
+    semantic: str | None = None
+
+
+class Recognition(L.LightningModule):
+    """Trains a :class:`nxtp.model.Model` on batches of :class:`nxtp.data.ShardData`.
+
+    The loss is the mean over all supervised tokens of the global batch: every rank divides its sum by the
+    token count of all ranks. A loss that is not finite stops the run and names the batch's samples.
+    """
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        tokenizer: LabelTokenizer,
+        optim: OptimConfig,
+        *,
+        validation: ValidationConfig | None = None,
+        val_names: tuple[str, ...] | list[str] = (),
+        fault_limit: float = 0.1,
+    ):
+        super().__init__()
+        self.model_config, self.tokenizer, self.optim_config = model, tokenizer, optim
+        self.validation = validation or ValidationConfig()
+        self.val_names = list(val_names)
+        self.fault_limit = fault_limit
+        self.model: Model | None = None
+        self.exact = nn.ModuleList(ExactMatch(top_k=self.validation.top_k) for _ in self.val_names)
+        self.semantic = nn.ModuleList()
+        if self.validation.semantic:
+            embedder = LabelEmbedder(self.validation.semantic)
+            self.semantic.extend(SemanticMatch(embedder, top_k=self.validation.top_k) for _ in self.val_names)
+        self.faults: Counter = Counter()
+        self.offered = 0
+        self.samples_seen = 0
+
+    def configure_model(self) -> None:
+        if self.model is None:
+            resuming = self.trainer.ckpt_path is not None if self._trainer is not None else False
+            self.model = Model(self.model_config, len(self.tokenizer), load_pretrained=not resuming)
+            choose_trained(self.model, self.optim_config.trains)
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Mean loss over the supervised tokens of the global batch, float32 []."""
+        loss = self.model(batch.images, batch.layout)
+        count = torch.tensor(loss.count, device=self.device, dtype=torch.float32)
+        world = 1
+        if self._trainer is not None and self.trainer.world_size > 1:
+            world = self.trainer.world_size
+            count = self.trainer.strategy.reduce(count, reduce_op="sum")
+        # DDP averages gradients over ranks: times `world` makes it the sum, over the global count the mean.
+        return loss.total * world / count.clamp_min(1)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        self._count(batch)
+        loss = self(batch)
+        if not torch.isfinite(loss):
+            raise UserError(
+                f"The loss is {loss.item()} at step {self.global_step}. The batch held: {', '.join(batch.keys)}. "
+                "Look at these samples, or lower optim.lr, or train in a wider precision."
+            )
+        self.log("train/loss", loss, prog_bar=True)
+        return loss
+
+    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self._count(batch, training=False)
+        if len(batch) == 0:
+            return
+        name = self.val_names[dataloader_idx]
+        loss = self.model(batch.images, batch.layout)
+        predictions = self.predict_labels(batch.images)
+        labels = [[label for label, _ in image] for image in predictions]
+        self.exact[dataloader_idx].update(labels, batch.labels)
+        if self.semantic:
+            self.semantic[dataloader_idx].update(labels, batch.labels)
+        self.log(f"{name}/loss", loss.mean, batch_size=loss.count, add_dataloader_idx=False, sync_dist=True)
+
+    def on_validation_epoch_end(self) -> None:
+        for index, name in enumerate(self.val_names):
+            values = dict(self.exact[index].compute())
+            self.exact[index].reset()
+            if self.semantic:
+                values |= {f"semantic_{key}": value for key, value in self.semantic[index].compute().items()}
+                self.semantic[index].reset()
+            shown = f"recall@{self.validation.top_k}"
+            for key, value in values.items():
+                self.log(f"{name}/{key}", value, prog_bar=key == shown and index == 0, rank_zero_only=False)
+
+    def predict_labels(self, images: Tensor) -> list[list[tuple[str, float]]]:
+        """Batch in, for each image its labels with probabilities out, most probable first."""
+        samples = one_shot(
+            self.model,
+            images,
+            prompt=self.tokenizer.prompt_ids,
+            delimiter=self.tokenizer.delimiter_id,
+            top_k=self.validation.top_k,
+            never_first=self.tokenizer.never_first,
+        )
+        return ranked_labels(samples, self.tokenizer, self.validation.top_k)
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        total = self.trainer.estimated_stepping_batches
+        if total == float("inf"):
+            raise UserError("The learning-rate schedule needs an end: set trainer.max_steps or trainer.max_epochs.")
+        optimizer, schedule = build_optimizer(self.model, self.optim_config, int(total))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def recognizer(self) -> Recognizer:
+        """The trained model as its users keep it."""
+        return Recognizer(self.model, self.tokenizer, self.model_config)
+
+    # What was skipped, so far in this run; kept over a resume.
+
+    def _count(self, batch: Batch, training: bool = True) -> None:
+        self.faults.update(batch.faults)
+        self.offered += batch.offered
+        self.samples_seen += len(batch) if training else 0
+        skipped = sum(self.faults.values())
+        if batch.faults and self.offered >= 100 and skipped > self.fault_limit * self.offered:
+            raise UserError(
+                f"{skipped} of {self.offered} samples could not be used ({describe_faults(self.faults)}): more than "
+                f"data.fault_limit = {self.fault_limit:g}. Check the shards, or raise the limit."
+            )
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["counts"] = {
+            "faults": dict(self.faults),
+            "offered": self.offered,
+            "samples_seen": self.samples_seen,
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        counts = checkpoint["counts"]
+        self.faults = Counter(counts["faults"])
+        self.offered, self.samples_seen = counts["offered"], counts["samples_seen"]
+
+
+def describe_faults(faults: Counter) -> str:
+    """'3 × bad image, 1 × no caption', most frequent first."""
+    return ", ".join(f"{count} × {kind}" for kind, count in sorted(faults.items(), key=lambda item: (-item[1], item[0])))

@@ -1,0 +1,129 @@
+"""What trains, in which groups, at which learning rate."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from nxtp.errors import UserError
+from nxtp.model import Model
+
+
+@dataclass
+class TrainsConfig:
+    """The parts that train. Blocks are counted from the end, so a change of depth keeps its meaning.
+
+    ``encoder``      all, none, or a number: the last blocks and what follows them (the final norm)
+    ``projection``   encoder width → decoder width
+    ``image_token``  the embedding of ``<|image|>``
+    ``embedding``    the vocabulary's embedding (with tied weights also the output layer)
+    ``decoder``      all, none, or a number of last blocks
+    ``head``         the decoder's final norm and output layer
+    """
+
+    encoder: Any = "all"
+    projection: bool = True
+    image_token: bool = True
+    embedding: bool = True
+    decoder: Any = "all"
+    head: bool = True
+
+
+@dataclass
+class OptimConfig:
+    """AdamW with linear warm-up and cosine decay.
+
+    ``warmup``    steps; a value below 1 is a share of all steps
+    ``final_lr``  learning rate at the last step, as a share of ``lr``
+    ``weight_decay`` acts on matrices; not on vectors, norms, embeddings
+    """
+
+    lr: float = 1e-3
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.98])
+    eps: float = 1e-6
+    weight_decay: float = 0.1
+    warmup: float = 0.05
+    final_lr: float = 0.0
+    trains: TrainsConfig = field(default_factory=TrainsConfig)
+
+
+def choose_trained(model: Model, trains: TrainsConfig) -> None:
+    """Set ``requires_grad`` throughout the model.
+
+    Raises:
+        UserError: more blocks than there are, a word that is neither 'all' nor 'none', or nothing left to train.
+    """
+    model.requires_grad_(False)
+    lm = model.decoder.lm
+    for part in _last_blocks(model.encoder.visual, model.encoder.blocks, trains.encoder, "encoder"):
+        part.requires_grad_(True)
+    for part in _last_blocks(lm.model.layers, lambda: list(lm.model.layers), trains.decoder, "decoder"):
+        part.requires_grad_(True)
+    model.projection.requires_grad_(trains.projection)
+    model.image_token.requires_grad_(trains.image_token)
+    if lm.config.tie_word_embeddings and trains.embedding != trains.head:
+        raise UserError(
+            "optim.trains: the decoder ties its embedding to its output layer, so 'embedding' and 'head' must agree."
+        )
+    lm.model.norm.requires_grad_(trains.head)
+    lm.lm_head.requires_grad_(trains.head)
+    lm.model.embed_tokens.requires_grad_(trains.embedding)
+    if not any(p.requires_grad for p in model.parameters()):
+        raise UserError("optim.trains leaves nothing to train.")
+
+
+def _last_blocks(whole: nn.Module, blocks, choice: Any, name: str) -> list[nn.Module | nn.Parameter]:
+    """The parts of ``whole`` that ``choice`` (all, none, or a number of last blocks) trains."""
+    if choice in ("all", "none"):
+        return [whole] if choice == "all" else []
+    if not isinstance(choice, int) or isinstance(choice, bool) or choice < 0:
+        raise UserError(f"optim.trains.{name} is '{choice}': say all, none, or a number of last blocks.")
+    found = blocks()
+    if choice > len(found):
+        raise UserError(f"optim.trains.{name} asks for the last {choice} blocks of {len(found)}.")
+    if choice == 0:
+        return []
+    # The chosen blocks, and whatever stands behind the last block in the forward order (a final norm).
+    order = list(whole.modules())
+    last = max(order.index(m) for m in found[-1].modules())
+    behind = [m for m in order[last + 1 :] if not any(p is q for p in m.parameters() for b in found for q in b.parameters())]
+    return [*found[-choice:], *behind]
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Two groups of the parameters that train: matrices with weight decay; vectors and embeddings without."""
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    trained = [p for p in model.parameters() if p.requires_grad]
+    decays = [p for p in trained if p.ndim >= 2 and id(p) not in embeddings]
+    chosen = {id(p) for p in decays}
+    rest = [p for p in trained if id(p) not in chosen]
+    groups = [{"params": decays, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def learning_rate_factor(step: int, total: int, warmup: float, final: float) -> float:
+    """Share of the peak learning rate at ``step`` of ``total``: linear warm-up, then cosine to ``final``."""
+    warmup_steps = warmup * total if warmup < 1 else warmup
+    if step < warmup_steps:
+        return (step + 1) / (warmup_steps + 1)
+    progress = min((step - warmup_steps) / max(total - warmup_steps, 1), 1.0)
+    return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def build_optimizer(model: nn.Module, config: OptimConfig, total_steps: int):
+    """AdamW (fused) and its per-step schedule over ``total_steps``."""
+    optimizer = torch.optim.AdamW(
+        parameter_groups(model, config.weight_decay),
+        lr=config.lr,
+        betas=tuple(config.betas),
+        eps=config.eps,
+        fused=True,
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: learning_rate_factor(step, total_steps, config.warmup, config.final_lr)
+    )
+    return optimizer, schedule

@@ -1,0 +1,219 @@
+"""`nxtp train`: compose → instantiate → fit → run record and model directory."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.utils import instantiate
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_only
+from omegaconf import DictConfig, OmegaConf
+
+from nxtp.config import compose_and_run, to_dataclass
+from nxtp.data import DataConfig, ShardData, label_texts
+from nxtp.errors import UserError
+from nxtp.model import ModelConfig
+from nxtp.module import Recognition, ValidationConfig, describe_faults
+from nxtp.optim import OptimConfig
+from nxtp.perf import Throughput, count_parameters, meta_model, training_flops
+from nxtp.record import RunRecord, read_record
+from nxtp.shards import manifest_hash
+from nxtp.tokens import LabelTokenizer, train_tokenizer
+
+log = logging.getLogger("nxtp")
+
+# Settings that may differ between a run and its continuation.
+MAY_CHANGE = ("resume", "logger", "callbacks", "trainer", "debug", "hydra")
+
+
+def main(argv: Sequence[str]) -> int:
+    compose_and_run(train, "train", argv)
+    return 0
+
+
+def train(cfg: DictConfig) -> float | None:
+    """One run in one directory. Returns the first validation set's recall, for sweepers; None without one."""
+    run_dir = Path(HydraConfig.get().runtime.output_dir)
+    resolved = OmegaConf.to_container(cfg, resolve=True)
+    checkpoint = find_checkpoint(run_dir, resolved)
+    if checkpoint == "finished":
+        log.info("%s holds this run, finished: nothing to do. Choose another name to train again.", run_dir)
+        return None
+    L.seed_everything(cfg.seed, workers=True, verbose=False)
+    if cfg.matmul_precision is not None:
+        torch.set_float32_matmul_precision(cfg.matmul_precision)
+
+    record = RunRecord(cfg.name, resolved, list(HydraConfig.get().overrides.task), cfg.seed)
+    data, module = build(cfg, run_dir)
+    trainer = build_trainer(cfg, module, data)
+    record.data = describe_data(data)
+    save_start(run_dir, cfg, record)
+    try:
+        trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+        record.status = "interrupted" if trainer.interrupted else "finished"
+        if record.status == "finished":
+            finish(run_dir, cfg, trainer, module, data, record)
+    except BaseException as error:
+        record.status, record.error = "failed", f"{type(error).__name__}: {error}"
+        raise
+    finally:
+        record.samples_seen, record.samples_offered = module.samples_seen, module.offered
+        record.samples_skipped = dict(module.faults) | dict(data.shard_faults)
+        if trainer.is_global_zero:
+            record.write(run_dir)
+    if record.samples_skipped:
+        log.warning("Skipped samples and shards: %s.", describe_faults(record.samples_skipped))
+    monitor = monitored(data, cfg.validation.top_k)
+    return record.metrics.get(monitor) if monitor else None
+
+
+def find_checkpoint(run_dir: Path, resolved: dict[str, Any]) -> str | None:
+    """What ``resume`` means here: a checkpoint's path, None to begin, or "finished".
+
+    Raises:
+        UserError: the directory holds another run, or ``resume=never`` and it holds one at all.
+    """
+    resume = resolved["resume"]
+    if resume not in ("auto", "never"):
+        if not Path(resume).is_file():
+            raise UserError(f"resume={resume}: no such checkpoint. Say auto, never, or the path of a .ckpt file.")
+        return str(resume)
+    previous = read_record(run_dir)
+    if previous is None:
+        return None
+    if resume == "never":
+        raise UserError(f"'{run_dir}' already holds a run and resume=never: choose another name, or delete it.")
+    changed = differences(previous["config"], resolved)
+    if changed:
+        raise UserError(
+            f"'{run_dir}' holds a run with other settings ({', '.join(changed[:6])}): choose another name, or delete it."
+        )
+    if previous["status"] == "finished":
+        return "finished"
+    last = run_dir / "checkpoints" / "last.ckpt"
+    return str(last) if last.is_file() else None
+
+
+def differences(old: Any, new: Any, prefix: str = "") -> list[str]:
+    """Dotted keys in which two configurations differ, but for those in ``MAY_CHANGE``."""
+    if not (isinstance(old, dict) and isinstance(new, dict)):
+        return [] if old == new else [prefix]
+    keys = [k for k in dict.fromkeys([*old, *new]) if prefix or k not in MAY_CHANGE]
+    return [d for k in keys for d in differences(old.get(k), new.get(k), f"{prefix}.{k}" if prefix else k)]
+
+
+def build(cfg: DictConfig, run_dir: Path) -> tuple[ShardData, Recognition]:
+    """Tokenizer, data and module of a composed configuration."""
+    model = to_dataclass(ModelConfig, cfg.model, "model")
+    config = to_dataclass(DataConfig, cfg.data, "data")
+    optim = to_dataclass(OptimConfig, cfg.optim, "optim")
+    validation = to_dataclass(ValidationConfig, cfg.validation, "validation")
+    tokenizer = find_tokenizer(model, config, run_dir)
+    shape = meta_model(model, len(tokenizer), optim.trains)
+    data = ShardData(
+        config,
+        tokenizer,
+        image_size=model.encoder.image_size,
+        num_image_tokens=shape.num_image_tokens,
+        objective=cfg.objective.name,
+        prompts=cfg.objective.prompts,
+    )
+    module = Recognition(
+        model, tokenizer, optim, validation=validation, val_names=list(config.val), fault_limit=config.fault_limit
+    )
+    return data, module
+
+
+def find_tokenizer(model: ModelConfig, data: DataConfig, run_dir: Path) -> LabelTokenizer:
+    """The tokenizer named by the configuration, the decoder's own, or one trained on the training labels."""
+    source = model.tokenizer or model.decoder.source
+    if source is not None:
+        return LabelTokenizer.load(source, model.prompt)
+    kept = run_dir / "tokenizer"
+    if kept.is_dir():
+        return LabelTokenizer.load(kept, model.prompt)
+    reader = ShardData(data, None, image_size=0, num_image_tokens=0)
+    if data.train is None:
+        raise UserError("data.train is not set: give a directory of shards, a glob or a brace expression.")
+    tokenizer = train_tokenizer(
+        label_texts(reader.open("train", data.train), data), vocab_size=model.vocab_size, prompts=[model.prompt]
+    )
+    if rank_zero_only.rank == 0:
+        tokenizer.save(kept)
+    return tokenizer
+
+
+def build_trainer(cfg: DictConfig, module: Recognition, data: ShardData) -> L.Trainer:
+    loggers = [instantiate(node) for node in (cfg.logger or {}).values() if node is not None]
+    callbacks = [instantiate(node) for node in (cfg.callbacks or {}).values() if node is not None]
+    monitor = monitored(data, cfg.validation.top_k)
+    kept: list[Callback] = []
+    for callback in callbacks:
+        if isinstance(callback, ModelCheckpoint) and Path(callback.filename or "").name == "best":
+            if monitor is None:
+                continue
+            callback.monitor = callback.monitor or monitor
+        if isinstance(callback, Throughput) and callback.flops_per_image is None:
+            shape = meta_model(module.model_config, len(module.tokenizer), module.optim_config.trains)
+            callback.flops_per_image = sum(training_flops(shape))
+        kept.append(callback)
+    trainer = instantiate(cfg.trainer, _convert_="all", logger=loggers or False, callbacks=kept, default_root_dir=None)
+    return trainer
+
+
+def monitored(data: ShardData, top_k: int) -> str | None:
+    """The metric that chooses the best checkpoint: recall on the first validation set."""
+    return f"{data.val_names[0]}/recall@{top_k}" if data.val_names else None
+
+
+def describe_data(data: ShardData) -> dict[str, Any]:
+    """For the run record: each set's shards, number of samples and manifest hash."""
+    specs = {"train": data.config.train, **data.config.val}
+    return {
+        name: {
+            "shards": str(spec),
+            "samples": len(data.open(name, spec)),
+            "manifest": manifest_hash(Path(spec)) if isinstance(spec, str) and Path(spec).is_dir() else None,
+        }
+        for name, spec in specs.items()
+    }
+
+
+@rank_zero_only
+def save_start(run_dir: Path, cfg: DictConfig, record: RunRecord) -> None:
+    run_dir.mkdir(parents=True, exist_ok=True)
+    OmegaConf.save(cfg, run_dir / "config.yaml", resolve=True)
+    record.write(run_dir)
+
+
+def finish(
+    run_dir: Path, cfg: DictConfig, trainer: L.Trainer, module: Recognition, data: ShardData, record: RunRecord
+) -> None:
+    """Final metrics and the model directory, of the best or the last weights."""
+    best = next((c for c in trainer.checkpoint_callbacks if c.monitor and c.best_model_path), None)
+    if cfg.export == "best" and best is not None:
+        state = torch.load(best.best_model_path, map_location="cpu", weights_only=True)
+        module.load_state_dict(state["state_dict"])
+    if data.val_names:
+        for values in trainer.validate(module, datamodule=data, verbose=False):
+            record.metrics.update(values)
+    record.metrics["train/loss"] = float(trainer.logged_metrics.get("train/loss", float("nan")))
+    record.parameters = count_parameters(module.model)
+    if trainer.is_global_zero:
+        module.recognizer().save_pretrained(
+            run_dir / "model",
+            provenance={
+                "run": record.name,
+                "code": record.code,
+                "objective": cfg.objective.name,
+                "nouns": data.config.nouns,
+                "data": record.data["train"],
+            },
+        )
+        log.info("Model directory: %s", run_dir / "model")
