@@ -1,0 +1,237 @@
+"""The one place where an image becomes RGB pixels, for shards, training and prediction alike."""
+
+from __future__ import annotations
+
+import io
+import os
+import threading
+import warnings
+from collections.abc import Iterable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL.JpegImagePlugin import JpegImageFile
+
+from nxtp.errors import UserError
+
+MAX_PIXELS = 178_000_000  # just below what Pillow itself refuses; 0.5 GB as RGB
+SUFFIXES = frozenset(
+    f".{name}"
+    for name in (
+        *("jpg", "jpeg", "jpe", "jfif", "png", "apng", "webp", "avif", "gif"),
+        *("bmp", "tif", "tiff", "ppm", "pgm", "pbm", "pnm", "jp2", "ico"),
+    )
+)
+# Bitmaps only: Pillow would also run Ghostscript on an EPS file. AVIF is part of Pillow from 11.3 on.
+_FORMATS = ("PNG", "GIF", "BMP", "PPM", "WEBP", "TIFF", "JPEG2000", "ICO") + (
+    ("AVIF",) if find_spec("PIL.AvifImagePlugin") else ()
+)
+_BYTES = (bytes, bytearray, memoryview)
+_UPRIGHT = {  # EXIF orientation → what undoes it
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+class ImageError(UserError):
+    """One image that cannot be used: '<name>: <reason>', on one line."""
+
+
+def load_image(
+    source: str | Path | bytes | bytearray | memoryview | Image.Image,
+    *,
+    near: int | None = None,
+    max_pixels: int = MAX_PIXELS,
+    name: str | None = None,
+) -> Image.Image:
+    """Any bitmap → RGB, upright by its EXIF orientation, transparency laid on white.
+
+    Animations give their first frame. 16-bit grey is scaled to 8 bits. 32-bit integers and floats carry no range:
+    they count as 0–1 (floats only), 0–255 or 0–65535, the first that holds them all, else as lowest to highest. CMYK
+    is converted as Pillow does, without its colour profile. The result never shares memory with ``source``.
+
+    Args:
+        source: a path, a file's bytes, or an opened image (of an animation: its current frame).
+        near: a JPEG may be decoded at 1/2, 1/4 or 1/8 of its size as long as both sides stay ≥ 2·near: two to five
+            times faster from 1,000 pixels on, and after resizing to ``near`` hardly different (tested: < 1.5 of 255
+            levels on average).
+        max_pixels: larger images are refused before they are decoded; a baseline JPEG is instead decoded at the
+            largest of 1/2, 1/4, 1/8 that fits. For other formats Pillow's own limit holds beside it.
+        name: what error messages call the image; its path by default.
+
+    Raises:
+        ImageError: missing, not an image, truncated, or too large.
+    """
+    name = name or _name_of(source)
+    try:
+        with _quiet_pillow:
+            if isinstance(source, Image.Image):
+                _check_size(source, max_pixels)
+                return _upright_rgb(source)
+            with io.BytesIO(source) if isinstance(source, _BYTES) else open(source, "rb") as file:
+                return _upright_rgb(_opened(file, near, max_pixels))
+    except ImageError as error:
+        raise ImageError(f"{name}: {error}") from None
+    except Exception as error:  # on damaged files Pillow's decoders raise nearly any type
+        raise ImageError(f"{name}: {_reason(error)}") from error
+
+
+def find_images(paths: Iterable[str | Path]) -> tuple[list[Path], list[ImageError]]:
+    """(images, problems): files as given, directories expanded to the images anywhere below them, sorted.
+
+    Hidden files and directories are passed over, and each path is returned once. A path that does not exist, a
+    directory that cannot be read or holds no image is a problem, ready to be printed; the other images are returned
+    all the same.
+    """
+    images: dict[Path, None] = {}
+    problems: list[ImageError] = []
+    for path in map(Path, paths):
+        if path.is_dir():
+            found = []
+            for folder, folders, files in os.walk(path, onerror=lambda e: problems.append(_unreadable(e))):
+                folders[:] = [f for f in folders if not f.startswith(".")]
+                found += [Path(folder, f) for f in files if f[0] != "." and Path(f).suffix.lower() in SUFFIXES]
+            if not found:
+                problems.append(ImageError(f"{path}: no image in this directory"))
+            images.update(dict.fromkeys(sorted(found)))
+        elif path.exists():
+            images[path] = None
+        else:
+            problems.append(ImageError(f"{path}: no such file"))
+    return list(images), problems
+
+
+def _opened(file: BinaryIO, near: int | None, max_pixels: int) -> Image.Image:
+    """Opened, not yet decoded, and small enough to be."""
+    head = file.read(3)
+    file.seek(0)
+    if not head:
+        raise ImageError("the file is empty")
+    if head != b"\xff\xd8\xff":
+        image = Image.open(file, formats=_FORMATS)
+        _check_size(image, max_pixels)
+        return image
+    # Not through Image.open, which refuses by size before a reduced decoding can be asked for.
+    image = JpegImageFile(file)
+    width, height = image.size
+    reduction = 1
+    if near is not None:
+        reduction = max(s for s in (1, 2, 4, 8) if s == 1 or min(width, height) // s >= 2 * near)
+    if "progressive" in image.info:
+        _check_size(image, max_pixels)  # it is held in memory whole before it is reduced
+    while (width // reduction) * (height // reduction) > max_pixels and reduction < 8:
+        reduction *= 2
+    if reduction > 1:
+        image.draft(None, (max(width // reduction, 1), max(height // reduction, 1)))
+    _check_size(image, max_pixels)
+    return image
+
+
+def _check_size(image: Image.Image, max_pixels: int) -> None:
+    width, height = image.size
+    if width * height > max_pixels:
+        raise ImageError(f"{width}×{height} pixels are too many (at most {max_pixels:,}); make it smaller first")
+
+
+def _upright_rgb(image: Image.Image) -> Image.Image:
+    """Decoded, as a new RGB image."""
+    image.load()
+    rgb = _to_rgb(image)
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # damaged metadata says nothing about the pixels
+        orientation = None
+    return rgb.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else rgb
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I;16"):
+        return Image.fromarray(_to_8_bits(np.asarray(image), 65535)).convert("RGB")
+    if image.mode in ("I", "F"):
+        return Image.fromarray(_unknown_range_to_8_bits(np.asarray(image))).convert("RGB")
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    rgba = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
+    white = Image.new("RGB", image.size, "white")
+    white.paste(rgba, mask=rgba.getchannel("A"))
+    return white
+
+
+def _to_8_bits(values: np.ndarray, highest: float, lowest: float = 0) -> np.ndarray:
+    """lowest…highest → uint8 0…255, rounded."""
+    scale = 255 / (highest - lowest) if highest > lowest else 0.0
+    return ((values.astype(np.float32) - lowest) * scale + 0.5).clip(0, 255).astype(np.uint8)
+
+
+def _unknown_range_to_8_bits(values: np.ndarray) -> np.ndarray:
+    """See :func:`load_image`. What is not finite becomes the lowest (NaN, -inf) or highest (+inf) value."""
+    finite = values[np.isfinite(values)]
+    if not finite.size:
+        raise ImageError("no pixel has a finite value")
+    lowest, highest = float(finite.min()), float(finite.max())
+    values = np.nan_to_num(values, nan=lowest, neginf=lowest, posinf=highest)
+    known = (1, 255, 65535) if np.issubdtype(values.dtype, np.floating) else (255, 65535)
+    for full in known:
+        if lowest >= 0 and highest <= full:
+            return _to_8_bits(values, full)
+    return _to_8_bits(values, highest, lowest)
+
+
+def _name_of(source: str | Path | bytes | bytearray | memoryview | Image.Image) -> str:
+    if isinstance(source, _BYTES):
+        return f"image of {len(source):,} bytes"
+    if isinstance(source, Image.Image):
+        return str(getattr(source, "filename", "") or f"image {source.width}×{source.height} {source.mode}")
+    return str(source)
+
+
+def _reason(error: Exception) -> str:
+    """One line, without the path or an object's address."""
+    if isinstance(error, UnidentifiedImageError):
+        return "not an image in a known format"
+    if isinstance(error, Image.DecompressionBombError):
+        return "too many pixels; make it smaller first"
+    if isinstance(error, MemoryError):
+        return "too large for the memory"
+    if isinstance(error, OSError) and error.strerror:  # from the operating system
+        return error.strerror[0].lower() + error.strerror[1:]
+    detail = " ".join(str(error).split()) or type(error).__name__
+    return f"cannot be decoded ({detail})"
+
+
+def _unreadable(error: OSError) -> ImageError:
+    return ImageError(f"{error.filename}: {_reason(error)}")
+
+
+class _QuietPillow:
+    """Ignores Pillow's warnings (sizes, metadata): what matters is raised. Safe in threads, unlike catch_warnings."""
+
+    def __init__(self):
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._saved: warnings.catch_warnings | None = None
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._inside == 0:
+                self._saved = warnings.catch_warnings()
+                self._saved.__enter__()
+                warnings.filterwarnings("ignore", module=r"PIL\b")
+            self._inside += 1
+
+    def __exit__(self, *_) -> None:
+        with self._lock:
+            self._inside -= 1
+            if self._inside == 0:
+                self._saved.__exit__(None, None, None)
+
+
+_quiet_pillow = _QuietPillow()

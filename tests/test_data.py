@@ -1,0 +1,178 @@
+"""Every sample once over ranks × workers × epochs; labels; what is skipped is counted; resuming mid-epoch."""
+
+import tarfile
+
+import numpy as np
+import pytest
+import torch
+from helpers import jpeg, sample, write_shards
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nxtp.data import DataConfig, EpochPlan, ShardData, label_texts
+from nxtp.errors import UserError
+from nxtp.shards import write_shard
+from nxtp.tokens import train_tokenizer
+
+TOKENIZER = train_tokenizer(["rose", "lemon", "leaf", "ocean", "stone"], vocab_size=400)
+
+
+def shard_data(train=None, val=None, **settings) -> ShardData:
+    config = DataConfig(train=train, val=val or {}, **{"batch_size": 4, "val_batch_size": 4, "workers": 0} | settings)
+    return ShardData(config, TOKENIZER, image_size=32, num_image_tokens=16)
+
+
+def positions(plan: EpochPlan) -> list[int]:
+    return [int(p) for _, run in plan for p in run]
+
+
+sizes = st.lists(st.integers(1, 40), min_size=1, max_size=6)
+
+
+@settings(max_examples=80, deadline=None)
+@given(sizes, st.integers(1, 7), st.integers(1, 5), st.integers(0, 3), st.integers(0, 50))
+def test_plan_gives_every_sample_once(sizes, batch_size, world, epoch, window):
+    total = sum(sizes)
+    common = {"seed": 3, "window": window, "world": world}
+    evaluation = [EpochPlan(sizes, batch_size, shuffle=False, rank=r, **common) for r in range(world)]
+    assert len({len(plan) for plan in evaluation}) == 1, "ranks out of step"
+    assert sorted(p for plan in evaluation for p in positions(plan)) == list(range(total))
+
+    if total < batch_size * world:
+        with pytest.raises(UserError, match="do not fill one step"):
+            EpochPlan(sizes, batch_size, shuffle=True, **common)
+        return
+    training = [EpochPlan(sizes, batch_size, shuffle=True, rank=r, **common) for r in range(world)]
+    for plan in training:
+        plan.set_epoch(epoch)
+    seen = [p for plan in training for p in positions(plan)]
+    assert len(seen) == len(set(seen)) == total // (batch_size * world) * batch_size * world
+    # the global order does not depend on the number of ranks
+    single = EpochPlan(sizes, batch_size * world, shuffle=True, seed=3, window=window)
+    single.set_epoch(epoch)
+    steps = [np.concatenate([run for _, run in group]) for group in zip(*training, strict=True)]
+    assert [run.tolist() for run in steps] == [run.tolist() for _, run in single]
+
+
+def test_epochs_differ_and_repeat_by_seed():
+    plan = EpochPlan([30, 30, 30], 5, shuffle=True, seed=1, window=20)
+    first = positions(plan)
+    plan.set_epoch(1)
+    second = positions(plan)
+    assert first != second
+    assert sorted(first) == sorted(second) == list(range(90))
+    again = EpochPlan([30, 30, 30], 5, shuffle=True, seed=1, window=20)
+    assert positions(again) == first
+    assert positions(EpochPlan([30, 30, 30], 5, shuffle=True, seed=2, window=20)) != first
+
+
+def test_subsets_are_nested():
+    small, large = (
+        set(positions(EpochPlan([50, 50], 1, shuffle=False, seed=4, samples=n))) for n in (10, 60)
+    )
+    assert len(small) == 10
+    assert len(large) == 60
+    assert small < large
+
+
+@pytest.mark.parametrize("workers", [0, 1, 3])
+def test_loader_gives_every_sample_once_for_any_workers(tmp_path, workers):
+    root = write_shards(tmp_path / "s", [7, 3, 12])  # fewer shards than workers, none divisible
+    loader = shard_data(val={"v": str(root)}, workers=workers).val_dataloader()[0]
+    keys = [key for batch in loader for key in batch.keys]
+    assert keys == [f"{i:06d}" for i in range(22)]
+
+
+def test_order_does_not_depend_on_workers(tmp_path):
+    root = write_shards(tmp_path / "s", [20, 20])
+    orders = []
+    for workers in (0, 2):
+        loader = shard_data(str(root), workers=workers).train_dataloader()
+        loader.sampler.set_epoch(2)
+        orders.append([(batch.keys, batch.labels, batch.layout.tokens_BU.tolist()) for batch in loader])
+    assert orders[0] == orders[1]
+
+
+@pytest.mark.parametrize("done", [1, 4])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_resumes_in_mid_epoch(tmp_path, done, workers):
+    root = write_shards(tmp_path / "s", [20, 20])
+    whole = shard_data(str(root)).train_dataloader()
+    whole.sampler.set_epoch(1)
+    expected = [batch.keys for batch in whole]
+
+    first = shard_data(str(root), workers=workers).train_dataloader()
+    first.sampler.set_epoch(1)
+    iterator = iter(first)
+    head = [next(iterator).keys for _ in range(done)]
+    state = first.state_dict()  # loader workers have read further: only what was handed out counts
+    rest = shard_data(str(root), workers=workers).train_dataloader()
+    rest.load_state_dict(state)
+    rest.sampler.set_epoch(1)
+    assert head + [batch.keys for batch in rest] == expected
+    rest.sampler.set_epoch(2)
+    assert len([batch.keys for batch in rest]) == len(expected), "the next epoch starts at its beginning"
+
+
+def test_batch_holds_pixels_and_labels(tmp_path):
+    root = write_shards(tmp_path / "s", [4])
+    batch = next(iter(shard_data(val={"v": str(root)}).val_dataloader()[0]))
+    assert batch.images.shape == (4, 3, 32, 32)
+    assert batch.images.dtype == torch.uint8
+    assert batch.labels == [["rose", "stone"], ["lemon", "stone"], ["leaf", "stone"], ["ocean", "stone"]]
+    assert batch.offered == 4
+    assert not batch.faults
+
+
+def test_labels_win_over_the_caption(tmp_path):
+    write_shard(tmp_path / "a.tar", [{"__key__": "x", "jpg": jpeg((9, 9, 9)), "txt": "a lemon", "json": {"labels": ["rose"]}}])
+    batch = next(iter(shard_data(val={"v": str(tmp_path)}).val_dataloader()[0]))
+    assert batch.labels == [["rose"]]
+
+
+def test_bad_samples_are_skipped_and_counted(tmp_path):
+    good = [sample(i) for i in range(3)]
+    bad = [
+        {"__key__": "b0", "jpg": b"not an image", "txt": "a lemon"},
+        {"__key__": "b1", "jpg": jpeg((1, 2, 3))},
+        {"__key__": "b2", "jpg": jpeg((1, 2, 3)), "txt": "of the and"},
+        {"__key__": "b3", "jpg": jpeg((1, 2, 3))[:300], "txt": "a lemon"},
+    ]
+    write_shard(tmp_path / "a.tar", [*good, *bad])
+    (batch,) = shard_data(val={"v": str(tmp_path)}, val_batch_size=16).val_dataloader()[0]
+    assert batch.keys == [s["__key__"] for s in good]
+    assert batch.offered == 7
+    assert sum(batch.faults.values()) == 4
+    assert batch.faults["no caption"] == batch.faults["no labels"] == 1
+    assert batch.faults["bad image"] == 2
+
+
+def test_damaged_shards_are_counted(tmp_path):
+    write_shards(tmp_path, [6])
+    (tmp_path / "empty.tar").touch()
+    (tmp_path / "text.tar").write_text("this is no tar file" * 100)
+    whole = (tmp_path / "part-00000.tar").read_bytes()
+    (tmp_path / "torn.tar").write_bytes(whole[: len(whole) // 2])
+    data = shard_data(val={"v": str(tmp_path)})
+    loader = data.val_dataloader()[0]
+    keys = [key for batch in loader for key in batch.keys]
+    assert keys[:6] == [f"{i:06d}" for i in range(6)]
+    assert sum(data.shard_faults.values()) == 3
+
+
+def test_no_shards_is_a_clear_error(tmp_path):
+    with pytest.raises(UserError, match="nowhere"):
+        shard_data(val={"v": str(tmp_path / "nowhere")}).val_dataloader()
+    with tarfile.open(tmp_path / "none.tar", "w"):
+        pass
+    with pytest.raises(UserError, match="no sample"):
+        shard_data(val={"v": str(tmp_path)}).val_dataloader()
+    with pytest.raises(UserError, match=r"data\.train"):
+        shard_data().train_dataloader()
+
+
+def test_label_texts_are_what_the_samples_say(tmp_path):
+    root = write_shards(tmp_path / "s", [5, 5])
+    data = shard_data(str(root))
+    texts = label_texts(data.open("train", str(root)), data.config)
+    assert texts == ["leaf", "lemon", "ocean", "rose", "stone"]
