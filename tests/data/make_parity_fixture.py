@@ -245,8 +245,7 @@ def expected_values(parameters: Parameters, images: Tensor) -> dict[str, Tensor]
         **gradients,
     }
     return {
-        name: (value.float() if value.is_floating_point() else value).detach().clone()
-        for name, value in values.items()
+        name: (value.float() if value.is_floating_point() else value).detach().clone() for name, value in values.items()
     }
 
 

