@@ -10,3 +10,11 @@ Tensor names carry their shape as a suffix where it is not obvious. One legend f
 """
 
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str):
+    if name == "Recognizer":  # imported on first use: `import nxtp` stays light
+        from nxtp.recognizer import Recognizer
+
+        return Recognizer
+    raise AttributeError(f"module 'nxtp' has no attribute '{name}'")

@@ -7,7 +7,6 @@ over the rounds. The published way is :mod:`nxtp.reference`.
 
 from __future__ import annotations
 
-import gc
 import json as json_module
 import multiprocessing
 import platform
@@ -212,15 +211,12 @@ def _serve(connection: Connection, worker: type, arguments: dict[str, Any], thre
     """A child's life: build the worker, then answer (method, arguments) until the parent hangs up."""
     torch.set_num_threads(threads)
     instance = worker(**arguments)
-    gc.collect()
-    gc.freeze()  # the libraries' own objects: later collections are quick
     baseline = _resident_peak()
     parameters = sum(parameter.numel() for parameter in instance.model.parameters())
     connection.send((parameters, baseline))
     with suppress(EOFError):
         while True:
             method, keywords = connection.recv()
-            gc.collect()
             connection.send((getattr(instance, method)(**keywords), _resident_peak()))
 
 
@@ -442,9 +438,7 @@ def train_table(result: dict[str, Any]) -> Table:
         peak, above = (f"{row[key] / 1e9:.2f}" for key in ("peak_bytes", "peak_above_model_bytes"))
         numbers = (f"{row['seconds']:.2f}", f"{row['images_per_s']:.2f}", *(("", "") if shared else (peak, above)))
         table.add_row(name, *numbers)
-    speed, memory, above = (
-        result[k] for k in ("images_per_s_ratio", "peak_memory_ratio", "peak_above_model_ratio")
-    )
+    speed, memory, above = (result[k] for k in ("images_per_s_ratio", "peak_memory_ratio", "peak_above_model_ratio"))
     table.add_section()
     table.add_row("ours / published", "", f"{speed:.1f}×", f"{memory:.2f}×", f"{above:.2f}×")
     table.caption = _caption(
@@ -510,9 +504,7 @@ def _common(command):
         click.option(
             "--repeats", type=click.IntRange(1), default=3, show_default=True, help="Rounds; medians are shown."
         ),
-        click.option(
-            "--size", type=click.Choice(list(SIZES)), default="full", show_default=True, help="Of the model."
-        ),
+        click.option("--size", type=click.Choice(list(SIZES)), default="full", show_default=True, help="Of the model."),
     ):
         command = option(command)
     return command

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import hydra
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import InterpolationToMissingValueError, MissingMandatoryValue, OmegaConfBaseException
 
 from nxtp.errors import UserError, nearest
 
@@ -53,7 +53,10 @@ def compose_and_run(function: Callable[[DictConfig], Any], config_name: str, arg
 
 def explain(error: BaseException) -> str:
     """A configuration error in one line, with the nearest known name where there is one."""
-    cause = error
+    if isinstance(error, (MissingMandatoryValue, InterpolationToMissingValueError)):
+        missing = re.search(r"[Mm]issing(?: mandatory)? value:? *'?([\w.]+)", str(error))
+        return f"'{missing[1] if missing else error}' has no value: set it on the command line, as in name=mine."
+    cause: BaseException | None = error
     while cause is not None:
         parent, key = getattr(cause, "parent_node", None), getattr(cause, "key", None)
         if isinstance(parent, DictConfig) and key is not None and key not in parent:

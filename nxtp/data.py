@@ -27,6 +27,7 @@ from nxtp.tokens import LabelTokenizer
 class DataConfig:
     """Where the shards are and how they become batches.
 
+    ``root``           where the sets stand together, for configurations that name it once
     ``train``          a directory of shards, a glob, a brace expression, or a list of them
     ``val``            name → shards, each evaluated and logged under its name
     ``batch_size``     images a rank and step
@@ -39,6 +40,7 @@ class DataConfig:
     ``cache_dir``      where remote shards are kept
     """
 
+    root: str | None = None
     train: Any = None
     val: dict[str, Any] = field(default_factory=dict)
     batch_size: int = 64
@@ -303,15 +305,10 @@ class ShardData(L.LightningDataModule):
     def open(self, name: str, spec: Any) -> ShardSet:
         """The indexed shards of ``spec``, indexed once a process."""
         if name not in self.shard_sets:
-            shards = ShardSet(expand_shards(spec), cache_dir=self.config.cache_dir)
-            if len(shards) == 0:
-                raise UserError(f"data.{name}: the shards of {spec} hold no sample ({dict(shards.faults)}).")
-            self.shard_sets[name] = shards
+            self.shard_sets[name] = open_shards(name, spec, self.config)
         return self.shard_sets[name]
 
     def train_dataloader(self) -> Loader:
-        if self.config.train is None:
-            raise UserError("data.train is not set: give a directory of shards, a glob or a brace expression.")
         return self.loader("train", self.config.train, training=True)
 
     def val_dataloader(self) -> list[Loader]:
@@ -343,6 +340,20 @@ class ShardData(L.LightningDataModule):
             training=training,
         )
         return Loader(batches, plan, self.config.workers, pin_memory=torch.cuda.is_available())
+
+
+def open_shards(name: str, spec: Any, config: DataConfig) -> ShardSet:
+    """The indexed shards of one set.
+
+    Raises:
+        UserError: nothing is given, nothing found, or nothing in it.
+    """
+    if spec is None:
+        raise UserError(f"data.{name} is not set: give a directory of shards, a glob or a brace expression.")
+    shards = ShardSet(expand_shards(spec), cache_dir=config.cache_dir)
+    if len(shards) == 0:
+        raise UserError(f"data.{name}: the shards of {spec} hold no sample ({dict(shards.faults)}).")
+    return shards
 
 
 def label_texts(shards: ShardSet, config: DataConfig, limit: int = 20_000) -> list[str]:

@@ -107,14 +107,18 @@ class Recording:
             heads, image_token = self.meta["decoder"]["n_heads"], self.meta["ids"]["image_token"]
             state = convert(self.parameters, heads=heads, image_token_id=image_token)
             model = Model(config, load_pretrained=False).eval()
-            missing = model.load_state_dict(state, strict=False).missing_keys
+            mismatch = model.load_state_dict(state, strict=False)
         except (KeyError, TypeError, ValueError, IndexError) as error:
             raise UserError(f"'{self.directory / 'meta.json'}' does not describe the model: {error!r}") from error
         except RuntimeError as error:
             lines = " ".join(str(error).split())
             raise UserError(f"'{self.directory}': parameters and meta.json do not fit: {lines}") from error
-        if missing:
-            raise UserError(f"'{self.directory / 'release_format.pth'}' lacks parameters: {', '.join(missing)}")
+        for names, what in (
+            (mismatch.missing_keys, "lacks"),
+            (mismatch.unexpected_keys, "has more than meta.json says:"),
+        ):
+            if names:
+                raise UserError(f"'{self.directory / 'release_format.pth'}' {what} {', '.join(names)}.")
         return model
 
 
@@ -307,9 +311,7 @@ def checks(expected: dict[str, Tensor]) -> Iterator[Check]:
         lambda ours, theirs: (ours.first_logits, theirs["first_logits"]),
     )
     yield Check("one-shot tokens", ("prompt_ids", "one_shot_tokens"), _one_shot_tokens)
-    yield Check(
-        "one-shot probabilities", ("prompt_ids", "one_shot_tokens", "one_shot_token_probs"), _one_shot_probs
-    )
+    yield Check("one-shot probabilities", ("prompt_ids", "one_shot_tokens", "one_shot_token_probs"), _one_shot_probs)
     yield Check("training logits", (*training, "train_logits"), _training_logits)
     yield Check("training loss", (*training, "train_loss"), lambda ours, theirs: (ours.loss, theirs["train_loss"]))
     gradients = sorted(name for name in expected if name.startswith("grad/")) or ["grad/*"]

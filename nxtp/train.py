@@ -16,7 +16,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
 from nxtp.config import compose_and_run, to_dataclass
-from nxtp.data import DataConfig, ShardData, label_texts
+from nxtp.data import DataConfig, ShardData, label_texts, open_shards
 from nxtp.errors import UserError
 from nxtp.model import ModelConfig
 from nxtp.module import Recognition, ValidationConfig, describe_faults
@@ -138,12 +138,8 @@ def find_tokenizer(model: ModelConfig, data: DataConfig, run_dir: Path) -> Label
     kept = run_dir / "tokenizer"
     if kept.is_dir():
         return LabelTokenizer.load(kept, model.prompt)
-    reader = ShardData(data, None, image_size=0, num_image_tokens=0)
-    if data.train is None:
-        raise UserError("data.train is not set: give a directory of shards, a glob or a brace expression.")
-    tokenizer = train_tokenizer(
-        label_texts(reader.open("train", data.train), data), vocab_size=model.vocab_size, prompts=[model.prompt]
-    )
+    labels = label_texts(open_shards("train", data.train, data), data)
+    tokenizer = train_tokenizer(labels, vocab_size=model.vocab_size, prompts=[model.prompt])
     if rank_zero_only.rank == 0:
         tokenizer.save(kept)
     return tokenizer

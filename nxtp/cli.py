@@ -1,0 +1,96 @@
+"""The command `nxtp`. Commands are imported when they are called, so that help is fast."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from pathlib import Path
+
+import click
+
+import nxtp
+from nxtp.errors import UserError, nearest
+
+HYDRA = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}
+
+
+class Commands(click.Group):
+    """A group whose unknown commands name the nearest known one, and whose lazy commands are imported late."""
+
+    lazy = {"bench": "nxtp.bench:bench", "predict": "nxtp.predict:predict"}  # noqa: RUF012
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return [*super().list_commands(ctx), *self.lazy]
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        if name in self.lazy:
+            module, attribute = self.lazy[name].split(":")
+            return getattr(importlib.import_module(module), attribute)
+        return super().get_command(ctx, name)
+
+    def resolve_command(self, ctx: click.Context, args: list[str]):
+        name = args[0]
+        if not name.startswith("-") and name not in self.list_commands(ctx):
+            ctx.fail(f"No command '{name}'.{nearest(name, self.list_commands(ctx))}")
+        return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        rows = [(name, SUMMARIES[name]) for name in SUMMARIES]
+        with formatter.section("Commands"):
+            formatter.write_dl(rows)
+
+
+SUMMARIES = {
+    "train": "Train a model, or with -m a sweep of them: nxtp train experiment=demo",
+    "evaluate": "Metrics of a model directory on shards: nxtp evaluate model=DIR data=scenes",
+    "predict": "Labels of images: nxtp predict IMAGE… --model DIR --top-k 20",
+    "describe": "Parameters, tokens and FLOPs of a configuration: nxtp describe experiment=demo",
+    "parity": "Check against recorded numbers of the published implementation: nxtp parity DIR",
+    "bench": "Ours beside the published way of computing it: nxtp bench train|predict",
+}
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(nxtp.__version__, prog_name="nxtp")
+def group() -> None:
+    """Object recognition as next token prediction: images in, ranked labels out."""
+
+
+def _hydra_command(name: str) -> None:
+    """`train`, `evaluate` and `describe` pass everything on to Hydra."""
+
+    def run(context: click.Context) -> None:
+        module = importlib.import_module(f"nxtp.{name}")
+        sys.exit(module.main(context.args))
+
+    command = click.pass_context(run)
+    group.command(name, context_settings=HYDRA, help=SUMMARIES[name], add_help_option=False)(command)
+
+
+for _name in ("train", "evaluate", "describe"):
+    _hydra_command(_name)
+
+
+@group.command()
+@click.argument("directory", type=click.Path(path_type=Path))
+def parity(directory: Path) -> None:
+    """Check this implementation against the numbers recorded in DIRECTORY; exit code 1 on a miss."""
+    from nxtp.parity import main as run
+
+    sys.exit(run(directory))
+
+
+def main() -> None:
+    """Entry point: errors meant for the user are one line, exit code 1."""
+    arguments = sys.argv[1:]
+    command = os.environ.get("NXTP_COMMAND")
+    if command and "LOCAL_RANK" in os.environ and (not arguments or arguments[0] != command):
+        arguments = [command, *arguments]  # started anew by a distributed launcher
+    try:
+        group.main(arguments, prog_name="nxtp", standalone_mode=True)
+    except UserError as error:
+        click.secho(f"error: {error}", fg="red", err=True)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)

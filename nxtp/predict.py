@@ -1,0 +1,75 @@
+"""`nxtp predict`: images and directories → labels with probability bars, or one JSON object a line."""
+
+from __future__ import annotations
+
+import json
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import click
+
+
+@click.command()
+@click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--model", required=True, help="A model directory or hub name.")
+@click.option("--top-k", type=click.IntRange(min=1), default=10, show_default=True, help="Labels an image.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object an image, a line each, on standard output.")
+@click.option("--grid", type=click.Path(path_type=Path, dir_okay=False), help="Also save a picture of the first 12.")
+@click.option("--batch-size", type=click.IntRange(min=1), default=32, show_default=True, help="Images at once.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, …")
+def predict(images, model, top_k, as_json, grid, batch_size, device):
+    """Labels of IMAGES (files and directories), most probable first.
+
+    A file that cannot be read is told in a line, the others are done, and the exit code is 1.
+    """
+    import torch
+    from rich.console import Console
+
+    from nxtp.images import ImageError, find_images, load_image
+    from nxtp.pixels import to_pixels
+    from nxtp.recognizer import Recognizer, batches
+    from nxtp.show import GridItem, print_labels, save_grid
+
+    recognizer = Recognizer.from_pretrained(model, device=device)
+    found, problems = find_images(images)
+    shown: list[GridItem] = []
+    console = Console()
+    failed = 0
+
+    def report(name: str, error: ImageError) -> None:
+        nonlocal failed
+        failed += 1
+        if as_json:
+            click.echo(json.dumps({"image": name, "error": str(error)}, ensure_ascii=False))
+        click.secho(f"error: {error}", fg="red", err=True)
+
+    def pixels_of(path: Path):
+        try:
+            return to_pixels(load_image(path, near=recognizer.image_size), recognizer.image_size)
+        except ImageError as error:
+            return error
+
+    for problem in problems:
+        report(str(problem).split(":")[0], problem)
+    with ThreadPoolExecutor() as pool:
+        for paths in batches(found, batch_size):
+            loaded = list(pool.map(pixels_of, paths))
+            good = [pixels for pixels in loaded if not isinstance(pixels, ImageError)]
+            predicted = iter(recognizer.predict_pixels(torch.stack(good), top_k) if good else [])
+            for path, pixels in zip(paths, loaded, strict=True):
+                if isinstance(pixels, ImageError):
+                    report(str(path), pixels)
+                    continue
+                ranked = next(predicted)
+                if as_json:
+                    rows = [{"label": label, "probability": probability} for label, probability in ranked]
+                    click.echo(json.dumps({"image": str(path), "labels": rows}, ensure_ascii=False))
+                else:
+                    print_labels(console, str(path), ranked)
+                if grid and len(shown) < 12:
+                    shown.append(GridItem(load_image(path), [], ranked))
+    if grid and shown:
+        save_grid(grid, shown)
+        click.echo(f"Picture: {grid}", err=True)
+    sys.exit(1 if failed else 0)

@@ -1,0 +1,93 @@
+"""What people look at: labels with probability bars in the terminal, and a picture grid of images with labels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.gridspec import GridSpecFromSubplotSpec
+from PIL import Image
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from nxtp.labels import normalise
+
+HIT, MISS, PLAIN = "#0072b2", "#d55e00", "#56789a"  # distinct for colour-blind eyes (Okabe and Ito)
+_BLOCKS = " ▏▎▍▌▋▊▉█"
+
+
+class GridItem(NamedTuple):
+    """One cell: an image, its true labels (none: not known), its predictions as (label, probability)."""
+
+    image: Image.Image
+    truth: Sequence[str]
+    predictions: Sequence[tuple[str, float]]
+
+
+def bar(share: float, width: int) -> str:
+    """A bar of eighths of a character: ``share`` in 0..1 of ``width`` characters."""
+    eighths = round(max(0.0, min(share, 1.0)) * width * 8)
+    return "█" * (eighths // 8) + (_BLOCKS[eighths % 8] if eighths % 8 else "")
+
+
+def print_labels(console: Console, title: str, labels: Sequence[tuple[str, float]]) -> None:
+    """One image's labels as a table with probability bars, as wide as the terminal allows."""
+    table = Table(title=escape(title), title_justify="left", box=None, show_header=False, padding=(0, 1), title_style="bold")
+    table.add_column(justify="right", style="dim")
+    table.add_column(no_wrap=True)
+    table.add_column(justify="right")
+    table.add_column(style="cyan", no_wrap=True)
+    width = max(10, min(40, console.width - 40))
+    for rank, (label, probability) in enumerate(labels, start=1):
+        table.add_row(str(rank), escape(label), f"{probability:.4f}", bar(probability, width))
+    console.print(table)
+
+
+def save_grid(path: Path | str, items: Sequence[GridItem], *, columns: int = 4, top: int = 5, title: str = "") -> None:
+    """A PNG of images, each with its true labels and its ``top`` predictions as bars, hits and misses in two colours."""
+    rows = -(-len(items) // columns)
+    figure = Figure(figsize=(4.1 * columns, 2.05 * rows + 0.75), dpi=100, facecolor="white")
+    FigureCanvasAgg(figure)
+    # margins in inches, whatever the number of rows
+    height = figure.get_figheight()
+    outer = figure.add_gridspec(
+        rows, columns, left=0.01, right=0.985, top=1 - 0.62 / height, bottom=0.12 / height, wspace=0.08, hspace=0.22
+    )
+    known = any(item.truth for item in items)
+    for index, item in enumerate(items):
+        cell = GridSpecFromSubplotSpec(1, 2, outer[index], width_ratios=[1, 1.25], wspace=0.04)
+        _draw_image(figure.add_subplot(cell[0]), item)
+        _draw_bars(figure.add_subplot(cell[1]), item, top)
+    legend = "blue: among the true labels · orange: not" if known else ""
+    figure.text(0.012, 1 - 0.3 / height, title or f"Top-{top} predicted labels with their probabilities", fontsize=15, weight="bold")
+    figure.text(0.985, 1 - 0.3 / height, legend, fontsize=11, color="#555555", ha="right")
+    figure.savefig(path, format="png")
+
+
+def _draw_image(axes, item: GridItem) -> None:
+    axes.imshow(item.image, interpolation="antialiased")
+    axes.set_axis_off()
+    if item.truth:
+        axes.set_title(_short(", ".join(item.truth), 30), fontsize=9.5, color="#333333", pad=3)
+
+
+def _draw_bars(axes, item: GridItem, top: int) -> None:
+    truth = {normalise(label) for label in item.truth}
+    shown = list(item.predictions[:top])
+    for place, (label, probability) in enumerate(shown):
+        colour = (HIT if normalise(label) in truth else MISS) if truth else PLAIN
+        axes.barh(place, 1.0, height=0.78, color="#eef1f4")
+        axes.barh(place, probability, height=0.78, color=colour, alpha=0.55)
+        axes.text(0.02, place, _short(label, 18), va="center", fontsize=10.5, color="#111111")
+        axes.text(0.98, place, f"{probability:.2f}", va="center", ha="right", fontsize=9.5, color="#444444")
+    axes.set_xlim(0, 1)
+    axes.set_ylim(top - 0.5, -0.5)
+    axes.set_axis_off()
+
+
+def _short(text: str, length: int) -> str:
+    return text if len(text) <= length else text[: length - 1] + "…"
