@@ -283,7 +283,7 @@ def make_scenes(
         if state == "different" and not overwrite:
             raise UserError(f"'{out / split}' holds scenes made with other options: choose another --out, or --overwrite.")
         if state == "done":
-            console.print(f"{out / split}: {count} scenes are there, nothing to do.", highlight=False)
+            console.print(f"{out / split}: {count} scenes are there, nothing to do.", highlight=False, soft_wrap=True)
         elif count:
             todo.append((split, count, made_by))
     if not todo:

@@ -132,8 +132,21 @@ class Recognition(L.LightningModule):
         total = self.trainer.estimated_stepping_batches
         if total == float("inf"):
             raise UserError("The learning-rate schedule needs an end: set trainer.max_steps or trainer.max_epochs.")
-        optimizer, schedule = build_optimizer(self.model, self.optim_config, int(total))
+        optimizer, schedule = build_optimizer(self.model, self.optim_config, int(total), fused=not self._scales_loss)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    @property
+    def _scales_loss(self) -> bool:
+        return getattr(self.trainer.precision_plugin, "scaler", None) is not None
+
+    def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
+        """As Lightning does; by norm without a loss scaler directly, since Lightning refuses a fused AdamW there."""
+        if gradient_clip_algorithm in (None, "norm") and not self._scales_loss:
+            if gradient_clip_val:
+                norm = nn.utils.clip_grad_norm_([p for p in self.parameters() if p.grad is not None], gradient_clip_val)
+                self.log("train/grad_norm", norm)
+        else:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def recognizer(self) -> Recognizer:
         """The trained model as its users keep it."""

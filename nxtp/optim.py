@@ -114,14 +114,14 @@ def learning_rate_factor(step: int, total: int, warmup: float, final: float) -> 
     return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def build_optimizer(model: nn.Module, config: OptimConfig, total_steps: int):
-    """AdamW (fused) and its per-step schedule over ``total_steps``."""
+def build_optimizer(model: nn.Module, config: OptimConfig, total_steps: int, fused: bool = True):
+    """AdamW and its per-step schedule over ``total_steps``."""
     optimizer = torch.optim.AdamW(
         parameter_groups(model, config.weight_decay),
         lr=config.lr,
         betas=tuple(config.betas),
         eps=config.eps,
-        fused=True,
+        fused=fused,
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: learning_rate_factor(step, total_steps, config.warmup, config.final_lr)

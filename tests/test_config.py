@@ -1,0 +1,108 @@
+"""Every shipped configuration composes and instantiates; a wrong key names the nearest right one."""
+
+import pytest
+from helpers import write_shards
+from hydra import compose, initialize_config_dir
+from hydra.core.hydra_config import HydraConfig
+from hydra.utils import instantiate
+from omegaconf import OmegaConf, open_dict
+
+from nxtp.config import _register_resolvers, compose_and_run, conf_dir, to_dataclass
+from nxtp.data import DataConfig
+from nxtp.errors import UserError
+from nxtp.layout import Objective
+from nxtp.model import ModelConfig
+from nxtp.module import ValidationConfig
+from nxtp.optim import OptimConfig, TrainsConfig
+from nxtp.perf import count_parameters, meta_model
+
+GROUPS = {
+    name: sorted(path.stem for path in (conf_dir() / name).glob("*.yaml"))
+    for name in ("model", "model/encoder", "model/decoder", "data", "objective", "optim", "trainer", "callbacks")
+    + ("logger", "debug", "experiment")
+}
+CHOICES = [f"{group}={option}" for group, options in GROUPS.items() for option in options]
+
+
+def composed(tmp_path, *overrides):
+    _register_resolvers()
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        cfg = compose("train", ["name=test", f"hydra.run.dir={tmp_path}", *overrides], return_hydra_config=True)
+    with open_dict(cfg):
+        cfg.hydra.runtime.output_dir = str(tmp_path)
+    HydraConfig.instance().set_config(cfg)
+    with open_dict(cfg):
+        del cfg["hydra"]
+    return cfg
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_every_shipped_option_composes_and_instantiates(tmp_path, choice, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    cfg = composed(tmp_path, choice)
+    model = to_dataclass(ModelConfig, cfg.model, "model")
+    to_dataclass(DataConfig, cfg.data, "data")
+    to_dataclass(ValidationConfig, cfg.validation, "validation")
+    optim = to_dataclass(OptimConfig, cfg.optim, "optim")
+    Objective(cfg.objective.name)
+    if model.decoder.source is None:
+        assert count_parameters(meta_model(model, model.vocab_size, optim.trains))["total_trained"] > 0
+    for callback in cfg.callbacks.values():
+        instantiate(callback)
+    if not choice.startswith("logger=wandb"):  # started for real in test_train.py
+        for logger in cfg.logger.values():
+            instantiate(logger)
+    trainer = OmegaConf.to_container(cfg.trainer, resolve=True)
+    if trainer["accelerator"] == "cpu":
+        instantiate({**trainer, "logger": False, "callbacks": [], "profiler": None}, _convert_="all")
+
+
+@pytest.mark.parametrize("experiment", GROUPS["experiment"])
+def test_experiments_are_short_and_say_their_command(experiment):
+    text = (conf_dir() / "experiment" / f"{experiment}.yaml").read_text()
+    settings = [line for line in text.splitlines() if line.strip() and not line.startswith("#")]
+    assert len(settings) <= 22
+    assert f"experiment={experiment}" in text
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["experiment=dmo"], "Did you mean 'demo'"),
+        (["optim.ler=3", "name=x"], r"'optim.ler'\. Did you mean 'lr'"),
+        (["optin.lr=3", "name=x"], "Did you mean 'optim'"),
+        (["experimant=demo"], "Did you mean 'experiment'"),
+        ([], "'name' has no value"),
+    ],
+)
+def test_misspelt_settings_are_named(tmp_path, monkeypatch, argv, message):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["nxtp"])
+    with pytest.raises(UserError, match=message):
+        compose_and_run(lambda cfg: pytest.fail("ran"), "train", argv)
+
+
+def test_the_users_own_conf_is_searched_too(tmp_path, monkeypatch):
+    (tmp_path / "conf" / "experiment").mkdir(parents=True)
+    (tmp_path / "conf" / "experiment" / "mine.yaml").write_text("# @package _global_\nname: mine\noptim: {lr: 0.125}\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["nxtp"])
+    seen = []
+    compose_and_run(lambda cfg: seen.append((cfg.name, cfg.optim.lr)), "train", ["experiment=mine"])
+    assert seen == [("mine", 0.125)]
+
+
+def test_dataclasses_refuse_unknown_keys_and_types():
+    with pytest.raises(UserError, match=r"No key 'optim.weight_decy'. Did you mean 'weight_decay'"):
+        to_dataclass(OptimConfig, {"weight_decy": 1}, "optim")
+    with pytest.raises(UserError, match=r"optim.lr"):
+        to_dataclass(OptimConfig, {"lr": "fast"}, "optim")
+    with pytest.raises(UserError, match=r"trains.encodr"):
+        to_dataclass(OptimConfig, {"trains": {"encodr": "all"}}, "optim")
+    assert to_dataclass(OptimConfig, {"trains": {"encoder": 2}}, "optim").trains == TrainsConfig(encoder=2)
+
+
+def test_val_sets_may_be_added_on_the_command_line(tmp_path):
+    root = write_shards(tmp_path / "v", [2])
+    cfg = composed(tmp_path, f"+data.val.mine={root}")
+    assert to_dataclass(DataConfig, cfg.data, "data").val == {"mine": str(root)}
