@@ -1,0 +1,110 @@
+"""The command as a user runs it."""
+
+import json
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+from helpers import jpeg
+from PIL import Image
+from test_recognizer import recognizer
+from test_train import run_nxtp
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    root = tmp_path_factory.mktemp("cli")
+    recognizer().save_pretrained(root / "model")
+    (root / "pictures" / "deep").mkdir(parents=True)
+    for i in range(3):
+        (root / "pictures" / f"{i}.jpg").write_bytes(jpeg((60 * i, 90, 200 - 60 * i), seed=i))
+    Image.new("CMYK", (40, 30), (10, 200, 30, 0)).save(root / "pictures" / "deep" / "cmyk.jpg")
+    (root / "text.jpg").write_text("this is no picture")
+    (root / "torn.jpg").write_bytes(jpeg((1, 2, 3), size=64)[:400])
+    return root
+
+
+def test_predict_does_the_good_files_and_tells_the_bad(place):
+    done = run_nxtp(
+        "predict", "pictures", "text.jpg", "torn.jpg", "gone.jpg", "--model", "model", "--top-k", "4", "--json", cwd=place
+    )
+    assert done.returncode == 1
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    good = [row for row in rows if "labels" in row]
+    assert [row["image"] for row in good] == ["pictures/0.jpg", "pictures/1.jpg", "pictures/2.jpg", "pictures/deep/cmyk.jpg"]
+    assert all(1 <= len(row["labels"]) <= 4 and 0 < row["labels"][0]["probability"] <= 1 for row in good)
+    assert len([row for row in rows if "error" in row]) == 3
+    told = done.stderr.splitlines()
+    assert len(told) == 3
+    assert all(any(name in line for line in told) for name in ("text.jpg", "torn.jpg", "gone.jpg"))
+
+
+def test_predict_shows_bars_and_saves_a_grid(place):
+    done = run_nxtp("predict", "pictures/0.jpg", "--model", "model", "--top-k", "3", "--grid", "grid.png", cwd=place)
+    assert done.returncode == 0, done.stderr
+    assert "pictures/0.jpg" in done.stdout
+    assert Image.open(place / "grid.png").width > 400
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["predct"], "Did you mean 'predict'"),
+        (["predict", "x", "--modle", "m"], "Did you mean '--model'"),
+        (["predict", "pictures", "--model", "modle"], "No model directory 'modle'"),
+        (["predict", "pictures", "--model", "model", "--top-k", "0"], "--top-k"),
+        (["train", "experiment=dmo"], "Did you mean 'demo'"),
+        (["evaluate", "model=nowhere", "+data.val.v=x"], "No model directory 'nowhere'"),
+        (["parity", "nowhere"], "nowhere"),
+    ],
+)
+def test_mistakes_are_told_in_words(place, arguments, told):
+    done = run_nxtp(*arguments, cwd=place)
+    assert done.returncode in (1, 2)
+    assert told in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_help_is_there_and_light(place):
+    done = run_nxtp("--help", cwd=place)
+    assert done.returncode == 0
+    assert all(name in done.stdout for name in ("train", "evaluate", "predict", "describe", "parity", "bench"))
+    code = "import nxtp.cli, sys; assert 'torch' not in sys.modules"
+    assert subprocess.run([sys.executable, "-c", code], cwd=place).returncode == 0
+
+
+def test_describe_counts_without_weights(place):
+    done = run_nxtp("describe", "experiment=demo", "model.decoder.depth=3", cwd=place)
+    assert done.returncode == 0, done.stderr
+    assert "total" in done.stdout
+    assert "FLOPs an image" in done.stdout
+
+
+def test_a_built_wheel_carries_conf_and_works_elsewhere(tmp_path):
+    """The wheel's own nxtp and conf/, unpacked in front of the checkout's, used from an unrelated directory."""
+    built = subprocess.run(
+        [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path / "dist"), str(ROOT)],
+        capture_output=True,
+        text=True,
+    )
+    assert built.returncode == 0, built.stdout[-2000:] + built.stderr[-2000:]
+    (wheel,) = (tmp_path / "dist").glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert "nxtp/conf/train.yaml" in names
+    assert "nxtp/conf/experiment/demo.yaml" in names
+    zipfile.ZipFile(wheel).extractall(tmp_path / "site")
+    (tmp_path / "elsewhere").mkdir()
+    done = run_nxtp("describe", "experiment=demo", cwd=tmp_path / "elsewhere", PYTHONPATH=str(tmp_path / "site"))
+    assert done.returncode == 0, done.stderr
+    where = subprocess.run(
+        [sys.executable, "-c", "import nxtp.config as c; print(c.conf_dir())"],
+        cwd=tmp_path / "elsewhere",
+        env={"PYTHONPATH": str(tmp_path / "site"), "PATH": "/usr/bin"},
+        capture_output=True,
+        text=True,
+    )
+    assert str(tmp_path / "site") in where.stdout, where.stderr

@@ -1,0 +1,184 @@
+"""A model directory: the same predictions after saving; every kind of damage told in one line."""
+
+import shutil
+
+import pytest
+import torch
+import yaml
+from helpers import jpeg, tiny_config
+from PIL import Image
+
+import nxtp
+from nxtp.errors import UserError
+from nxtp.images import ImageError
+from nxtp.model import Model
+from nxtp.pixels import to_pixels
+from nxtp.recognizer import Recognizer
+from nxtp.sampling import Samples, ranked_labels
+from nxtp.tokens import train_tokenizer
+
+WORDS = ["rose", "lemon", "leaf", "ocean", "stone", "hot dog", "sunflower", "mirror"]
+
+
+def recognizer(**decoder) -> Recognizer:
+    torch.manual_seed(0)
+    tokenizer = train_tokenizer(WORDS, vocab_size=400)
+    config = tiny_config(**decoder)
+    return Recognizer(Model(config, len(tokenizer)), tokenizer, config, {"run": "test"})
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    return recognizer().save_pretrained(tmp_path_factory.mktemp("models") / "m")
+
+
+@pytest.fixture
+def damaged(saved, tmp_path):
+    return shutil.copytree(saved, tmp_path / "m")
+
+
+@pytest.mark.parametrize("decoder", [{}, {"tie_word_embeddings": True}, {"model_type": "qwen2"}])
+def test_loading_gives_the_same_predictions_to_the_bit(tmp_path, decoder):
+    ours = recognizer(**decoder)
+    loaded = Recognizer.from_pretrained(ours.save_pretrained(tmp_path / "m"), device="cpu")
+    images = [jpeg((200, 40, 60)), jpeg((20, 140, 60), size=77)]
+    assert loaded.predict(images, top_k=7) == ours.predict(images, top_k=7)
+    assert loaded.provenance == {"run": "test"}
+    for (name, a), (_, b) in zip(ours.model.named_buffers(), loaded.model.named_buffers(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_a_second_round_trip_changes_nothing(saved, tmp_path):
+    again = Recognizer.from_pretrained(saved, device="cpu").save_pretrained(tmp_path / "again")
+    assert (again / "model.safetensors").read_bytes() == (saved / "model.safetensors").read_bytes()
+    first, second = (yaml.safe_load((d / "config.yaml").read_text()) for d in (saved, again))
+    assert first == second
+
+
+def test_saving_replaces_what_was_there_whole(tmp_path):
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "old.txt").touch()
+    recognizer().save_pretrained(tmp_path / "m")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["m"], "nothing half-written beside it"
+    assert not (tmp_path / "m" / "old.txt").exists()
+
+
+def test_inputs_of_every_kind_agree(saved, tmp_path):
+    model = nxtp.Recognizer.from_pretrained(saved, device="cpu")
+    (tmp_path / "a.jpg").write_bytes(jpeg((30, 80, 200)))
+    image = Image.open(tmp_path / "a.jpg").convert("RGB")
+    one = model.predict(tmp_path / "a.jpg", top_k=4)
+    assert isinstance(one[0], tuple)
+    pixels = to_pixels(image, 32)
+    for same in (str(tmp_path / "a.jpg"), jpeg((30, 80, 200)), image, pixels, pixels.permute(1, 2, 0).numpy()):
+        assert model.predict(same, top_k=4) == one
+    assert model.predict([image], top_k=4) == [one]
+    probabilities = [p for _, p in one]
+    assert probabilities == sorted(probabilities, reverse=True)
+    assert all(0 < p <= 1 for p in probabilities)
+
+
+def test_results_do_not_depend_on_the_batch(saved):
+    model = Recognizer.from_pretrained(saved, device="cpu")
+    images = [jpeg((i * 20 % 255, i * 50 % 255, 90), seed=i) for i in range(7)]
+    together, alone = model.predict(images, top_k=6), [model.predict(image, top_k=6) for image in images]
+    for a, b in zip(together, alone, strict=True):
+        assert [label for label, _ in a] == [label for label, _ in b]
+        assert [p for _, p in a] == pytest.approx([p for _, p in b], rel=1e-5)
+
+
+def test_bad_arguments(saved, tmp_path):
+    model = Recognizer.from_pretrained(saved, device="cpu")
+    with pytest.raises(ValueError, match="top_k is 0"):
+        model.predict(jpeg((1, 2, 3)), top_k=0)
+    (tmp_path / "x.jpg").write_text("no image")
+    with pytest.raises(ImageError, match="x.jpg"):
+        model.predict(tmp_path / "x.jpg")
+
+
+def test_pixels_are_the_short_side_and_centre():
+    image = Image.new("RGB", (300, 100))
+    image.paste((255, 0, 0), (100, 0, 200, 100))
+    pixels = to_pixels(image, 50)
+    assert pixels.shape == (3, 50, 50)
+    assert pixels[0].min() > 200
+    assert pixels[1].max() < 50
+    square = Image.effect_noise((64, 64), 90).convert("RGB")
+    assert torch.equal(to_pixels(square, 64), torch.tensor(list(square.tobytes())).view(64, 64, 3).permute(2, 0, 1))
+    assert to_pixels(Image.new("RGB", (1, 1), (7, 8, 9)), 32).shape == (3, 32, 32)
+    assert to_pixels(Image.new("RGB", (5000, 1)), 32).shape == (3, 32, 32)
+
+
+def test_duplicates_are_merged_and_empty_labels_dropped():
+    tokenizer = train_tokenizer(WORDS, vocab_size=400)
+    rose, stone = (tokenizer.encode_labels([word])[0] for word in ("rose", "stone"))
+    spelled = tuple(tokenizer.tokenizer.convert_tokens_to_ids(["▁", "r", "o", "s", "e"]))
+    rows = [rose, spelled, stone, ()]
+    width = max(map(len, rows)) + 1
+    tokens = torch.full((1, 4, width), tokenizer.delimiter_id)
+    for i, row in enumerate(rows):
+        tokens[0, i, : len(row)] = torch.tensor(row, dtype=torch.long)
+    probs = torch.ones(1, 4, width)
+    probs[0, :, 0] = torch.tensor([0.3, 0.25, 0.4, 0.9])
+    samples = Samples(tokens, probs, torch.tensor([[len(row) for row in rows]]))
+    (labels,) = ranked_labels(samples, tokenizer, top_k=5)
+    assert [label for label, _ in labels] == ["rose", "stone"]
+    assert [p for _, p in labels] == pytest.approx([0.55, 0.4])
+
+
+def edit(path, change):
+    content = yaml.safe_load(path.read_text())
+    change(content)
+    path.write_text(yaml.safe_dump(content))
+
+
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[-5] ^= 1
+    path.write_bytes(data)
+
+
+DAMAGE = {
+    "no directory": (lambda d: shutil.rmtree(d), "No model directory"),
+    "no config": (lambda d: (d / "config.yaml").unlink(), "no config.yaml"),
+    "no weights": (lambda d: (d / "model.safetensors").unlink(), "lacks model.safetensors"),
+    "no tokenizer": (lambda d: (d / "tokenizer.json").unlink(), "lacks tokenizer.json"),
+    "a bit of the weights": (lambda d: flip(d / "model.safetensors"), "not the file that was saved"),
+    "a truncated file": (lambda d: (d / "model.safetensors").write_bytes(b"123"), "not the file that was saved"),
+    "another tokenizer": (lambda d: flip(d / "tokenizer.json"), "not the file that was saved"),
+    "broken yaml": (lambda d: (d / "config.yaml").write_text("a: [1"), "is damaged"),
+    "binary config": (lambda d: (d / "config.yaml").write_bytes(b"\xff\xfe\x00\x80"), "is damaged"),
+    "other yaml": (lambda d: (d / "config.yaml").write_text("- 1"), "not a model's configuration"),
+    "a later format": (lambda d: edit(d / "config.yaml", lambda c: c.update(format=99)), "format 99"),
+    "an unknown key": (
+        lambda d: edit(d / "config.yaml", lambda c: c["model"].update(promt="x")),
+        "promt.*Did you mean 'prompt'",
+    ),
+    "code": (
+        lambda d: edit(d / "config.yaml", lambda c: c["model"]["encoder"].update(_target_="os.system")),
+        "_target_",
+    ),
+    "another width": (
+        lambda d: edit(d / "config.yaml", lambda c: c["model"]["decoder"]["config"].update(intermediate_size=96)),
+        "of another shape",
+    ),
+    "another depth": (
+        lambda d: edit(d / "config.yaml", lambda c: c["model"]["decoder"]["config"].update(num_hidden_layers=3)),
+        r"missing \(decoder",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", list(DAMAGE))
+def test_damage_is_told_in_one_line(damaged, kind):
+    act, message = DAMAGE[kind]
+    act(damaged)
+    with pytest.raises(UserError, match=message) as told:
+        Recognizer.from_pretrained(damaged, device="cpu")
+    assert "\n" not in str(told.value)
+
+
+def test_unverified_loading_still_refuses_what_it_cannot_read(damaged):
+    (damaged / "model.safetensors").write_bytes(b"123")
+    with pytest.raises(UserError, match="cannot be read"):
+        Recognizer.from_pretrained(damaged, device="cpu", verify=False)
