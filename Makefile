@@ -1,7 +1,7 @@
 # Everything starts from a bare clone and needs nothing by hand.
 #   make demo       install, make scenes, train, evaluate, predict: the whole system in minutes on a laptop CPU
 #   make test       install, lint, test         make test-all   the slow tests too
-#   make scenes     the larger recipe (500+ concepts, up to an hour)
+#   make scenes     the larger recipe: 550 concepts, up to an hour on two cores
 
 PYTHON ?= python3
 VENV   := .venv
@@ -23,6 +23,7 @@ $(READY): pyproject.toml constraints.txt
 
 lint: $(READY)
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 
 test: lint
 	$(BIN)/python -m pytest -n 2
@@ -31,14 +32,13 @@ test-all: lint
 	$(BIN)/python -m pytest -n 2 -m ''
 
 demo: $(READY)
-	$(BIN)/python data/scenes.py --out data/shards/demo --concepts 500 --train 60000 --val 2000 --val-style 2000
+	$(BIN)/python data/scenes.py --out data/shards/demo --concepts 500 --train 80000 --val 2000 --val-style 2000
 	$(BIN)/nxtp train experiment=demo
 	$(BIN)/nxtp evaluate model=runs/demo/model data=scenes data.root=data/shards/demo out=runs/demo
-	$(BIN)/nxtp show data/shards/demo/val --to runs/demo/unseen --count 4
-	$(BIN)/nxtp predict runs/demo/unseen --model runs/demo/model --top-k 5
+	$(BIN)/nxtp predict data/shards/demo/examples --model runs/demo/model --top-k 5
 
 scenes: $(READY)
-	$(BIN)/python data/scenes.py --out data/shards/scenes
+	$(BIN)/python data/scenes.py
 	$(BIN)/nxtp train experiment=scenes
 	$(BIN)/nxtp evaluate model=runs/scenes/model data=scenes out=runs/scenes
 

@@ -4,7 +4,7 @@
 
 One to four pictures (Twemoji) on a muted background, and an English caption that names them. Three splits are
 written as WebDataset shards: ``train`` (captions only: labels come from the nouns in them), ``val`` (unseen
-scenes) and ``val_style`` (the same concepts in another art style, OpenMoji), both with the true labels.
+scenes) and ``val_style`` (the same concepts in another art style, OpenMoji), both with the true labels. ``examples`` holds a few scenes as plain pictures.
 
 Every sample is a function of (seed, split, number, options): any number of processes writes the same bytes, and a
 larger split begins with the smaller one.
@@ -220,7 +220,9 @@ def _places(count: int, size: int, rng: np.random.Generator) -> Iterator[tuple[i
             return iter(places)
     half = size // 2
     corners = rng.permutation(4)[:count]
-    return iter([(int(c % 2) * half, int(c // 2) * half, min(side, half)) for c, side in zip(corners, sides, strict=True)])
+    return iter(
+        [(int(c % 2) * half, int(c // 2) * half, min(side, half)) for c, side in zip(corners, sides, strict=True)]
+    )
 
 
 def _overlap(a: tuple[int, int, int], b: tuple[int, int, int]) -> float:
@@ -281,11 +283,14 @@ def make_scenes(
         made_by |= asdict(options) | {"art": CREDITS[ART[split]]}
         state = _state(out / split, made_by)
         if state == "different" and not overwrite:
-            raise UserError(f"'{out / split}' holds scenes made with other options: choose another --out, or --overwrite.")
+            raise UserError(
+                f"'{out / split}' holds scenes made with other options: choose another --out, or --overwrite."
+            )
         if state == "done":
             console.print(f"{out / split}: {count} scenes are there, nothing to do.", highlight=False, soft_wrap=True)
         elif count:
             todo.append((split, count, made_by))
+    _write_examples(out / "examples", options)
     if not todo:
         return out
 
@@ -320,6 +325,15 @@ def make_scenes(
     return out
 
 
+def _write_examples(directory: Path, options: Options, count: int = 6) -> None:
+    """A few unseen scenes as plain pictures, to try `nxtp predict` on."""
+    directory.mkdir(parents=True, exist_ok=True)
+    for number in range(count):
+        make_scene("val", number, options).image.save(
+            directory / f"scene-{number}.jpg", quality=options.quality, subsampling=0
+        )
+
+
 def _check(options: Options, shard_size: int, workers: int) -> None:
     known = len(concept_table())
     if not options.max_objects <= options.concepts <= known:
@@ -338,7 +352,7 @@ def _check(options: Options, shard_size: int, workers: int) -> None:
 
 
 def _state(directory: Path, made_by: dict[str, Any]) -> str:
-    """"absent", "done" or "different"; a directory without a manifest was not finished and counts as absent."""
+    """ "absent", "done" or "different"; a directory without a manifest was not finished and counts as absent."""
     manifest = read_manifest(directory)
     if manifest is None:
         return "absent"
@@ -351,7 +365,9 @@ def _state(directory: Path, made_by: dict[str, Any]) -> str:
 
 
 @click.command(context_settings={"show_default": True})
-@click.option("--out", type=click.Path(path_type=Path), default=Path("data/shards/scenes"), help="Directory of the splits.")
+@click.option(
+    "--out", type=click.Path(path_type=Path), default=Path("data/shards/scenes"), help="Directory of the splits."
+)
 @click.option("--concepts", default=550, help="How many concepts, the most recognisable first.")
 @click.option("--train", default=300_000, help="Training scenes.")
 @click.option("--val", default=5_000, help="Unseen scenes.")

@@ -128,7 +128,11 @@ def resolve(config: DecoderConfig, vocab_size: int | None = None) -> tuple[PreTr
     count = full.num_hidden_layers
     if config.blocks is not None and config.depth is not None:
         raise UserError("model.decoder: set 'depth' or 'blocks', not both.")
-    kept = list(config.blocks) if config.blocks is not None else list(range(count if config.depth is None else config.depth))
+    kept = (
+        list(config.blocks)
+        if config.blocks is not None
+        else list(range(count if config.depth is None else config.depth))
+    )
     if not kept or len(set(kept)) != len(kept) or not all(0 <= block < count for block in kept):
         raise UserError(f"model.decoder: blocks {kept} of '{config.source}', which has blocks 0 to {count - 1}.")
     full.num_hidden_layers = len(kept)
@@ -136,7 +140,9 @@ def resolve(config: DecoderConfig, vocab_size: int | None = None) -> tuple[PreTr
     if layer_types is not None:
         full.layer_types = [layer_types[block] for block in kept]
         if set(full.layer_types) != {"full_attention"}:
-            raise UserError(f"model.decoder: blocks with {set(full.layer_types)}; only full attention can follow the mask.")
+            raise UserError(
+                f"model.decoder: blocks with {set(full.layer_types)}; only full attention can follow the mask."
+            )
     full.dtype = torch.float32
     full._attn_implementation = "sdpa"
     return full, kept
@@ -192,5 +198,7 @@ def _fill(lm: nn.Module, state: dict[str, Tensor], source: str) -> None:
     wrong = [n for n, t in state.items() if n in own and own[n].shape != t.shape]
     missing = sorted(set(own) - set(state))
     if wrong or missing:
-        raise UserError(f"model.decoder.source '{source}': missing {missing or 'nothing'}, wrong shape {wrong or 'none'}.")
+        raise UserError(
+            f"model.decoder.source '{source}': missing {missing or 'nothing'}, wrong shape {wrong or 'none'}."
+        )
     lm.load_state_dict({n: t for n, t in state.items() if n in own})

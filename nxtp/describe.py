@@ -37,9 +37,7 @@ def describe(cfg: DictConfig) -> None:
         cells = (f"{count / 1e6:,.2f}" for count in (every, trained, every - trained))
         table.add_row(part, *cells, style="bold" if part == "total" else None, end_section=part == "decoder")
 
-    forward, backward = training_flops(
-        model, prompt_tokens=PROMPT_TOKENS, labels=LABELS, label_tokens=LABEL_TOKENS
-    )
+    forward, backward = training_flops(model, prompt_tokens=PROMPT_TOKENS, labels=LABELS, label_tokens=LABEL_TOKENS)
     prefix = model.num_image_tokens + 1 + PROMPT_TOKENS
     console = Console()
     console.print(table)
@@ -50,4 +48,6 @@ def describe(cfg: DictConfig) -> None:
         highlight=False,
     )
     if vocabulary is not None:
-        console.print(f"vocabulary       up to {vocabulary} rows (the tokenizer is trained on the labels)", highlight=False)
+        console.print(
+            f"vocabulary       up to {vocabulary} rows (the tokenizer is trained on the labels)", highlight=False
+        )

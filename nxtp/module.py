@@ -180,4 +180,6 @@ class Recognition(L.LightningModule):
 
 def describe_faults(faults: Counter) -> str:
     """'3 × bad image, 1 × no caption', most frequent first."""
-    return ", ".join(f"{count} × {kind}" for kind, count in sorted(faults.items(), key=lambda item: (-item[1], item[0])))
+    return ", ".join(
+        f"{count} × {kind}" for kind, count in sorted(faults.items(), key=lambda item: (-item[1], item[0]))
+    )

@@ -90,7 +90,9 @@ def _last_blocks(whole: nn.Module, blocks, choice: Any, name: str) -> list[nn.Mo
     # The chosen blocks, and whatever stands behind the last block in the forward order (a final norm).
     order = list(whole.modules())
     last = max(order.index(m) for m in found[-1].modules())
-    behind = [m for m in order[last + 1 :] if not any(p is q for p in m.parameters() for b in found for q in b.parameters())]
+    behind = [
+        m for m in order[last + 1 :] if not any(p is q for p in m.parameters() for b in found for q in b.parameters())
+    ]
     return [*found[-choice:], *behind]
 
 

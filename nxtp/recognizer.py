@@ -261,6 +261,8 @@ def _load_weights(model: Model, path: Path) -> None:
     misshaped = sorted(name for name in own.keys() & shapes.keys() if own[name] != shapes[name])
     if missing or surplus or misshaped:
         found = {"missing": missing, "surplus": surplus, "of another shape": misshaped}
-        told = "; ".join(f"{len(v)} {k} ({', '.join(v[:3])}{', …' if len(v) > 3 else ''})" for k, v in found.items() if v)
+        told = "; ".join(
+            f"{len(v)} {k} ({', '.join(v[:3])}{', …' if len(v) > 3 else ''})" for k, v in found.items() if v
+        )
         raise UserError(f"'{path}' does not fit its config.yaml: {told}.")
     model.load_state_dict(state)

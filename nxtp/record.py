@@ -17,7 +17,16 @@ import torch
 
 FORMAT = 1
 FILE = "run.json"
-_LIBRARIES = ("nxtp", "torch", "lightning", "transformers", "open_clip_torch", "webdataset", "hydra-core", "torchmetrics")
+_LIBRARIES = (
+    "nxtp",
+    "torch",
+    "lightning",
+    "transformers",
+    "open_clip_torch",
+    "webdataset",
+    "hydra-core",
+    "torchmetrics",
+)
 
 
 @dataclass

@@ -36,7 +36,9 @@ def bar(share: float, width: int) -> str:
 
 def print_labels(console: Console, title: str, labels: Sequence[tuple[str, float]]) -> None:
     """One image's labels as a table with probability bars, as wide as the terminal allows."""
-    table = Table(title=escape(title), title_justify="left", box=None, show_header=False, padding=(0, 1), title_style="bold")
+    table = Table(
+        title=escape(title), title_justify="left", box=None, show_header=False, padding=(0, 1), title_style="bold"
+    )
     table.add_column(justify="right", style="dim")
     table.add_column(no_wrap=True)
     table.add_column(justify="right")
@@ -63,7 +65,13 @@ def save_grid(path: Path | str, items: Sequence[GridItem], *, columns: int = 4, 
         _draw_image(figure.add_subplot(cell[0]), item)
         _draw_bars(figure.add_subplot(cell[1]), item, top)
     legend = "blue: among the true labels · orange: not" if known else ""
-    figure.text(0.012, 1 - 0.3 / height, title or f"Top-{top} predicted labels with their probabilities", fontsize=15, weight="bold")
+    figure.text(
+        0.012,
+        1 - 0.3 / height,
+        title or f"Top-{top} predicted labels with their probabilities",
+        fontsize=15,
+        weight="bold",
+    )
     figure.text(0.985, 1 - 0.3 / height, legend, fontsize=11, color="#555555", ha="right")
     figure.savefig(path, format="png")
 

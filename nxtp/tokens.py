@@ -120,7 +120,9 @@ def train_tokenizer(labels: Iterable[str], *, vocab_size: int, prompts: Sequence
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
     special = [UNK, BOS, EOS, *(f"<0x{byte:02X}>" for byte in range(256)), DELIMITER]
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=special, initial_alphabet=list(ALPHABET), show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=special, initial_alphabet=list(ALPHABET), show_progress=False
+    )
     tokenizer.train_from_iterator([*sorted(set(labels)), *prompts, "a"], trainer)
     # Only the first three are special to the decoder: bytes and the delimiter are ordinary text.
     wrapped = PreTrainedTokenizerFast(

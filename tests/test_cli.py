@@ -30,12 +30,27 @@ def place(tmp_path_factory):
 
 def test_predict_does_the_good_files_and_tells_the_bad(place):
     done = run_nxtp(
-        "predict", "pictures", "text.jpg", "torn.jpg", "gone.jpg", "--model", "model", "--top-k", "4", "--json", cwd=place
+        "predict",
+        "pictures",
+        "text.jpg",
+        "torn.jpg",
+        "gone.jpg",
+        "--model",
+        "model",
+        "--top-k",
+        "4",
+        "--json",
+        cwd=place,
     )
     assert done.returncode == 1
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     good = [row for row in rows if "labels" in row]
-    assert [row["image"] for row in good] == ["pictures/0.jpg", "pictures/1.jpg", "pictures/2.jpg", "pictures/deep/cmyk.jpg"]
+    assert [row["image"] for row in good] == [
+        "pictures/0.jpg",
+        "pictures/1.jpg",
+        "pictures/2.jpg",
+        "pictures/deep/cmyk.jpg",
+    ]
     assert all(1 <= len(row["labels"]) <= 4 and 0 < row["labels"][0]["probability"] <= 1 for row in good)
     assert len([row for row in rows if "error" in row]) == 3
     told = done.stderr.splitlines()

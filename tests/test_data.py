@@ -67,9 +67,7 @@ def test_epochs_differ_and_repeat_by_seed():
 
 
 def test_subsets_are_nested():
-    small, large = (
-        set(positions(EpochPlan([50, 50], 1, shuffle=False, seed=4, samples=n))) for n in (10, 60)
-    )
+    small, large = (set(positions(EpochPlan([50, 50], 1, shuffle=False, seed=4, samples=n))) for n in (10, 60))
     assert len(small) == 10
     assert len(large) == 60
     assert small < large
@@ -125,7 +123,9 @@ def test_batch_holds_pixels_and_labels(tmp_path):
 
 
 def test_labels_win_over_the_caption(tmp_path):
-    write_shard(tmp_path / "a.tar", [{"__key__": "x", "jpg": jpeg((9, 9, 9)), "txt": "a lemon", "json": {"labels": ["rose"]}}])
+    write_shard(
+        tmp_path / "a.tar", [{"__key__": "x", "jpg": jpeg((9, 9, 9)), "txt": "a lemon", "json": {"labels": ["rose"]}}]
+    )
     batch = next(iter(shard_data(val={"v": str(tmp_path)}).val_dataloader()[0]))
     assert batch.labels == [["rose"]]
 

@@ -35,9 +35,7 @@ def plain_pairs(labels, prompt, num_image_tokens, objective):
 @settings(max_examples=150, deadline=None)
 @given(batch_of_labels, prompts, st.integers(1, 6), st.sampled_from(list(Objective)))
 def test_layout_is_the_plain_construction(labels, prompt, num_image_tokens, objective):
-    layout = lay_out(
-        labels, prompt=prompt, delimiter=DELIMITER, num_image_tokens=num_image_tokens, objective=objective
-    )
+    layout = lay_out(labels, prompt=prompt, delimiter=DELIMITER, num_image_tokens=num_image_tokens, objective=objective)
     batch, length = layout.segments_BT.shape
     rows, columns = layout.sources[layout.pairs_S] // length, layout.sources[layout.pairs_S] % length
     plain = list(plain_pairs(labels, prompt, num_image_tokens, str(objective)))
@@ -56,9 +54,7 @@ def test_layout_is_the_plain_construction(labels, prompt, num_image_tokens, obje
 @settings(max_examples=150, deadline=None)
 @given(batch_of_labels, st.integers(1, 6), st.sampled_from(list(Objective)))
 def test_mask_is_the_definition(labels, num_image_tokens, objective):
-    layout = lay_out(
-        labels, prompt=[1, 2], delimiter=DELIMITER, num_image_tokens=num_image_tokens, objective=objective
-    )
+    layout = lay_out(labels, prompt=[1, 2], delimiter=DELIMITER, num_image_tokens=num_image_tokens, objective=objective)
     mask = layout.mask()
     assert mask.dtype == torch.bool
     assert torch.equal(mask[:, 0], mask_by_definition(layout.segments_BT, num_image_tokens))

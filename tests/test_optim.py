@@ -6,7 +6,14 @@ from helpers import tiny_config
 
 from nxtp.errors import UserError
 from nxtp.model import Model
-from nxtp.optim import OptimConfig, TrainsConfig, build_optimizer, choose_trained, learning_rate_factor, parameter_groups
+from nxtp.optim import (
+    OptimConfig,
+    TrainsConfig,
+    build_optimizer,
+    choose_trained,
+    learning_rate_factor,
+    parameter_groups,
+)
 
 
 def trained(trains: TrainsConfig, **decoder) -> set[str]:

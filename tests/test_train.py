@@ -164,7 +164,9 @@ def test_a_run_directory_holds_everything(workplace):
     run = root / "runs" / "r"
     record = json.loads((run / "run.json").read_text())
     assert record["status"] == "finished"
-    assert record["samples_skipped"] == {"bad image": 2, "no caption": 2} or sum(record["samples_skipped"].values()) >= 2
+    assert (
+        record["samples_skipped"] == {"bad image": 2, "no caption": 2} or sum(record["samples_skipped"].values()) >= 2
+    )
     assert record["samples_seen"] > 140
     assert record["data"]["train"]["samples"] == 83
     assert record["data"]["val"]["manifest"]
@@ -209,7 +211,14 @@ def test_a_finished_run_is_not_repeated_nor_overwritten(workplace):
 def test_evaluate_writes_metrics_and_predictions(workplace):
     root, _, _ = workplace
     done = run_nxtp(
-        "evaluate", "model=runs/r/model", "+data.val.val=val", "out=out", "semantic=null", "data.workers=0", "grid=2", cwd=root
+        "evaluate",
+        "model=runs/r/model",
+        "+data.val.val=val",
+        "out=out",
+        "semantic=null",
+        "data.workers=0",
+        "grid=2",
+        cwd=root,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     metrics = json.loads((root / "out" / "metrics.json").read_text())
@@ -236,7 +245,9 @@ def test_an_interrupted_run_continues_as_if_nothing_had_happened(workplace, tmp_
     (root / "runs" / "parts" / "run.json").write_text(json.dumps(record))
     rest = run_nxtp(*short, "name=parts", "trainer.max_steps=14", cwd=root)
     assert rest.returncode == 0, rest.stderr[-3000:]
-    states = [torch.load(root / "runs" / n / "checkpoints" / "last.ckpt", weights_only=True) for n in ("whole", "parts")]
+    states = [
+        torch.load(root / "runs" / n / "checkpoints" / "last.ckpt", weights_only=True) for n in ("whole", "parts")
+    ]
     assert states[0]["global_step"] == states[1]["global_step"]
     for name, tensor in states[0]["state_dict"].items():
         assert torch.equal(tensor, states[1]["state_dict"][name]), name
