@@ -4,7 +4,8 @@
 
 One to four pictures (Twemoji) on a muted background, and an English caption that names them. Three splits are
 written as WebDataset shards: ``train`` (captions only: labels come from the nouns in them), ``val`` (unseen
-scenes) and ``val_style`` (the same concepts in another art style, OpenMoji), both with the true labels. ``examples`` holds a few scenes as plain pictures.
+scenes) and ``val_style`` (the same concepts in another art style, OpenMoji), both with the true labels.
+``examples`` holds a few scenes as plain pictures.
 
 Every sample is a function of (seed, split, number, options): any number of processes writes the same bytes, and a
 larger split begins with the smaller one.
@@ -207,7 +208,7 @@ def _background(size: int, rng: np.random.Generator) -> Image.Image:
 
 def _places(count: int, size: int, rng: np.random.Generator) -> Iterator[tuple[int, int, int]]:
     """(left, top, side) of each picture: random, with little overlap; on a 2×2 grid where chance finds no room."""
-    sides = [int(round(size * rng.uniform(SMALLEST, LARGEST[count]))) for _ in range(count)]
+    sides = [round(size * rng.uniform(SMALLEST, LARGEST[count])) for _ in range(count)]
     for _ in range(20):
         places: list[tuple[int, int, int]] = []
         for side in sides:

@@ -149,7 +149,8 @@ def resolve(config: DecoderConfig, vocab_size: int | None = None) -> tuple[PreTr
 
 
 def _not_family(model_type: str) -> str:
-    return f"model.decoder: '{model_type}' is not a LLaMA-family model.{nearest(model_type, FAMILY)} Known: {', '.join(FAMILY)}."
+    known = ", ".join(FAMILY)
+    return f"model.decoder: '{model_type}' is not a LLaMA-family model.{nearest(model_type, FAMILY)} Known: {known}."
 
 
 def read_blocks(source: str, kept: list[int]) -> dict[str, Tensor]:

@@ -238,7 +238,7 @@ def _verify(directory: Path, files: dict[str, Any]) -> None:
             raise UserError(f"'{directory}' lacks {name}: copy or export the model again.")
         if name in files and _fingerprint(path) != files[name]:
             raise UserError(
-                f"'{path}' is not the file that was saved (its size or SHA-256 differs): copy or export the model again."
+                f"'{path}' is not the file that was saved (size or SHA-256 differ): copy or export the model again."
             )
 
 

@@ -50,7 +50,7 @@ def print_labels(console: Console, title: str, labels: Sequence[tuple[str, float
 
 
 def save_grid(path: Path | str, items: Sequence[GridItem], *, columns: int = 4, top: int = 5, title: str = "") -> None:
-    """A PNG of images, each with its true labels and its ``top`` predictions as bars, hits and misses in two colours."""
+    """A PNG: each image with its true labels and ``top`` predictions as bars: hits and misses in two colours."""
     rows = -(-len(items) // columns)
     figure = Figure(figsize=(4.1 * columns, 2.05 * rows + 0.75), dpi=100, facecolor="white")
     FigureCanvasAgg(figure)

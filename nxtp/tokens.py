@@ -133,7 +133,6 @@ def train_tokenizer(labels: Iterable[str], *, vocab_size: int, prompts: Sequence
 
 def _without_special_bytes(tokenizer: Tokenizer) -> Tokenizer:
     """The same vocabulary, with byte tokens and delimiter matched by the model instead of as added tokens."""
-    import json
 
     state = json.loads(tokenizer.to_str())
     state["added_tokens"] = [t for t in state["added_tokens"] if t["content"] in (UNK, BOS, EOS)]

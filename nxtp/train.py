@@ -92,7 +92,7 @@ def find_checkpoint(run_dir: Path, resolved: dict[str, Any]) -> str | None:
     changed = differences(previous["config"], resolved)
     if changed:
         raise UserError(
-            f"'{run_dir}' holds a run with other settings ({', '.join(changed[:6])}): choose another name, or delete it."
+            f"'{run_dir}' holds a run with other settings ({', '.join(changed[:6])}): choose another name or delete it."
         )
     if previous["status"] == "finished":
         return "finished"

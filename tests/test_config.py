@@ -18,8 +18,10 @@ from nxtp.perf import count_parameters, meta_model
 
 GROUPS = {
     name: sorted(path.stem for path in (conf_dir() / name).glob("*.yaml"))
-    for name in ("model", "model/encoder", "model/decoder", "data", "objective", "optim", "trainer", "callbacks")
-    + ("logger", "debug", "experiment")
+    for name in (
+        *("model", "model/encoder", "model/decoder", "data", "objective", "optim", "trainer", "callbacks"),
+        *("logger", "debug", "experiment"),
+    )
 }
 CHOICES = [f"{group}={option}" for group, options in GROUPS.items() for option in options]
 

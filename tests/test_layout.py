@@ -36,7 +36,7 @@ def plain_pairs(labels, prompt, num_image_tokens, objective):
 @given(batch_of_labels, prompts, st.integers(1, 6), st.sampled_from(list(Objective)))
 def test_layout_is_the_plain_construction(labels, prompt, num_image_tokens, objective):
     layout = lay_out(labels, prompt=prompt, delimiter=DELIMITER, num_image_tokens=num_image_tokens, objective=objective)
-    batch, length = layout.segments_BT.shape
+    length = layout.segments_BT.shape[1]
     rows, columns = layout.sources[layout.pairs_S] // length, layout.sources[layout.pairs_S] % length
     plain = list(plain_pairs(labels, prompt, num_image_tokens, str(objective)))
     assert layout.num_tokens == sum(len(segments) for _, segments, _, _ in plain)

@@ -92,7 +92,7 @@ def test_bad_arguments(saved, tmp_path):
     with pytest.raises(ValueError, match="top_k is 0"):
         model.predict(jpeg((1, 2, 3)), top_k=0)
     (tmp_path / "x.jpg").write_text("no image")
-    with pytest.raises(ImageError, match="x.jpg"):
+    with pytest.raises(ImageError, match=r"x\.jpg"):
         model.predict(tmp_path / "x.jpg")
 
 

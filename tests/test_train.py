@@ -132,10 +132,9 @@ def test_too_many_bad_samples_end_the_run():
     batch = batch_of()
     batch.offered, batch.faults = 95, Counter({"bad image": 9})
     module._count(batch)
-    batch.faults = Counter({"bad image": 10})
-    with pytest.raises(UserError, match=r"19 of 190 .*19 × bad image.*fault_limit"):
-        for _ in range(5):
-            module._count(batch)
+    batch.faults = Counter({"bad image": 11})
+    with pytest.raises(UserError, match=r"20 of 190 .*20 × bad image.*fault_limit"):
+        module._count(batch)
 
 
 def test_differences_names_dotted_keys():
