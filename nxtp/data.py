@@ -19,7 +19,8 @@ from nxtp.images import ImageError, load_image
 from nxtp.labels import clean_labels, noun_backend
 from nxtp.layout import Layout, Objective, lay_out
 from nxtp.pixels import to_pixels
-from nxtp.shards import SampleFault, ShardSet, expand_shards
+from nxtp.shards import expand_shards
+from nxtp.tar_index import SampleFault, ShardSet
 from nxtp.tokens import LabelTokenizer
 
 
@@ -33,7 +34,7 @@ class DataConfig:
     ``batch_size``     images a rank and step
     ``workers``        loader processes a rank
     ``samples``        use only this many training samples: a fixed, nested choice (more samples contain fewer)
-    ``window``         samples are shuffled within windows of this many, over shuffled shards; 0 keeps their order
+    ``window``         samples are shuffled within windows of this many, over shuffled shards; 0 shuffles shards only
     ``nouns``          backend that makes labels of captions, where a sample has no labels of its own
     ``max_labels``     labels an image at most; of more, a new random choice each epoch
     ``fault_limit``    a larger share of skipped samples than this ends the run
@@ -150,8 +151,9 @@ class EpochPlan(Sampler):
         starts = np.cumsum(self.sizes) - self.sizes
         bounds = np.searchsorted(self.chosen, np.append(starts, self.sizes.sum()))
         order = np.concatenate([self.chosen[bounds[s] : bounds[s + 1]] for s in rng.permutation(len(self.sizes))])
-        for begin in range(0, self.total if self.window > 1 else 0, self.window):
-            rng.shuffle(order[begin : begin + self.window])
+        if self.window > 1:
+            for begin in range(0, self.total, self.window):
+                rng.shuffle(order[begin : begin + self.window])
         return order
 
 

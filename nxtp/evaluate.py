@@ -32,6 +32,8 @@ log = logging.getLogger("nxtp")
 
 
 def main(argv: Sequence[str]) -> int:
+    # `model` is a configuration group of training, which Hydra would look for; here it names a directory.
+    argv = [f"model_dir={a.removeprefix('model=')}" if a.startswith("model=") else a for a in argv]
     compose_and_run(evaluate, "evaluate", argv)
     return 0
 
@@ -43,7 +45,7 @@ def evaluate(cfg: DictConfig) -> dict[str, float]:
     config = to_dataclass(DataConfig, cfg.data, "data")
     if not config.val:
         raise UserError("data.val names no set to evaluate on: for example +data.val.mine=DIR, or data=scenes.")
-    recognizer = Recognizer.from_pretrained(cfg.model, device=cfg.device)
+    recognizer = Recognizer.from_pretrained(cfg.model_dir, device=cfg.device)
     data = ShardData(
         config,
         recognizer.tokenizer,
@@ -142,14 +144,14 @@ def to_image(pixels: Tensor) -> Image.Image:
 
 
 def metrics_table(metrics: dict[str, float]) -> Table:
-    """One row a set, one column a metric."""
+    """One row a metric, one column a set."""
     sets = list(dict.fromkeys(key.split("/", 1)[0] for key in metrics))
     names = list(dict.fromkeys(key.split("/", 1)[1] for key in metrics))
     table = Table(title="Evaluation")
-    table.add_column("set")
-    for column in names:
-        table.add_column(column, justify="right")
+    table.add_column("metric")
     for name in sets:
-        values = [metrics.get(f"{name}/{column}") for column in names]
-        table.add_row(name, *("" if v is None else f"{v:.4f}" if isinstance(v, float) else str(v) for v in values))
+        table.add_column(name, justify="right")
+    for metric in names:
+        values = [metrics.get(f"{name}/{metric}") for name in sets]
+        table.add_row(metric, *("" if v is None else f"{v:.4f}" if isinstance(v, float) else str(v) for v in values))
     return table

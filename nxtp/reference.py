@@ -170,20 +170,21 @@ def one_label_at_a_time(
     result = []
     for image in images.split(1):
         image_tokens = model.encode(image)
-
-        def distribution(label: list[int], image_tokens: Tensor = image_tokens) -> Tensor:
-            embeddings = model.embed(image_tokens, torch.tensor([[*prompt, *label]], device=image_tokens.device))
-            return _last_logits(model, embeddings, image_tokens.shape[1])[0].softmax(dim=-1)
-
-        first = distribution([])
+        first = _next_token(model, image_tokens, prompt)
         order = [token for token in first.argsort(descending=True).tolist() if token not in never_first]
         labels = []
         for token in order[:top_k]:
             tokens, probs = [token], [first[token].item()]
             while tokens[-1] != delimiter and len(tokens) < max_tokens:
-                following = distribution(tokens)
+                following = _next_token(model, image_tokens, [*prompt, *tokens])
                 tokens.append(int(following.argmax()))
                 probs.append(following.max().item())
             labels.append((tokens, probs))
         result.append(labels)
     return result
+
+
+def _next_token(model: Model, image_tokens: Tensor, text: Sequence[int]) -> Tensor:
+    """Probabilities [V] of what follows the image tokens [1, N, D], ``<|image|>`` and ``text``."""
+    embeddings = model.embed(image_tokens, torch.tensor([list(text)], device=image_tokens.device))
+    return _last_logits(model, embeddings, image_tokens.shape[1])[0].softmax(dim=-1)

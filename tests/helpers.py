@@ -67,7 +67,11 @@ def tiny_config(image_size: int = 32, **decoder) -> ModelConfig:
 
 # The same model as Hydra overrides, for commands run in a subprocess.
 TINY_OVERRIDES = [
-    "model.encoder.vision={layers: 2, width: 32, head_width: 16, patch_size: 8, mlp_ratio: 2.0}",
+    "model/encoder=vit_tiny",
+    "model.encoder.vision.layers=2",
+    "model.encoder.vision.width=32",
+    "model.encoder.vision.head_width=16",
+    "model.encoder.vision.mlp_ratio=2.0",
     "model.encoder.image_size=32",
     "model.decoder.config.hidden_size=32",
     "model.decoder.config.intermediate_size=64",

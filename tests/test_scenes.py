@@ -9,7 +9,8 @@ import pytest
 
 from nxtp.errors import UserError
 from nxtp.labels import noun_backend
-from nxtp.shards import ShardSet, expand_shards, read_manifest
+from nxtp.shards import expand_shards, read_manifest
+from nxtp.tar_index import ShardSet
 
 SCRIPT = Path(__file__).parent.parent / "data" / "scenes.py"
 spec = importlib.util.spec_from_file_location("scenes", SCRIPT)

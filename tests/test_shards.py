@@ -17,18 +17,15 @@ import webdataset as wds
 
 from nxtp.errors import UserError
 from nxtp.shards import (
-    MAX_CAPTION_BYTES,
-    SampleFault,
     ShardInfo,
-    ShardSet,
     expand_shards,
-    index_shard,
     manifest_hash,
     read_manifest,
     sha256_of,
     write_manifest,
     write_shard,
 )
+from nxtp.tar_index import MAX_CAPTION_BYTES, SampleFault, ShardSet, index_shard
 
 SAMPLES = [
     {
