@@ -13,6 +13,7 @@ from PIL import Image
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from nxtp.labels import normalise
 
@@ -36,9 +37,8 @@ def bar(share: float, width: int) -> str:
 
 def print_labels(console: Console, title: str, labels: Sequence[tuple[str, float]]) -> None:
     """One image's labels as a table with probability bars, as wide as the terminal allows."""
-    table = Table(
-        title=escape(title), title_justify="left", box=None, show_header=False, padding=(0, 1), title_style="bold"
-    )
+    console.print(Text(title, style="bold"), soft_wrap=True)
+    table = Table(box=None, show_header=False, padding=(0, 1))
     table.add_column(justify="right", style="dim")
     table.add_column(no_wrap=True)
     table.add_column(justify="right")
