@@ -2,7 +2,8 @@
 
 Each way lives in a fresh process that builds the same seeded model. The parent first has both compute the same
 thing and compares the results, then asks them for one measurement each in turn (A B A B …); ratios are medians
-over the rounds. The published way is :mod:`nxtp.reference`.
+over the rounds. The published way is :mod:`nxtp.reference`. Other work on the machine falsifies the numbers:
+threads that wait for each other slow short steps far more than long ones.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from nxtp.encoder import EncoderConfig
 from nxtp.errors import UserError
 from nxtp.layout import Objective, lay_out
 from nxtp.model import Model, ModelConfig
+from nxtp.record import cpu_name
 from nxtp.reference import PADDED_LENGTH, published_loss, published_one_shot
 from nxtp.sampling import Samples, one_shot
 
@@ -292,7 +294,7 @@ def _assert_equal(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray], ca
 
 def _machine() -> dict[str, Any]:
     return {
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "python": platform.python_version(),
@@ -300,16 +302,12 @@ def _machine() -> dict[str, Any]:
     }
 
 
-def _cpu_name() -> str:
-    try:
-        with open("/proc/cpuinfo") as lines:
-            return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
 def measure_train(size: str = "full", repeats: int = 3, batch: int = 8, seed: int = 0) -> dict[str, Any]:
     """Training steps a second and peak memory of both ways.
+
+    Args:
+        batch: images a step. Weights, gradients, AdamW's state and the libraries (2.5 GB at full size) weigh the
+            same in both ways, so that the ratio of memory falls with the batch; the published one is 16 a GPU.
 
     Returns:
         ``images_per_s_ratio`` and ``peak_memory_ratio`` (ours / published), what they are made of, the machine.

@@ -119,7 +119,10 @@ def resolve(config: DecoderConfig, vocab_size: int | None = None) -> tuple[PreTr
             raise UserError("model.decoder.blocks chooses blocks of a source; without one set model.decoder.depth.")
         if config.depth is not None:
             fields["num_hidden_layers"] = config.depth
-        full = AutoConfig.for_model(model_type, **fields)
+        try:
+            full = AutoConfig.for_model(model_type, **fields)
+        except Exception as error:  # transformers has many kinds
+            raise UserError(f"model.decoder.config: {' '.join(str(error).split())}") from error
     else:
         raise UserError("model.decoder needs 'source' (a directory or hub name) or 'config' (to start at random).")
     if full.model_type not in FAMILY:
@@ -143,6 +146,8 @@ def resolve(config: DecoderConfig, vocab_size: int | None = None) -> tuple[PreTr
             raise UserError(
                 f"model.decoder: blocks with {set(full.layer_types)}; only full attention can follow the mask."
             )
+    if getattr(full, "sliding_window", None):
+        full.sliding_window = None  # the mask says all; Mistral's default would be a second opinion
     full.dtype = torch.float32
     full._attn_implementation = "sdpa"
     return full, kept

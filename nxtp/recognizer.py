@@ -92,6 +92,8 @@ class Recognizer:
         """Labels of uint8 [B, 3, S, S], S = ``image_size``, on any device."""
         if top_k < 1:
             raise ValueError(f"top_k is {top_k}: at least 1, please")
+        if len(images) == 0:
+            return []
         samples = one_shot(
             self.model,
             images.to(self.device),

@@ -192,6 +192,8 @@ def finish(
     run_dir: Path, cfg: DictConfig, trainer: L.Trainer, module: Recognition, data: ShardData, record: RunRecord
 ) -> None:
     """Final metrics and the model directory, of the best or the last weights."""
+    trainer.save_checkpoint(run_dir / "checkpoints" / "last.ckpt")
+    record.metrics["train/loss"] = float(trainer.logged_metrics.get("train/loss", float("nan")))
     best = next((c for c in trainer.checkpoint_callbacks if c.monitor and c.best_model_path), None)
     if cfg.export == "best" and best is not None:
         state = torch.load(best.best_model_path, map_location="cpu", weights_only=True)
@@ -199,7 +201,6 @@ def finish(
     if data.val_names:
         for values in trainer.validate(module, datamodule=data, verbose=False):
             record.metrics.update(values)
-    record.metrics["train/loss"] = float(trainer.logged_metrics.get("train/loss", float("nan")))
     record.parameters = count_parameters(module.model)
     if trainer.is_global_zero:
         module.recognizer().save_pretrained(

@@ -230,24 +230,34 @@ def test_evaluate_writes_metrics_and_predictions(workplace):
     assert (root / "out" / "predictions.png").stat().st_size > 5000
 
 
-def test_an_interrupted_run_continues_as_if_nothing_had_happened(workplace, tmp_path):
-    """Stopped in mid-epoch by its step limit, then continued: the weights of a run that never stopped."""
+DIE = """
+import os
+import lightning as L
+
+class Die(L.Callback):
+    def on_train_batch_end(self, trainer, *_):
+        if trainer.global_step == 8:
+            os._exit(9)
+"""
+
+
+def test_a_killed_run_continues_as_if_nothing_had_happened(workplace):
+    """Killed at step 8, its last checkpoint at step 6, in mid-epoch: the weights of a run that never stopped."""
     root, command, _ = workplace
-    short = [a for a in command if not a.startswith(("name=", "trainer.max_epochs"))]
-    short += ["callbacks.last.every_n_train_steps=3", "optim.warmup=0", "optim.final_lr=1", "export=last"]
-    whole = run_nxtp(*short, "name=whole", "trainer.max_steps=14", cwd=root)
+    (root / "die.py").write_text(DIE)
+    short = [a for a in command if not a.startswith("name=")] + ["callbacks.last.every_n_train_steps=3", "export=last"]
+    whole = run_nxtp(*short, "name=whole", cwd=root)
     assert whole.returncode == 0, whole.stderr[-3000:]
-    first = run_nxtp(*short, "name=parts", "trainer.max_steps=6", cwd=root)
-    assert first.returncode == 0, first.stderr[-3000:]
-    record = json.loads((root / "runs" / "parts" / "run.json").read_text())
-    record["status"] = "running"  # as a killed run leaves it
-    (root / "runs" / "parts" / "run.json").write_text(json.dumps(record))
-    rest = run_nxtp(*short, "name=parts", "trainer.max_steps=14", cwd=root)
+    killed = run_nxtp(*short, "name=parts", "+callbacks.die._target_=die.Die", cwd=root, PYTHONPATH=str(root))
+    assert killed.returncode == 9
+    assert json.loads((root / "runs" / "parts" / "run.json").read_text())["status"] == "running"
+    rest = run_nxtp(*short, "name=parts", cwd=root)
     assert rest.returncode == 0, rest.stderr[-3000:]
     states = [
         torch.load(root / "runs" / n / "checkpoints" / "last.ckpt", weights_only=True) for n in ("whole", "parts")
     ]
-    assert states[0]["global_step"] == states[1]["global_step"]
+    assert states[0]["global_step"] == states[1]["global_step"] == 20
+    assert states[0]["counts"] == states[1]["counts"]
     for name, tensor in states[0]["state_dict"].items():
         assert torch.equal(tensor, states[1]["state_dict"][name]), name
 
