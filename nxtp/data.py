@@ -294,6 +294,8 @@ class ShardData(L.LightningDataModule):
         self.image_size, self.num_image_tokens = image_size, num_image_tokens
         self.objective, self.prompts = Objective(objective), list(prompts) or [tokenizer.prompt]
         self.shard_sets: dict[str, ShardSet] = {}
+        self._train_loader: Loader | None = None
+        self._resume: dict[str, int] | None = None
 
     @property
     def shard_faults(self) -> Counter:
@@ -311,7 +313,21 @@ class ShardData(L.LightningDataModule):
         return self.shard_sets[name]
 
     def train_dataloader(self) -> Loader:
-        return self.loader("train", self.config.train, training=True)
+        self._train_loader = self.loader("train", self.config.train, training=True)
+        if self._resume is not None:
+            self._train_loader.load_state_dict(self._resume)
+        return self._train_loader
+
+    # Lightning restores a loader only if it was made after the checkpoint was read, and the learning-rate schedule
+    # has it made before, to count the steps. So the position is kept here too.
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"train": self._train_loader.state_dict()} if self._train_loader is not None else {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._resume = state.get("train")
+        if self._train_loader is not None and self._resume is not None:
+            self._train_loader.load_state_dict(self._resume)
 
     def val_dataloader(self) -> list[Loader]:
         return [self.loader(name, spec, training=False) for name, spec in self.config.val.items()]
