@@ -25,6 +25,9 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+# Two test processes with two threads each would stall each other on two cores.
+test test-all: export OMP_NUM_THREADS = 1
+
 test: lint
 	$(BIN)/python -m pytest -n 2
 
