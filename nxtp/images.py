@@ -7,6 +7,7 @@ import os
 import threading
 import warnings
 from collections.abc import Iterable
+from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 from typing import BinaryIO
@@ -18,6 +19,7 @@ from PIL.JpegImagePlugin import JpegImageFile
 from nxtp.errors import UserError
 
 MAX_PIXELS = 178_000_000  # just below what Pillow itself refuses; 0.5 GB as RGB
+_LARGE = 16_000_000  # pixels; such images are decoded one after another: threads must not multiply their memory
 SUFFIXES = frozenset(
     f".{name}"
     for name in (
@@ -30,6 +32,7 @@ _FORMATS = ("PNG", "GIF", "BMP", "PPM", "WEBP", "TIFF", "JPEG2000", "ICO") + (
     ("AVIF",) if find_spec("PIL.AvifImagePlugin") else ()
 )
 _BYTES = (bytes, bytearray, memoryview)
+_one_large_image = threading.Lock()
 _UPRIGHT = {  # EXIF orientation → what undoes it
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -42,7 +45,28 @@ _UPRIGHT = {  # EXIF orientation → what undoes it
 
 
 class ImageError(UserError):
-    """One image that cannot be used: '<name>: <reason>', on one line."""
+    """One image that cannot be used: '<name>: <reason>', on one line whatever the name holds.
+
+    ``name``    what the image is called, as it is: a path can be opened by it
+    ``reason``  what is wrong with it
+    """
+
+    def __init__(self, name: str, reason: str):
+        super().__init__(name, reason)
+        self.name, self.reason = name, reason
+
+    def __str__(self) -> str:
+        return f"{printable(self.name)}: {self.reason}"
+
+
+def printable(name: str | Path) -> str:
+    """A file's name as it can be printed anywhere, on one line: odd bytes and control characters are escaped."""
+    text = str(name).encode("utf-8", "backslashreplace").decode()
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+class _Refused(Exception):
+    """Why this module will not use an image; :func:`load_image` adds its name."""
 
 
 def load_image(
@@ -78,10 +102,10 @@ def load_image(
                 return _upright_rgb(source)
             with io.BytesIO(source) if isinstance(source, _BYTES) else open(source, "rb") as file:
                 return _upright_rgb(_opened(file, near, max_pixels))
-    except ImageError as error:
-        raise ImageError(f"{name}: {error}") from None
+    except _Refused as refused:
+        raise ImageError(name, str(refused)) from None
     except Exception as error:  # on damaged files Pillow's decoders raise nearly any type
-        raise ImageError(f"{name}: {_reason(error)}") from error
+        raise ImageError(name, _reason(error)) from error
 
 
 def find_images(paths: Iterable[str | Path]) -> tuple[list[Path], list[ImageError]]:
@@ -100,12 +124,12 @@ def find_images(paths: Iterable[str | Path]) -> tuple[list[Path], list[ImageErro
                 folders[:] = [f for f in folders if not f.startswith(".")]
                 found += [Path(folder, f) for f in files if f[0] != "." and Path(f).suffix.lower() in SUFFIXES]
             if not found:
-                problems.append(ImageError(f"{path}: no image in this directory"))
+                problems.append(ImageError(str(path), "no image in this directory"))
             images.update(dict.fromkeys(sorted(found)))
         elif path.exists():
             images[path] = None
         else:
-            problems.append(ImageError(f"{path}: no such file"))
+            problems.append(ImageError(str(path), "no such file"))
     return list(images), problems
 
 
@@ -114,7 +138,7 @@ def _opened(file: BinaryIO, near: int | None, max_pixels: int) -> Image.Image:
     head = file.read(3)
     file.seek(0)
     if not head:
-        raise ImageError("the file is empty")
+        raise _Refused("the file is empty")
     if head != b"\xff\xd8\xff":
         image = Image.open(file, formats=_FORMATS)
         _check_size(image, max_pixels)
@@ -138,13 +162,14 @@ def _opened(file: BinaryIO, near: int | None, max_pixels: int) -> Image.Image:
 def _check_size(image: Image.Image, max_pixels: int) -> None:
     width, height = image.size
     if width * height > max_pixels:
-        raise ImageError(f"{width}×{height} pixels are too many (at most {max_pixels:,}); make it smaller first")
+        raise _Refused(f"{width}×{height} pixels are too many (at most {max_pixels:,}); make it smaller first")
 
 
 def _upright_rgb(image: Image.Image) -> Image.Image:
     """Decoded, as a new RGB image."""
-    image.load()
-    rgb = _to_rgb(image)
+    with _one_large_image if image.width * image.height > _LARGE else nullcontext():
+        image.load()
+        rgb = _to_rgb(image)
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation)
     except Exception:  # damaged metadata says nothing about the pixels
@@ -175,7 +200,7 @@ def _unknown_range_to_8_bits(values: np.ndarray) -> np.ndarray:
     """See :func:`load_image`. What is not finite becomes the lowest (NaN, -inf) or highest (+inf) value."""
     finite = values[np.isfinite(values)]
     if not finite.size:
-        raise ImageError("no pixel has a finite value")
+        raise _Refused("no pixel has a finite value")
     lowest, highest = float(finite.min()), float(finite.max())
     values = np.nan_to_num(values, nan=lowest, neginf=lowest, posinf=highest)
     known = (1, 255, 65535) if np.issubdtype(values.dtype, np.floating) else (255, 65535)
@@ -208,7 +233,7 @@ def _reason(error: Exception) -> str:
 
 
 def _unreadable(error: OSError) -> ImageError:
-    return ImageError(f"{error.filename}: {_reason(error)}")
+    return ImageError(str(error.filename), _reason(error))
 
 
 class _QuietPillow:

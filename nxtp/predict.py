@@ -6,8 +6,11 @@ import json
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import click
+
+_GRID_PIXELS = 256  # a picture's shorter side in the grid, at least
 
 
 @click.command()
@@ -26,7 +29,7 @@ def predict(images, model, top_k, as_json, grid, batch_size, device):
     import torch
     from rich.console import Console
 
-    from nxtp.images import ImageError, find_images, load_image
+    from nxtp.images import ImageError, find_images, load_image, printable
     from nxtp.pixels import to_pixels
     from nxtp.recognizer import Recognizer, batches
     from nxtp.show import GridItem, print_labels, save_grid
@@ -37,11 +40,11 @@ def predict(images, model, top_k, as_json, grid, batch_size, device):
     console = Console()
     failed = 0
 
-    def report(name: str, error: ImageError) -> None:
+    def report(error: ImageError) -> None:
         nonlocal failed
         failed += 1
         if as_json:
-            click.echo(json.dumps({"image": name, "error": str(error)}, ensure_ascii=False))
+            _echo_json({"image": error.name, "error": error.reason})
         click.secho(f"error: {error}", fg="red", err=True)
 
     def pixels_of(path: Path):
@@ -51,7 +54,7 @@ def predict(images, model, top_k, as_json, grid, batch_size, device):
             return error
 
     for problem in problems:
-        report(str(problem).split(":")[0], problem)
+        report(problem)
     with ThreadPoolExecutor() as pool:
         for paths in batches(found, batch_size):
             loaded = list(pool.map(pixels_of, paths))
@@ -59,17 +62,29 @@ def predict(images, model, top_k, as_json, grid, batch_size, device):
             predicted = iter(recognizer.predict_pixels(torch.stack(good), top_k) if good else [])
             for path, pixels in zip(paths, loaded, strict=True):
                 if isinstance(pixels, ImageError):
-                    report(str(path), pixels)
+                    report(pixels)
                     continue
                 ranked = next(predicted)
                 if as_json:
                     rows = [{"label": label, "probability": probability} for label, probability in ranked]
-                    click.echo(json.dumps({"image": str(path), "labels": rows}, ensure_ascii=False))
+                    _echo_json({"image": str(path), "labels": rows})
                 else:
-                    print_labels(console, str(path), ranked)
+                    print_labels(console, printable(path), ranked)
                 if grid and len(shown) < 12:
-                    shown.append(GridItem(load_image(path), [], ranked))
+                    picture = load_image(path, near=_GRID_PIXELS)
+                    picture.thumbnail((2 * _GRID_PIXELS, 2 * _GRID_PIXELS))
+                    shown.append(GridItem(picture, [], ranked))
     if grid and shown:
         save_grid(grid, shown)
         click.echo(f"Picture: {grid}", err=True)
     sys.exit(1 if failed else 0)
+
+
+def _echo_json(row: dict[str, Any]) -> None:
+    """One line of JSON; a file name that is not Unicode is written in escapes, which readers turn back into it."""
+    line = json.dumps(row, ensure_ascii=False)
+    try:
+        line.encode()
+    except UnicodeEncodeError:
+        line = json.dumps(row)
+    click.echo(line)

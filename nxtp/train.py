@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ MAY_CHANGE = ("resume", "logger", "callbacks", "trainer", "debug", "hydra")
 
 
 def main(argv: Sequence[str]) -> int:
+    quieten_lightning()
     compose_and_run(train, "train", argv)
     return 0
 
@@ -71,6 +73,13 @@ def train(cfg: DictConfig) -> float | None:
         log.warning("Skipped samples and shards: %s.", describe_faults(record.samples_skipped))
     monitor = monitored(data, cfg.validation.top_k)
     return record.metrics.get(monitor) if monitor else None
+
+
+def quieten_lightning() -> None:
+    """Leave out what Lightning says to its own developers, and its advertisements."""
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*", module="lightning")
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
+        logging.getLogger(name).addFilter(lambda record: "Tip:" not in record.getMessage())
 
 
 def find_checkpoint(run_dir: Path, resolved: dict[str, Any]) -> str | None:
@@ -199,7 +208,7 @@ def finish(
         state = torch.load(best.best_model_path, map_location="cpu", weights_only=True)
         module.load_state_dict(state["state_dict"])
     if data.val_names:
-        for values in trainer.validate(module, datamodule=data, verbose=False):
+        for values in trainer.validate(module, datamodule=data, verbose=False, weights_only=True):
             record.metrics.update(values)
     record.parameters = count_parameters(module.model)
     if trainer.is_global_zero:

@@ -1,6 +1,7 @@
 """The command as a user runs it."""
 
 import json
+import os
 import subprocess
 import sys
 import zipfile
@@ -56,6 +57,21 @@ def test_predict_does_the_good_files_and_tells_the_bad(place):
     told = done.stderr.splitlines()
     assert len(told) == 3
     assert all(any(name in line for line in told) for name in ("text.jpg", "torn.jpg", "gone.jpg"))
+
+
+def test_predict_takes_names_that_are_not_text(place):
+    odd = place / "odd"
+    odd.mkdir(exist_ok=True)
+    names = [b"caf\xff.jpg", b"two\nlines.jpg"]
+    for name in names:
+        Path(os.fsdecode(os.fsencode(odd) + b"/" + name)).write_bytes((place / "pictures" / "0.jpg").read_bytes())
+    done = run_nxtp("predict", "odd", "--model", "model", "--top-k", "2", "--json", cwd=place)
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [os.fsencode(row["image"]) for row in rows] == [b"odd/" + name for name in names]
+    done = run_nxtp("predict", "odd", "--model", "model", "--top-k", "2", cwd=place)
+    assert done.returncode == 0, done.stderr
+    assert r"odd/two\nlines.jpg" in done.stdout
 
 
 def test_predict_shows_bars_and_saves_a_grid(place):

@@ -1,10 +1,13 @@
 """Every kind of image becomes the right RGB pixels, or one line that says why not."""
 
 import io
+import pickle
 import struct
 import threading
+import time
 import warnings
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
@@ -12,6 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
+from nxtp import images
 from nxtp.images import SUFFIXES, ImageError, _quiet_pillow, find_images, load_image
 
 RED, GREEN, WHITE = (255, 0, 0), (0, 255, 0), (255, 255, 255)
@@ -406,3 +410,30 @@ def test_find_images(tmp_path):
     ]
     assert find_images([]) == ([], [])
     assert find_images([str(tmp_path / "a.jpg")]) == ([Path(tmp_path / "a.jpg")], [])
+
+
+def test_an_error_is_one_line_whatever_the_name_holds_and_survives_a_process_border():
+    error = ImageError("a\nb\x1b[31m\udcff.jpg", "the file is empty")
+    assert str(error) == r"a\nb\x1b[31m\udcff.jpg: the file is empty"
+    again = pickle.loads(pickle.dumps(error))
+    assert (again.name, again.reason, str(again)) == (error.name, error.reason, str(error))
+
+
+def test_large_images_are_decoded_one_after_another(monkeypatch):
+    inside, most = 0, 0
+    lock = threading.Lock()
+
+    def counting(image):
+        nonlocal inside, most
+        with lock:
+            inside, most = inside + 1, max(most, inside + 1)
+        time.sleep(0.02)
+        with lock:
+            inside -= 1
+        return image.convert("RGB")
+
+    monkeypatch.setattr(images, "_to_rgb", counting)
+    monkeypatch.setattr(images, "_LARGE", 99)
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(load_image, [Image.new("L", (10, 10))] * 8))
+    assert most == 1
