@@ -18,7 +18,11 @@ HYDRA = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_
 class Commands(click.Group):
     """A group whose unknown commands name the nearest known one, and whose lazy commands are imported late."""
 
-    lazy = {"bench": "nxtp.bench:bench", "predict": "nxtp.predict:predict"}  # noqa: RUF012
+    lazy = {  # noqa: RUF012
+        "bench": "nxtp.bench:bench",
+        "convert": "nxtp.convert:convert",
+        "predict": "nxtp.predict:predict",
+    }
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return [*super().list_commands(ctx), *self.lazy]
@@ -46,6 +50,7 @@ SUMMARIES = {
     "evaluate": "Metrics of a model directory on shards: nxtp evaluate model=DIR data=scenes",
     "predict": "Labels of images: nxtp predict IMAGE… --model DIR --top-k 20",
     "describe": "Parameters, tokens and FLOPs of a configuration: nxtp describe experiment=demo",
+    "convert": "Published checkpoints in and out: nxtp convert CKPT --llama DIR --clip openai --to DIR",
     "parity": "Check against recorded numbers of the published implementation: nxtp parity DIR",
     "bench": "Ours beside the published way of computing it: nxtp bench train|predict",
 }

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from nxtp.config import to_dataclass
 from nxtp.errors import UserError
 from nxtp.images import ImageError, load_image
 from nxtp.labels import clean_labels, noun_backend
@@ -23,13 +25,23 @@ from nxtp.shards import expand_shards
 from nxtp.tar_index import SampleFault, ShardSet
 from nxtp.tokens import LabelTokenizer
 
+log = logging.getLogger("nxtp")
+
+
+@dataclass
+class Source:
+    """One of several training sets: its shards, and how many samples a recipe expects there (told when it differs)."""
+
+    shards: Any
+    samples: int | None = None
+
 
 @dataclass
 class DataConfig:
     """Where the shards are and how they become batches.
 
     ``root``           where the sets stand together, for configurations that name it once
-    ``train``          a directory of shards, a glob, a brace expression, or a list of them
+    ``train``          a directory of shards, a glob, a brace expression, a list of them, or name → :class:`Source`
     ``val``            name → shards, each evaluated and logged under its name
     ``batch_size``     images a rank and step
     ``workers``        loader processes a rank
@@ -368,10 +380,24 @@ def open_shards(name: str, spec: Any, config: DataConfig) -> ShardSet:
     """
     if spec is None:
         raise UserError(f"data.{name} is not set: give a directory of shards, a glob or a brace expression.")
-    shards = ShardSet(expand_shards(spec), cache_dir=config.cache_dir)
+    sources = named_sources(spec)
+    parts = {source: expand_shards(given.shards) for source, given in sources.items()}
+    shards = ShardSet(sorted({url for urls in parts.values() for url in urls}), cache_dir=config.cache_dir)
     if len(shards) == 0:
         raise UserError(f"data.{name}: the shards of {spec} hold no sample ({dict(shards.faults)}).")
+    size = dict(zip(shards.urls, shards.sizes.tolist(), strict=True))
+    for source, given in sources.items():
+        found = sum(size[url] for url in parts[source])
+        if given.samples is not None and found != given.samples:
+            log.warning("data.%s.%s holds %d samples; the recipe expects %d.", name, source, found, given.samples)
     return shards
+
+
+def named_sources(spec: Any) -> dict[str, Source]:
+    """A set's sources by name; shards given without names are one source, named ''."""
+    if not isinstance(spec, Mapping):
+        return {"": Source(spec)}
+    return {name: to_dataclass(Source, source, f"data.train.{name}") for name, source in spec.items()}
 
 
 def label_texts(shards: ShardSet, config: DataConfig, limit: int = 20_000) -> list[str]:

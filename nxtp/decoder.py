@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedConfig
 from transformers.utils.hub import cached_file
 
 from nxtp.errors import UserError, nearest
+from nxtp.weights import SafetensorsFiles
 
 # Causal LMs whose blocks take embeddings as they are, rotary positions and a ready mask, as LLaMA does.
 FAMILY = ("llama", "mistral", "qwen2", "qwen3", "olmo2", "smollm3")
@@ -25,7 +25,8 @@ class DecoderConfig:
     """Which language model, and which of its blocks are kept.
 
     ``source``       a local directory or hub name with weights; null builds from ``config`` at random
-    ``config``       fields of the Hugging Face configuration; over those of ``source`` if both are given
+    ``config``       fields of the Hugging Face configuration. Beside a ``source`` they go over its own; with
+                     ``model_type`` among them they are the whole configuration, and the source gives weights only
     ``depth``        keep the first ``depth`` blocks (of a random model: its number of blocks); null keeps all
     ``blocks``       keep exactly these blocks of the source, e.g. [0, 1, 2, 31]; instead of ``depth``
     """
@@ -105,7 +106,7 @@ def resolve(config: DecoderConfig, vocab_size: int | None = None) -> tuple[PreTr
     fields = dict(config.config or {})
     if vocab_size is not None:
         fields.setdefault("vocab_size", vocab_size)
-    if config.source is not None:
+    if config.source is not None and "model_type" not in fields:
         try:
             full = AutoConfig.from_pretrained(config.source, trust_remote_code=False, **fields)
         except Exception as error:
@@ -115,9 +116,9 @@ def resolve(config: DecoderConfig, vocab_size: int | None = None) -> tuple[PreTr
         model_type = fields.pop("model_type", "llama")
         if model_type not in FAMILY:
             raise UserError(_not_family(model_type))
-        if config.blocks is not None:
+        if config.source is None and config.blocks is not None:
             raise UserError("model.decoder.blocks chooses blocks of a source; without one set model.decoder.depth.")
-        if config.depth is not None:
+        if config.source is None and config.depth is not None:
             fields["num_hidden_layers"] = config.depth
         try:
             full = AutoConfig.for_model(model_type, **fields)
@@ -164,19 +165,34 @@ def read_blocks(source: str, kept: list[int]) -> dict[str, Tensor]:
     Block ``kept[i]`` is renamed to block i.
     """
     number = {block: new for new, block in enumerate(kept)}
+    weights = SafetensorsFiles(weight_files(source))
     state: dict[str, Tensor] = {}
-    for file in _weight_files(source):
-        with safe_open(file, framework="pt") as tensors:
-            for key in tensors.keys():  # noqa: SIM118 (not a dict)
-                match = re.match(r"model\.layers\.(\d+)\.(.*)", key)
-                if match is None:
-                    state[key] = tensors.get_tensor(key)
-                elif int(match[1]) in number:
-                    state[f"model.layers.{number[int(match[1])]}.{match[2]}"] = tensors.get_tensor(key)
+    for key in weights.specs:
+        match = re.match(r"model\.layers\.(\d+)\.(.*)", key)
+        if match is None:
+            state[key] = weights.read(key)
+        elif int(match[1]) in number:
+            state[f"model.layers.{number[int(match[1])]}.{match[2]}"] = weights.read(key)
     return state
 
 
-def _weight_files(source: str) -> list[Path]:
+def plain_config(config: PreTrainedConfig) -> dict[str, Any]:
+    """A model's configuration as plain fields, without where it came from: what :class:`DecoderConfig` takes."""
+    fields = {"model_type": config.model_type, **config.to_diff_dict()}
+    for name in ("_name_or_path", "architectures", "transformers_version", "dtype", "use_cache", "auto_map"):
+        fields.pop(name, None)
+    fields["vocab_size"] = config.vocab_size
+    fields["num_hidden_layers"] = config.num_hidden_layers
+    return fields
+
+
+def weight_files(source: str) -> list[Path]:
+    """The safetensors files of a directory or hub name.
+
+    Raises:
+        UserError: it has none.
+    """
+
     def find(name: str) -> Path | None:
         found = cached_file(source, name, _raise_exceptions_for_missing_entries=False)
         return Path(found) if found else None

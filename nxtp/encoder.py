@@ -55,7 +55,7 @@ class Encoder(nn.Module):
             unused, self.num_tokens, self.width = _probe(_build_tower(tower), config.image_size)
         self.visual = _build_tower(tower)
         if config.pretrained is not None and load_pretrained:
-            self.visual.load_state_dict(_pretrained_tower(config))
+            self.visual.load_state_dict(pretrained_tower(config))
         for name in unused:
             owner, _, leaf = name.rpartition(".")
             setattr(self.visual.get_submodule(owner), leaf, None)
@@ -150,7 +150,8 @@ def _build_tower(tower: dict[str, Any]) -> nn.Module:
         raise UserError(f"open_clip cannot build the tower {tower['vision_cfg']}: {error}") from error
 
 
-def _pretrained_tower(config: EncoderConfig) -> dict[str, Tensor]:
+def pretrained_tower(config: EncoderConfig) -> dict[str, Tensor]:
+    """The image tower's weights of an open_clip model, from its tag or file."""
     source = config.pretrained
     if Path(source).suffix and not Path(source).exists():
         raise UserError(f"model.encoder.pretrained: no file '{source}'.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,12 +41,14 @@ class OptimConfig:
     ``warmup``    steps; a value below 1 is a share of all steps
     ``final_lr``  learning rate at the last step, as a share of ``lr``
     ``weight_decay`` acts on matrices; not on vectors, norms, embeddings
+    ``decay_final_norm``  on the decoder's final norm too, as published
     """
 
     lr: float = 1e-3
     betas: list[float] = field(default_factory=lambda: [0.9, 0.98])
     eps: float = 1e-6
     weight_decay: float = 0.1
+    decay_final_norm: bool = False
     warmup: float = 0.05
     final_lr: float = 0.0
     trains: TrainsConfig = field(default_factory=TrainsConfig)
@@ -96,11 +99,16 @@ def _last_blocks(whole: nn.Module, blocks, choice: Any, name: str) -> list[nn.Mo
     return [*found[-choice:], *behind]
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Two groups of the parameters that train: matrices with weight decay; vectors and embeddings without."""
+def parameter_groups(model: nn.Module, weight_decay: float, also: Sequence[nn.Parameter] = ()) -> list[dict[str, Any]]:
+    """Two groups of the parameters that train: matrices with weight decay; vectors and embeddings without.
+
+    Args:
+        also: vectors that decay all the same.
+    """
+    also_ids = {id(p) for p in also}
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     trained = [p for p in model.parameters() if p.requires_grad]
-    decays = [p for p in trained if p.ndim >= 2 and id(p) not in embeddings]
+    decays = [p for p in trained if (p.ndim >= 2 and id(p) not in embeddings) or id(p) in also_ids]
     chosen = {id(p) for p in decays}
     rest = [p for p in trained if id(p) not in chosen]
     groups = [{"params": decays, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
@@ -116,10 +124,11 @@ def learning_rate_factor(step: int, total: int, warmup: float, final: float) -> 
     return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def build_optimizer(model: nn.Module, config: OptimConfig, total_steps: int, fused: bool = True):
+def build_optimizer(model: Model, config: OptimConfig, total_steps: int, fused: bool = True):
     """AdamW and its per-step schedule over ``total_steps``."""
+    also = list(model.decoder.lm.model.norm.parameters()) if config.decay_final_norm else []
     optimizer = torch.optim.AdamW(
-        parameter_groups(model, config.weight_decay),
+        parameter_groups(model, config.weight_decay, also),
         lr=config.lr,
         betas=tuple(config.betas),
         eps=config.eps,

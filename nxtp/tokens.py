@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import string
+import tempfile
 from collections.abc import Iterable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, LlamaTokenizerFast, PreTrainedTokenizerFast
 
 from nxtp.errors import UserError
 
@@ -92,19 +94,36 @@ class LabelTokenizer:
 
     @classmethod
     def load(cls, source: str | Path, prompt: str = PROMPT) -> LabelTokenizer:
-        """From a directory or a hub name. No code from the source is run.
+        """From a directory, a hub name, or LLaMA's ``tokenizer.model``. No code from the source is run.
 
         Raises:
             UserError: nothing usable is there.
         """
         try:
-            tokenizer = AutoTokenizer.from_pretrained(str(source), trust_remote_code=False)
+            path = Path(source)
+            pieces = path if path.suffix == ".model" else path / "tokenizer.model"
+            if pieces.is_file() and not (path / "tokenizer.json").is_file():
+                tokenizer = _read_sentencepiece(pieces)
+            else:
+                tokenizer = AutoTokenizer.from_pretrained(str(source), trust_remote_code=False)
+        except UserError:
+            raise
         except Exception as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise UserError(f"No usable tokenizer in '{source}': {reason}") from error
         if not tokenizer.is_fast:
             raise UserError(f"The tokenizer in '{source}' has no tokenizer.json; convert it to a fast one first.")
         return cls(tokenizer, prompt)
+
+
+def _read_sentencepiece(pieces: Path) -> PreTrainedTokenizerFast:
+    """LLaMA's ``tokenizer.model`` as a fast tokenizer."""
+    if find_spec("sentencepiece") is None:
+        raise UserError(f"Reading '{pieces}' needs sentencepiece: pip install 'nxtp[release]'.")
+    with tempfile.TemporaryDirectory() as alone:  # transformers looks for the file by its name
+        Path(alone, "tokenizer.model").symlink_to(pieces.resolve())
+        # By its class: without a configuration AutoTokenizer guesses one that drops the first word's mark.
+        return LlamaTokenizerFast.from_pretrained(alone)
 
 
 def train_tokenizer(labels: Iterable[str], *, vocab_size: int, prompts: Sequence[str] = (PROMPT,)) -> LabelTokenizer:

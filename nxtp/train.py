@@ -17,7 +17,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
 from nxtp.config import compose_and_run, to_dataclass
-from nxtp.data import DataConfig, ShardData, label_texts, open_shards
+from nxtp.data import DataConfig, ShardData, label_texts, named_sources, open_shards
 from nxtp.errors import UserError
 from nxtp.model import ModelConfig
 from nxtp.module import Recognition, ValidationConfig, describe_faults
@@ -178,16 +178,19 @@ def monitored(data: ShardData, top_k: int) -> str | None:
 
 
 def describe_data(data: ShardData) -> dict[str, Any]:
-    """For the run record: each set's shards, number of samples and manifest hash."""
+    """For the run record: each set's number of samples, and the shards and manifest hash of each of its sources."""
     specs = {"train": data.config.train, **data.config.val}
-    return {
-        name: {
-            "shards": str(spec),
-            "samples": len(data.open(name, spec)),
-            "manifest": manifest_hash(Path(spec)) if isinstance(spec, str) and Path(spec).is_dir() else None,
-        }
-        for name, spec in specs.items()
-    }
+    described: dict[str, Any] = {}
+    for name, spec in specs.items():
+        sources = {key: source.shards for key, source in named_sources(spec).items()}
+        parts = {key: {"shards": str(shards), "manifest": _manifest_of(shards)} for key, shards in sources.items()}
+        whole = parts.get("", {"sources": parts})
+        described[name] = {**whole, "samples": len(data.open(name, spec))}
+    return described
+
+
+def _manifest_of(shards: Any) -> str | None:
+    return manifest_hash(Path(shards)) if isinstance(shards, str) and Path(shards).is_dir() else None
 
 
 @rank_zero_only

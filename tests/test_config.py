@@ -19,7 +19,7 @@ from nxtp.perf import count_parameters, meta_model
 GROUPS = {
     name: sorted(path.stem for path in (conf_dir() / name).glob("*.yaml"))
     for name in (
-        *("model", "model/encoder", "model/decoder", "data", "objective", "optim", "trainer", "callbacks"),
+        *("model", "model/encoder", "model/decoder", "data", "objective", "prompts", "optim", "trainer", "callbacks"),
         *("logger", "debug", "experiment"),
     )
 }
@@ -41,14 +41,15 @@ def composed(tmp_path, *overrides):
 @pytest.mark.parametrize("choice", CHOICES)
 def test_every_shipped_option_composes_and_instantiates(tmp_path, choice, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
-    cfg = composed(tmp_path, choice)
+    fitting = {"optim=published": ["model=published"]}  # it trains the last six blocks of an encoder
+    cfg = composed(tmp_path, choice, *fitting.get(choice, ()))
     model = to_dataclass(ModelConfig, cfg.model, "model")
     to_dataclass(DataConfig, cfg.data, "data")
     to_dataclass(ValidationConfig, cfg.validation, "validation")
     optim = to_dataclass(OptimConfig, cfg.optim, "optim")
     Objective(cfg.objective.name)
-    if model.decoder.source is None:
-        assert count_parameters(meta_model(model, model.vocab_size, optim.trains))["total_trained"] > 0
+    if model.decoder.source is None or model.decoder.config:
+        assert count_parameters(meta_model(model, model.vocab_size or None, optim.trains))["total_trained"] > 0
     for callback in cfg.callbacks.values():
         instantiate(callback)
     if not choice.startswith("logger=wandb"):  # started for real in test_train.py

@@ -1,0 +1,97 @@
+"""The published recipes say what the paper's system was trained with, and ours differ in the objective alone."""
+
+import logging
+
+import pytest
+import torch
+from helpers import write_shards
+from omegaconf import OmegaConf
+from test_config import composed
+
+from nxtp.config import to_dataclass
+from nxtp.data import DataConfig, open_shards
+from nxtp.errors import UserError
+from nxtp.model import ModelConfig
+from nxtp.optim import OptimConfig, build_optimizer
+from nxtp.perf import count_parameters, meta_model
+
+RECIPES = ("g3m", "g70m", "in1k")
+
+
+def recipe(tmp_path, name, *overrides):
+    return OmegaConf.to_container(composed(tmp_path, f"experiment={name}", *overrides), resolve=True)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_matched_recipe_differs_only_in_the_objective(tmp_path, name):
+    published, matched = recipe(tmp_path, name), recipe(tmp_path, f"{name}_matched")
+    assert (published["objective"].pop("name"), matched["objective"].pop("name")) == ("published", "matched")
+    assert published == matched
+
+
+def test_g3m_is_the_published_recipe(tmp_path):
+    cfg = recipe(tmp_path, "g3m")
+    counts = {name: source["samples"] for name, source in cfg["data"]["train"].items()}
+    assert counts == {"cc3m": 2_698_118, "sbu": 828_816, "coco": 118_287}
+    assert sum(counts.values()) == 3_645_221
+    trainer = cfg["trainer"]
+    assert cfg["data"]["batch_size"] * trainer["devices"] * trainer["num_nodes"] == 512
+    assert (trainer["precision"], trainer["max_epochs"], trainer["gradient_clip_val"]) == ("16-mixed", 3, None)
+    prompts = cfg["objective"]["prompts"]
+    assert len(set(prompts)) == 10
+    assert all(prompt.split()[-1] == "are" and prompt != cfg["model"]["prompt"] for prompt in prompts)
+    assert cfg["model"]["prompt"] == "The objects in the image are"
+
+
+def test_the_other_recipes_differ_from_g3m_as_published(tmp_path):
+    g3m, g70m, in1k = (recipe(tmp_path, name) for name in RECIPES)
+    assert sum(source["samples"] for source in g70m["data"]["train"].values()) == 70_679_389
+    for cfg in (g70m, in1k):
+        assert all(cfg[part] == g3m[part] for part in ("model", "optim", "objective"))
+    assert g70m["trainer"] == g3m["trainer"]
+    assert (in1k["data"]["batch_size"], in1k["trainer"]["max_epochs"]) == (4, 5)
+
+
+@pytest.mark.parametrize(("depth", "millions"), [(6, 1783.84), (1, 771.93), (32, 7045.81)])
+def test_the_published_sizes_and_what_trains(tmp_path, depth, millions):
+    cfg = composed(tmp_path, "experiment=g3m", f"model.decoder.depth={depth}")
+    model_config = to_dataclass(ModelConfig, cfg.model, "model")
+    optim = to_dataclass(OptimConfig, cfg.optim, "optim")
+    model = meta_model(model_config, None, optim.trains)
+    counts = count_parameters(model)
+    assert counts["total"] / 1e6 == pytest.approx(millions, abs=0.01)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    blocks = {name.split(".")[4] for name in trained if ".resblocks." in name}
+    assert blocks == {"18", "19", "20", "21", "22", "23"}
+    assert {"encoder.visual.ln_post.weight", "projection.weight", "image_token", "decoder.lm.lm_head.weight"} <= trained
+    assert "decoder.lm.model.embed_tokens.weight" not in trained
+    assert counts["decoder"] - counts["decoder_trained"] == 32002 * 4096
+
+
+def test_weight_decay_acts_as_published(tmp_path):
+    cfg = composed(tmp_path, "experiment=g3m", "model.decoder.depth=1")
+    optim = to_dataclass(OptimConfig, cfg.optim, "optim")
+    model = meta_model(to_dataclass(ModelConfig, cfg.model, "model"), None, optim.trains)
+    optimizer, schedule = build_optimizer(model, optim, 21_360, fused=False)
+    name_of = {id(p): n for n, p in model.named_parameters()}
+    decayed, plain = ({name_of[id(p)] for p in group["params"]} for group in optimizer.param_groups)
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0]
+    assert "decoder.lm.model.norm.weight" in decayed
+    assert {"image_token", "encoder.visual.ln_post.weight", "decoder.lm.model.layers.0.input_layernorm.weight"} <= plain
+    assert all(model.get_parameter(n).ndim < 2 for n in plain)
+    factor = schedule.lr_lambdas[0]
+    assert factor(0) < 1e-3
+    assert factor(1999) < factor(2000) == 1.0
+    assert factor(21_359) == pytest.approx(0, abs=1e-6)
+    assert torch.tensor([factor(i) for i in range(2000, 21_360)]).diff().max() <= 0
+
+
+def test_sources_are_read_as_one_set_and_counted(tmp_path, caplog):
+    a, b = write_shards(tmp_path / "a", [3, 2]), write_shards(tmp_path / "b", [4])
+    spec = {"a": {"shards": str(a), "samples": 5}, "b": {"shards": str(b), "samples": 6}}
+    with caplog.at_level(logging.WARNING, "nxtp"):
+        shards = open_shards("train", spec, DataConfig())
+    assert len(shards) == 9
+    assert [record.getMessage() for record in caplog.records] == ["data.train.b holds 4 samples; the recipe expects 6."]
+    with pytest.raises(UserError, match=r"data.train.a.sampels'. Did you mean 'samples'"):
+        open_shards("train", {"a": {"shards": str(a), "sampels": 5}}, DataConfig())
