@@ -21,8 +21,8 @@ from nxtp.images import ImageError, load_image
 from nxtp.labels import clean_labels, noun_backend
 from nxtp.layout import Layout, Objective, lay_out
 from nxtp.pixels import to_pixels
+from nxtp.shard_set import SampleFault, ShardSet
 from nxtp.shards import expand_shards
-from nxtp.tar_index import SampleFault, ShardSet
 from nxtp.tokens import LabelTokenizer
 
 log = logging.getLogger("nxtp")

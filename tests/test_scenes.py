@@ -9,8 +9,8 @@ import pytest
 
 from nxtp.errors import UserError
 from nxtp.labels import noun_backend
+from nxtp.shard_set import ShardSet
 from nxtp.shards import expand_shards, read_manifest
-from nxtp.tar_index import ShardSet
 
 SCRIPT = Path(__file__).parent.parent / "data" / "scenes.py"
 spec = importlib.util.spec_from_file_location("scenes", SCRIPT)

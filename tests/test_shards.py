@@ -16,6 +16,7 @@ import pytest
 import webdataset as wds
 
 from nxtp.errors import UserError
+from nxtp.shard_set import MAX_CAPTION_BYTES, SampleFault, ShardSet
 from nxtp.shards import (
     ShardInfo,
     expand_shards,
@@ -25,7 +26,7 @@ from nxtp.shards import (
     write_manifest,
     write_shard,
 )
-from nxtp.tar_index import MAX_CAPTION_BYTES, SampleFault, ShardSet, index_shard
+from nxtp.tar_index import index_shard
 
 SAMPLES = [
     {
