@@ -114,7 +114,7 @@ class Recognition(L.LightningModule):
                 self.semantic[index].reset()
             shown = f"recall@{self.validation.top_k}"
             for key, value in values.items():
-                self.log(f"{name}/{key}", value, prog_bar=key == shown and index == 0, rank_zero_only=False)
+                self.log(f"{name}/{key}", value, prog_bar=key == shown and index == 0, sync_dist=True)
 
     def predict_labels(self, images: Tensor) -> list[list[tuple[str, float]]]:
         """Batch in, for each image its labels with probabilities out, most probable first."""

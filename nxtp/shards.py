@@ -1,7 +1,8 @@
 """WebDataset tar shards: writing them with a manifest, and finding them by directory, glob or brace expression.
 
 A sample is `KEY.jpg|jpeg|png|webp` with `KEY.txt` (caption) and/or `KEY.json` (`labels`, `caption`), adjacent in
-an uncompressed tar. Names are split into key and extension as WebDataset does. `tar_index.py` and `shard_set.py` read them.
+an uncompressed tar. Names are split into key and extension as WebDataset does. `tar_index.py` and `shard_set.py`
+read them.
 """
 
 from __future__ import annotations

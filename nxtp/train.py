@@ -78,6 +78,7 @@ def train(cfg: DictConfig) -> float | None:
 def quieten_lightning() -> None:
     """Leave out what Lightning says to its own developers, and its advertisements."""
     warnings.filterwarnings("ignore", message=".*LeafSpec.*", module="lightning")
+    warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")  # of 1×1 convolutions
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
         logging.getLogger(name).addFilter(lambda record: "Tip:" not in record.getMessage())
 
@@ -204,7 +205,7 @@ def finish(
     run_dir: Path, cfg: DictConfig, trainer: L.Trainer, module: Recognition, data: ShardData, record: RunRecord
 ) -> None:
     """Final metrics and the model directory, of the best or the last weights."""
-    trainer.save_checkpoint(run_dir / "checkpoints" / "last.ckpt")
+    trainer.save_checkpoint(run_dir / "checkpoints" / "last.ckpt", weights_only=False)
     record.metrics["train/loss"] = float(trainer.logged_metrics.get("train/loss", float("nan")))
     best = next((c for c in trainer.checkpoint_callbacks if c.monitor and c.best_model_path), None)
     if cfg.export == "best" and best is not None:
