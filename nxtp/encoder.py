@@ -172,9 +172,10 @@ def pretrained_tower(config: EncoderConfig) -> dict[str, Tensor]:
 def _probe(visual: nn.Module, image_size: int) -> tuple[list[str], int, int]:
     """On the meta device: parameters that the tokens do not depend on, the number of tokens, their width."""
     visual.eval()
-    tokens = _spatial_tokens(visual, torch.zeros(1, 3, image_size, image_size, device="meta"))
-    names, parameters = zip(*visual.named_parameters(), strict=True)
-    gradients = torch.autograd.grad(tokens.sum(), parameters, allow_unused=True)
+    with torch.enable_grad():
+        tokens = _spatial_tokens(visual, torch.zeros(1, 3, image_size, image_size, device="meta"))
+        names, parameters = zip(*visual.named_parameters(), strict=True)
+        gradients = torch.autograd.grad(tokens.sum(), parameters, allow_unused=True)
     unused = [name for name, gradient in zip(names, gradients, strict=True) if gradient is None]
     return unused, tokens.shape[1], tokens.shape[2]
 

@@ -19,9 +19,10 @@ from torch import Tensor
 
 from nxtp.config import compose_and_run, to_dataclass
 from nxtp.data import DataConfig, Loader, ShardData
+from nxtp.embedders import CachedEmbedder, label_embedder
 from nxtp.errors import UserError
 from nxtp.labels import noun_backend
-from nxtp.metrics import ExactMatch, LabelEmbedder, SemanticMatch
+from nxtp.metrics import ExactMatch, SemanticMatch
 from nxtp.module import describe_faults
 from nxtp.recognizer import Recognizer
 from nxtp.record import write_json
@@ -52,7 +53,7 @@ def evaluate(cfg: DictConfig) -> dict[str, float]:
         image_size=recognizer.image_size,
         num_image_tokens=recognizer.model.num_image_tokens,
     )
-    embedder = LabelEmbedder(cfg.semantic, device=recognizer.device) if cfg.semantic else None
+    embedder = label_embedder(cfg.semantic, recognizer.device) if cfg.semantic else None
 
     metrics: dict[str, float] = {}
     skipped: Counter = Counter()
@@ -82,7 +83,7 @@ def evaluate_set(
     loader: Loader,
     cfg: DictConfig,
     name: str,
-    embedder: LabelEmbedder | None,
+    embedder: CachedEmbedder | None,
     lines,
     console: Console,
 ) -> tuple[dict[str, float], list[GridItem], Counter]:
@@ -98,7 +99,9 @@ def evaluate_set(
         task = progress.add_task(name, total=loader.sampler.total)
         for batch in loader:
             begin = time.perf_counter()
-            predicted = recognizer.predict_pixels(batch.images, top_k=cfg.top_k) if len(batch) else []
+            predicted = (
+                recognizer.predict_pixels(batch.images, cfg.top_k, cfg.sampler, cfg.ranking) if len(batch) else []
+            )
             seconds += time.perf_counter() - begin
             labels = [[label for label, _ in image] for image in predicted]
             exact.update(labels, batch.labels)

@@ -11,12 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from nxtp.data import Batch
+from nxtp.embedders import label_embedder
 from nxtp.errors import UserError
-from nxtp.metrics import ExactMatch, LabelEmbedder, SemanticMatch
+from nxtp.metrics import ExactMatch, SemanticMatch
 from nxtp.model import Model, ModelConfig
 from nxtp.optim import OptimConfig, build_optimizer, choose_trained
+from nxtp.ranking import RankingConfig, rank
 from nxtp.recognizer import Recognizer
-from nxtp.sampling import one_shot, ranked_labels
+from nxtp.samplers import never_first
+from nxtp.sampling import one_shot
 from nxtp.tokens import LabelTokenizer
 
 
@@ -25,7 +28,8 @@ class ValidationConfig:
     """What is measured on validation images while training.
 
     ``top_k``     labels predicted an image, and the k of recall@k
-    ``semantic``  also measure semantic recall, precision and F1, with this sentence encoder (see LabelEmbedder)
+    ``semantic``  also measure semantic recall, precision and F1, with this encoder (see
+                  :func:`nxtp.embedders.label_embedder`)
     """
 
     top_k: int = 10
@@ -58,7 +62,7 @@ class Recognition(L.LightningModule):
         self.exact = nn.ModuleList(ExactMatch(top_k=self.validation.top_k) for _ in self.val_names)
         self.semantic = nn.ModuleList()
         if self.validation.semantic:
-            embedder = LabelEmbedder(self.validation.semantic)
+            embedder = label_embedder(self.validation.semantic)
             self.semantic.extend(SemanticMatch(embedder, top_k=self.validation.top_k) for _ in self.val_names)
         self.faults: Counter = Counter()
         self.offered = 0
@@ -124,9 +128,9 @@ class Recognition(L.LightningModule):
             prompt=self.tokenizer.prompt_ids,
             delimiter=self.tokenizer.delimiter_id,
             top_k=self.validation.top_k,
-            never_first=self.tokenizer.never_first,
+            never_first=never_first(self.model, self.tokenizer),
         )
-        return ranked_labels(samples, self.tokenizer, self.validation.top_k)
+        return rank(samples, self.tokenizer.decode_label, RankingConfig(), self.validation.top_k)
 
     def configure_optimizers(self) -> dict[str, Any]:
         total = self.trainer.estimated_stepping_batches

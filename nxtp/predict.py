@@ -17,11 +17,13 @@ _GRID_PIXELS = 256  # a picture's shorter side in the grid, at least
 @click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--model", required=True, help="A model directory or hub name.")
 @click.option("--top-k", type=click.IntRange(min=1), default=10, show_default=True, help="Labels an image.")
+@click.option("--sampler", default="one_shot", show_default=True, help="one_shot, exact, greedy or beam.")
+@click.option("--ranking", default="prob", show_default=True, help="prob, ppl, sim_mean, sim_max, clip or none.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object an image, a line each, on standard output.")
 @click.option("--grid", type=click.Path(path_type=Path, dir_okay=False), help="Also save a picture of the first 12.")
 @click.option("--batch-size", type=click.IntRange(min=1), default=32, show_default=True, help="Images at once.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, …")
-def predict(images, model, top_k, as_json, grid, batch_size, device):
+def predict(images, model, top_k, sampler, ranking, as_json, grid, batch_size, device):
     """Labels of IMAGES (files and directories), most probable first.
 
     A file that cannot be read is told in a line, the others are done, and the exit code is 1.
@@ -31,9 +33,13 @@ def predict(images, model, top_k, as_json, grid, batch_size, device):
 
     from nxtp.images import ImageError, find_images, load_image, printable
     from nxtp.pixels import to_pixels
+    from nxtp.ranking import ranking_config
     from nxtp.recognizer import Recognizer, batches
+    from nxtp.samplers import sampler_config
     from nxtp.show import GridItem, print_labels, save_grid
 
+    how = sampler_config(sampler), ranking_config(ranking)
+    score = "probability" if ranking == "prob" else "score"
     recognizer = Recognizer.from_pretrained(model, device=device)
     found, problems = find_images(images)
     shown: list[GridItem] = []
@@ -59,14 +65,14 @@ def predict(images, model, top_k, as_json, grid, batch_size, device):
         for paths in batches(found, batch_size):
             loaded = list(pool.map(pixels_of, paths))
             good = [pixels for pixels in loaded if not isinstance(pixels, ImageError)]
-            predicted = iter(recognizer.predict_pixels(torch.stack(good), top_k) if good else [])
+            predicted = iter(recognizer.predict_pixels(torch.stack(good), top_k, *how) if good else [])
             for path, pixels in zip(paths, loaded, strict=True):
                 if isinstance(pixels, ImageError):
                     report(pixels)
                     continue
                 ranked = next(predicted)
                 if as_json:
-                    rows = [{"label": label, "probability": probability} for label, probability in ranked]
+                    rows = [{"label": label, score: value} for label, value in ranked]
                     _echo_json({"image": str(path), "labels": rows})
                 else:
                     print_labels(console, printable(path), ranked)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,13 +14,15 @@ from safetensors.torch import save_model
 from torch import Tensor
 
 from nxtp import model_dir
+from nxtp.clip import ClipSimilarity
 from nxtp.config import to_dataclass
 from nxtp.decoder import plain_config
 from nxtp.images import load_image
 from nxtp.model import Model, ModelConfig
 from nxtp.model_dir import CONFIG, WEIGHTS, load_weights, write_model_dir
 from nxtp.pixels import to_pixels
-from nxtp.sampling import MAX_LABEL_TOKENS, one_shot, ranked_labels
+from nxtp.ranking import RankingConfig, rank, ranking_config
+from nxtp.samplers import SamplerConfig, sample, sampler_config
 from nxtp.tokens import LabelTokenizer
 
 ImageLike = str | Path | bytes | Image.Image | Tensor | np.ndarray
@@ -46,6 +48,7 @@ class Recognizer:
     ):
         self.model, self.tokenizer, self.config = model.eval(), tokenizer, config
         self.provenance = provenance or {}
+        self._clips: dict[str, ClipSimilarity] = {}
 
     @property
     def device(self) -> torch.device:
@@ -57,20 +60,31 @@ class Recognizer:
 
     # Using it
 
-    def predict(self, images: ImageLike | Sequence[ImageLike], top_k: int = 10, batch_size: int = 64):
+    def predict(
+        self,
+        images: ImageLike | Sequence[ImageLike],
+        top_k: int = 10,
+        batch_size: int = 64,
+        sampler: str | Mapping[str, Any] | SamplerConfig = "one_shot",
+        ranking: str | Mapping[str, Any] | RankingConfig = "prob",
+    ):
         """Ranked labels with their probabilities.
 
         Args:
             images: one image or a list: a path, encoded bytes, a PIL image, or uint8 pixels ([H, W, 3] array
                 or [3, H, W] tensor).
             top_k: labels an image, at most; fewer where several came out the same.
-            batch_size: images computed together; the result does not depend on it.
+            batch_size: images computed together; the result does not depend on it (but where tokens are drawn).
+            sampler: one_shot, exact, greedy, beam, or ``{"name": …}`` with settings; see :mod:`nxtp.samplers`.
+            ranking: prob, ppl, sim_mean, sim_max, clip, none, or ``{"name": …}`` with settings; see
+                :class:`nxtp.ranking.RankingConfig`. Other rankings than prob give their own scores.
 
         Returns:
             ``[(label, probability), …]``, most probable first, for one image; a list of those for a list.
 
         Raises:
             ImageError: an image that cannot be read; names it.
+            UserError: an unknown sampler, ranking or setting.
             ValueError: ``top_k`` below 1.
         """
         single = not isinstance(images, (list, tuple))
@@ -78,25 +92,31 @@ class Recognizer:
         result: list[Labels] = []
         for start in range(0, len(every), batch_size):
             pixels = torch.stack([self.transform(image) for image in every[start : start + batch_size]])
-            result += self.predict_pixels(pixels, top_k)
+            result += self.predict_pixels(pixels, top_k, sampler, ranking)
         return result[0] if single else result
 
-    def predict_pixels(self, images: Tensor, top_k: int = 10) -> list[Labels]:
+    def predict_pixels(
+        self,
+        images: Tensor,
+        top_k: int = 10,
+        sampler: str | Mapping[str, Any] | SamplerConfig = "one_shot",
+        ranking: str | Mapping[str, Any] | RankingConfig = "prob",
+    ) -> list[Labels]:
         """Labels of uint8 [B, 3, S, S], S = ``image_size``, on any device."""
         if top_k < 1:
             raise ValueError(f"top_k is {top_k}: at least 1, please")
         if len(images) == 0:
             return []
-        samples = one_shot(
-            self.model,
-            images.to(self.device),
-            prompt=self.tokenizer.prompt_ids,
-            delimiter=self.tokenizer.delimiter_id,
-            top_k=top_k,
-            max_tokens=MAX_LABEL_TOKENS,
-            never_first=self.tokenizer.never_first,
-        )
-        return ranked_labels(samples, self.tokenizer, top_k)
+        images = images.to(self.device)
+        order = ranking_config(ranking)
+        samples = sample(self.model, images, sampler_config(sampler), tokenizer=self.tokenizer, top_k=top_k)
+        clip = self._clip(order.clip) if order.name == "clip" else None
+        return rank(samples, self.tokenizer.decode_label, order, top_k, model=self.model, images=images, clip=clip)
+
+    def _clip(self, source: str) -> ClipSimilarity:
+        if source not in self._clips:
+            self._clips[source] = ClipSimilarity(source, self.device)
+        return self._clips[source]
 
     def transform(self, image: ImageLike) -> Tensor:
         """One image → the model's input pixels, uint8 [3, S, S]."""

@@ -138,7 +138,7 @@ def published_one_shot(
     probs_BKL = torch.cat([probs, torch.ones_like(probs[:, :1])], dim=1).view(batch, count, -1)
     lengths_BK = (tokens_BKL == delimiter).int().argmax(dim=-1)
     longest = int(lengths_BK.max()) + 1 if lengths_BK.numel() else 0
-    return Samples(tokens_BKL[..., :longest], probs_BKL[..., :longest], lengths_BK)
+    return Samples(tokens_BKL[..., :longest], probs_BKL[..., :longest], lengths_BK, lengths_BK == max_tokens)
 
 
 def _last_logits(model: Model, embeddings_BTD: Tensor, num_image_tokens: int) -> Tensor:

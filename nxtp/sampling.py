@@ -9,10 +9,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from nxtp.labels import normalise
 from nxtp.layout import branch_mask
 from nxtp.model import Model
-from nxtp.tokens import LabelTokenizer
 
 MAX_LABEL_TOKENS = 19  # as published: a label without a delimiter by then is cut there
 
@@ -23,12 +21,35 @@ class Samples:
 
     ``tokens_BKL``   int64, the label's tokens, then its delimiter; what follows is the delimiter repeated
     ``probs_BKL``    float32, the probability of each token given the prefix and the label so far; 1 after the end
-    ``lengths_BK``   int64, tokens of the label without its delimiter
+    ``lengths_BK``   int64, tokens of the label without its delimiter; 0 fills up images with fewer labels
+    ``cut_BK``       bool, whether the label was cut before its delimiter, whose probability then does not enter
+    ``complete_B``   bool, of exact search: whether these are proven to be the most probable labels; else None
     """
 
     tokens_BKL: Tensor
     probs_BKL: Tensor
     lengths_BK: Tensor
+    cut_BK: Tensor
+    complete_B: Tensor | None = None
+
+    @classmethod
+    def of(
+        cls, labels: Sequence[Sequence[tuple[Sequence[int], Sequence[float]]]], delimiter: int, device=None
+    ) -> Samples:
+        """From lists: for each image its labels as (tokens without delimiter, probabilities, delimiter's included)."""
+        count = max((len(image) for image in labels), default=0)
+        longest = max((len(tokens) for image in labels for tokens, _ in image), default=0) + 1
+        tokens_BKL = torch.full((len(labels), count, longest), delimiter, device=device)
+        probs_BKL = torch.ones(len(labels), count, longest, device=device)
+        lengths_BK = torch.zeros(len(labels), count, dtype=torch.long, device=device)
+        cut_BK = torch.zeros(len(labels), count, dtype=torch.bool, device=device)
+        for b, image in enumerate(labels):
+            for k, (tokens, probs) in enumerate(image):
+                tokens_BKL[b, k, : len(tokens)] = torch.tensor(tokens, dtype=torch.long)
+                probs_BKL[b, k, : len(probs)] = torch.tensor(probs)
+                lengths_BK[b, k] = len(tokens)
+                cut_BK[b, k] = len(tokens) == len(probs) > 0
+        return cls(tokens_BKL, probs_BKL, lengths_BK, cut_BK)
 
     @property
     def scores_BK(self) -> Tensor:
@@ -95,7 +116,7 @@ def one_shot(
         running_BA = running_BA & (current_BA != delimiter)
     lengths_BK = (tokens_BKL == delimiter).int().argmax(dim=-1)
     longest = int(lengths_BK.max()) + 1 if lengths_BK.numel() else 0
-    return Samples(tokens_BKL[..., :longest], probs_BKL[..., :longest], lengths_BK)
+    return Samples(tokens_BKL[..., :longest], probs_BKL[..., :longest], lengths_BK, lengths_BK == max_tokens)
 
 
 def _keep_branches(cache: DynamicCache, keep_BA: Tensor, prefix: int, steps: int) -> None:
@@ -110,21 +131,3 @@ def _keep_branches(cache: DynamicCache, keep_BA: Tensor, prefix: int, steps: int
             index = keep_BA[:, None, None, :, None].expand(batch, heads, steps, -1, width)
             kept = tree.gather(3, index).flatten(2, 3)
             setattr(layer, name, torch.cat([old[:, :, :prefix], kept], dim=2))
-
-
-def ranked_labels(samples: Samples, tokenizer: LabelTokenizer, top_k: int) -> list[list[tuple[str, float]]]:
-    """Samples → for each image its labels with their probabilities, most probable first.
-
-    A label that came out several times (other tokens, same text once case and spaces are folded) is merged,
-    its probabilities added. Empty labels are left out. At most ``top_k`` an image.
-    """
-    tokens, lengths, scores = samples.tokens_BKL.tolist(), samples.lengths_BK.tolist(), samples.scores_BK.tolist()
-    result = []
-    for image_tokens, image_lengths, image_scores in zip(tokens, lengths, scores, strict=True):
-        merged: dict[str, float] = {}
-        for ids, length, score in zip(image_tokens, image_lengths, image_scores, strict=True):
-            label = normalise(tokenizer.decode_label(ids[:length]))
-            if label:
-                merged[label] = merged.get(label, 0.0) + score
-        result.append(sorted(merged.items(), key=lambda item: (-item[1], item[0]))[:top_k])
-    return result

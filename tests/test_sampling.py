@@ -6,8 +6,9 @@ from helpers import tiny_config
 
 from nxtp import sampling
 from nxtp.model import Model
+from nxtp.ranking import RankingConfig, rank
 from nxtp.reference import one_label_at_a_time, published_one_shot
-from nxtp.sampling import Samples, one_shot, ranked_labels
+from nxtp.sampling import Samples, one_shot
 from nxtp.tokens import train_tokenizer
 
 VOCABULARY, DELIMITER, PROMPT = 60, 4, [1, 7, 8, 9]
@@ -133,7 +134,7 @@ def made_samples(tokenizer, *images: dict[str, float]) -> Samples:
         for j, (ids, probability) in enumerate(row):
             tokens[i, j, : len(ids)] = torch.tensor(ids, dtype=torch.long)
             lengths[i, j], probs[i, j, 0] = len(ids), probability
-    return Samples(tokens, probs, lengths)
+    return Samples(tokens, probs, lengths, torch.zeros_like(lengths, dtype=torch.bool))
 
 
 @pytest.fixture(scope="module")
@@ -145,8 +146,8 @@ def test_duplicates_are_merged_and_the_most_probable_comes_first(tokenizer):
     samples = made_samples(
         tokenizer, {"cat": 0.25, "dog": 0.2, "Dog": 0.125, "bee": 0.25}, {"": 0.9, "red panda": 0.5, "bee": 0, "cat": 0}
     )
-    first, second = ranked_labels(samples, tokenizer, top_k=3)
+    first, second = rank(samples, tokenizer.decode_label, RankingConfig(), 3)
     assert [label for label, _ in first] == ["dog", "bee", "cat"], "equal probabilities: in alphabetical order"
     assert [probability for _, probability in first] == pytest.approx([0.325, 0.25, 0.25])
     assert second == [("red panda", 0.5), ("bee", 0.0), ("cat", 0.0)], "an empty label is left out"
-    assert ranked_labels(samples, tokenizer, top_k=1) == [first[:1], second[:1]]
+    assert rank(samples, tokenizer.decode_label, RankingConfig(), 1) == [first[:1], second[:1]]

@@ -1,0 +1,74 @@
+"""The samplers by name: one image batch in, labels with their tokens' probabilities out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from nxtp.config import to_dataclass
+from nxtp.errors import UserError, nearest
+from nxtp.exact import ExactConfig, exact
+from nxtp.model import Model
+from nxtp.running_text import BeamConfig, GreedyConfig, beam, greedy, split_labels
+from nxtp.sampling import MAX_LABEL_TOKENS, Samples, one_shot
+from nxtp.tokens import LabelTokenizer
+
+
+@dataclass
+class OneShotConfig:
+    """
+    ``max_tokens``  a label is cut there
+    """
+
+    max_tokens: int = MAX_LABEL_TOKENS
+
+
+SAMPLERS = {"one_shot": OneShotConfig, "greedy": GreedyConfig, "beam": BeamConfig, "exact": ExactConfig}
+SamplerConfig = OneShotConfig | GreedyConfig | BeamConfig | ExactConfig
+
+
+def sampler_config(choice: str | Mapping[str, Any] | SamplerConfig = "one_shot") -> SamplerConfig:
+    """A sampler's configuration from its name, from ``{"name": …, settings}``, or as it is.
+
+    Raises:
+        UserError: an unknown sampler or setting; names the nearest.
+    """
+    if isinstance(choice, tuple(SAMPLERS.values())):
+        return choice
+    settings = {"name": choice} if isinstance(choice, str) else dict(choice)
+    name = settings.pop("name", "one_shot")
+    if name not in SAMPLERS:
+        raise UserError(f"No sampler '{name}'.{nearest(name, SAMPLERS)} Known: {', '.join(SAMPLERS)}.")
+    return to_dataclass(SAMPLERS[name], settings, "sampler")
+
+
+def sample(model: Model, images: Tensor, config: SamplerConfig, *, tokenizer: LabelTokenizer, top_k: int) -> Samples:
+    """Labels of a batch by any sampler.
+
+    Args:
+        images: uint8 [B, 3, S, S], or normalised floating point.
+        top_k: labels an image, of one-shot and exact search; greedy and beam search write as many as their text holds.
+    """
+    common = {
+        "prompt": tokenizer.prompt_ids,
+        "delimiter": tokenizer.delimiter_id,
+        "never_first": never_first(model, tokenizer),
+    }
+    if isinstance(config, OneShotConfig):
+        return one_shot(model, images, top_k=top_k, max_tokens=config.max_tokens, **common)
+    if isinstance(config, ExactConfig):
+        return exact(model, images, config, top_k=top_k, **common)
+    if isinstance(config, BeamConfig):
+        eos = tokenizer.tokenizer.eos_token_id
+        text = beam(model, images, config, eos=eos if eos != tokenizer.bos_id else None, **common)
+    else:
+        text = greedy(model, images, config, **common)
+    return split_labels(*text, tokenizer.delimiter_id, config.max_tokens)
+
+
+def never_first(model: Model, tokenizer: LabelTokenizer) -> Sequence[int]:
+    """Ids that cannot start a label: the delimiter, special tokens, vocabulary rows that the tokenizer lacks."""
+    return [*tokenizer.never_first, *range(len(tokenizer), model.decoder.vocab_size)]

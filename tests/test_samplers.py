@@ -1,0 +1,234 @@
+"""Greedy, beam and exact search beside plain ways of computing the same."""
+
+import itertools
+
+import pytest
+import torch
+from helpers import tiny_config
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nxtp.errors import UserError
+from nxtp.exact import ExactConfig, exact
+from nxtp.model import Model
+from nxtp.recognizer import Recognizer
+from nxtp.reference import allowed
+from nxtp.running_text import BeamConfig, GreedyConfig, beam, greedy, published_text_mask, split_labels
+from nxtp.samplers import SAMPLERS, never_first, sample, sampler_config
+from nxtp.sampling import one_shot
+from nxtp.tokens import train_tokenizer
+
+BOS, DELIMITER = 1, 2
+PROMPT = [BOS, 3, 4]
+COMMON = {"prompt": PROMPT, "delimiter": DELIMITER}
+
+
+def tiny_model(vocabulary: int, seed: int = 0, scale: float = 1.0) -> Model:
+    torch.manual_seed(seed)
+    model = Model(tiny_config(vocab_size=vocabulary)).eval()
+    with torch.no_grad():  # far from uniform, so that orders are clear
+        model.decoder.lm.lm_head.weight.mul_(20 * scale)
+        model.image_token.mul_(50)
+    return model
+
+
+def pictures(batch: int, seed: int = 0) -> torch.Tensor:
+    return torch.rand(batch, 3, 32, 32, generator=torch.Generator().manual_seed(seed)) * 4 - 2
+
+
+def plain_logits(model: Model, image: torch.Tensor, text: list[int], sees) -> torch.Tensor:
+    """Logits of what follows ``text`` behind the prompt; ``sees(q, k)`` says what text position q sees of text k."""
+    tokens = torch.tensor([[*PROMPT, *text]])
+    embeddings = model.embed(model.encode(image), tokens)
+    length, images = embeddings.shape[1], model.num_image_tokens
+    prefix = length - len(text)
+    mask = torch.zeros(1, 1, length, length, dtype=torch.bool)
+    for q, k in itertools.product(range(length), range(length)):
+        if k < prefix or q < prefix:
+            mask[0, 0, q, k] = allowed(q, k, [0] * length, images)
+        else:
+            mask[0, 0, q, k] = k <= q and sees(q - prefix, k - prefix)
+    return model.decoder.logits(model.decoder(embeddings, torch.arange(length)[None], mask)[0, -1])
+
+
+def label_of(text: list[int]) -> list[int]:
+    """The label that each token belongs to; a delimiter belongs to the label that it ends."""
+    numbers, current = [], 0
+    for token in text:
+        numbers.append(current)
+        current += token == DELIMITER
+    return numbers
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@torch.no_grad()
+def test_greedy_sees_its_own_label_only_and_equals_the_plain_way(temperature):
+    model, images = tiny_model(7, scale=0.1), pictures(3)
+    config = GreedyConfig(new_tokens=10, temperature=temperature)
+    tokens, probs = greedy(model, images, config, **COMMON, never_first=[BOS, DELIMITER])
+    for image, written, given_probs in zip(images.split(1), tokens.tolist(), probs, strict=True):
+        text: list[int] = []
+        for token, prob in zip(written, given_probs, strict=True):
+            number = label_of([*text, 0])
+            logits = plain_logits(model, image, text, lambda q, k, number=number: number[q] == number[k])
+            torch.testing.assert_close(prob, logits.softmax(-1)[token], rtol=1e-4, atol=1e-6)
+            if not text or text[-1] == DELIMITER:
+                logits[[BOS, DELIMITER]] = -torch.inf
+            assert temperature > 0 or token == logits.argmax()
+            assert logits[token] > -torch.inf
+            text.append(token)
+    assert temperature == 0 or (tokens[:, :-1] == DELIMITER).any(dim=1).all(), "texts of one label would show nothing"
+
+
+def test_drawing_follows_its_seed_and_stays_within_top_k_and_top_p():
+    model, images = tiny_model(30, scale=0.2), pictures(1).expand(64, -1, -1, -1)
+    config = GreedyConfig(new_tokens=1, temperature=1.0, seed=3)
+    first, again = (greedy(model, images, config, **COMMON)[0] for _ in range(2))
+    assert torch.equal(first, again)
+    assert len(first.unique()) > 3
+    probs = model.prefill(images[:1], PROMPT)[0].softmax(-1)[0]
+    order = probs.argsort(descending=True)
+    narrow = greedy(model, images, GreedyConfig(1, temperature=1.0, draw_top_k=3), **COMMON)[0]
+    assert set(narrow.flatten().tolist()) == set(order[:3].tolist())
+    mass = probs[order].cumsum(0)
+    within = order[: int((mass < 0.5).sum()) + 1]
+    nucleus = greedy(model, images, GreedyConfig(1, temperature=1.0, draw_top_p=0.5), **COMMON)[0]
+    assert set(nucleus.flatten().tolist()) <= set(within.tolist())
+    cold = greedy(model, images, GreedyConfig(1, temperature=1e-4), **COMMON)[0]
+    assert cold.unique().tolist() == [int(order[0])]
+
+
+def test_repetition_penalty_keeps_a_text_from_repeating():
+    model, images = tiny_model(12), pictures(2)
+    plain = greedy(model, images, GreedyConfig(new_tokens=9), **COMMON)[0]
+    varied = greedy(model, images, GreedyConfig(new_tokens=9, repetition_penalty=50.0), **COMMON)[0]
+    assert len(varied[0].unique()) > len(plain[0].unique())
+
+
+@torch.no_grad()
+def test_beam_search_of_full_width_finds_the_best_text():
+    vocabulary, length = 5, 3
+    model, images = tiny_model(vocabulary, scale=0.05), pictures(2)
+    config = BeamConfig(new_tokens=length, beams=vocabulary ** (length - 1))
+    tokens, probs = beam(model, images, config, **COMMON)
+    for image, text, found in zip(images.split(1), tokens.tolist(), probs, strict=True):
+        best = max(
+            (plain_score(model, image, list(candidate)), candidate)
+            for candidate in itertools.product(range(vocabulary), repeat=length)
+        )
+        assert tuple(text) == best[1]
+        assert found.log().sum().item() == pytest.approx(best[0], abs=1e-4)
+    one = beam(model, images, BeamConfig(new_tokens=length, beams=1), **COMMON)[0]
+    assert torch.equal(one, greedy(model, images, GreedyConfig(new_tokens=length), **COMMON)[0])
+
+
+def plain_score(model: Model, image: torch.Tensor, text: list[int]) -> float:
+    number = label_of([*text, 0])
+    total = 0.0
+    for i, token in enumerate(text):
+        logits = plain_logits(model, image, text[:i], lambda q, k: number[q] == number[k])
+        total += logits.log_softmax(-1)[token].item()
+    return total
+
+
+def test_beam_search_may_end_with_eos_and_favours_length_as_told():
+    model, images = tiny_model(6, scale=0.3), pictures(4)
+    texts = [
+        beam(model, images, BeamConfig(new_tokens=6, beams=4, length_penalty=power), **COMMON, eos=5)[0]
+        for power in (0.0, 4.0)
+    ]
+    assert all((text != 5).all() for text in texts)
+    used = [(text != DELIMITER).sum() for text in texts]
+    assert used[0] <= used[1]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.sampled_from([DELIMITER, 5, 6]), min_size=1, max_size=12))
+def test_the_published_mask_is_what_the_description_says(text):
+    prefix, length = 4, len(text)
+    mask = published_text_mask(torch.tensor([text]), prefix, DELIMITER)[0, 0]
+    ends = [i for i, token in enumerate(text) if token == DELIMITER]
+    for q in range(length):
+        unseen = set()
+        for n, end in enumerate(ends[:-1]):  # delimiter n + 1 is out
+            assert ends[n + 1] < length
+            if q > end:
+                unseen |= set(range(prefix - 1, prefix + end + 1))
+        expected = [k <= prefix + q and k not in unseen for k in range(prefix + length)]
+        assert mask[q].tolist() == expected
+
+
+def enumerate_labels(model: Model, image: torch.Tensor, vocabulary: int, max_tokens: int, never: list[int]):
+    """Every label and its probability, by asking the model for every prefix."""
+    found, open_labels = {}, [((), 1.0)]
+    while open_labels:
+        label, probability = open_labels.pop()
+        probs = plain_logits(model, image, list(label), lambda q, k: True).softmax(-1).tolist()
+        for token in range(vocabulary):
+            if not label and token in never:
+                continue
+            if token == DELIMITER:
+                found[label] = probability * probs[token]
+            elif len(label) + 1 == max_tokens:
+                found[(*label, token)] = probability * probs[token]
+            else:
+                open_labels.append(((*label, token), probability * probs[token]))
+    return sorted(found.items(), key=lambda item: -item[1])
+
+
+@pytest.mark.parametrize(("seed", "branches"), [(0, 1), (1, 3), (2, 32)])
+@torch.no_grad()
+def test_exact_search_finds_what_enumeration_finds(seed, branches):
+    vocabulary, never = 6, [BOS, DELIMITER]
+    model, images = tiny_model(vocabulary, seed, scale=0.1), pictures(2, seed)
+    config = ExactConfig(max_expansions=500, branches_per_step=branches, max_tokens=3)
+    samples = exact(model, images, config, **COMMON, top_k=7, never_first=never)
+    assert samples.complete_B.tolist() == [True, True]
+    for i, image in enumerate(images.split(1)):
+        expected = enumerate_labels(model, image, vocabulary, 3, never)[:7]
+        tokens, lengths = samples.tokens_BKL[i].tolist(), samples.lengths_BK[i].tolist()
+        labels = [tuple(row[:length]) for row, length in zip(tokens, lengths, strict=True)]
+        assert labels == [label for label, _ in expected]
+        torch.testing.assert_close(samples.scores_BK[i], torch.tensor([p for _, p in expected]), rtol=1e-4, atol=1e-7)
+        assert samples.cut_BK[i].tolist() == [p for p in (samples.lengths_BK[i] == 3).tolist()]
+
+
+def test_exact_search_is_at_least_as_good_as_one_shot_and_says_when_it_gives_up():
+    model, images = tiny_model(40, scale=0.3), pictures(3)
+    shot = one_shot(model, images, **COMMON, top_k=5, max_tokens=6, never_first=[BOS, DELIMITER])
+    config = ExactConfig(max_expansions=2000, max_tokens=6)
+    best = exact(model, images, config, **COMMON, top_k=5, never_first=[BOS, DELIMITER])
+    shot_scores = shot.scores_BK.sort(dim=1, descending=True).values
+    assert best.complete_B.all()
+    assert (best.scores_BK >= shot_scores - 1e-6).all()
+    assert (best.scores_BK.sum(dim=1) > shot_scores.sum(dim=1) + 1e-4).any(), "labels that share a first token"
+    config = ExactConfig(max_expansions=3, branches_per_step=2, max_tokens=6)
+    assert not exact(model, images, config, **COMMON, top_k=5, never_first=[BOS, DELIMITER]).complete_B.any()
+
+
+def test_texts_are_split_into_labels():
+    tokens = torch.tensor([[5, 6, DELIMITER, 7, DELIMITER, DELIMITER, 8], [DELIMITER] * 7])
+    probs = torch.full(tokens.shape, 0.5)
+    samples = split_labels(tokens, probs, DELIMITER, max_tokens=19)
+    assert samples.lengths_BK.tolist() == [[2, 1, 1], [0, 0, 0]]
+    assert samples.cut_BK.tolist()[0] == [False, False, True]
+    assert samples.scores_BK[0].tolist() == [0.125, 0.25, 0.5]
+    assert split_labels(tokens, probs, DELIMITER, max_tokens=1).lengths_BK[0].tolist() == [1, 1, 1]
+
+
+def test_samplers_by_name():
+    tokenizer = train_tokenizer(["dog", "cat", "red panda"], vocab_size=400)
+    config = tiny_config(vocab_size=len(tokenizer) + 2)
+    model = Model(config).eval()
+    assert set(range(len(tokenizer), len(tokenizer) + 2)) <= set(never_first(model, tokenizer))
+    images = torch.zeros(2, 3, 32, 32, dtype=torch.uint8)
+    for name in SAMPLERS:
+        samples = sample(model, images, sampler_config(name), tokenizer=tokenizer, top_k=3)
+        assert len(samples.tokens_BKL) == 2
+        found = Recognizer(model, tokenizer, config).predict_pixels(images, 3, sampler=name)
+        assert found[0] == found[1]
+    assert sampler_config({"name": "beam", "beams": 5}).beams == 5
+    with pytest.raises(UserError, match=r"No sampler 'gredy'. Did you mean 'greedy'"):
+        sampler_config("gredy")
+    with pytest.raises(UserError, match=r"'sampler.beems'. Did you mean 'beams'"):
+        sampler_config({"name": "beam", "beems": 5})
