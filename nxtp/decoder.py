@@ -96,6 +96,28 @@ class Decoder(nn.Module):
             use_cache=cache is not None,
         ).last_hidden_state
 
+    def attention(self, embeddings_BTD: Tensor, positions_BT: Tensor, mask: Tensor) -> list[Tensor]:
+        """Attention weights of every block, each [B, H, T, T]; arguments as in :meth:`forward`.
+
+        Only the plain implementation computes them, and it wants the mask as numbers to be added.
+        """
+        added = torch.zeros(mask.shape, dtype=embeddings_BTD.dtype, device=mask.device)
+        added = added.masked_fill(~mask, torch.finfo(embeddings_BTD.dtype).min)
+        fast = self.lm.config._attn_implementation
+        self.lm.set_attn_implementation("eager")
+        try:
+            return list(
+                self.lm.model(
+                    inputs_embeds=embeddings_BTD,
+                    position_ids=positions_BT,
+                    attention_mask=added,
+                    use_cache=False,
+                    output_attentions=True,
+                ).attentions
+            )
+        finally:
+            self.lm.set_attn_implementation(fast)
+
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., D] → float32 [..., V]."""
         return self.lm.lm_head(hidden).float()

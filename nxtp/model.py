@@ -109,16 +109,24 @@ class Model(nn.Module):
         Returns:
             logits of the first token of a label, float32 [B, V], and the prefix's keys and values.
         """
+        embeddings, positions, mask = self._prefix(images, prompt)
+        cache = DynamicCache(config=self.decoder.lm.config)
+        hidden = self.decoder(embeddings, positions, mask, cache)
+        return self.decoder.logits(hidden[:, -1]), cache
+
+    def prefix_attention(self, images: Tensor, prompt: Sequence[int]) -> list[Tensor]:
+        """Attention weights of every decoder block over the prefix, each [B, H, P, P]; arguments as in prefill."""
+        return self.decoder.attention(*self._prefix(images, prompt))
+
+    def _prefix(self, images: Tensor, prompt: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+        """Embeddings [B, P, D], positions [1, P] and mask [1, 1, P, P] of image tokens · ``<|image|>`` · prompt."""
         image_tokens = self.encode(images)
         batch, count, _ = image_tokens.shape
         device = image_tokens.device
         embeddings = self.embed(image_tokens, torch.tensor(prompt, device=device).expand(batch, -1))
         length = embeddings.shape[1]
         segments = torch.zeros(1, length, dtype=torch.long, device=device)
-        positions = torch.arange(length, device=device)[None]
-        cache = DynamicCache(config=self.decoder.lm.config)
-        hidden = self.decoder(embeddings, positions, attention_mask(segments, count), cache)
-        return self.decoder.logits(hidden[:, -1]), cache
+        return embeddings, torch.arange(length, device=device)[None], attention_mask(segments, count)
 
     def step(self, tokens_BK: Tensor, position: int, mask: Tensor, cache: DynamicCache) -> Tensor:
         """One token for each of K branches behind the cache, all at the same ``position``: logits [B, K, V]."""

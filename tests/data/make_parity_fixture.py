@@ -29,6 +29,7 @@ DECODER = {
 }
 IDS = {"image_token": 68, "empty_token": 69, "bos": 1, "delimiter": 5, "answer_start_are": 9, "pad": -1}
 TOP_K, MAX_UPDATE_ITER, SEED = 7, 6, 16
+NEW_TOKENS, PENALTY, BEAMS, EOS, NAMES = 9, 1.3, 2, 2, 15
 PROMPT = [IDS["image_token"], IDS["bos"], 6, 11, 7, IDS["answer_start_are"]]
 TRAIN_LABELS = [[[20, 21], [30], [40, 41, 42]], [[50], [60, 61]], [[22, 33, 44]]]
 
@@ -87,13 +88,17 @@ def random_parameters(generator: torch.Generator) -> Parameters:
     return parameters
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None) -> Tensor:
-    """[T, D] each → [T, D]."""
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None, maps: list[Tensor] | None = None
+) -> Tensor:
+    """[T, D] each → [T, D]; the weights [heads, T, T] are appended to ``maps``."""
     length, width = q.shape
     q, k, v = (x.view(length, heads, width // heads).transpose(0, 1) for x in (q, k, v))
     scores = q @ k.transpose(1, 2) / math.sqrt(width // heads)
     if mask is not None:
         scores = scores.masked_fill(~mask, -math.inf)
+    if maps is not None:
+        maps.append(scores.softmax(dim=-1))
     return (scores.softmax(dim=-1) @ v).transpose(0, 1).reshape(length, width)
 
 
@@ -133,7 +138,7 @@ def rotate(x: Tensor, heads: int) -> Tensor:
     return torch.view_as_real(turned).reshape(length, dim)
 
 
-def decode(p: Parameters, x: Tensor, mask: Tensor) -> Tensor:
+def decode(p: Parameters, x: Tensor, mask: Tensor, maps: list[Tensor] | None = None) -> Tensor:
     """Embeddings [T, D] at positions 0, 1, … → logits [T, V]."""
     root, heads = "language_decoder", DECODER["n_heads"]
 
@@ -144,7 +149,7 @@ def decode(p: Parameters, x: Tensor, mask: Tensor) -> Tensor:
         block = f"{root}.layers.{i}"
         h = norm(f"{block}.attention_norm", x)
         q, k, v = (h @ p[f"{block}.attention.{name}.weight"].T for name in ("wq", "wk", "wv"))
-        mixed = attention(rotate(q, heads), rotate(k, heads), v, heads, mask)
+        mixed = attention(rotate(q, heads), rotate(k, heads), v, heads, mask, maps)
         x = x + mixed @ p[f"{block}.attention.wo.weight"].T
         h = norm(f"{block}.ffn_norm", x)
         gate, up = (h @ p[f"{block}.feed_forward.{name}.weight"].T for name in ("w1", "w3"))
@@ -185,6 +190,89 @@ def sample(p: Parameters, image_tokens: Tensor) -> tuple[Tensor, list[list[int]]
         labels.append(tokens)
         probs.append(chances)
     return first, labels, probs
+
+
+def prefix_attention(p: Parameters, image_tokens: Tensor) -> list[Tensor]:
+    maps: list[Tensor] = []
+    embeddings = torch.cat([image_tokens, p["language_decoder.tok_embeddings.weight"][PROMPT]])
+    decode(p, embeddings, mask_of(len(image_tokens), [0] * len(PROMPT)), maps)
+    return maps
+
+
+def text_logits(p: Parameters, image_tokens: Tensor, text: list[int], lagging: bool) -> Tensor:
+    """Logits [V] behind a running text: plainly causal, or with the lagging label mask of greedy search."""
+    start = len(image_tokens) + len(PROMPT)
+    mask = mask_of(len(image_tokens), [0] * (len(PROMPT) + len(text)))
+    ends = [start + i for i, token in enumerate(text) if token == IDS["delimiter"]]
+    for end in ends[:-1] if lagging else []:
+        mask[end + 1 :, start - 1 : end + 1] = False
+    embeddings = torch.cat([image_tokens, p["language_decoder.tok_embeddings.weight"][PROMPT + text]])
+    return decode(p, embeddings, mask)[-1]
+
+
+def greedy(p: Parameters, image_tokens: Tensor, penalty: float) -> tuple[list[int], list[float]]:
+    text, chances = [], []
+    for _ in range(NEW_TOKENS):
+        logits = text_logits(p, image_tokens, text, lagging=True).detach().clone()
+        for token in set(text):
+            logits[token] /= penalty
+        text.append(int(logits.argmax()))
+        chances.append(logits.softmax(-1).max().item())
+    return text, chances
+
+
+def beam(p: Parameters, image_tokens: Tensor) -> list[int]:
+    texts: list[tuple[float, list[int]]] = [(0.0, [])]
+    for _ in range(NEW_TOKENS):
+        grown = []
+        for score, text in texts:
+            chances = text_logits(p, image_tokens, text, lagging=False).log_softmax(-1).tolist()
+            grown += [(score + chance, [*text, token]) for token, chance in enumerate(chances)]
+        texts = sorted(grown, key=lambda item: -item[0])[:BEAMS]
+    return [*texts[0][1], EOS]
+
+
+def sampler_values(p: Parameters, encoded: list[Tensor]) -> dict[str, Tensor]:
+    values: dict[str, Tensor] = {}
+    for name, penalty in (("greedy", 1.0), ("greedy_penalty", PENALTY)):
+        texts = [greedy(p, tokens[1:], penalty) for tokens in encoded]
+        values[f"{name}_tokens"] = torch.tensor([text for text, _ in texts])
+        values[f"{name}_token_probs"] = torch.tensor([chances for _, chances in texts])
+    values["beam_tokens"] = torch.tensor([beam(p, tokens[1:]) for tokens in encoded])
+    return values
+
+
+def rankings(p: Parameters, encoded: list[Tensor]) -> dict[str, list[dict]]:
+    """Labels and scores by every ranking, for a spelling in which some labels coincide."""
+    embedding = p["language_decoder.tok_embeddings.weight"]
+    ranked: dict[str, list[dict]] = {}
+    for name in ("prob", "ppl", "sim_mean", "sim_max", "none"):
+        ranked[name] = []
+        for tokens in encoded:
+            _, labels, chances = sample(p, tokens[1:])
+            found: dict[str, list[float]] = {}
+            for label, probs in zip(labels, chances, strict=True):
+                ended = label[-1] == IDS["delimiter"]
+                spelled = "".join(f"w{i % NAMES}" for i in (label[:-1] if ended else label))
+                if not spelled:
+                    continue
+                rows = embedding[label if ended else [*label, IDS["delimiter"]]]
+                cosine = torch.nn.functional.cosine_similarity(rows[:, None], tokens[None, 1:], dim=-1)
+                score = {
+                    "prob": math.prod(probs),
+                    "ppl": math.prod(probs) ** (1 / len(probs)),
+                    "sim_mean": ((2 - 2 * cosine).sqrt() / 2).mean().item(),
+                    "sim_max": cosine.amax(dim=1).mean().item(),
+                    "none": 0.0,
+                }[name]
+                found.setdefault(spelled, []).append(score)
+            merge = {"prob": sum, "ppl": min, "none": min}.get(name, lambda values: sum(values) / len(values))
+            merged = [(spelled, merge(values)) for spelled, values in found.items()]
+            if name != "none":
+                merged.sort(key=lambda item: item[1], reverse=name in ("prob", "sim_max"))
+            scores = [round(score, 5) for _, score in merged]
+            ranked[name].append({"labels": [spelled for spelled, _ in merged], "scores": scores})
+    return ranked
 
 
 def padded(rows: list[list], value: float, dtype: torch.dtype) -> Tensor:
@@ -244,6 +332,12 @@ def expected_values(parameters: Parameters, images: Tensor) -> dict[str, Tensor]
         "train_loss": loss,
         **gradients,
     }
+    maps = [prefix_attention(p, tokens[1:]) for tokens in encoded]
+    values |= {f"attention_layer{i}": torch.stack([m[i] for m in maps]) for i in range(DECODER["n_layers"])}
+    return as_saved(values)
+
+
+def as_saved(values: dict[str, Tensor]) -> dict[str, Tensor]:
     return {
         name: (value.float() if value.is_floating_point() else value).detach().clone() for name, value in values.items()
     }
@@ -258,8 +352,16 @@ def main(directory: Path) -> None:
     release = {"epoch": 0, "global_step": 0, "model": {f"module.{name}": value for name, value in parameters.items()}}
     torch.save(release, directory / "release_format.pth")
     save_file(expected_values(parameters, images), directory / "expected.safetensors")
+    with torch.no_grad():
+        p = {name: tensor.double() for name, tensor in parameters.items()}
+        encoded = [encode(p, image) for image in images.double()]
+        save_file(as_saved(sampler_values(p, encoded)), directory / "samplers.safetensors")
+        spelling = f"token id i is spelled w{{i % {NAMES}}}, end to end, without the delimiter"
+        content = {"spelling": spelling, "ranked": rankings(p, encoded)}
+        (directory / "ranked_labels.json").write_text(json.dumps(content, indent=1) + "\n")
     meta = {"decoder": DECODER, "encoder": IMAGE, "ids": IDS, "k": TOP_K, "max_update_iter": MAX_UPDATE_ITER}
-    (directory / "meta.json").write_text(json.dumps(meta | {"seed": SEED}, indent=1) + "\n")
+    meta |= {"seed": SEED, "repetition_penalty": PENALTY, "beams": BEAMS}
+    (directory / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
 
 
 if __name__ == "__main__":
