@@ -7,6 +7,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -22,7 +23,7 @@ from nxtp.labels import clean_labels, noun_backend
 from nxtp.layout import Layout, Objective, lay_out
 from nxtp.pixels import to_pixels
 from nxtp.shard_set import SampleFault, ShardSet
-from nxtp.shards import expand_shards
+from nxtp.shards import expand_shards, read_manifest
 from nxtp.tokens import LabelTokenizer
 
 log = logging.getLogger("nxtp")
@@ -398,6 +399,22 @@ def named_sources(spec: Any) -> dict[str, Source]:
     if not isinstance(spec, Mapping):
         return {"": Source(spec)}
     return {name: to_dataclass(Source, source, f"data.train.{name}") for name, source in spec.items()}
+
+
+def warn_if_nouns_differ(name: str, spec: Any, nouns: str, trained: str | None) -> None:
+    """Labels of captions depend on the backend that found them: say so where it is not the training's.
+
+    Args:
+        name: of the set, for the message.
+        spec: its shards; a manifest that names a backend is believed, for others ``nouns`` is used.
+        trained: the backend of the training's labels; None: unknown, nothing to compare.
+    """
+    for source in named_sources(spec).values():
+        directory = Path(source.shards) if isinstance(source.shards, str | os.PathLike) else None
+        manifest = read_manifest(directory) if directory is not None and directory.is_dir() else None
+        here = ((manifest or {}).get("nouns") or {}).get("backend", nouns)
+        if trained is not None and here != trained:
+            log.warning("Set '%s': nouns come from '%s', the model's training labels from '%s'.", name, here, trained)
 
 
 def label_texts(shards: ShardSet, config: DataConfig, limit: int = 20_000) -> list[str]:

@@ -18,15 +18,13 @@ from rich.table import Table
 from torch import Tensor
 
 from nxtp.config import compose_and_run, to_dataclass
-from nxtp.data import DataConfig, Loader, ShardData
+from nxtp.data import DataConfig, Loader, ShardData, warn_if_nouns_differ
 from nxtp.embedders import CachedEmbedder, label_embedder
 from nxtp.errors import UserError
-from nxtp.labels import noun_backend
 from nxtp.metrics import ExactMatch, SemanticMatch
 from nxtp.module import describe_faults
 from nxtp.recognizer import Recognizer
 from nxtp.record import write_json
-from nxtp.shards import read_manifest
 from nxtp.show import GridItem, save_grid
 
 log = logging.getLogger("nxtp")
@@ -62,7 +60,7 @@ def evaluate(cfg: DictConfig) -> dict[str, float]:
     with predictions.open("w") as lines:
         for name, spec in config.val.items():
             loader = data.loader(name, spec, training=False)
-            warn_if_nouns_differ(name, spec, config.nouns, recognizer)
+            warn_if_nouns_differ(name, spec, config.nouns, recognizer.provenance.get("nouns"))
             values, shown, faults = evaluate_set(recognizer, loader, cfg, name, embedder, lines, console)
             metrics.update({f"{name}/{key}": value for key, value in values.items()})
             skipped.update(faults)
@@ -130,15 +128,6 @@ def evaluate_set(
     if seen:
         values["images_per_s"] = round(seen / seconds, 2)
     return values, shown, faults
-
-
-def warn_if_nouns_differ(name: str, spec, nouns: str, recognizer: Recognizer) -> None:
-    """Labels of captions depend on the backend that found them: say so where it is not the training's."""
-    trained = (recognizer.provenance or {}).get("nouns")
-    manifest = read_manifest(Path(spec)) if isinstance(spec, str) and Path(spec).is_dir() else None
-    here = ((manifest or {}).get("nouns") or {}).get("backend", noun_backend(nouns).name)
-    if trained is not None and here != trained:
-        log.warning("Set '%s': nouns come from '%s', the model was trained on nouns from '%s'.", name, here, trained)
 
 
 def to_image(pixels: Tensor) -> Image.Image:

@@ -182,4 +182,15 @@ def _is_verb(word: str) -> bool:
     return "VERB" in getAllLemmas(word)
 
 
+def _nltk(kind: str) -> Callable[[], NounBackend]:
+    def make() -> NounBackend:
+        from nxtp import nltk_labels
+
+        return getattr(nltk_labels, kind)()
+
+    return make
+
+
 _BACKENDS["textblob"] = TextBlobNouns
+_BACKENDS["nltk"] = _nltk("NltkNouns")
+_BACKENDS["nltk_published"] = _nltk("PublishedNouns")

@@ -17,7 +17,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
 from nxtp.config import compose_and_run, to_dataclass
-from nxtp.data import DataConfig, ShardData, label_texts, named_sources, open_shards
+from nxtp.data import DataConfig, ShardData, label_texts, named_sources, open_shards, warn_if_nouns_differ
 from nxtp.errors import UserError
 from nxtp.model import ModelConfig
 from nxtp.module import Recognition, ValidationConfig, describe_faults
@@ -55,6 +55,8 @@ def train(cfg: DictConfig) -> float | None:
     data, module = build(cfg, run_dir)
     trainer = build_trainer(cfg, module, data)
     record.data = describe_data(data)
+    for name, spec in {"train": data.config.train, **data.config.val}.items():
+        warn_if_nouns_differ(name, spec, data.config.nouns, data.config.nouns)
     save_start(run_dir, cfg, record)
     try:
         trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)

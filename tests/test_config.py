@@ -1,5 +1,7 @@
 """Every shipped configuration composes and instantiates; a wrong key names the nearest right one."""
 
+from dataclasses import asdict
+
 import pytest
 from helpers import write_shards
 from hydra import compose, initialize_config_dir
@@ -15,11 +17,24 @@ from nxtp.model import ModelConfig
 from nxtp.module import ValidationConfig
 from nxtp.optim import OptimConfig, TrainsConfig
 from nxtp.perf import count_parameters, meta_model
+from nxtp.ranking import RANKINGS, RankingConfig, ranking_config
+from nxtp.samplers import sampler_config
 
 GROUPS = {
     name: sorted(path.stem for path in (conf_dir() / name).glob("*.yaml"))
     for name in (
-        *("model", "model/encoder", "model/decoder", "data", "objective", "prompts", "optim", "trainer", "callbacks"),
+        *(
+            "model",
+            "model/encoder",
+            "model/decoder",
+            "data",
+            "labels",
+            "objective",
+            "prompts",
+            "optim",
+            "trainer",
+            "callbacks",
+        ),
         *("logger", "debug", "experiment"),
     )
 }
@@ -58,6 +73,21 @@ def test_every_shipped_option_composes_and_instantiates(tmp_path, choice, monkey
     trainer = OmegaConf.to_container(cfg.trainer, resolve=True)
     if trainer["accelerator"] == "cpu":
         instantiate({**trainer, "logger": False, "callbacks": [], "profiler": None}, _convert_="all")
+
+
+@pytest.mark.parametrize("sampler", sorted(path.stem for path in (conf_dir() / "sampler").glob("*.yaml")))
+def test_every_shipped_sampler_states_its_defaults(tmp_path, sampler):
+    settings = OmegaConf.to_container(OmegaConf.load(conf_dir() / "sampler" / f"{sampler}.yaml"))
+    assert settings["name"] == sampler
+    assert asdict(sampler_config(settings)) == asdict(sampler_config(sampler))
+    assert settings.keys() == {"name", *asdict(sampler_config(sampler))}
+
+
+def test_every_ranking_is_shipped_as_a_group():
+    shipped = {path.stem: OmegaConf.load(path) for path in (conf_dir() / "ranking").glob("*.yaml")}
+    assert shipped.keys() == set(RANKINGS)
+    for name, settings in shipped.items():
+        assert ranking_config(settings) == RankingConfig(name)
 
 
 @pytest.mark.parametrize("experiment", GROUPS["experiment"])

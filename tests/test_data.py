@@ -1,5 +1,7 @@
 """Every sample once over ranks × workers × epochs; labels; what is skipped is counted; resuming mid-epoch."""
 
+import json
+import logging
 import tarfile
 
 import numpy as np
@@ -9,7 +11,7 @@ from helpers import jpeg, sample, write_shards
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nxtp.data import DataConfig, EpochPlan, ShardData, label_texts
+from nxtp.data import DataConfig, EpochPlan, ShardData, label_texts, warn_if_nouns_differ
 from nxtp.errors import UserError
 from nxtp.shards import write_shard
 from nxtp.tokens import train_tokenizer
@@ -176,3 +178,18 @@ def test_label_texts_are_what_the_samples_say(tmp_path):
     data = shard_data(str(root))
     texts = label_texts(data.open("train", str(root)), data.config)
     assert texts == ["leaf", "lemon", "ocean", "rose", "stone"]
+
+
+def test_another_noun_backend_than_the_trainings_is_told(tmp_path, caplog):
+    shards = write_shards(tmp_path / "s", [2])
+    manifest = json.loads((shards / "manifest.json").read_text())
+    with caplog.at_level(logging.WARNING, "nxtp"):
+        warn_if_nouns_differ("val", str(shards), "textblob", "textblob")
+        warn_if_nouns_differ("val", str(shards), "textblob", None)
+        warn_if_nouns_differ("val", [str(shards)], "textblob", "textblob")
+        assert not caplog.records
+        warn_if_nouns_differ("val", str(shards), "textblob", "nltk")
+        (shards / "manifest.json").write_text(json.dumps(manifest | {"nouns": {"backend": "nltk", "version": "1"}}))
+        warn_if_nouns_differ("other", str(shards), "textblob", "textblob")
+    assert [record.getMessage().split(":")[0] for record in caplog.records] == ["Set 'val'", "Set 'other'"]
+    assert "'nltk'" in caplog.records[1].getMessage()

@@ -1,0 +1,117 @@
+"""Nouns of captions the published way: its cleaning, NLTK's tagger, WordNet's lemmas. Once as it is, once done right.
+
+The published cleaning deletes a list of words as *substrings*, inside longer words too ("stop" becomes "s", "holiday"
+"holi"): needed to reproduce published numbers, wrong otherwise.
+"""
+
+from __future__ import annotations
+
+import re
+from functools import lru_cache
+from importlib.metadata import version
+
+from nxtp.errors import UserError
+
+# Words that say nothing about what a picture shows, in the order in which they are deleted.
+NOISE = (
+    *("person", "persons", "stock", "illustration", "foreground", "background", "photography"),
+    *("image", "images", "front", "day", "ounce", "top"),
+)
+RESOURCES = {
+    "punkt_tab": "tokenizers/punkt_tab",
+    "averaged_perceptron_tagger_eng": "taggers/averaged_perceptron_tagger_eng",
+    "wordnet": "corpora/wordnet",
+}
+_NOISE_WORD = re.compile(rf"(?<![\w'-])(?:{'|'.join(NOISE)})(?![\w'-])")
+_DROPPED = re.compile(r"[^a-z0-9 '.,&-]")
+
+
+def clean_as_published(caption: str) -> str:
+    """Lower case, the noise deleted as substrings, odd characters dropped, commas and ampersands to spaces."""
+    text = caption.lower().replace("\n", " ")
+    for word in NOISE:
+        text = text.replace(word, "")
+    return re.sub(r"[,&]", " ", _DROPPED.sub("", text))
+
+
+def clean(caption: str) -> str:
+    """The same with whole words deleted, and with odd characters as the end of a word rather than nothing."""
+    text = _NOISE_WORD.sub(" ", caption.lower().replace("’", "'"))
+    return re.sub(r"[,&]", " ", _DROPPED.sub(" ", text))
+
+
+class NltkNouns:
+    """``nltk``: whole-word cleaning, lemmas without repetition.
+
+    Raises:
+        UserError: NLTK's data is not there and cannot be fetched.
+    """
+
+    name = "nltk"
+
+    def __init__(self):
+        find_resources()  # here, once, rather than in every loader process
+
+    @property
+    def version(self) -> str:
+        return f"nltk {version('nltk')}, rules 1"
+
+    def __call__(self, caption: str) -> list[str]:
+        words = dict.fromkeys(_nouns(clean(caption)))
+        return list(dict.fromkeys(lemma for lemma in map(_lemma, words) if len(lemma) > 2))
+
+
+class PublishedNouns(NltkNouns):
+    """``nltk_published``: substring cleaning; words that differ before they are lemmatised stay, as repetitions."""
+
+    name = "nltk_published"
+
+    def __call__(self, caption: str) -> list[str]:
+        words = dict.fromkeys(_nouns(clean_as_published(caption)))
+        return [lemma for lemma in map(_lemma, words) if len(lemma) > 2]
+
+
+def _nouns(text: str) -> list[str]:
+    """Words that NLTK tags as common nouns and that hold no digit, in order."""
+    import nltk
+
+    tagged = nltk.pos_tag(nltk.word_tokenize(text))
+    return [word for word, tag in tagged if tag in ("NN", "NNS") and not any(c.isdigit() for c in word)]
+
+
+@lru_cache(1 << 16)
+def _lemma(word: str) -> str:
+    from nltk.stem import WordNetLemmatizer
+
+    return WordNetLemmatizer().lemmatize(word, "n")
+
+
+def find_resources() -> None:
+    """Make sure that NLTK's data is there; what is missing is fetched, once.
+
+    Raises:
+        UserError: it is missing and cannot be fetched.
+    """
+    import nltk
+
+    missing = [name for name, path in RESOURCES.items() if not _has(path)]
+    for name in missing:
+        nltk.download(name, quiet=True, raise_on_error=False)
+    if any(not _has(RESOURCES[name]) for name in missing):
+        raise UserError(
+            f"NLTK's data is missing ({', '.join(RESOURCES)}) and could not be fetched. On a machine with network: "
+            f"python -m nltk.downloader {' '.join(RESOURCES)}; then copy its nltk_data here and set NLTK_DATA to it. "
+            "Or use the backend that needs none: data.nouns=textblob."
+        )
+
+
+def _has(path: str) -> bool:
+    import nltk
+
+    for candidate in (path, f"{path}.zip"):
+        try:
+            nltk.data.find(candidate)
+            return True
+        except LookupError:
+            continue
+    return False
