@@ -1,0 +1,75 @@
+"""`nxtp bench train|predict|metric`: ours beside the published way, the same inputs, in one run.
+
+For models each way lives in a fresh process that builds the same seeded model. The parent first has both compute the
+same thing and compares the results, then asks them for one measurement each in turn (A B A B …); ratios are medians
+over the rounds. The published way is :mod:`nxtp.reference`. Other work on the machine falsifies the numbers:
+threads that wait for each other slow short steps far more than long ones.
+"""
+
+from __future__ import annotations
+
+import json as json_module
+from typing import Any
+
+import click
+from rich.console import Console
+
+from nxtp.bench.measure import measure_predict, measure_train, predict_table, train_table
+from nxtp.bench.metric import measure_metric, metric_table
+from nxtp.bench.workers import SIZES
+
+
+def _report(measure, table, *, json: bool, **options: Any) -> None:
+    """Measure, print the table, and with ``json`` one JSON object as the last line."""
+    with Console(stderr=True).status("measuring; the published way takes its time …"):
+        result = measure(**options)
+    Console().print(table(result))
+    if json:
+        print(json_module.dumps(result), flush=True)
+
+
+@click.group()
+def bench() -> None:
+    """Ours against the published way of doing it, side by side in one run."""
+
+
+def _common(command):
+    for option in (
+        click.option("--json", is_flag=True, help="Print one JSON object as the last line."),
+        click.option("--seed", type=int, default=0, show_default=True, help="Of weights, images and labels."),
+        click.option(
+            "--repeats", type=click.IntRange(1), default=3, show_default=True, help="Rounds; medians are shown."
+        ),
+        click.option("--size", type=click.Choice(list(SIZES)), default="full", show_default=True, help="Of the model."),
+    ):
+        command = option(command)
+    return command
+
+
+@bench.command()
+@_common
+@click.option("--batch", type=click.IntRange(1), default=8, show_default=True, help="Images a step.")
+def train(**options: Any) -> None:
+    """Training steps a second and peak memory, ours and published."""
+    _report(measure_train, train_table, **options)
+
+
+@bench.command()
+@_common
+@click.option(
+    "--steps", type=click.IntRange(1), default=3, show_default=True, help="Decoding steps after a label's first token."
+)
+def predict(**options: Any) -> None:
+    """Seconds an image for 1, 20 and 100 labels, ours and published."""
+    _report(measure_predict, predict_table, **options)
+
+
+@bench.command()
+@click.option("--json", is_flag=True, help="Print one JSON object as the last line.")
+@click.option("--images", type=click.IntRange(1), default=10_000, show_default=True, help="In the stream.")
+@click.option("--plain-images", type=click.IntRange(1), default=40, show_default=True, help="Of them the plain way's.")
+@click.option("--semantic", default="packaged", show_default=True, help="packaged, a directory, or clip:ARCH/TAG.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the stream.")
+def metric(**options: Any) -> None:
+    """Labels a second of the semantic metric, ours and one label at a time."""
+    _report(measure_metric, metric_table, **options)

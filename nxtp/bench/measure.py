@@ -1,0 +1,179 @@
+"""`nxtp bench train|predict`: the measurements and their tables."""
+
+from __future__ import annotations
+
+from statistics import median
+from typing import Any
+
+from rich.table import Table
+
+from nxtp.bench.processes import WAYS, assert_equal, children, machine_description
+from nxtp.bench.workers import SIZES, Predictor, Trainer
+from nxtp.layout import Objective
+
+COUNTS = (1, 20, 100)  # labels an image in `bench predict`
+
+
+def measure_train(size: str = "full", repeats: int = 3, batch: int = 8, seed: int = 0) -> dict[str, Any]:
+    """Training steps a second and peak memory of both ways.
+
+    Args:
+        batch: images a step. Weights, gradients, AdamW's state and the libraries (2.5 GB at full size) weigh the
+            same in both ways, so that the ratio of memory falls with the batch; the published one is 16 a GPU.
+
+    Returns:
+        ``images_per_s_ratio`` and ``peak_memory_ratio`` (ours / published), what they are made of, the machine.
+
+    Raises:
+        UserError: the two ways disagree.
+    """
+    with children(Trainer, size=SIZES[size], batch=batch, seed=seed) as (ours, theirs):
+        difference = assert_equal(ours.ask("result"), theirs.ask("result"), "training step")
+        cases = {
+            "ours": (ours, Objective.PUBLISHED),
+            "published": (theirs, Objective.PUBLISHED),
+            "ours, matched": (ours, Objective.MATCHED),
+        }
+        for child, objective in cases.values():
+            child.ask("measure", objective=objective)  # the optimiser's state is made here
+        peaks = {}
+        seconds: dict[str, list[float]] = {name: [] for name in cases}
+        for _ in range(repeats):
+            for name, (child, objective) in cases.items():
+                seconds[name].append(child.ask("measure", objective=objective))
+                peaks[name] = (child.peak, child.peak - child.baseline)
+        parameters = ours.parameters
+    rows = {
+        name: {
+            "seconds": median(times),
+            "images_per_s": batch / median(times),
+            "peak_bytes": peaks[name][0],
+            "peak_above_model_bytes": peaks[name][1],
+        }
+        for name, times in seconds.items()
+    }
+    return {
+        "images_per_s_ratio": _ratio(seconds["published"], seconds["ours"]),
+        "peak_memory_ratio": peaks["ours"][0] / peaks["published"][0],
+        "peak_above_model_ratio": peaks["ours"][1] / max(peaks["published"][1], 1),
+        "matched_images_per_s_ratio": _ratio(seconds["published"], seconds["ours, matched"]),
+        "difference": difference,
+        "rows": rows,
+        "parameters": parameters,
+        "batch": batch,
+        "repeats": repeats,
+        "machine": machine_description(),
+    }
+
+
+def measure_predict(size: str = "full", repeats: int = 3, steps: int = 3, seed: int = 0) -> dict[str, Any]:
+    """Seconds an image of both ways, for 1, 20 and 100 labels.
+
+    Args:
+        steps: decoding steps after the first token; random weights hardly ever end a label sooner.
+
+    Returns:
+        ``ratio@20``, ``ratio@100``: published / ours, encoder and prefix included. ``decode_ratio@…``: after the
+        first token, i.e. less the time of the same call with one token a label. ``top100_over_top1``: ours.
+
+    Raises:
+        UserError: the two ways disagree.
+    """
+    tokens = steps + 1
+    whole: dict[tuple[str, int], list[float]] = {}
+    decode: dict[tuple[str, int], list[float]] = {}
+    differences = []
+    with children(Predictor, size=SIZES[size], batch=1, seed=seed) as (ours, theirs):
+
+        def both(top_k: int, tokens: int) -> dict[str, float]:
+            """Each way's seconds; their labels have been compared."""
+            answers = {child.way: child.ask("measure", top_k=top_k, tokens=tokens) for child in (ours, theirs)}
+            results = (answers[child.way][1] for child in (ours, theirs))
+            differences.append(assert_equal(*results, case=f"top-{top_k}"))
+            return {way: seconds for way, (seconds, _) in answers.items()}
+
+        for k in COUNTS[:-1]:
+            both(k, tokens)  # before anything counts
+        for _ in range(repeats):
+            for k in COUNTS:
+                first, every = both(k, 1), both(k, tokens)
+                for way in WAYS:
+                    whole.setdefault((way, k), []).append(every[way])
+                    decode.setdefault((way, k), []).append(max(every[way] - first[way], 1e-6))
+        parameters = ours.parameters
+    result: dict[str, Any] = {}
+    for k in COUNTS[1:]:
+        result[f"ratio@{k}"] = _ratio(whole["published", k], whole["ours", k])
+        result[f"decode_ratio@{k}"] = _ratio(decode["published", k], decode["ours", k])
+    most = COUNTS[-1]
+    result[f"top{most}_over_top1"] = _ratio(whole["ours", most], whole["ours", 1])
+    rows = {
+        f"{way}@{k}": {"seconds": median(whole[way, k]), "decode_seconds": median(decode[way, k])}
+        for k in COUNTS
+        for way in WAYS
+    }
+    return result | {
+        "difference": max(differences),
+        "rows": rows,
+        "parameters": parameters,
+        "steps": steps,
+        "repeats": repeats,
+        "machine": machine_description(),
+    }
+
+
+def _ratio(numerators: list[float], denominators: list[float]) -> float:
+    """Median over the rounds of one time by the other of the same round."""
+    return median(n / d for n, d in zip(numerators, denominators, strict=True))
+
+
+def _caption(result: dict[str, Any], what: str) -> str:
+    machine = result["machine"]
+    return (
+        f"{what}. {result['parameters'] / 1e6:.0f} M parameters; results equal to {result['difference']:.0e} relative. "
+        f"{machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}, {machine['date']}"
+    )
+
+
+def train_table(result: dict[str, Any]) -> Table:
+    table = Table(title="Training step: ours beside the published way", caption_justify="left")
+    for column in ("", "s a step", "images/s", "peak memory GB", "above the model GB"):
+        table.add_column(column, justify="left" if not column else "right")
+    for name, row in result["rows"].items():
+        shared = name == "ours, matched"  # the same process as ours
+        peak, above = (f"{row[key] / 1e9:.2f}" for key in ("peak_bytes", "peak_above_model_bytes"))
+        numbers = (f"{row['seconds']:.2f}", f"{row['images_per_s']:.2f}", *(("", "") if shared else (peak, above)))
+        table.add_row(name, *numbers)
+    speed, memory, above = (result[k] for k in ("images_per_s_ratio", "peak_memory_ratio", "peak_above_model_ratio"))
+    table.add_section()
+    table.add_row("ours / published", "", f"{speed:.1f}×", f"{memory:.2f}×", f"{above:.2f}×")
+    table.caption = _caption(
+        result,
+        f"Forward, backward and AdamW of {result['batch']} images, all parameters train; medians of "
+        f"{result['repeats']} rounds; memory is the largest resident set of a process (getrusage)",
+    )
+    return table
+
+
+def predict_table(result: dict[str, Any]) -> Table:
+    table = Table(title="One-shot prediction of one image: ours beside the published way", caption_justify="left")
+    for column in ("labels", "ours s", "published s", "ratio", "decoding: ours s", "published s", "ratio"):
+        table.add_column(column, justify="right")
+    for k in COUNTS:
+        ours, theirs = result["rows"][f"ours@{k}"], result["rows"][f"published@{k}"]
+        ratios = [f"{result[name]:.1f}×" if name in result else "" for name in (f"ratio@{k}", f"decode_ratio@{k}")]
+        table.add_row(
+            str(k),
+            f"{ours['seconds']:.3f}",
+            f"{theirs['seconds']:.2f}",
+            ratios[0],
+            f"{ours['decode_seconds']:.3f}",
+            f"{theirs['decode_seconds']:.2f}",
+            ratios[1],
+        )
+    table.caption = _caption(
+        result,
+        f"Top-100 takes {result['top100_over_top1']:.2f}× the time of top-1. Encoder and prefix included, except "
+        f"under decoding: {result['steps']} steps after the first token; medians of {result['repeats']} rounds",
+    )
+    return table
