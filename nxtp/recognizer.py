@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,8 +23,11 @@ from nxtp.model import Model, ModelConfig
 from nxtp.model_dir import CONFIG, WEIGHTS, load_weights, write_model_dir
 from nxtp.pixels import to_pixels
 from nxtp.ranking import RankingConfig, rank, ranking_config
+from nxtp.running_text import RunningTextConfig
 from nxtp.samplers import SamplerConfig, sample, sampler_config
 from nxtp.tokens import LabelTokenizer
+
+log = logging.getLogger("nxtp")
 
 ImageLike = str | Path | bytes | Image.Image | Tensor | np.ndarray
 Labels = list[tuple[str, float]]
@@ -49,6 +53,7 @@ class Recognizer:
         self.model, self.tokenizer, self.config = model.eval(), tokenizer, config
         self.provenance = provenance or {}
         self._clips: dict[str, ClipSimilarity] = {}
+        self._told = False
 
     @property
     def device(self) -> torch.device:
@@ -109,7 +114,17 @@ class Recognizer:
             return []
         images = images.to(self.device)
         order = ranking_config(ranking)
-        samples = sample(self.model, images, sampler_config(sampler), tokenizer=self.tokenizer, top_k=top_k)
+        config = sampler_config(sampler)
+        if isinstance(config, RunningTextConfig) and self.provenance.get("objective") == "matched" and not self._told:
+            log.warning("Greedy and beam search write running text, which a model of objective 'matched' never saw.")
+            self._told = True
+        samples = sample(self.model, images, config, tokenizer=self.tokenizer, top_k=top_k)
+        if samples.complete_B is not None and not samples.complete_B.all():
+            log.warning(
+                "Exact search gave up on %d of %d images after max_expansions: their labels are the best it found.",
+                int((~samples.complete_B).sum()),
+                len(images),
+            )
         clip = self._clip(order.clip) if order.name == "clip" else None
         return rank(samples, self.tokenizer.decode_label, order, top_k, model=self.model, images=images, clip=clip)
 
