@@ -213,7 +213,7 @@ def finish(
     if cfg.export == "best" and best is not None:
         state = torch.load(best.best_model_path, map_location="cpu", weights_only=True)
         module.load_state_dict(state["state_dict"])
-    if data.val_names:
+    if data.val_names and trainer.limit_val_batches:
         for values in trainer.validate(module, datamodule=data, verbose=False, weights_only=True):
             record.metrics.update(values)
     record.parameters = count_parameters(module.model)

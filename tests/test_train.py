@@ -279,6 +279,35 @@ def test_other_loggers_write_what_csv_writes(workplace, logger):
     assert done.returncode == 0, done.stderr[-3000:]
     run = root / "runs" / logger
     if logger == "wandb":
-        assert list(run.glob("wandb/offline-run-*/*.wandb"))
+        (kept,) = run.glob("wandb/offline-run-*/*.wandb")
+        assert all(name in kept.read_bytes() for name in (b"train/loss", b"perf/images_per_s", b"val/recall@10"))
     else:
         assert list(run.glob("tensorboard/**/events.out.tfevents*"))
+
+
+@pytest.mark.parametrize("debug", ["smoke", "overfit", "profile"])
+def test_debug_modes_run(workplace, debug):
+    root, command, _ = workplace
+    short = [a for a in command if not a.startswith(("name=", "trainer."))]
+    done = run_nxtp(*short, f"name={debug}", f"debug={debug}", "trainer.max_steps=4", cwd=root)
+    assert done.returncode == 0, done.stderr[-3000:]
+    run = root / "runs" / debug
+    assert json.loads((run / "run.json").read_text())["status"] == "finished"
+    if debug == "profile":
+        assert list(run.glob("*.json*"))
+        assert list(run.glob("fit-profile*.txt"))
+
+
+def test_two_processes_train_one_run(workplace):
+    root, command, _ = workplace
+    short = [a for a in command if not a.startswith(("name=", "trainer."))]
+    two = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", "trainer.precision=32-true"]
+    done = run_nxtp(*short, "name=two", *two, "trainer.max_steps=3", cwd=root)
+    assert done.returncode == 0, done.stderr[-3000:]
+    record = json.loads((root / "runs" / "two" / "run.json").read_text())
+    assert record["status"] == "finished"
+    assert 0 <= record["metrics"]["val/recall@10"] <= 1
+    assert (root / "runs" / "two" / "model" / "model.safetensors").is_file()
+    told = done.stdout + done.stderr
+    for noise in ("Tip:", "sync_dist", "weights_only` was not set"):
+        assert noise not in told
