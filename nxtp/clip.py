@@ -41,7 +41,7 @@ class Clip:
         try:
             self.model = open_clip.create_model(name, pretrained=file or tag, weights_only=True)
         except Exception as error:  # hubs and files fail in many ways
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0].split(". ")[0]
             raise UserError(f"No usable CLIP in '{source}': {reason}") from error
         self.model.eval().requires_grad_(False)
         self.tokenizer = open_clip.get_tokenizer(name)

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import sys
 from collections.abc import Callable, Sequence
+from functools import wraps
 from pathlib import Path
 from typing import Any, TypeVar
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, MissingConfigException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationToMissingValueError, MissingMandatoryValue, OmegaConfBaseException
 
 from nxtp.errors import UserError, nearest
 
+log = logging.getLogger("nxtp")
 T = TypeVar("T")
 PACKAGE = Path(__file__).resolve().parent
 
@@ -40,15 +45,32 @@ def compose_and_run(function: Callable[[DictConfig], Any], config_name: str, arg
     if own.is_dir() and own.resolve() != shipped and not any(a in ("--config-dir", "-cd") for a in argv):
         argv += ["--config-dir", str(own)]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come here instead of ending the process
-    run = hydra.main(version_base="1.3", config_path=str(shipped), config_name=config_name)(function)
+    failed: list[UserError] = []
+
+    @wraps(function)
+    def job(cfg: DictConfig) -> Any:
+        try:
+            return function(cfg)
+        except UserError as error:  # raised at the end: Hydra would add lines of its own, and end a sweep here
+            failed.append(error)
+            if HydraConfig.get().mode is RunMode.MULTIRUN:
+                log.error("%s", error)
+            return None
+
+    run = hydra.main(version_base="1.3", config_path=str(shipped), config_name=config_name)(job)
     os.environ["NXTP_COMMAND"] = config_name  # a distributed launcher starts `nxtp` anew with these arguments
     saved, sys.argv = sys.argv, [sys.argv[0], *argv]
     try:
-        return run()
+        result = run()
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(explain(error)) from error
     finally:
         sys.argv = saved
+    if len(failed) > 1:
+        raise UserError(f"{len(failed)} runs of the sweep failed; the first: {failed[0]}")
+    if failed:
+        raise failed[0]
+    return result
 
 
 def explain(error: BaseException) -> str:

@@ -6,6 +6,7 @@ The published cleaning deletes a list of words as *substrings*, inside longer wo
 
 from __future__ import annotations
 
+import io
 import re
 from functools import lru_cache
 from importlib.metadata import version
@@ -96,7 +97,7 @@ def find_resources() -> None:
 
     missing = [name for name, path in RESOURCES.items() if not _has(path)]
     for name in missing:
-        nltk.download(name, quiet=True, raise_on_error=False)
+        nltk.download(name, quiet=True, print_error_to=io.StringIO())  # what went wrong is said below, once
     if any(not _has(RESOURCES[name]) for name in missing):
         raise UserError(
             f"NLTK's data is missing ({', '.join(RESOURCES)}) and could not be fetched. On a machine with network: "

@@ -28,7 +28,7 @@ class RankingConfig:
     """How labels are ordered, and what their score is.
 
     ``name``  prob: the product of a label's token probabilities, delimiter included; occurrences of the same text add
-                up, the highest first.
+                up (in running text, where they are not exclusive, the highest counts), the highest first.
               ppl: the geometric mean of its token probabilities; the highest occurrence counts, the highest first.
               sim_mean: mean over the label's tokens and all image tokens of sqrt(2 - 2·cosine) / 2, between embeddings
                 of the label's tokens (delimiter included) and image tokens; occurrences are averaged, the lowest first.
@@ -36,7 +36,8 @@ class RankingConfig:
               clip: CLIP similarity of image and label; the highest first.
               none: in the order of sampling, score 0.
     ``clip``  for clip: ARCHITECTURE/TAG or ARCHITECTURE:FILE of open_clip, e.g. ``ViT-L-14/openai``
-    ``published``  ppl as the published code has it: the lowest occurrence counts, the least likely label comes first
+    ``published``  as the published code has it: of ppl the lowest occurrence counts and the least likely label comes
+                first; probabilities add up in running text too
     """
 
     name: str = "prob"
@@ -93,6 +94,8 @@ def rank(
     merge, descending = _RULES[config.name]
     if config.name == "ppl" and config.published:
         merge, descending = min, False
+    if config.name == "prob" and not samples.disjoint and not config.published:
+        merge = max
     ranked = []
     for image_texts, image_scores in zip(texts, scores, strict=True):
         occurrences: dict[str, list[float]] = {}

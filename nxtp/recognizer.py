@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_model
 from torch import Tensor
+from transformers.initialization import no_init_weights
 
 from nxtp import model_dir
 from nxtp.clip import ClipSimilarity
@@ -181,7 +182,8 @@ class Recognizer:
             model_dir.verify(directory, content.get("files") or {})
         config = to_dataclass(ModelConfig, content.get("model"), f"{directory / CONFIG}: model")
         tokenizer = LabelTokenizer.load(directory, config.prompt)
-        model = Model(config, load_pretrained=False)
+        with no_init_weights():  # every number comes from the file
+            model = Model(config, load_pretrained=False)
         load_weights(model, directory / WEIGHTS)
         model.requires_grad_(False)
         if str(device) == "auto":

@@ -281,4 +281,6 @@ def split_labels(tokens_BT: Tensor, probs_BT: Tensor, delimiter: int, max_tokens
                 labels[-1][0].append(token)
                 labels[-1][1].append(prob)
         result.append([label for label in labels if label[0]] or [([], [])])
-    return Samples.of(result, delimiter)
+    samples = Samples.of(result, delimiter)
+    samples.disjoint = False
+    return samples

@@ -23,6 +23,8 @@ class Samples:
     ``probs_BKL``    float32, the probability of each token given the prefix and the label so far; 1 after the end
     ``lengths_BK``   int64, tokens of the label without its delimiter; 0 fills up images with fewer labels
     ``cut_BK``       bool, whether the label was cut before its delimiter, whose probability then does not enter
+    ``disjoint``     whether an image's labels exclude each other, so that probabilities of the same text add up; not
+                     so in running text, where a label may be written again
     ``complete_B``   bool, of exact search: whether these are proven to be the most probable labels; else None
     """
 
@@ -30,6 +32,7 @@ class Samples:
     probs_BKL: Tensor
     lengths_BK: Tensor
     cut_BK: Tensor
+    disjoint: bool = True
     complete_B: Tensor | None = None
 
     @classmethod

@@ -85,7 +85,7 @@ def test_predict_shows_bars_and_saves_a_grid(place):
     ("arguments", "told"),
     [
         (["predct"], "Did you mean 'predict'"),
-        (["predict", "x", "--modle", "m"], "Did you mean '--model'"),
+        (["predict", "x", "--modle", "m"], "'--model'"),
         (["predict", "pictures", "--model", "modle"], "No model directory 'modle'"),
         (["predict", "pictures", "--model", "model", "--top-k", "0"], "--top-k"),
         (["train", "experiment=dmo"], "Did you mean 'demo'"),
@@ -103,7 +103,9 @@ def test_mistakes_are_told_in_words(place, arguments, told):
 def test_help_is_there_and_light(place):
     done = run_nxtp("--help", cwd=place)
     assert done.returncode == 0
-    assert all(name in done.stdout for name in ("train", "evaluate", "predict", "describe", "parity", "bench"))
+    assert all(
+        name in done.stdout for name in ("train", "evaluate", "predict", "describe", "convert", "parity", "bench")
+    )
     code = "import nxtp.cli, sys; assert 'torch' not in sys.modules"
     assert subprocess.run([sys.executable, "-c", code], cwd=place).returncode == 0
 

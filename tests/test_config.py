@@ -139,3 +139,24 @@ def test_val_sets_may_be_added_on_the_command_line(tmp_path):
     root = write_shards(tmp_path / "v", [2])
     cfg = composed(tmp_path, f"+data.val.mine={root}")
     assert to_dataclass(DataConfig, cfg.data, "data").val == {"mine": str(root)}
+
+
+def test_one_failed_run_does_not_end_a_sweep(tmp_path, monkeypatch, caplog):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["nxtp"])
+    ran = []
+
+    def job(cfg):
+        ran.append(cfg.seed)
+        if cfg.seed in failing:
+            raise UserError(f"seed {cfg.seed} is bad")
+
+    failing = [1]
+    with pytest.raises(UserError, match="^seed 1 is bad"):
+        compose_and_run(job, "train", ["-m", "name=x", "seed=1,2,3"])
+    assert ran == [1, 2, 3]
+    failing = [1, 3]
+    with pytest.raises(UserError, match="^2 runs of the sweep failed; the first: seed 1 is bad"):
+        compose_and_run(job, "train", ["-m", "name=x", "seed=1,2,3"])
+    with pytest.raises(UserError, match="^seed 1 is bad"):
+        compose_and_run(job, "train", ["name=x", "seed=1"])

@@ -15,6 +15,7 @@ from nxtp.metrics import semantic_scores
 from nxtp.model import Model
 from nxtp.ranking import RankingConfig, rank, ranking_config
 from nxtp.recognizer import Recognizer
+from nxtp.running_text import split_labels
 from nxtp.sampling import Samples
 from nxtp.tokens import train_tokenizer
 
@@ -46,6 +47,12 @@ def same(found, expected):
 def test_prob_adds_up_and_ppl_takes_the_better_occurrence():
     same(ranked("prob", MADE), [("cat ant", 0.125), ("bee", 0.04 + 0.081), ("ant", 0.09)])
     same(ranked("ppl", MADE), [("cat ant", 0.125**0.5), ("ant", 0.3), ("bee", 0.081**0.5)])
+
+
+def test_probabilities_of_a_label_written_twice_do_not_add_up():
+    made = split_labels(torch.tensor([[0, END, 1, END, 0, END]]), torch.full((1, 6), 0.9), END, max_tokens=5)
+    same(ranked("prob", made), [("ant", 0.81), ("bee", 0.81)])
+    same(ranked("prob", made, published=True), [("ant", 1.62), ("bee", 0.81)])
 
 
 def test_published_ppl_is_the_recorded_defect():
