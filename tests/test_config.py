@@ -152,11 +152,11 @@ def test_one_failed_run_does_not_end_a_sweep(tmp_path, monkeypatch, caplog):
             raise UserError(f"seed {cfg.seed} is bad")
 
     failing = [1]
-    with pytest.raises(UserError, match="^seed 1 is bad"):
+    with pytest.raises(UserError, match=r"^seed 1 is bad"):
         compose_and_run(job, "train", ["-m", "name=x", "seed=1,2,3"])
     assert ran == [1, 2, 3]
     failing = [1, 3]
-    with pytest.raises(UserError, match="^2 runs of the sweep failed; the first: seed 1 is bad"):
+    with pytest.raises(UserError, match=r"^2 runs of the sweep failed; the first: seed 1 is bad"):
         compose_and_run(job, "train", ["-m", "name=x", "seed=1,2,3"])
-    with pytest.raises(UserError, match="^seed 1 is bad"):
+    with pytest.raises(UserError, match=r"^seed 1 is bad"):
         compose_and_run(job, "train", ["name=x", "seed=1"])
