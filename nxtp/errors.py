@@ -17,3 +17,12 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """' Did you mean X?' for the nearest of ``known``, or '' when nothing is near."""
     found = get_close_matches(str(name), [str(k) for k in known], n=1, cutoff=0.5)
     return f" Did you mean '{found[0]}'?" if found else ""
+
+
+def at_least(name: str, value: float, lowest: float) -> None:
+    """
+    Raises:
+        UserError: ``value`` of the setting ``name`` is below ``lowest``.
+    """
+    if not value >= lowest:
+        raise UserError(f"{name} is {value}: at least {lowest}, please.")

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from nxtp.errors import UserError, at_least
 from nxtp.model import Model
 from nxtp.sampling import MAX_LABEL_TOKENS, Samples
 
@@ -25,11 +26,20 @@ class ExactConfig:
     ``max_expansions``     nodes of the tree computed an image, at most
     ``branches_per_step``  nodes computed together; more are faster and compute some in vain
     ``max_tokens``         a label is cut there
+    ``temperature``        logits are divided by it; labels are the most probable ones at that temperature
     """
 
     max_expansions: int = 1024
     branches_per_step: int = 32
     max_tokens: int = MAX_LABEL_TOKENS
+    temperature: float = 1.0
+
+    def __post_init__(self):
+        at_least("sampler.max_expansions", self.max_expansions, 0)
+        at_least("sampler.branches_per_step", self.branches_per_step, 1)
+        at_least("sampler.max_tokens", self.max_tokens, 1)
+        if self.temperature <= 0:
+            raise UserError(f"sampler.temperature is {self.temperature}: above 0, please.")
 
 
 @torch.inference_mode()
@@ -78,7 +88,7 @@ class _Search:
         self.prefix = model.num_image_tokens + 1 + len(prompt)
         logits_1V, self.cache = model.prefill(image, prompt)
         self.device = logits_1V.device
-        probs_V = logits_1V[0].softmax(dim=-1)
+        probs_V = (logits_1V[0] / config.temperature).softmax(dim=-1)
         if never_first:
             probs_V[torch.tensor(list(never_first), device=self.device)] = 0.0
         self.expansions = 0
@@ -92,16 +102,19 @@ class _Search:
         self._add_family(1.0, (), (), -1, probs_V)
 
     def run(self) -> list[tuple[list[int], list[float]]]:
-        while self.open and -self.open[0][0] > self._threshold():
-            room = self.config.max_expansions - self.expansions
-            nodes = self._take(min(self.config.branches_per_step, room))
+        while self._undecided():
+            nodes = self._take(min(self.config.branches_per_step, self.config.max_expansions - self.expansions))
             if nodes:
                 self._expand(nodes)
-            elif room <= 0:
+            elif self._undecided():  # what is left must be computed, and may not be
                 self.complete = False
                 break
         best = sorted(self.finished, key=lambda entry: (-entry[0], entry[1]))
         return [(list(node.tokens), list(node.probs)) for _, _, node in best] or [([], [])]
+
+    def _undecided(self) -> bool:
+        """Whether an open label could still enter the result."""
+        return bool(self.open) and -self.open[0][0] > self._threshold()
 
     def _threshold(self) -> float:
         """Below or at it no label can enter the result."""
@@ -131,7 +144,7 @@ class _Search:
     def _take(self, count: int) -> list[tuple[float, _Node]]:
         """Up to ``count`` of the best open labels that must be computed; those that end on the way are finished."""
         nodes: list[tuple[float, _Node]] = []
-        while self.open and -self.open[0][0] > self._threshold():
+        while self._undecided():
             family, child = self.open[0][2:]
             _, tokens, probs, parent, values, ids = self.families[family]
             ends = ids[child] == self.delimiter or len(tokens) + 1 == self.max_tokens
@@ -164,7 +177,7 @@ class _Search:
         positions = torch.tensor([[self.prefix + len(node.tokens) - 1 for _, node in nodes]], device=self.device)
         decoder = self.model.decoder
         hidden = decoder(decoder.embed(tokens), positions, mask, self.cache)
-        probs_NV = decoder.logits(hidden)[0].softmax(dim=-1)
+        probs_NV = (decoder.logits(hidden)[0] / self.config.temperature).softmax(dim=-1)
         self.expansions += new
         for row, (probability, node) in enumerate(nodes):
             self._add_family(probability, node.tokens, node.probs, old + row, probs_NV[row])

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from nxtp.errors import UserError, at_least
 from nxtp.model import Model
 from nxtp.sampling import MAX_LABEL_TOKENS, Samples
 
@@ -33,6 +34,12 @@ class RunningTextConfig:
     repetition_penalty: float = 1.0
     published: bool = False
 
+    def __post_init__(self):
+        at_least("sampler.new_tokens", self.new_tokens, 1)
+        at_least("sampler.max_tokens", self.max_tokens, 1)
+        if self.repetition_penalty <= 0:
+            raise UserError(f"sampler.repetition_penalty is {self.repetition_penalty}: above 0, please (1: none).")
+
 
 @dataclass
 class GreedyConfig(RunningTextConfig):
@@ -48,6 +55,14 @@ class GreedyConfig(RunningTextConfig):
     draw_top_p: float | None = None
     seed: int = 0
 
+    def __post_init__(self):
+        super().__post_init__()
+        at_least("sampler.temperature", self.temperature, 0)
+        if self.draw_top_k is not None:
+            at_least("sampler.draw_top_k", self.draw_top_k, 1)
+        if self.draw_top_p is not None and not 0 < self.draw_top_p <= 1:
+            raise UserError(f"sampler.draw_top_p is {self.draw_top_p}: above 0 and at most 1, please.")
+
 
 @dataclass
 class BeamConfig(RunningTextConfig):
@@ -55,11 +70,19 @@ class BeamConfig(RunningTextConfig):
     ``beams``           hypotheses kept
     ``patience``        the search ends when patience · beams texts have ended with EOS
     ``length_penalty``  a text's log-probability is divided by its length to this power
+    ``temperature``     logits are divided by it
     """
 
     beams: int = 3
     patience: float = 1.0
     length_penalty: float = 1.0
+    temperature: float = 1.0
+
+    def __post_init__(self):
+        super().__post_init__()
+        at_least("sampler.beams", self.beams, 1)
+        if self.patience <= 0 or self.temperature <= 0:
+            raise UserError("sampler.patience and sampler.temperature must be above 0.")
 
 
 @torch.inference_mode()
@@ -139,10 +162,12 @@ def beam(
     probs_RT = torch.empty(batch * width, 0, device=device)
     scores_BW = torch.full((batch, width), -torch.inf, device=device)
     scores_BW[:, 0] = 0.0  # all beams begin alike: only one may branch
-    barred = torch.tensor(list(never_first), dtype=torch.long, device=device)
+    # A text may end where a label would start, so the end of text is not barred there.
+    barred = torch.tensor([i for i in never_first if i != eos], dtype=torch.long, device=device)
     ended: list[list[tuple[float, Tensor, Tensor]]] = [[] for _ in range(batch)]
+    running = set(range(batch))  # images whose search goes on; the others are computed along, and change no more
     for step in range(config.new_tokens):
-        log_p_RV = _penalised(logits_RV, tokens_RT, config).log_softmax(dim=-1)
+        log_p_RV = (_penalised(logits_RV, tokens_RT, config) / config.temperature).log_softmax(dim=-1)
         log_p_RV = _without_barred_starts(log_p_RV, tokens_RT, delimiter, barred, config)
         total_BWV = scores_BW[..., None] + log_p_RV.view(batch, width, vocabulary)
         # Twice as many as needed: at most every beam ends here, and as many go on.
@@ -153,7 +178,7 @@ def beam(
         ends_BC = token_BC == eos if eos is not None else torch.zeros_like(token_BC, dtype=torch.bool)
         if eos is not None:
             for image, candidate in ends_BC.nonzero().tolist():
-                if candidate < width and scores_BC[image, candidate] > -torch.inf:
+                if image in running and candidate < width and scores_BC[image, candidate] > -torch.inf:
                     row = row_BC[image, candidate]
                     score = scores_BC[image, candidate].item() / (step + 1) ** config.length_penalty
                     ended[image].append((score, tokens_RT[row], probs_RT[row]))
@@ -162,7 +187,12 @@ def beam(
         rows_R = row_BC.gather(1, keep_BW).flatten()
         tokens_RT = torch.cat([tokens_RT[rows_R], token_BC.gather(1, keep_BW).view(-1, 1)], dim=1)
         probs_RT = torch.cat([probs_RT[rows_R], prob_BC.gather(1, keep_BW).view(-1, 1)], dim=1)
-        if step + 1 == config.new_tokens or all(len(done) >= config.patience * width for done in ended):
+        last = step + 1 == config.new_tokens
+        for image in [i for i in running if last or len(ended[i]) >= config.patience * width]:
+            running.remove(image)
+            score = scores_BW[image, 0].item() / (step + 1) ** config.length_penalty
+            ended[image].append((score, tokens_RT[image * width], probs_RT[image * width]))  # the best that is open
+        if not running:
             break
         cache.batch_select_indices(rows_R)
         logits_RV = _next_logits(model, cache, tokens_RT, prefix, delimiter, config, causal=config.published)
@@ -170,9 +200,7 @@ def beam(
     tokens_BT = torch.full((batch, length), delimiter, device=device)
     probs_BT = torch.ones(batch, length, device=device)
     for image in range(batch):
-        score = (scores_BW[image, 0] / length**config.length_penalty).item()
-        open_text = (score, tokens_RT[image * width], probs_RT[image * width])
-        _, tokens, probs = max([*ended[image], open_text], key=lambda text: text[0])
+        _, tokens, probs = max(ended[image], key=lambda text: text[0])
         tokens_BT[image, : len(tokens)], probs_BT[image, : len(probs)] = tokens, probs
     return tokens_BT, probs_BT
 
@@ -275,12 +303,13 @@ def split_labels(tokens_BT: Tensor, probs_BT: Tensor, delimiter: int, max_tokens
         labels: list[tuple[list[int], list[float]]] = [([], [])]
         for token, prob in zip(tokens, probs, strict=True):
             if token == delimiter:
-                labels[-1][1].append(prob)
+                if len(labels[-1][1]) < max_tokens:  # a label that was cut ends without its delimiter's probability
+                    labels[-1][1].append(prob)
                 labels.append(([], []))
             elif len(labels[-1][0]) < max_tokens:
                 labels[-1][0].append(token)
                 labels[-1][1].append(prob)
         result.append([label for label in labels if label[0]] or [([], [])])
-    samples = Samples.of(result, delimiter)
+    samples = Samples.of(result, delimiter, tokens_BT.device)
     samples.disjoint = False
     return samples

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from nxtp.config import to_dataclass
-from nxtp.errors import UserError, nearest
+from nxtp.errors import UserError, at_least, nearest
 from nxtp.exact import ExactConfig, exact
 from nxtp.model import Model
 from nxtp.running_text import BeamConfig, GreedyConfig, beam, greedy, split_labels
@@ -20,10 +20,17 @@ from nxtp.tokens import LabelTokenizer
 @dataclass
 class OneShotConfig:
     """
-    ``max_tokens``  a label is cut there
+    ``max_tokens``   a label is cut there
+    ``temperature``  logits are divided by it: the same labels, other probabilities
     """
 
     max_tokens: int = MAX_LABEL_TOKENS
+    temperature: float = 1.0
+
+    def __post_init__(self):
+        at_least("sampler.max_tokens", self.max_tokens, 1)
+        if self.temperature <= 0:
+            raise UserError(f"sampler.temperature is {self.temperature}: above 0, please.")
 
 
 SAMPLERS = {"one_shot": OneShotConfig, "greedy": GreedyConfig, "beam": BeamConfig, "exact": ExactConfig}
@@ -58,7 +65,8 @@ def sample(model: Model, images: Tensor, config: SamplerConfig, *, tokenizer: La
         "never_first": never_first(model, tokenizer),
     }
     if isinstance(config, OneShotConfig):
-        return one_shot(model, images, top_k=top_k, max_tokens=config.max_tokens, **common)
+        settings = {"max_tokens": config.max_tokens, "temperature": config.temperature}
+        return one_shot(model, images, top_k=top_k, **settings, **common)
     if isinstance(config, ExactConfig):
         return exact(model, images, config, top_k=top_k, **common)
     if isinstance(config, BeamConfig):

@@ -70,6 +70,7 @@ def one_shot(
     top_k: int,
     max_tokens: int = MAX_LABEL_TOKENS,
     never_first: Sequence[int] = (),
+    temperature: float = 1.0,
 ) -> Samples:
     """The ``top_k`` likeliest first tokens, each continued greedily on its own until its delimiter.
 
@@ -84,10 +85,11 @@ def one_shot(
         top_k: K, at most the vocabulary less ``never_first``.
         max_tokens: a label is cut there; its delimiter's probability then does not enter.
         never_first: ids that no label may start with (the delimiter, special tokens).
+        temperature: logits are divided by it: the same labels, other probabilities.
     """
     logits_BV, cache = model.prefill(images, prompt)
     prefix = model.num_image_tokens + 1 + len(prompt)
-    first_BV = logits_BV.softmax(dim=-1)
+    first_BV = (logits_BV / temperature).softmax(dim=-1)
     candidates_BV = first_BV
     if never_first:
         candidates_BV = first_BV.index_fill(1, torch.tensor(never_first, device=first_BV.device), -1.0)
@@ -110,7 +112,7 @@ def one_shot(
             _keep_branches(cache, keep_BA, prefix, steps=step - 1)
             active_BA, current_BA, running_BA = (t.gather(1, keep_BA) for t in (active_BA, current_BA, running_BA))
         mask = branch_mask(prefix, active_BA.shape[1], step, device=tokens.device)
-        logits_BAV = model.step(current_BA, prefix + step - 1, mask, cache)
+        logits_BAV = model.step(current_BA, prefix + step - 1, mask, cache) / temperature
         top_BA, current_BA = logits_BAV.max(dim=-1)
         prob_BA = (top_BA - logits_BAV.logsumexp(dim=-1)).exp()
         current_BA = current_BA.where(running_BA, delimiter)

@@ -13,7 +13,7 @@ from nxtp.exact import ExactConfig, exact
 from nxtp.model import Model
 from nxtp.recognizer import Recognizer
 from nxtp.reference import allowed
-from nxtp.running_text import BeamConfig, GreedyConfig, beam, greedy, published_text_mask, split_labels
+from nxtp.running_text import BeamConfig, GreedyConfig, _penalised, beam, greedy, published_text_mask, split_labels
 from nxtp.samplers import SAMPLERS, never_first, sample, sampler_config
 from nxtp.sampling import one_shot
 from nxtp.tokens import train_tokenizer
@@ -193,6 +193,42 @@ def test_exact_search_finds_what_enumeration_finds(seed, branches):
         assert samples.cut_BK[i].tolist() == [p for p in (samples.lengths_BK[i] == 3).tolist()]
 
 
+@pytest.mark.parametrize("seed", range(8))
+@torch.no_grad()
+def test_exact_search_that_leaves_most_of_the_tree_alone_is_proven_at_its_bound_and_not_before(seed):
+    vocabulary, never = 6, [BOS, DELIMITER]  # 24 inner nodes
+    model, image = tiny_model(vocabulary, seed, scale=0.6), pictures(1, seed)
+    model.decoder.lm.lm_head.weight[DELIMITER] *= 1.5
+    expected = enumerate_labels(model, image, vocabulary, 3, never)[:3]
+    proven = []
+    for bound in range(25):
+        config = ExactConfig(max_expansions=bound, branches_per_step=1, max_tokens=3)
+        samples = exact(model, image, config, **COMMON, top_k=3, never_first=never)
+        proven.append(samples.complete_B.item())
+        if proven[-1]:
+            found = zip(samples.tokens_BKL[0].tolist(), samples.lengths_BK[0].tolist(), strict=True)
+            assert [tuple(row[:length]) for row, length in found] == [label for label, _ in expected]
+    assert proven == sorted(proven), "what is proven stays proven"
+    least = expected[-1][1]
+    needed = sum(p > least for p in inner_nodes(model, image, vocabulary, 3, never))
+    assert 0 < needed < 24
+    assert proven.index(True) == needed, "best first: exactly the labels that are more probable than the last found"
+
+
+def inner_nodes(model: Model, image: torch.Tensor, vocabulary: int, max_tokens: int, never: list[int]) -> list[float]:
+    """Probability of every unfinished label of 1 … ``max_tokens`` - 1 tokens."""
+    found, level = [], [((), 1.0)]
+    for _ in range(max_tokens - 1):
+        following = []
+        for label, probability in level:
+            probs = plain_logits(model, image, list(label), lambda q, k: True).softmax(-1).tolist()
+            starts = [t for t in range(vocabulary) if t != DELIMITER and (label or t not in never)]
+            following += [((*label, token), probability * probs[token]) for token in starts]
+        found += [probability for _, probability in following]
+        level = following
+    return found
+
+
 def test_exact_search_is_at_least_as_good_as_one_shot_and_says_when_it_gives_up():
     model, images = tiny_model(40, scale=0.3), pictures(3)
     shot = one_shot(model, images, **COMMON, top_k=5, max_tokens=6, never_first=[BOS, DELIMITER])
@@ -213,7 +249,21 @@ def test_texts_are_split_into_labels():
     assert samples.lengths_BK.tolist() == [[2, 1, 1], [0, 0, 0]]
     assert samples.cut_BK.tolist()[0] == [False, False, True]
     assert samples.scores_BK[0].tolist() == [0.125, 0.25, 0.5]
-    assert split_labels(tokens, probs, DELIMITER, max_tokens=1).lengths_BK[0].tolist() == [1, 1, 1]
+    cut = split_labels(tokens, probs, DELIMITER, max_tokens=1)
+    assert cut.lengths_BK[0].tolist() == [1, 1, 1]
+    assert cut.cut_BK[0].tolist() == [True, True, True], "as one-shot: the delimiter's probability does not enter"
+    assert cut.scores_BK[0].tolist() == [0.5, 0.5, 0.5]
+
+
+def test_a_beam_search_does_not_depend_on_its_batch():
+    for seed in range(8):
+        model, images = tiny_model(6, seed, scale=0.1), pictures(6, seed)
+        with torch.no_grad():
+            model.decoder.lm.lm_head.weight[5] *= 2  # EOS comes often
+        together = beam(model, images, BeamConfig(new_tokens=8), **COMMON, eos=5)[0]
+        for image, text in zip(images.split(1), together.tolist(), strict=True):
+            alone = beam(model, image, BeamConfig(new_tokens=8), **COMMON, eos=5)[0][0].tolist()
+            assert alone + [DELIMITER] * (len(text) - len(alone)) == text
 
 
 def test_samplers_by_name():
@@ -232,3 +282,71 @@ def test_samplers_by_name():
         sampler_config("gredy")
     with pytest.raises(UserError, match=r"'sampler.beems'. Did you mean 'beams'"):
         sampler_config({"name": "beam", "beems": 5})
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"name": "exact", "branches_per_step": 0}, "branches_per_step"),
+        ({"name": "exact", "max_expansions": -1}, "max_expansions"),
+        ({"name": "greedy", "draw_top_p": 0.0}, "draw_top_p"),
+        ({"name": "greedy", "draw_top_k": 0}, "draw_top_k"),
+        ({"name": "greedy", "temperature": -1.0}, "temperature"),
+        ({"name": "beam", "beams": 0}, "beams"),
+        ({"name": "beam", "repetition_penalty": 0.0}, "repetition_penalty"),
+        ({"name": "one_shot", "temperature": 0.0}, "temperature"),
+    ],
+)
+def test_settings_out_of_range_are_named(settings, told):
+    with pytest.raises(UserError, match=rf"sampler\.{told}|{told}"):
+        sampler_config(settings)
+
+
+def test_temperature_is_that_of_the_logits():
+    model, images = tiny_model(12, scale=0.2), pictures(2)
+    plain = one_shot(model, images, **COMMON, top_k=4, max_tokens=4)
+    warm = one_shot(model, images, **COMMON, top_k=4, max_tokens=4, temperature=2.0)
+    assert torch.equal(plain.tokens_BKL, warm.tokens_BKL)
+    first = (model.prefill(images, PROMPT)[0] / 2).softmax(-1).topk(4).values
+    torch.testing.assert_close(warm.probs_BKL[..., 0], first)
+    with torch.no_grad():
+        model.decoder.lm.lm_head.weight /= 2
+    halved = one_shot(model, images, **COMMON, top_k=4, max_tokens=4)
+    torch.testing.assert_close(warm.scores_BK, halved.scores_BK)
+    model.decoder.lm.lm_head.weight.data *= 2
+    searched = exact(model, images, ExactConfig(temperature=2.0, max_tokens=3), **COMMON, top_k=3)
+    model.decoder.lm.lm_head.weight.data /= 2
+    torch.testing.assert_close(
+        searched.scores_BK, exact(model, images, ExactConfig(max_tokens=3), **COMMON, top_k=3).scores_BK
+    )
+
+
+def test_patience_ends_a_beam_search_and_rows_the_tokenizer_lacks_are_no_starts():
+    model, images = tiny_model(6, 1, scale=0.1), pictures(4, 1)
+    with torch.no_grad():
+        model.decoder.lm.lm_head.weight[5] *= 2
+    texts = [
+        beam(model, images, BeamConfig(new_tokens=12, beams=3, patience=patience), **COMMON, eos=5)[0]
+        for patience in (0.3, 100.0)
+    ]
+    assert texts[0].shape[1] < texts[1].shape[1]
+    tokenizer = train_tokenizer(["dog", "cat"], vocab_size=400)
+    config = tiny_config(vocab_size=len(tokenizer) + 2)
+    grown = Model(config).eval()
+    with torch.no_grad():  # the likeliest starts are rows that spell nothing
+        hidden = torch.linalg.lstsq(
+            grown.decoder.lm.lm_head.weight, grown.prefill(images, tokenizer.prompt_ids)[0].T
+        ).solution
+        grown.decoder.lm.lm_head.weight[-2:] = 10 * hidden.mean(dim=1)
+    for name in ("one_shot", "exact", "greedy"):
+        samples = sample(grown, images, sampler_config(name), tokenizer=tokenizer, top_k=len(tokenizer))
+        assert (samples.tokens_BKL[..., 0] < len(tokenizer)).all()
+
+
+def test_the_sign_rule_of_the_repetition_penalty():
+    logits = torch.tensor([[2.0, -2.0, 3.0, -3.0]])
+    written = torch.tensor([[0, 1]])
+    ours = _penalised(logits, written, GreedyConfig(repetition_penalty=2.0))
+    assert ours.tolist() == [[1.0, -4.0, 3.0, -3.0]]
+    published = _penalised(logits, written, GreedyConfig(repetition_penalty=2.0, published=True))
+    assert published.tolist() == [[1.0, -1.0, 3.0, -3.0]]
