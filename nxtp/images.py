@@ -193,7 +193,11 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 def _to_8_bits(values: np.ndarray, highest: float, lowest: float = 0) -> np.ndarray:
     """lowest…highest → uint8 0…255, rounded."""
     scale = 255 / (highest - lowest) if highest > lowest else 0.0
-    return ((values.astype(np.float32) - lowest) * scale + 0.5).clip(0, 255).astype(np.uint8)
+    scaled = values.astype(np.float32)  # then in place: images may be large
+    scaled -= lowest
+    scaled *= scale
+    scaled += 0.5
+    return scaled.clip(0, 255, out=scaled).astype(np.uint8)
 
 
 def _unknown_range_to_8_bits(values: np.ndarray) -> np.ndarray:
