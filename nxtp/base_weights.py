@@ -15,7 +15,7 @@ from torch import Tensor
 from nxtp.decoder import DecoderConfig, plain_config, resolve, weight_files
 from nxtp.encoder import EncoderConfig, pretrained_tower
 from nxtp.errors import UserError, nearest
-from nxtp.release_names import our_name, to_halves
+from nxtp.release_names import our_name, rotary_heads, to_halves
 from nxtp.weights import PickledFile, SafetensorsFiles, Spec, Weights, open_weights
 
 CLIP = EncoderConfig(name="ViT-L-14", quick_gelu=True, image_size=224)  # the published encoder
@@ -70,13 +70,12 @@ def _read_meta(path: Path) -> tuple[dict[str, Any], dict[str, Entry]]:
         raise UserError(f"'{settings}' is not LLaMA's params.json: {error!r}.") from error
     weights = PickledFile(path, keys=())
     key_heads = int(params.get("n_kv_heads") or heads)
-    turned = {"q_proj.weight": heads, "k_proj.weight": key_heads}
     entries: dict[str, Entry] = {}
     for name, spec in weights.specs.items():
         if name == "rope.freqs":
             continue
         ours = our_name(f"language_decoder.{name}")
-        count = next((count for ending, count in turned.items() if ours.endswith(ending)), None)
+        count = rotary_heads(ours, heads, key_heads)
         if count is None:
             entries[ours] = _entry(weights, name)
         else:

@@ -23,7 +23,7 @@ from nxtp.weights import SafetensorsFiles
 
 FORMAT = 1
 WEIGHTS, CONFIG = "model.safetensors", "config.yaml"
-TIED = ("decoder.lm.lm_head.weight", "decoder.lm.model.embed_tokens.weight")
+EMBEDDING, HEAD = "decoder.lm.model.embed_tokens.weight", "decoder.lm.lm_head.weight"
 
 
 @contextmanager
@@ -171,8 +171,8 @@ def load_weights(model: Model, path: Path) -> None:
     own = model.state_dict()
     source = {name: name for name in weights.specs}
     if model.decoder.lm.config.tie_word_embeddings:  # one of two tied tensors may be kept
-        present = next((name for name in TIED if name in source), None)
-        for name in TIED if present else ():
+        present = next((name for name in (HEAD, EMBEDDING) if name in source), None)
+        for name in (HEAD, EMBEDDING) if present else ():
             source.setdefault(name, present)
     told = mismatch(
         {name: tuple(tensor.shape) for name, tensor in own.items()},

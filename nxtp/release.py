@@ -8,9 +8,7 @@ and a padding row.
 
 from __future__ import annotations
 
-import os
 import re
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,15 +23,15 @@ from nxtp.config import to_dataclass
 from nxtp.decoder import DecoderConfig
 from nxtp.errors import UserError
 from nxtp.model import Model, ModelConfig
-from nxtp.model_dir import CONFIG, WEIGHTS, mismatch, write_model_dir
+from nxtp.model_dir import CONFIG, EMBEDDING, HEAD, WEIGHTS, mismatch, write_model_dir
 from nxtp.optim import TrainsConfig
 from nxtp.perf import meta_model
-from nxtp.release_names import LOGIT_SCALE, our_name, their_name, to_halves, to_pairs
+from nxtp.release_names import LOGIT_SCALE, our_name, rotary_heads, their_name, to_halves, to_pairs
+from nxtp.shards import replacing
 from nxtp.tokens import PROMPT, LabelTokenizer
 from nxtp.weights import PickledFile, SafetensorsFiles, Spec, write_safetensors
 
 APPENDED = 2  # vocabulary rows behind the tokenizer's: <|image|>, then the padding row
-EMBEDDING, HEAD = "decoder.lm.model.embed_tokens.weight", "decoder.lm.lm_head.weight"
 
 
 def read_release(path: Path) -> dict[str, Tensor]:
@@ -67,7 +65,7 @@ def _entries(
         ours = our_name(theirs)
         if ours is None:
             continue
-        count = heads if ours.endswith("q_proj.weight") else key_heads if ours.endswith("k_proj.weight") else None
+        count = rotary_heads(ours, heads, key_heads)
         if count is None:
             entries[ours] = Entry(spec, lambda name=theirs: read(name))
         else:
@@ -277,11 +275,10 @@ def export_release(directory: Path, to: Path, everything: bool = False) -> int:
     chosen = [n for n, p in meta.named_parameters() if p.requires_grad and n != "image_token"]
     if EMBEDDING not in chosen:
         chosen.append(EMBEDDING)  # holds the row of <|image|>
-    heads = {"q_proj.weight": lm.num_attention_heads, "k_proj.weight": lm.num_key_value_heads}
     state: dict[str, Tensor] = {}
     for name in chosen:
         tensor = weights.read(name)
-        count = next((count for ending, count in heads.items() if name.endswith(ending)), None)
+        count = rotary_heads(name, lm.num_attention_heads, lm.num_key_value_heads)
         if count is not None:
             tensor = to_pairs(tensor, count)
         elif name == EMBEDDING:
@@ -290,19 +287,7 @@ def export_release(directory: Path, to: Path, everything: bool = False) -> int:
         state[f"module.{their_name(name)}"] = tensor
     if "logit_scale" in provenance:
         state[f"module.{LOGIT_SCALE}"] = torch.tensor(provenance["logit_scale"])
-    _save_aside(
-        {"epoch": provenance.get("epoch", 0), "global_step": provenance.get("global_step", 0), "model": state}, Path(to)
-    )
+    content = {"epoch": provenance.get("epoch", 0), "global_step": provenance.get("global_step", 0), "model": state}
+    with replacing(Path(to)) as file:
+        torch.save(content, file)
     return len(state)
-
-
-def _save_aside(content: dict[str, Any], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, aside = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            torch.save(content, file)
-        os.chmod(aside, 0o644)
-        os.replace(aside, path)
-    finally:
-        Path(aside).unlink(missing_ok=True)

@@ -59,6 +59,11 @@ def their_name(name: str) -> str | None:
     return f"language_decoder.{rest[name]}.weight" if name in rest else None
 
 
+def rotary_heads(name: str, heads: int, key_heads: int) -> int | None:
+    """How many heads share out the rows of our parameter ``name`` if RoPE turns them (q and k); None for others."""
+    return {"q_proj": heads, "k_proj": key_heads}.get(name.removesuffix(".weight").rpartition(".")[2])
+
+
 def to_halves(weight: Tensor, heads: int) -> Tensor:
     """Rows of a q or k projection from interleaved RoPE pairs to halves: [heads · d, D] → the same shape."""
     rows, width = weight.shape

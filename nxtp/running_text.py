@@ -174,7 +174,7 @@ def beam(
         scores_BC, flat_BC = total_BWV.flatten(1).topk(min(2 * width, width * vocabulary), dim=-1)
         parent_BC, token_BC = flat_BC // vocabulary, flat_BC % vocabulary
         row_BC = parent_BC + width * torch.arange(batch, device=device)[:, None]
-        prob_BC = log_p_RV.exp()[row_BC, token_BC]
+        prob_BC = log_p_RV[row_BC, token_BC].exp()
         ends_BC = token_BC == eos if eos is not None else torch.zeros_like(token_BC, dtype=torch.bool)
         if eos is not None:
             for image, candidate in ends_BC.nonzero().tolist():
