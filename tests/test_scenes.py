@@ -1,21 +1,15 @@
 """The embedded data set: deterministic, extensible, with captions that say what is in the scene."""
 
-import importlib.util
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import scenes
 
 from nxtp.errors import UserError
 from nxtp.labels import noun_backend
 from nxtp.shard_set import ShardSet
 from nxtp.shards import expand_shards, read_manifest
-
-SCRIPT = Path(__file__).parent.parent / "data" / "scenes.py"
-spec = importlib.util.spec_from_file_location("scenes", SCRIPT)
-scenes = sys.modules["scenes"] = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(scenes)
 
 SMALL = {"train": 9, "val": 4, "val_style": 3, "shard_size": 4, "workers": 1}
 

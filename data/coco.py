@@ -1,0 +1,72 @@
+"""COCO captions 2017 as shards, one set a split.
+
+    python data/coco.py /datasets/coco --out data/shards/coco
+
+The source is the unpacked download of https://cocodataset.org: annotations/captions_{train,val}2017.json beside the
+image folders train2017/ and val2017/.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import click
+
+from nxtp.errors import UserError
+from nxtp.prepare import Item, Writing, write_items, writing_options
+
+
+def coco_items(source: Path, split: str, *, separate: bool = False) -> tuple[list[Item], Counter]:
+    """(items, left out by kind) of one split; an image's captions joined by spaces, or one item a caption.
+
+    Raises:
+        UserError: the annotations are missing or are not COCO's.
+    """
+    path = source / "annotations" / f"captions_{split}2017.json"
+    try:
+        content = json.loads(path.read_bytes())
+        files = {image["id"]: image["file_name"] for image in content["images"]}
+        captions: dict[int, list[str]] = {image: [] for image in files}
+        for annotation in sorted(content["annotations"], key=lambda a: a["id"]):
+            text = " ".join(annotation["caption"].split())
+            if text and annotation["image_id"] in captions:
+                captions[annotation["image_id"]].append(text)
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing. Download and unpack COCO 2017 from https://cocodataset.org.") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} does not hold COCO captions ({type(error).__name__}: {error}).") from error
+    items, skipped = [], Counter()
+    for image in sorted(files):
+        name, texts = files[image], captions[image]
+        key, file = Path(name).stem, str(source / f"{split}2017" / Path(name).name)
+        if not texts:
+            skipped["no caption"] += 1
+        elif separate:
+            items += [Item(f"{key}_{n}", file, text) for n, text in enumerate(texts)]
+        else:
+            items.append(Item(key, file, " ".join(texts)))
+    return items, skipped
+
+
+@click.command()
+@click.argument("source", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.option("--out", type=click.Path(path_type=Path), default=Path("data/shards/coco"), show_default=True)
+@click.option("--splits", default="train,val", show_default=True)
+@click.option("--separate", is_flag=True, help="One sample a caption; by default an image's captions are joined.")
+@writing_options
+def main(source: Path, out: Path, splits: str, separate: bool, writing: Writing) -> None:
+    """COCO captions 2017 in SOURCE → shards in OUT/train and OUT/val.
+
+    \b
+    python data/coco.py /datasets/coco --out data/shards/coco
+    """
+    for split in splits.split(","):
+        items, skipped = coco_items(source, split.strip(), separate=separate)
+        made_by = {"script": "coco", "split": split.strip(), "captions": "separate" if separate else "joined"}
+        write_items(out / split.strip(), items, made_by=made_by, skipped=skipped, writing=writing)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,93 @@
+"""What img2dataset downloaded (Conceptual Captions 3M, SBU, LAION, …), read in place: a manifest is all it needs.
+
+    img2dataset --url_list cc3m.tsv --input_format tsv --url_col url --caption_col caption \\
+        --output_format webdataset --output_folder data/shards/cc3m/train --image_size 336 --resize_mode keep_ratio
+    python data/img2dataset.py data/shards/cc3m/train
+
+Its shards (00000.tar with 00000_stats.json) already are what `nxtp train` reads. This counts and hashes them and
+takes over what img2dataset could not download. Shards that a killed download left unfinished (no _stats.json) are
+named; continue the download, then run this again: shards that are in the manifest and have not changed are not read
+twice.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import click
+from rich.console import Console
+from rich.progress import track
+
+from nxtp.errors import UserError
+from nxtp.shards import ShardInfo, read_manifest, sha256_of, write_manifest
+from nxtp.tar_index import index_shard
+
+
+def describe_shard(path: Path, known: dict[str, ShardInfo], since: float) -> tuple[ShardInfo, Counter]:
+    """A shard's line of the manifest, and what img2dataset and this reader leave out of it, by kind."""
+    skipped: Counter = Counter()
+    stats = path.with_name(f"{path.stem}_stats.json")
+    try:
+        content = json.loads(stats.read_bytes())
+        for status, count in content.get("status_dict", {}).items():
+            if status != "success":
+                skipped[f"img2dataset: {status}"[:120]] += count
+    except FileNotFoundError:
+        skipped["unfinished shard"] += 1
+    except (ValueError, AttributeError, TypeError):
+        skipped["unreadable _stats.json"] += 1
+    index = index_shard(path)
+    skipped.update(index.faults)
+    info, status = known.get(path.name), path.stat()
+    if info is None or info.bytes != status.st_size or status.st_mtime > since:
+        info = ShardInfo(path.name, len(index), status.st_size, sha256_of(path))
+    return info, skipped
+
+
+@click.command()
+@click.argument("directory", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.option("--workers", default=os.cpu_count() or 1, show_default="all cores", help="Shards read at a time.")
+def main(directory: Path, workers: int) -> None:
+    """Write DIRECTORY/manifest.json for img2dataset's shards there; the shards stay as they are.
+
+    \b
+    python data/img2dataset.py data/shards/cc3m/train
+    """
+    console = Console(stderr=True)
+    try:
+        shards = sorted(directory.glob("*.tar"))
+        if not shards:
+            raise UserError(f"{directory} holds no *.tar: run img2dataset with --output_format webdataset.")
+        before = read_manifest(directory)
+        known = {row["name"]: ShardInfo(**row) for row in before["shards"]} if before else {}
+        since = (directory / "manifest.json").stat().st_mtime if before else 0.0
+        skipped: Counter = Counter()
+        infos = []
+        with ThreadPoolExecutor(workers) as pool:
+            rows = pool.map(lambda shard: describe_shard(shard, known, since), shards)
+            for info, left_out in track(rows, "hashing shards", total=len(shards), console=console):
+                infos.append(info)
+                skipped.update(left_out)
+        write_manifest(directory, infos, made_by={"script": "img2dataset"}, skipped=dict(sorted(skipped.items())))
+    except UserError as error:
+        raise click.ClickException(str(error)) from error
+    samples, size = sum(info.samples for info in infos), sum(info.bytes for info in infos)
+    console.print(
+        f"{directory}: {samples:,} samples in {len(infos)} shards, {size / 1e9:.2f} GB.",
+        highlight=False,
+        soft_wrap=True,
+    )
+    for kind, count in skipped.most_common():
+        console.print(f"  {count:>12,}  {kind}", highlight=False, markup=False, soft_wrap=True)
+    if skipped["unfinished shard"]:
+        console.print(
+            "Unfinished shards are read as far as they go: continue img2dataset, then run this again.", soft_wrap=True
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,79 @@
+"""Visual Genome as shards: names of the objects as labels, or the region descriptions as one caption.
+
+    python data/visual_genome.py /datasets/visual_genome --out data/shards/visual_genome
+
+The source is the unpacked download of https://homes.cs.washington.edu/~ranjay/visualgenome: image_data.json and
+objects.json or region_descriptions.json, beside the image folders VG_100K/ and VG_100K_2/.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import click
+
+from nxtp.errors import UserError
+from nxtp.prepare import Item, Writing, write_items, writing_options
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    try:
+        return json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing. Download and unpack Visual Genome (see --help).") from None
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON ({error}).") from error
+
+
+def visual_genome_items(source: Path, text: str) -> tuple[list[Item], Counter]:
+    """(items, left out by kind); ``text`` is "objects" or "regions".
+
+    Raises:
+        UserError: a file is missing or has other keys.
+    """
+    texts: dict[int, list[str]] = {}
+    try:
+        if text == "objects":
+            for row in _rows(source / "objects.json"):
+                texts[row["image_id"]] = [name for thing in row["objects"] for name in thing["names"]]
+        else:
+            for row in _rows(source / "region_descriptions.json"):
+                texts[row["id"]] = [region["phrase"] for region in row["regions"]]
+        urls = {row["image_id"]: row["url"] for row in _rows(source / "image_data.json")}
+        items, skipped = [], Counter()
+        for image in sorted(urls):
+            # an image lies in the folder that its address names
+            folder, name = PurePosixPath(urls[image]).parts[-2:]
+            given = list(dict.fromkeys(t for t in (" ".join(t.split()) for t in texts.get(image, [])) if t))
+            file = str(source / folder / name)
+            if not given:
+                skipped["no text"] += 1
+            elif text == "objects":
+                items.append(Item(str(image), file, None, {"labels": given}))
+            else:
+                items.append(Item(str(image), file, ". ".join(t.rstrip(".") for t in given)))
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise UserError(f"{source}: not Visual Genome's files ({type(error).__name__}: {error}).") from error
+    return items, skipped
+
+
+@click.command()
+@click.argument("source", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.option("--out", type=click.Path(path_type=Path), default=Path("data/shards/visual_genome"), show_default=True)
+@click.option("--text", type=click.Choice(["objects", "regions"]), default="objects", show_default=True)
+@writing_options
+def main(source: Path, out: Path, text: str, writing: Writing) -> None:
+    """Visual Genome in SOURCE → shards in OUT: object names as labels, or region descriptions as a caption.
+
+    \b
+    python data/visual_genome.py /datasets/visual_genome --text objects
+    """
+    items, skipped = visual_genome_items(source, text)
+    write_items(out, items, made_by={"script": "visual_genome", "text": text}, skipped=skipped, writing=writing)
+
+
+if __name__ == "__main__":
+    main()
