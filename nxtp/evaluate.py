@@ -18,7 +18,7 @@ from rich.table import Table
 from torch import Tensor
 
 from nxtp.config import compose_and_run, to_dataclass
-from nxtp.data import DataConfig, Loader, ShardData, warn_if_nouns_differ
+from nxtp.data import Loader, ShardData
 from nxtp.embedders import CachedEmbedder, label_embedder
 from nxtp.errors import UserError
 from nxtp.metrics import ExactMatch, SemanticMatch
@@ -26,6 +26,7 @@ from nxtp.module import describe_faults
 from nxtp.recognizer import Recognizer
 from nxtp.record import write_json
 from nxtp.show import GridItem, save_grid
+from nxtp.sources import DataConfig, warn_if_nouns_differ
 
 log = logging.getLogger("nxtp")
 

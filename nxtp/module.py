@@ -67,6 +67,7 @@ class Recognition(L.LightningModule):
         self.faults: Counter = Counter()
         self.offered = 0
         self.samples_seen = 0
+        self.final_counts: dict[str, Any] | None = None  # of all ranks, when the training has ended
 
     def configure_model(self) -> None:
         if self.model is None:
@@ -169,17 +170,43 @@ class Recognition(L.LightningModule):
                 f"data.fault_limit = {self.fault_limit:g}. Check the shards, or raise the limit."
             )
 
+    def own_counts(self) -> dict[str, Any]:
+        """Samples skipped by kind, offered and seen, on this rank."""
+        return {"faults": dict(self.faults), "offered": self.offered, "samples_seen": self.samples_seen}
+
+    def on_fit_end(self) -> None:
+        self.final_counts = self.counts()
+
+    def counts(self) -> dict[str, Any]:
+        """The same of all ranks together; a collective call."""
+        mine = self.own_counts()
+        every = [mine]
+        if self._trainer is not None and self.trainer.world_size > 1:
+            every = [mine] * self.trainer.world_size
+            torch.distributed.all_gather_object(every, mine)
+        total = {key: sum(counts[key] for counts in every) for key in ("offered", "samples_seen")}
+        return total | {"faults": dict(sum((Counter(counts["faults"]) for counts in every), Counter()))}
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["counts"] = {
-            "faults": dict(self.faults),
-            "offered": self.offered,
-            "samples_seen": self.samples_seen,
-        }
+        checkpoint["counts"] = self.counts()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        counts = checkpoint["counts"]
-        self.faults = Counter(counts["faults"])
-        self.offered, self.samples_seen = counts["offered"], counts["samples_seen"]
+        if self.trainer.is_global_zero:  # the sum over ranks, kept by one of them
+            counts = checkpoint["counts"]
+            self.faults = Counter(counts["faults"])
+            self.offered, self.samples_seen = counts["offered"], counts["samples_seen"]
+        self._place_in_epoch(checkpoint)
+
+    def _place_in_epoch(self, checkpoint: dict[str, Any]) -> None:
+        """Lightning counts an epoch's batches; with another number of ranks the same samples are other batches."""
+        data = getattr(self.trainer, "datamodule", None)
+        loops = checkpoint.get("loops", {}).get("fit_loop")
+        if data is None or loops is None:
+            return
+        done = data.steps_done()
+        current = loops["epoch_loop.batch_progress"]["current"]
+        if done is not None and 0 < current["completed"] != done:
+            current.update(dict.fromkeys(current, done))
 
 
 def describe_faults(faults: Counter) -> str:

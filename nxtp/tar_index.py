@@ -45,6 +45,21 @@ class ShardIndex:
     stamp: tuple[int, int] | None = None  # size and mtime (ns) of the file that was indexed
     faults: Counter = field(default_factory=Counter)
 
+    @classmethod
+    def of_rows(
+        cls, path: str, keys: list[str], rows: np.ndarray, stamp: tuple[int, int] | None, faults: Counter
+    ) -> ShardIndex:
+        """An index of ``keys`` and int64 [samples, 7] ``rows``: extension, then offset and size of each member."""
+        columns = (np.ascontiguousarray(rows[:, column]) for column in range(1, 7))
+        strings = np.array(keys, dtype=np.dtypes.StringDType())
+        return cls(path, strings, rows[:, 0].astype(np.int8), *columns, stamp=stamp, faults=faults)
+
+    def rows(self) -> np.ndarray:
+        """int64 [samples, 7], as :meth:`of_rows` takes them."""
+        members = (self.image_offset, self.image_size, self.text_offset, self.text_size)
+        columns = (self.extensions, *members, self.json_offset, self.json_size)
+        return np.stack([column.astype(np.int64) for column in columns], axis=1)
+
     def __len__(self) -> int:
         return len(self.keys)
 
@@ -89,13 +104,6 @@ def index_shard(path: str | os.PathLike) -> ShardIndex:
     if not rows.seen and not rows.faults:
         rows.faults["empty shard"] += 1
     return rows.index(path, stamp)
-
-
-def unreadable(path: str, kind: str) -> ShardIndex:
-    """The index of a shard of which nothing can be read; ``kind`` is its fault."""
-    rows = _Rows()
-    rows.close_damaged(_Damage(kind))
-    return rows.index(path, None)
 
 
 class _Rows:
@@ -163,15 +171,8 @@ class _Rows:
         self._key, self._members, self._repeated = None, {}, False
 
     def index(self, path: str, stamp: tuple[int, int] | None) -> ShardIndex:
-        numbers = np.array(self.numbers, dtype=np.int64).reshape(-1, 7)
-        return ShardIndex(
-            path,
-            np.array(self.keys, dtype=np.dtypes.StringDType()),
-            numbers[:, 0].astype(np.int8),
-            *(np.ascontiguousarray(numbers[:, column]) for column in range(1, 7)),
-            stamp=stamp,
-            faults=self.faults,
-        )
+        rows = np.array(self.numbers, dtype=np.int64).reshape(-1, 7)
+        return ShardIndex.of_rows(path, self.keys, rows, stamp, self.faults)
 
 
 def _members(fd: int, end: int) -> Iterator[tuple[str, int, int]]:

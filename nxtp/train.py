@@ -17,7 +17,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
 from nxtp.config import compose_and_run, to_dataclass
-from nxtp.data import DataConfig, ShardData, label_texts, named_sources, open_shards, warn_if_nouns_differ
+from nxtp.data import ShardData
 from nxtp.errors import UserError
 from nxtp.model import ModelConfig
 from nxtp.module import Recognition, ValidationConfig, describe_faults
@@ -25,6 +25,7 @@ from nxtp.optim import OptimConfig
 from nxtp.perf import Throughput, count_parameters, meta_model, training_flops
 from nxtp.record import RunRecord, read_record
 from nxtp.shards import manifest_hash
+from nxtp.sources import DataConfig, label_texts, named_sources, open_set, warn_if_nouns_differ
 from nxtp.tokens import LabelTokenizer, train_tokenizer
 
 log = logging.getLogger("nxtp")
@@ -67,8 +68,9 @@ def train(cfg: DictConfig) -> float | None:
         record.status, record.error = "failed", f"{type(error).__name__}: {error}"
         raise
     finally:
-        record.samples_seen, record.samples_offered = module.samples_seen, module.offered
-        record.samples_skipped = dict(module.faults) | dict(data.shard_faults)
+        counts = module.final_counts or module.own_counts()
+        record.samples_seen, record.samples_offered = counts["samples_seen"], counts["offered"]
+        record.samples_skipped = counts["faults"] | dict(data.shard_faults)
         if trainer.is_global_zero:
             record.write(run_dir)
     if record.samples_skipped:
@@ -150,7 +152,7 @@ def find_tokenizer(model: ModelConfig, data: DataConfig, run_dir: Path) -> Label
     kept = run_dir / "tokenizer"
     if kept.is_dir():
         return LabelTokenizer.load(kept, model.prompt)
-    labels = label_texts(open_shards("train", data.train, data), data)
+    labels = label_texts(open_set("train", data.train, data).shards, data)
     tokenizer = train_tokenizer(labels, vocab_size=model.vocab_size, prompts=[model.prompt])
     if rank_zero_only.rank == 0:
         tokenizer.save(kept)

@@ -10,7 +10,6 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf, open_dict
 
 from nxtp.config import _register_resolvers, compose_and_run, conf_dir, to_dataclass
-from nxtp.data import DataConfig
 from nxtp.errors import UserError
 from nxtp.layout import Objective
 from nxtp.model import ModelConfig
@@ -19,6 +18,7 @@ from nxtp.optim import OptimConfig, TrainsConfig
 from nxtp.perf import count_parameters, meta_model
 from nxtp.ranking import RANKINGS, RankingConfig, ranking_config
 from nxtp.samplers import sampler_config
+from nxtp.sources import DataConfig
 
 GROUPS = {
     name: sorted(path.stem for path in (conf_dir() / name).glob("*.yaml"))

@@ -3,6 +3,8 @@
 import json
 import logging
 import tarfile
+import tracemalloc
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -11,9 +13,11 @@ from helpers import jpeg, sample, write_shards
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nxtp.data import DataConfig, EpochPlan, ShardData, label_texts, warn_if_nouns_differ
+from nxtp.data import ShardData
+from nxtp.epoch_plan import EpochPlan, Part, subset_counts
 from nxtp.errors import UserError
 from nxtp.shards import write_shard
+from nxtp.sources import DataConfig, label_texts, warn_if_nouns_differ
 from nxtp.tokens import train_tokenizer
 
 TOKENIZER = train_tokenizer(["rose", "lemon", "leaf", "ocean", "stone"], vocab_size=400)
@@ -68,11 +72,97 @@ def test_epochs_differ_and_repeat_by_seed():
     assert positions(EpochPlan([30, 30, 30], 5, shuffle=True, seed=2, window=20)) != first
 
 
-def test_subsets_are_nested():
-    small, large = (set(positions(EpochPlan([50, 50], 1, shuffle=False, seed=4, samples=n))) for n in (10, 60))
-    assert len(small) == 10
-    assert len(large) == 60
-    assert small < large
+PARTS = [Part("a", [0, 2]), Part("b", [1, 3, 4])]
+PART_SIZES = [30, 50, 7, 20, 11]
+
+
+def test_subsets_are_nested_and_keep_the_proportions():
+    def chosen(**subset) -> set[int]:
+        return set(positions(EpochPlan(PART_SIZES, 1, shuffle=False, parts=PARTS, **subset)))
+
+    total, previous = sum(PART_SIZES), set()
+    in_a = {*range(30), *range(80, 87)}
+    for count in range(1, total + 1):
+        now = chosen(samples=count)
+        assert len(now) == count
+        assert previous < now
+        assert abs(len(now & in_a) - count * 37 / total) <= 1
+        previous = now
+    assert chosen(fraction=0.1) == chosen(samples=12) < chosen(fraction=0.5)
+    assert chosen(samples=12, subset_seed=1) != chosen(samples=12)
+    assert chosen(samples=12, seed=5) == chosen(samples=12), "the training's seed does not change the choice"
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.integers(0, 1000), min_size=1, max_size=9), st.floats(0, 1))
+def test_subset_counts_never_fall(sizes, share):
+    wanted = int(share * sum(sizes))
+    counts, more = subset_counts(sizes, wanted), subset_counts(sizes, min(wanted + 1, sum(sizes)))
+    assert sum(counts) == wanted
+    assert all(0 <= c <= m <= n for c, m, n in zip(counts, more, sizes, strict=True))
+
+
+def test_weights_say_how_often_a_sample_comes():
+    parts = [Part("a", [0, 2], 2.0), Part("b", [1, 3, 4], 0.5)]
+    plan = EpochPlan(PART_SIZES, 1, shuffle=True, parts=parts, window=40)
+    in_a = {*range(30), *range(80, 87)}
+    seen = Counter()
+    for epoch in range(4):
+        plan.set_epoch(epoch)
+        once = Counter(positions(plan))
+        assert all(once[p] == 2 for p in in_a)
+        assert sum(once.values()) == plan.total == 2 * 37 + round(0.5 * 81)
+        assert max(once[p] for p in range(118) if p not in in_a) == 1
+        seen.update(once)
+    assert {seen[p] for p in range(118) if p not in in_a} <= {1, 2, 3}, "the half moves on"
+    assert EpochPlan(PART_SIZES, 1, shuffle=False, parts=parts).total == 118, "evaluation counts each once"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"fraction": 0.0}, r"data\.fraction is 0\.0: above 0"),
+        ({"fraction": 1.5}, r"data\.fraction is 1\.5"),
+        ({"samples": 0}, r"data\.samples is 0"),
+        ({"samples": 5, "fraction": 0.5}, "give one of them"),
+        ({"parts": [Part("a", [0], 0.0)]}, "weight of source 'a' is 0"),
+        ({"parts": [Part("a", [0], float("nan"))]}, "weight of source 'a'"),
+    ],
+)
+def test_subsets_and_weights_out_of_range(change, message):
+    with pytest.raises(UserError, match=message):
+        EpochPlan([9], 1, shuffle=True, **change)
+
+
+@settings(max_examples=80, deadline=None)
+@given(sizes, st.integers(1, 5), st.integers(1, 4), st.integers(1, 4), st.integers(1, 40), st.data())
+def test_other_ranks_continue_an_epoch(sizes, batch_size, before, after, window, data):
+    """None is lost and none comes twice when the number of ranks changes in mid-epoch."""
+    total = sum(sizes)
+    if total < batch_size * max(before, after):
+        return
+    plans = [EpochPlan(sizes, batch_size, shuffle=True, window=window, rank=r, world=before) for r in range(before)]
+    steps = data.draw(st.integers(0, plans[0].steps))
+    head = [p for plan in plans for _, run in list(plan)[:steps] for p in run.tolist()]
+    rest = []
+    for rank in range(after):
+        plan = EpochPlan(sizes, batch_size, shuffle=True, window=window, rank=rank, world=after)
+        plan.start = steps * plans[0].per_step
+        rest += positions(plan)
+    assert len(head) + len(rest) == len({*head, *rest})
+    assert total - len(head) - len(rest) < batch_size * after, "all but an incomplete last step"
+
+
+def test_a_plan_of_seventy_million_is_cheap():
+    """Only the window at hand is computed: the middle of an epoch of 70 M samples is found at once."""
+    tracemalloc.start()
+    plan = EpochPlan([10_000] * 7_000, 512, shuffle=True)
+    plan.start = 35_000_000
+    _, run = next(iter(plan))
+    assert len(set(run.tolist())) == 512
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 20e6
 
 
 @pytest.mark.parametrize("workers", [0, 1, 3])
@@ -176,7 +266,7 @@ def test_no_shards_is_a_clear_error(tmp_path):
 def test_label_texts_are_what_the_samples_say(tmp_path):
     root = write_shards(tmp_path / "s", [5, 5])
     data = shard_data(str(root))
-    texts = label_texts(data.open("train", str(root)), data.config)
+    texts = label_texts(data.open("train", str(root)).shards, data.config)
     assert texts == ["leaf", "lemon", "ocean", "rose", "stone"]
 
 

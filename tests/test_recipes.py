@@ -9,11 +9,11 @@ from omegaconf import OmegaConf
 from test_config import composed
 
 from nxtp.config import to_dataclass
-from nxtp.data import DataConfig, open_shards
 from nxtp.errors import UserError
 from nxtp.model import ModelConfig
 from nxtp.optim import OptimConfig, build_optimizer
 from nxtp.perf import count_parameters, meta_model
+from nxtp.sources import DataConfig, open_set
 
 RECIPES = ("g3m", "g70m", "in1k")
 
@@ -90,8 +90,8 @@ def test_sources_are_read_as_one_set_and_counted(tmp_path, caplog):
     a, b = write_shards(tmp_path / "a", [3, 2]), write_shards(tmp_path / "b", [4])
     spec = {"a": {"shards": str(a), "samples": 5}, "b": {"shards": str(b), "samples": 6}}
     with caplog.at_level(logging.WARNING, "nxtp"):
-        shards = open_shards("train", spec, DataConfig())
+        shards = open_set("train", spec, DataConfig())
     assert len(shards) == 9
     assert [record.getMessage() for record in caplog.records] == ["data.train.b holds 4 samples; the recipe expects 6."]
     with pytest.raises(UserError, match=r"data.train.a.sampels'. Did you mean 'samples'"):
-        open_shards("train", {"a": {"shards": str(a), "sampels": 5}}, DataConfig())
+        open_set("train", {"a": {"shards": str(a), "sampels": 5}}, DataConfig())

@@ -7,8 +7,13 @@ import multiprocessing
 import os
 import pickle
 import tarfile
+import threading
+import time
+import zlib
 from collections import Counter
 from contextlib import suppress
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +21,8 @@ import pytest
 import webdataset as wds
 
 from nxtp.errors import UserError
+from nxtp.index_store import IndexStore
+from nxtp.remote import RemoteCache
 from nxtp.shard_set import MAX_CAPTION_BYTES, SampleFault, ShardSet
 from nxtp.shards import (
     ShardInfo,
@@ -498,23 +505,187 @@ def test_few_files_stay_open(tmp_path):
     assert before == 0 or len(os.listdir("/proc/self/fd")) - before <= 16
 
 
+# --- kept indexes ----------------------------------------------------------------------------------------------
+
+
+def test_an_index_is_kept_until_the_shard_changes(tmp_path, shard, monkeypatch):
+    import nxtp.shard_set
+
+    store, calls = IndexStore(tmp_path / "index"), []
+    monkeypatch.setattr(nxtp.shard_set, "index_shard", lambda path: calls.append(path) or index_shard(path))
+    for _ in range(3):
+        shards = ShardSet([str(shard)], store=store)
+        assert [shards.read(i).key for i in range(len(shards))] == [s["__key__"] for s in SAMPLES]
+    assert len(calls) == 1
+    write_shard(shard, SAMPLES[:4])
+    assert len(ShardSet([str(shard)], store=store)) == 4
+    assert len(calls) == 2
+    shard.unlink()
+    gone = ShardSet([str(shard)], store=store)
+    assert (len(gone), gone.faults) == (0, Counter({"shard vanished": 1}))
+
+
+def test_faults_and_odd_keys_are_kept_too(tmp_path):
+    path = tar(
+        tmp_path / "a.tar", [("b\udcff.jpg".encode("utf-8", "surrogateescape").decode("latin-1"), b"x"), ("é.txt", b"")]
+    )
+    store = IndexStore(tmp_path / "index")
+    first, second = ShardSet([path], store=store), ShardSet([path], store=store)
+    assert first.faults == second.faults == Counter({"no image": 1})
+    assert first.read(0) == second.read(0)
+
+
+def test_without_a_place_for_indexes_nothing_is_lost(tmp_path, shard):
+    (tmp_path / "file").write_text("no directory")
+    shards = ShardSet([str(shard)], store=IndexStore(tmp_path / "file" / "index"))
+    assert read_all(pickle.loads(pickle.dumps(shards))) == [s["jpg"] for s in SAMPLES]
+
+
+def test_a_damaged_index_is_made_again(tmp_path, shard):
+    store = IndexStore(tmp_path / "index")
+    ShardSet([str(shard)], store=store)
+    (kept,) = (tmp_path / "index").iterdir()
+    for damage in (b"", b"nonsense" * 9, kept.read_bytes()[:-40]):
+        kept.write_bytes(damage)
+        assert len(read_all(ShardSet([str(shard)], store=store))) == len(SAMPLES)
+
+
+def test_images_are_checked_against_their_checksum(tmp_path):
+    good, bad = b"pixels" * 99, b"pixelz" * 99
+    record = {"crc32": zlib.crc32(good)}
+    write_shard(tmp_path / "a.tar", [{"__key__": k, "jpg": d, "json": record} for k, d in (("a", good), ("b", bad))])
+    shards = ShardSet([str(tmp_path / "a.tar")])
+    assert shards.read(0).image == good
+    with pytest.raises(SampleFault, match="damaged image"):
+        shards.read(1)
+
+
 # --- remote shards ---------------------------------------------------------------------------------------------
 
 
-def test_remote_shards_are_fetched_once(tmp_path, shard):
-    cache = tmp_path / "cache"
+class Site(SimpleHTTPRequestHandler):
+    """Serves a directory; ``stall`` names files of which only the beginning is ever sent."""
+
+    stall: tuple[str, ...] = ()
+    asked: list[str] = []  # noqa: RUF012
+
+    def do_GET(self):
+        name = self.path.rsplit("/", 1)[1]
+        self.asked.append(name)
+        if name in self.stall:
+            self.send_response(200)
+            self.send_header("Content-Length", "100000")
+            self.end_headers()
+            self.wfile.write(b"x" * 100)
+            self.wfile.flush()
+            time.sleep(20)
+            return
+        super().do_GET()
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def site(tmp_path):
+    root = tmp_path / "site"
+    root.mkdir()
+    infos = []
+    for i in range(6):
+        samples = [{**s, "__key__": f"{i}{s['__key__']}"} for s in SAMPLES]
+        infos.append(write_shard(root / f"r-{i}.tar", samples))
+    write_manifest(root, infos, made_by={})
+    handler = type("Handler", (Site,), {"asked": [], "stall": ()})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(handler, directory=str(root)))
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield root, f"http://127.0.0.1:{server.server_port}", handler
+    server.shutdown()
+
+
+def test_remote_shards_are_fetched_when_they_are_read(tmp_path, site):
+    root, url, handler = site
+    urls = [f"{url}/r-{i}.tar" for i in range(6)]
+    store = IndexStore(tmp_path / "index")
+    shards = ShardSet(urls, RemoteCache(tmp_path / "cache"), store)
+    assert len(shards) == 60
+    assert handler.asked == ["manifest.json"], "counted by the manifest"
+    assert shards.read(25).key == "2000005"
+    assert shards.read(26).image == SAMPLES[6]["jpg"]
+    assert handler.asked == ["manifest.json", "r-2.tar"]
+    (root / "manifest.json").unlink()
+    assert len(ShardSet(urls[2:3], RemoteCache(tmp_path / "cache"), store)) == 10
+    assert handler.asked == ["manifest.json", "r-2.tar"], "the index is kept"
+
+
+def test_the_cache_is_bounded(tmp_path, site):
+    root, url, handler = site
+    size = (root / "r-0.tar").stat().st_size
+    cache = RemoteCache(tmp_path / "cache", limit=int(2.5 * size))
+    shards = ShardSet([f"{url}/r-{i}.tar" for i in range(6)], cache, IndexStore(tmp_path / "index"))
+    for turn in range(2):
+        assert [shards.read(i).key[0] for i in range(0, 60, 5)] == [str(i // 10) for i in range(0, 60, 5)], turn
+        kept = list((tmp_path / "cache").glob("*.tar"))
+        assert sum(p.stat().st_size for p in kept) <= 2.5 * size
+    shards.prefetch([0, 1])
+    again = ShardSet([f"{url}/r-{i}.tar" for i in range(6)], cache, IndexStore(tmp_path / "index"))
+    before = len(handler.asked)
+    assert (again.read(0).key, again.read(10).key) == ("0000000", "1000000")
+    assert len(handler.asked) == before, "prefetched, and kept as the most recently used"
+
+
+def test_remote_faults_are_counted_once_tried(tmp_path, site):
+    root, url, handler = site
+    handler.stall = ("r-1.tar",)
+    (root / "r-2.tar").unlink()
+    write_shard(root / "r-3.tar", SAMPLES[:4])
+    shards = ShardSet(
+        [f"{url}/r-{i}.tar" for i in range(4)],
+        RemoteCache(tmp_path / "cache", stall=0.5),
+        IndexStore(tmp_path / "index"),
+    )
+    kinds = Counter()
+    for position in range(40):
+        try:
+            shards.read(position)
+            kinds["read"] += 1
+        except SampleFault as fault:
+            kinds[fault.kind] += 1
+    assert kinds == {"read": 14, "stalled shard": 10, "unreachable shard": 10, "missing sample": 6}
+    assert handler.asked.count("r-1.tar") == 1, "not tried again for every sample"
+
+
+def test_remote_commands_are_fetched_once(tmp_path, shard):
+    cache, store = RemoteCache(tmp_path / "cache"), IndexStore(tmp_path / "index")
     urls = [f"pipe:cat {shard}", "pipe:false"]
-    shards = ShardSet(urls, cache_dir=cache)
+    shards = ShardSet(urls, cache, store)
     assert len(shards) == len(SAMPLES)
     assert shards.read(3).shard == urls[0]
     assert shards.faults == Counter({"unreachable shard": 1})
-    assert len(os.listdir(cache)) == 1
+    assert len(list((tmp_path / "cache").glob("*.tar"))) == 1
     shard.unlink()
-    assert len(ShardSet(urls[:1], cache_dir=cache)) == len(SAMPLES)
+    assert len(ShardSet(urls[:1], cache, store)) == len(SAMPLES)
+    stalled = ShardSet([f"pipe:head -c 9 {tmp_path}/index/*; sleep 30"], RemoteCache(tmp_path / "c", stall=0.3), store)
+    assert stalled.faults == Counter({"stalled shard": 1})
 
 
-def test_remote_shards_need_a_cache_and_an_opener(tmp_path):
+def test_remote_shards_need_a_cache_and_an_opener(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"set data\.cache_dir"):
         ShardSet(["https://host/a.tar"])
-    with pytest.raises(UserError, match=r"ftp9://host/a\.tar cannot be opened"):
-        ShardSet(["ftp9://host/a.tar"], cache_dir=tmp_path)
+    with pytest.raises(UserError, match=r"ftp9://host/manifest.json cannot be opened"):
+        ShardSet(["ftp9://host/a.tar"], RemoteCache(tmp_path))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UserError, match="needs the command 'aws', which is not installed"):
+        ShardSet(["s3://bucket/a.tar"], RemoteCache(tmp_path))
+
+
+def test_s3_shards_come_through_the_aws_command(tmp_path, shard, monkeypatch):
+    aws = tmp_path / "bin" / "aws"
+    aws.parent.mkdir()
+    aws.write_text(
+        f'#!/bin/sh\ncase "$4" in *manifest.json) exit 1;; s3://bucket/a.tar) cat {shard};; *) exit 2;; esac\n'
+    )
+    aws.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{aws.parent}:{os.environ['PATH']}")
+    shards = ShardSet(["s3://bucket/a.tar"], RemoteCache(tmp_path / "cache"), IndexStore(tmp_path / "index"))
+    assert read_all(shards) == [s["jpg"] for s in SAMPLES]

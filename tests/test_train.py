@@ -12,13 +12,14 @@ import pytest
 import torch
 from helpers import TINY_OVERRIDES, jpeg, sample, tiny_config, write_shards
 
-from nxtp.data import Batch, DataConfig, ShardData
+from nxtp.data import Batch, ShardData
 from nxtp.errors import UserError
 from nxtp.layout import Objective, lay_out
 from nxtp.module import Recognition
 from nxtp.optim import OptimConfig, TrainsConfig
 from nxtp.recognizer import Recognizer
 from nxtp.shards import write_shard
+from nxtp.sources import DataConfig
 from nxtp.tokens import train_tokenizer
 from nxtp.train import differences
 
