@@ -29,7 +29,8 @@ class Batch:
     """What a step sees: ``images`` uint8 [B, 3, S, S], the laid-out labels, and what was skipped to get them.
 
     ``offered`` counts the samples that were read for this batch, ``faults`` those of them that were skipped,
-    by kind. B may be smaller than the batch size, even 0.
+    by kind. B may be smaller than the batch size, in evaluation even 0. In training a batch without a usable sample has
+    no keys and one blank image whose loss does not count: every rank must take part in the step.
     """
 
     images: Tensor
@@ -100,6 +101,9 @@ class Batches(Dataset):
             keys.append(raw.key)
             texts.append(labels)
             ids.append(self.tokenizer.encode_labels(labels))
+        if self.training and not images:
+            images.append(torch.zeros(3, self.image_size, self.image_size, dtype=torch.uint8))
+            ids.append([self.tokenizer.prompt_ids[-1:]])
         prompt = self.prompts[rng.integers(len(self.prompts))] if self.training else self.tokenizer.prompt
         layout = lay_out(
             ids,
@@ -228,11 +232,9 @@ class ShardData(L.LightningDataModule):
         if self._train_loader is not None and self._resume is not None:
             self._train_loader.load_state_dict(self._resume)
 
-    def steps_done(self) -> int | None:
-        """How far the restored position is in its epoch, in steps of this number of ranks; None if there is none."""
-        if self._resume is None:
-            return None
-        return (self._train_loader or self.train_dataloader()).steps_done(self._resume)
+    def steps_done(self, state: dict[str, int]) -> int:
+        """How far the training loader's ``state`` is in its epoch, in steps of this number of ranks."""
+        return (self._train_loader or self.train_dataloader()).steps_done(state)
 
     def val_dataloader(self) -> list[Loader]:
         return [self.loader(name, spec, training=False) for name, spec in self.config.val.items()]

@@ -78,13 +78,14 @@ class Recognition(L.LightningModule):
     def forward(self, batch: Batch) -> Tensor:
         """Mean loss over the supervised tokens of the global batch, float32 []."""
         loss = self.model(batch.images, batch.layout)
-        count = torch.tensor(loss.count, device=self.device, dtype=torch.float32)
+        usable = len(batch) > 0
+        count = torch.tensor(loss.count * usable, device=self.device, dtype=torch.float32)
         world = 1
         if self._trainer is not None and self.trainer.world_size > 1:
             world = self.trainer.world_size
             count = self.trainer.strategy.reduce(count, reduce_op="sum")
         # DDP averages gradients over ranks: times `world` makes it the sum, over the global count the mean.
-        return loss.total * world / count.clamp_min(1)
+        return loss.total * usable * world / count.clamp_min(1)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         self._count(batch)
@@ -200,13 +201,14 @@ class Recognition(L.LightningModule):
     def _place_in_epoch(self, checkpoint: dict[str, Any]) -> None:
         """Lightning counts an epoch's batches; with another number of ranks the same samples are other batches."""
         data = getattr(self.trainer, "datamodule", None)
+        position = checkpoint.get(type(data).__qualname__, {}).get("train")
         loops = checkpoint.get("loops", {}).get("fit_loop")
-        if data is None or loops is None:
+        if position is None or loops is None:
             return
-        done = data.steps_done()
         current = loops["epoch_loop.batch_progress"]["current"]
-        if done is not None and 0 < current["completed"] != done:
-            current.update(dict.fromkeys(current, done))
+        if current["ready"]:
+            shift = data.steps_done(position) - current["ready"]
+            current.update({stage: count + shift for stage, count in current.items()})
 
 
 def describe_faults(faults: Counter) -> str:

@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 import io
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -63,6 +69,40 @@ def tiny_config(image_size: int = 32, **decoder) -> ModelConfig:
         decoder=DecoderConfig(config=fields | decoder),
         vocab_size=400,
     )
+
+
+class Site(SimpleHTTPRequestHandler):
+    """Serves a directory; ``stall`` names files of which only the beginning is ever sent."""
+
+    stall: tuple[str, ...] = ()
+    asked: list[str] = []  # noqa: RUF012
+
+    def do_GET(self):
+        name = self.path.rsplit("/", 1)[1]
+        self.asked.append(name)
+        if name in self.stall:
+            self.send_response(200)
+            self.send_header("Content-Length", "100000")
+            self.end_headers()
+            self.wfile.write(b"x" * 100)
+            self.wfile.flush()
+            time.sleep(20)
+            return
+        super().do_GET()
+
+    def log_message(self, *_):
+        pass
+
+
+@contextmanager
+def serving(root: Path, stall: tuple[str, ...] = ()) -> Iterator[tuple[str, type[Site]]]:
+    """(address, handler) of a server of ``root`` on this machine."""
+    handler = type("Handler", (Site,), {"asked": [], "stall": stall})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(handler, directory=str(root)))
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}", handler
+    server.shutdown()
 
 
 # The same model as Hydra overrides, for commands run in a subprocess.

@@ -7,18 +7,15 @@ import multiprocessing
 import os
 import pickle
 import tarfile
-import threading
-import time
 import zlib
 from collections import Counter
 from contextlib import suppress
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
 import pytest
 import webdataset as wds
+from helpers import serving
 
 from nxtp.errors import UserError
 from nxtp.index_store import IndexStore
@@ -563,29 +560,6 @@ def test_images_are_checked_against_their_checksum(tmp_path):
 # --- remote shards ---------------------------------------------------------------------------------------------
 
 
-class Site(SimpleHTTPRequestHandler):
-    """Serves a directory; ``stall`` names files of which only the beginning is ever sent."""
-
-    stall: tuple[str, ...] = ()
-    asked: list[str] = []  # noqa: RUF012
-
-    def do_GET(self):
-        name = self.path.rsplit("/", 1)[1]
-        self.asked.append(name)
-        if name in self.stall:
-            self.send_response(200)
-            self.send_header("Content-Length", "100000")
-            self.end_headers()
-            self.wfile.write(b"x" * 100)
-            self.wfile.flush()
-            time.sleep(20)
-            return
-        super().do_GET()
-
-    def log_message(self, *_):
-        pass
-
-
 @pytest.fixture
 def site(tmp_path):
     root = tmp_path / "site"
@@ -595,12 +569,8 @@ def site(tmp_path):
         samples = [{**s, "__key__": f"{i}{s['__key__']}"} for s in SAMPLES]
         infos.append(write_shard(root / f"r-{i}.tar", samples))
     write_manifest(root, infos, made_by={})
-    handler = type("Handler", (Site,), {"asked": [], "stall": ()})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(handler, directory=str(root)))
-    server.daemon_threads = True
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield root, f"http://127.0.0.1:{server.server_port}", handler
-    server.shutdown()
+    with serving(root) as (url, handler):
+        yield root, url, handler
 
 
 def test_remote_shards_are_fetched_when_they_are_read(tmp_path, site):
