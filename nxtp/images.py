@@ -84,9 +84,9 @@ def load_image(
 
     Args:
         source: a path, a file's bytes, or an opened image (of an animation: its current frame).
-        near: a JPEG may be decoded at 1/2, 1/4 or 1/8 of its size as long as both sides stay ≥ 2·near: two to five
-            times faster from 1,000 pixels on, and after resizing to ``near`` hardly different (tested: < 1.5 of 255
-            levels on average).
+        near: a JPEG may be decoded at 1/2, 1/4 or 1/8 of its size where that divides both sides and leaves them
+            ≥ 2¼·near: two to five times faster from 1,000 pixels on, and after resizing to ``near`` hardly different
+            (tested: < 1 of 255 levels on average).
         max_pixels: larger images are refused before they are decoded; a baseline JPEG is instead decoded at the
             largest of 1/2, 1/4, 1/8 that fits. For other formats Pillow's own limit holds beside it.
         name: what error messages call the image; its path by default.
@@ -148,7 +148,8 @@ def _opened(file: BinaryIO, near: int | None, max_pixels: int) -> Image.Image:
     width, height = image.size
     reduction = 1
     if near is not None:
-        reduction = max(s for s in (1, 2, 4, 8) if s == 1 or min(width, height) // s >= 2 * near)
+        fitting = (s for s in (8, 4, 2) if min(width, height) // s >= 2.25 * near and width % s == height % s == 0)
+        reduction = next(fitting, 1)
     if "progressive" in image.info:
         _check_size(image, max_pixels)  # it is held in memory whole before it is reduced
     while (width // reduction) * (height // reduction) > max_pixels and reduction < 8:

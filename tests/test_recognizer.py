@@ -2,11 +2,13 @@
 
 import shutil
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from helpers import jpeg, tiny_config
 from PIL import Image
+from torchvision.transforms import CenterCrop, Compose, InterpolationMode, PILToTensor, Resize
 
 import nxtp
 from nxtp.errors import UserError
@@ -109,6 +111,16 @@ def test_pixels_are_the_short_side_and_centre():
     assert torch.equal(to_pixels(square, 64), torch.tensor(list(square.tobytes())).view(64, 64, 3).permute(2, 0, 1))
     assert to_pixels(Image.new("RGB", (1, 1), (7, 8, 9)), 32).shape == (3, 32, 32)
     assert to_pixels(Image.new("RGB", (5000, 1)), 32).shape == (3, 32, 32)
+
+
+@pytest.mark.parametrize("size", [(640, 427), (333, 500), (97, 96), (40, 30), (300, 1500)])
+def test_pixels_are_those_of_clips_preprocessing(size):
+    noise = np.random.default_rng(0).integers(0, 255, (size[1] // 4, size[0] // 4, 3), dtype=np.uint8)
+    image = Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC)
+    usual = Compose([Resize(64, InterpolationMode.BICUBIC), CenterCrop(64), PILToTensor()])(image)
+    difference = (to_pixels(image, 64).int() - usual.int()).abs()
+    assert difference.max() <= 3
+    assert difference.float().mean() < 0.25
 
 
 def test_duplicates_are_merged_and_empty_labels_dropped():
