@@ -52,7 +52,7 @@ SUMMARIES = {
     "describe": "Parameters, tokens and FLOPs of a configuration: nxtp describe experiment=demo",
     "convert": "Published checkpoints in and out: nxtp convert CKPT --llama DIR --clip openai --to DIR",
     "parity": "Check against recorded numbers of the published implementation: nxtp parity DIR",
-    "bench": "Ours beside the published way of computing it: nxtp bench train|predict",
+    "bench": "Ours beside the published way of computing it: nxtp bench train|predict|data|metric",
 }
 
 

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from helpers import write_shards
 
 from nxtp.bench import bench
 from nxtp.bench.processes import TOLERANCE, assert_equal, children
@@ -81,3 +82,22 @@ def test_metric_prints_a_table_and_one_object_last():
     assert numbers["difference"] < 1e-5
     assert numbers["distinct_labels"] < 300 * 15 / 2, "a Zipf stream repeats its words"
     assert 0 < numbers["f1"] < 1
+
+
+def test_data_prints_a_table_and_one_object_last():
+    numbers, output = run("data", "--images=20", "--width=64", "--height=48", "--size=32", "--batch=8")
+    assert "open_clip get_wds_dataset" in output
+    assert all(row["images_per_s"] > 0 and row["cpu_ms"] > 0 for row in numbers["rows"].values())
+    assert len(numbers["rows"]) == 3
+    assert numbers["ratio_plain"] > 0
+    assert numbers["ratio_open_clip"] > 0
+    assert numbers["pixel_difference"] < 0.1
+    assert numbers["cores_per_h100"] > 0
+
+
+def test_data_reads_real_shards_and_refuses_too_few(tmp_path):
+    write_shards(tmp_path, [9])
+    numbers, _ = run("data", "--shards", str(tmp_path), "--size", "16", "--batch", "4", "--repeats", "1")
+    assert numbers["images"] == 9
+    with pytest.raises(UserError, match="fewer than one batch of 10"):
+        CliRunner().invoke(bench, ["data", "--shards", str(tmp_path), "--batch", "10"], catch_exceptions=False)

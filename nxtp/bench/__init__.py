@@ -1,4 +1,4 @@
-"""`nxtp bench train|predict|metric`: ours beside the published way, the same inputs, in one run.
+"""`nxtp bench train|predict|data|metric`: ours beside the published way, the same inputs, in one run.
 
 For models each way lives in a fresh process that builds the same seeded model. The parent first has both compute the
 same thing and compares the results, then asks them for one measurement each in turn (A B A B …); ratios are medians
@@ -14,6 +14,7 @@ from typing import Any
 import click
 from rich.console import Console
 
+from nxtp.bench.data import data_table, measure_data
 from nxtp.bench.measure import measure_predict, measure_train, predict_table, train_table
 from nxtp.bench.metric import measure_metric, metric_table
 from nxtp.bench.workers import SIZES
@@ -62,6 +63,21 @@ def train(**options: Any) -> None:
 def predict(**options: Any) -> None:
     """Seconds an image for 1, 20 and 100 labels, ours and published."""
     _report(measure_predict, predict_table, **options)
+
+
+@bench.command()
+@click.option("--json", is_flag=True, help="Print one JSON object as the last line.")
+@click.option("--shards", help="Real ones: a directory, glob or brace expression; synthetic photographs by default.")
+@click.option("--images", type=click.IntRange(1), default=512, show_default=True, help="Synthetic photographs.")
+@click.option("--width", type=click.IntRange(16), default=640, show_default=True, help="Of a photograph, in pixels.")
+@click.option("--height", type=click.IntRange(16), default=480, show_default=True, help="Of a photograph, in pixels.")
+@click.option("--size", type=click.IntRange(1), default=224, show_default=True, help="Of the model's input, in pixels.")
+@click.option("--batch", type=click.IntRange(1), default=64, show_default=True, help="Images a batch.")
+@click.option("--repeats", type=click.IntRange(1), default=3, show_default=True, help="Rounds; medians are shown.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the photographs.")
+def data(**options: Any) -> None:
+    """Images a second and core, ours, plain WebDataset and open_clip's pipeline."""
+    _report(measure_data, data_table, **options)
 
 
 @bench.command()
