@@ -21,6 +21,7 @@ class Commands(click.Group):
     lazy = {  # noqa: RUF012
         "bench": "nxtp.bench:bench",
         "convert": "nxtp.convert:convert",
+        "data": "nxtp.data_commands:data",
         "predict": "nxtp.predict:predict",
     }
 
@@ -50,6 +51,7 @@ SUMMARIES = {
     "evaluate": "Metrics of a model directory on shards: nxtp evaluate model=DIR data=scenes",
     "predict": "Labels of images: nxtp predict IMAGE… --model DIR --top-k 20",
     "describe": "Parameters, tokens and FLOPs of a configuration: nxtp describe experiment=demo",
+    "data": "Look at shards, and check them: nxtp data show SHARDS, nxtp data verify DIR",
     "convert": "Published checkpoints in and out: nxtp convert CKPT --llama DIR --clip openai --to DIR",
     "parity": "Check against recorded numbers of the published implementation: nxtp parity DIR",
     "bench": "Ours beside the published way of computing it: nxtp bench train|predict|data|metric",

@@ -16,11 +16,11 @@ from torch.utils.data import DataLoader, Dataset
 
 from nxtp.epoch_plan import EpochPlan
 from nxtp.images import ImageError, load_image
-from nxtp.labels import clean_labels, noun_backend
+from nxtp.labels import noun_backend
 from nxtp.layout import Layout, Objective, lay_out
 from nxtp.pixels import to_pixels
-from nxtp.shard_set import SampleFault, ShardSet
-from nxtp.sources import DataConfig, OpenedSet, open_set
+from nxtp.shard_set import RawSample, SampleFault, ShardSet
+from nxtp.sources import DataConfig, OpenedSet, labels_of, open_set
 from nxtp.tokens import LabelTokenizer
 
 
@@ -115,18 +115,13 @@ class Batches(Dataset):
         empty = torch.empty(0, 3, self.image_size, self.image_size, dtype=torch.uint8)
         return Batch(torch.stack(images) if images else empty, layout, keys, texts, len(positions), faults)
 
-    def labels_of(self, raw) -> list[str]:
-        """Labels given explicitly win over nouns from a caption.
+    def labels_of(self, raw: RawSample) -> list[str]:
+        """Of a sample's labels those that have tokens.
 
         Raises:
-            SampleFault: neither labels nor caption, or no noun in the caption.
+            SampleFault: none has.
         """
-        if raw.labels is not None:
-            labels = clean_labels(raw.labels)
-        elif raw.caption is not None:
-            labels = self.nouns(raw.caption)
-        else:
-            raise SampleFault("no caption", raw.key, raw.shard)
+        labels = labels_of(raw, self.nouns)
         labels = [label for label, ids in zip(labels, self.tokenizer.encode_labels(labels), strict=True) if ids]
         if not labels:
             raise SampleFault("no labels", raw.key, raw.shard)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from textwrap import wrap
 from typing import NamedTuple
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -27,6 +29,15 @@ class GridItem(NamedTuple):
     image: Image.Image
     truth: Sequence[str]
     predictions: Sequence[tuple[str, float]]
+
+
+class SheetItem(NamedTuple):
+    """One cell of a contact sheet: an image with its key, caption and labels."""
+
+    image: Image.Image
+    key: str
+    caption: str
+    labels: Sequence[str]
 
 
 def bar(share: float, width: int) -> str:
@@ -73,14 +84,53 @@ def save_grid(path: Path | str, items: Sequence[GridItem], *, columns: int = 4, 
         weight="bold",
     )
     figure.text(0.985, 1 - 0.3 / height, legend, fontsize=11, color="#555555", ha="right")
-    figure.savefig(path, format="png")
+    _save(figure, path)
+
+
+def save_contact_sheet(path: Path | str, items: Sequence[SheetItem], *, columns: int = 6, title: str = "") -> None:
+    """A PNG: each image with its key, its caption on two lines, and its labels."""
+    rows = max(1, -(-len(items) // columns))
+    figure = Figure(figsize=(2.5 * columns, 3.25 * rows + 0.6), dpi=100, facecolor="white")
+    FigureCanvasAgg(figure)
+    height = figure.get_figheight()
+    grid = figure.add_gridspec(
+        rows, columns, left=0.01, right=0.99, top=1 - 0.75 / height, bottom=0.85 / height, wspace=0.08, hspace=0.48
+    )
+    for index, item in enumerate(items):
+        axes = figure.add_subplot(grid[index])
+        axes.imshow(item.image, interpolation="antialiased")
+        axes.set_axis_off()
+        axes.set_title(_short(item.key, 34), fontsize=7.5, color="#777777", pad=3, parse_math=False)
+        caption = _lines(item.caption or "no caption", 2)
+        labels = _lines(" · ".join(item.labels) or "no label", 2, width=30)
+        at = {"transform": axes.transAxes, "ha": "center", "va": "top", "parse_math": False}
+        axes.text(0.5, -0.03, caption, fontsize=8.5, color="#222222" if item.caption else "#999999", **at)
+        under = -0.03 - 0.085 * (1 + caption.count("\n")) * _aspect(item.image)
+        axes.text(0.5, under, labels, fontsize=9, color=HIT if item.labels else MISS, weight="bold", **at)
+    figure.text(0.012, 1 - 0.32 / height, title, fontsize=14, weight="bold", parse_math=False)
+    _save(figure, path)
+
+
+def _aspect(image: Image.Image) -> float:
+    """How much lower than square cells an image is drawn: distances below it are in parts of its height."""
+    return max(1.0, image.width / image.height)
+
+
+def _lines(text: str, count: int, width: int = 36) -> str:
+    return "\n".join(wrap(text, width, max_lines=count, placeholder="…", break_long_words=True))
+
+
+def _save(figure: Figure, path: Path | str) -> None:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font", category=UserWarning)
+        figure.savefig(path, format="png")
 
 
 def _draw_image(axes, item: GridItem) -> None:
     axes.imshow(item.image, interpolation="antialiased")
     axes.set_axis_off()
     if item.truth:
-        axes.set_title(_short(", ".join(item.truth), 30), fontsize=9.5, color="#333333", pad=3)
+        axes.set_title(_short(", ".join(item.truth), 30), fontsize=9.5, color="#333333", pad=3, parse_math=False)
 
 
 def _draw_bars(axes, item: GridItem, top: int) -> None:
@@ -90,7 +140,7 @@ def _draw_bars(axes, item: GridItem, top: int) -> None:
         colour = (HIT if normalise(label) in truth else MISS) if truth else PLAIN
         axes.barh(place, 1.0, height=0.78, color="#eef1f4")
         axes.barh(place, probability, height=0.78, color=colour, alpha=0.55)
-        axes.text(0.02, place, _short(label, 18), va="center", fontsize=10.5, color="#111111")
+        axes.text(0.02, place, _short(label, 18), va="center", fontsize=10.5, color="#111111", parse_math=False)
         axes.text(0.98, place, f"{probability:.2f}", va="center", ha="right", fontsize=9.5, color="#444444")
     axes.set_xlim(0, 1)
     axes.set_ylim(top - 0.5, -0.5)

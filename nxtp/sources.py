@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,9 @@ from nxtp.config import to_dataclass
 from nxtp.epoch_plan import Part
 from nxtp.errors import UserError
 from nxtp.index_store import IndexStore
-from nxtp.labels import clean_labels, noun_backend
+from nxtp.labels import NounBackend, clean_labels, noun_backend
 from nxtp.remote import RemoteCache
-from nxtp.shard_set import SampleFault, ShardSet
+from nxtp.shard_set import RawSample, SampleFault, ShardSet
 from nxtp.shards import expand_shards, read_manifest
 
 log = logging.getLogger("nxtp")
@@ -161,12 +162,23 @@ def label_texts(shards: ShardSet, config: DataConfig, limit: int = 20_000) -> li
     nouns = noun_backend(config.nouns)
     found: set[str] = set()
     for position in np.unique(np.linspace(0, len(shards) - 1, min(limit, len(shards)), dtype=np.int64)):
-        try:
-            raw = shards.read(int(position))
-        except SampleFault:
-            continue
-        if raw.labels is not None:
-            found.update(clean_labels(raw.labels))
-        elif raw.caption is not None:
-            found.update(nouns(raw.caption))
+        with suppress(SampleFault):
+            found.update(labels_of(shards.read(int(position)), nouns))
     return sorted(found)
+
+
+def labels_of(raw: RawSample, nouns: NounBackend) -> list[str]:
+    """Labels given explicitly win over nouns from a caption.
+
+    Raises:
+        SampleFault: "no caption" (nor labels), or "no labels" (no noun in the caption).
+    """
+    if raw.labels is not None:
+        labels = clean_labels(raw.labels)
+    elif raw.caption is not None:
+        labels = nouns(raw.caption)
+    else:
+        raise SampleFault("no caption", raw.key, raw.shard)
+    if not labels:
+        raise SampleFault("no labels", raw.key, raw.shard)
+    return labels

@@ -1,0 +1,85 @@
+"""Whether a set of shards is what its manifest says."""
+
+from __future__ import annotations
+
+import os
+import re
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import track
+
+from nxtp.errors import UserError
+from nxtp.images import ImageError, load_image, printable
+from nxtp.prepare import JOURNAL
+from nxtp.shard_set import SampleFault, ShardSet
+from nxtp.shards import MANIFEST, read_manifest, sha256_of
+from nxtp.tar_index import index_shard
+
+
+def verify(directory: Path, workers: int, images: bool, console: Console) -> list[str]:
+    """What is wrong with a set of shards, a line each; empty where all is as its manifest says.
+
+    Args:
+        workers: files read at once.
+        images: also decode every image and compare it with its checksum.
+
+    Raises:
+        UserError: no manifest, or one that cannot be read.
+    """
+    manifest = read_manifest(directory)
+    if manifest is None:
+        raise UserError(f"{directory} has no {MANIFEST}: nothing to check it against. The scripts in data/ write one.")
+    listed = {row["name"]: row for row in manifest["shards"]}
+    problems = [f"{name}: not in the manifest" for name in _tars(directory) if name not in listed]
+    if (directory / JOURNAL).exists():
+        problems.append(f"{JOURNAL}: the preparation was interrupted; run the script again")
+    outside = [name for name in listed if not re.fullmatch(r"[^/\\]+", name) or name in (".", "..")]
+    problems += [f"{printable(name)}: not a file name; it is not looked at" for name in outside]
+    rows = [row for name, row in sorted(listed.items()) if name not in outside]
+    with ThreadPoolExecutor(max(1, workers)) as pool:
+        checked = pool.map(lambda row: _check(directory / row["name"], row, images), rows)
+        for found in track(checked, f"{directory}", total=len(rows), console=console, transient=True):
+            problems += found
+    return problems
+
+
+def _tars(directory: Path) -> list[str]:
+    return sorted(entry.name for entry in os.scandir(directory) if entry.name.endswith(".tar"))
+
+
+def _check(path: Path, row: dict[str, Any], images: bool) -> list[str]:
+    name = row["name"]
+    try:
+        size = path.stat().st_size
+        if size != row["bytes"]:
+            return [f"{name}: {size:,} bytes; the manifest says {row['bytes']:,}"]
+        if sha256_of(path) != row["sha256"]:
+            return [f"{name}: its SHA-256 is not the manifest's: damaged or replaced"]
+        index = index_shard(str(path))
+    except FileNotFoundError:
+        return [f"{name}: missing"]
+    except OSError as error:
+        return [f"{name}: cannot be read ({error.strerror})"]
+    problems = []
+    if len(index) != row["samples"]:
+        problems.append(f"{name}: {len(index):,} samples; the manifest says {row['samples']:,}")
+    if images:
+        problems += _check_images(path)
+    return problems
+
+
+def _check_images(path: Path) -> list[str]:
+    shards = ShardSet([path])
+    problems = []
+    for position in range(len(shards)):
+        try:
+            raw = shards.read(position)
+            load_image(raw.image, name=raw.key)
+        except SampleFault as fault:
+            problems.append(f"{path.name}: {printable(fault.key)}: {fault.kind}")
+        except ImageError as error:
+            problems.append(f"{path.name}: {error}")
+    return problems
