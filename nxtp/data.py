@@ -18,6 +18,7 @@ from nxtp.epoch_plan import EpochPlan
 from nxtp.images import ImageError, load_image
 from nxtp.labels import noun_backend
 from nxtp.layout import Layout, Objective, lay_out
+from nxtp.parallel import data_ranks
 from nxtp.pixels import to_pixels
 from nxtp.shard_set import RawSample, SampleFault, ShardSet
 from nxtp.sources import DataConfig, OpenedSet, labels_of, open_set
@@ -81,7 +82,6 @@ class Batches(Dataset):
 
     def __getitem__(self, item: tuple[int, np.ndarray]) -> Batch:
         epoch, positions = item
-        rng = np.random.default_rng([self.config.seed, epoch, int(positions[0]) if len(positions) else 0])
         faults: Counter = Counter()
         images, keys, texts, ids = [], [], [], []
         for position in positions.tolist():
@@ -96,7 +96,8 @@ class Batches(Dataset):
                 faults["bad image"] += 1
                 continue
             if self.training:
-                labels = [labels[i] for i in rng.permutation(len(labels))[: self.config.max_labels]]
+                order = self._random(epoch, position).permutation(len(labels))
+                labels = [labels[i] for i in order[: self.config.max_labels]]
             images.append(pixels)
             keys.append(raw.key)
             texts.append(labels)
@@ -104,7 +105,9 @@ class Batches(Dataset):
         if self.training and not images:
             images.append(torch.zeros(3, self.image_size, self.image_size, dtype=torch.uint8))
             ids.append([self.tokenizer.prompt_ids[-1:]])
-        prompt = self.prompts[rng.integers(len(self.prompts))] if self.training else self.tokenizer.prompt
+        prompt = self.tokenizer.prompt
+        if self.training:
+            prompt = self.prompts[self._random(epoch, int(positions[0]), 1).integers(len(self.prompts))]
         layout = lay_out(
             ids,
             prompt=self.tokenizer.encode_prompt(prompt),
@@ -114,6 +117,10 @@ class Batches(Dataset):
         )
         empty = torch.empty(0, 3, self.image_size, self.image_size, dtype=torch.uint8)
         return Batch(torch.stack(images) if images else empty, layout, keys, texts, len(positions), faults)
+
+    def _random(self, *which: int) -> np.random.Generator:
+        """A sample's own random numbers: the same in whichever batch, on whichever rank it comes."""
+        return np.random.default_rng([self.config.seed, *which])
 
     def labels_of(self, raw: RawSample) -> list[str]:
         """Of a sample's labels those that have tokens.
@@ -238,8 +245,7 @@ class ShardData(L.LightningDataModule):
         """Batches of one set of shards; shuffled and in whole steps for training, each sample once otherwise."""
         opened = self.open(name, spec)
         shards = opened.shards
-        trainer = self.trainer
-        rank, world = (trainer.global_rank, trainer.world_size) if trainer is not None else (0, 1)
+        rank, world = data_ranks(self.trainer)
         plan = EpochPlan(
             shards.sizes,
             self.config.batch_size if training else self.config.val_batch_size,

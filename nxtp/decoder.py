@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrai
 from transformers.utils.hub import cached_file
 
 from nxtp.errors import UserError, nearest
-from nxtp.weights import SafetensorsFiles
+from nxtp.weights import SafetensorsFiles, assign
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 # Causal LMs whose blocks take embeddings as they are, rotary positions and a ready mask, as LLaMA does.
 FAMILY = ("llama", "mistral", "qwen2", "qwen3", "olmo2", "smollm3")
@@ -40,23 +43,46 @@ class DecoderConfig:
 class Decoder(nn.Module):
     """Embedding, blocks, final norm and output layer, fed with embeddings, positions and a ready mask.
 
+    A model with a source is built on the meta device and then filled from it; without one it starts at random.
+
+    Args:
+        load_pretrained: read the source's weights; else they are left as they come, to be loaded by the caller.
+        deferred: leave a model with a source on the meta device: its caller shards it and then calls :meth:`fill`.
+
     Raises:
         UserError: not a LLaMA-family model, blocks that it does not have, missing weights.
     """
 
-    def __init__(self, config: DecoderConfig, vocab_size: int | None = None, load_pretrained: bool = True):
+    def __init__(
+        self,
+        config: DecoderConfig,
+        vocab_size: int | None = None,
+        load_pretrained: bool = True,
+        deferred: bool = False,
+    ):
         super().__init__()
         self.config = config
-        architecture, kept = resolve(config, vocab_size)
-        self.kept_blocks = kept
-        state = None
-        if config.source is not None and load_pretrained:
-            state = read_blocks(config.source, kept)
-            self.lm = AutoModelForCausalLM.from_config(architecture)
-            _fill(self.lm, state, config.source)
-        else:
+        architecture, self.kept_blocks = resolve(config, vocab_size)
+        from_source = config.source is not None
+        with torch.device("meta") if from_source else nullcontext():
             self.lm = AutoModelForCausalLM.from_config(architecture)
         self.lm.config.use_cache = False
+        # Parameters that are one must not be moved from the meta device by shards, which would part them.
+        if from_source and not (deferred and not architecture.tie_word_embeddings):
+            self.fill(torch.get_default_device(), load_pretrained)
+
+    @property
+    def is_filled(self) -> bool:
+        return not any(parameter.is_meta for parameter in self.parameters())
+
+    def fill(self, device: torch.device, load_pretrained: bool = True) -> None:
+        """Give a model on the meta device, sharded or not, its memory and its source's weights, tensor by tensor."""
+        self.lm.to_empty(device=device)
+        rotary = self.lm.model.rotary_emb  # its buffers are computed, not stored
+        self.lm.model.rotary_emb = type(rotary)(config=self.lm.config, device=device)
+        self.lm.tie_weights()
+        if load_pretrained and device.type != "meta":
+            fill_blocks(self.lm, self.config.source, self.kept_blocks)
 
     @property
     def width(self) -> int:
@@ -181,21 +207,50 @@ def _not_family(model_type: str) -> str:
     return f"model.decoder: '{model_type}' is not a LLaMA-family model.{nearest(model_type, FAMILY)} Known: {known}."
 
 
-def read_blocks(source: str, kept: list[int]) -> dict[str, Tensor]:
+def fill_blocks(lm: nn.Module, source: str, kept: list[int]) -> None:
     """Read the kept blocks, embedding, norm and output layer of a safetensors checkpoint; nothing else is read.
 
-    Block ``kept[i]`` is renamed to block i.
+    Block ``kept[i]`` becomes block i. Vocabulary rows that the source lacks are drawn at random.
+
+    Raises:
+        UserError: the source lacks weights, or has them in another shape.
     """
     number = {block: new for new, block in enumerate(kept)}
     weights = SafetensorsFiles(weight_files(source))
-    state: dict[str, Tensor] = {}
+    stored: dict[str, str] = {}
     for key in weights.specs:
         match = re.match(r"model\.layers\.(\d+)\.(.*)", key)
         if match is None:
-            state[key] = weights.read(key)
+            stored[key] = key
         elif int(match[1]) in number:
-            state[f"model.layers.{number[int(match[1])]}.{match[2]}"] = weights.read(key)
-    return state
+            stored[f"model.layers.{number[int(match[1])]}.{match[2]}"] = key
+    own = lm.state_dict()
+    if lm.config.tie_word_embeddings and EMBEDDING in stored:
+        stored.setdefault(HEAD, stored[EMBEDDING])
+    grows = {
+        name
+        for name in (EMBEDDING, HEAD)
+        if name in stored
+        and weights.specs[stored[name]].shape[0] < own[name].shape[0]
+        and weights.specs[stored[name]].shape[1:] == tuple(own[name].shape[1:])
+    }
+    missing = sorted(set(own) - set(stored))
+    wrong = [
+        name
+        for name in own
+        if name in stored and name not in grows and weights.specs[stored[name]].shape != tuple(own[name].shape)
+    ]
+    if wrong or missing:
+        raise UserError(
+            f"model.decoder.source '{source}': missing {missing or 'nothing'}, wrong shape {wrong or 'none'}."
+        )
+    for name, parameter in own.items():
+        full = weights.read(stored[name])
+        if name in grows:
+            rows, width = parameter.shape[0] - full.shape[0], parameter.shape[1]
+            new = torch.empty(rows, width).normal_(std=lm.config.initializer_range)
+            full = torch.cat([full, new.to(full.dtype)])
+        assign(parameter, full)
 
 
 def plain_config(config: PreTrainedConfig) -> dict[str, Any]:
@@ -227,22 +282,3 @@ def weight_files(source: str) -> list[Path]:
         raise UserError(f"model.decoder.source: '{source}' has no model.safetensors and no index of shards.")
     names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
     return [find(name) for name in names]
-
-
-def _fill(lm: nn.Module, state: dict[str, Tensor], source: str) -> None:
-    """Load ``state``; extra vocabulary rows that the source lacks keep their initial values."""
-    own = lm.state_dict()
-    for name in ("model.embed_tokens.weight", "lm_head.weight"):
-        if name in state and state[name].shape[0] < own[name].shape[0]:
-            grown = own[name].clone()
-            grown[: state[name].shape[0]] = state[name]
-            state[name] = grown
-    if lm.config.tie_word_embeddings:
-        state.setdefault("lm_head.weight", state["model.embed_tokens.weight"])
-    wrong = [n for n, t in state.items() if n in own and own[n].shape != t.shape]
-    missing = sorted(set(own) - set(state))
-    if wrong or missing:
-        raise UserError(
-            f"model.decoder.source '{source}': missing {missing or 'nothing'}, wrong shape {wrong or 'none'}."
-        )
-    lm.load_state_dict({n: t for n, t in state.items() if n in own})

@@ -57,14 +57,20 @@ class Model(nn.Module):
     """Image tokens as the prefix of a truncated language model (paper, section 3).
 
     The embedding of ``<|image|>`` is a parameter of its own: it trains whether or not the vocabulary's
-    embedding does, and the tokenizer needs no such token.
+    embedding does, and the tokenizer needs no such token. ``load_pretrained`` and ``deferred`` are the decoder's.
     """
 
-    def __init__(self, config: ModelConfig, vocab_size: int | None = None, load_pretrained: bool = True):
+    def __init__(
+        self,
+        config: ModelConfig,
+        vocab_size: int | None = None,
+        load_pretrained: bool = True,
+        deferred: bool = False,
+    ):
         super().__init__()
         self.config = config
         self.encoder = Encoder(config.encoder, load_pretrained)
-        self.decoder = Decoder(config.decoder, vocab_size, load_pretrained)
+        self.decoder = Decoder(config.decoder, vocab_size, load_pretrained, deferred)
         self.projection = nn.Linear(self.encoder.width, self.decoder.width, bias=False)
         nn.init.normal_(self.projection.weight, std=self.encoder.width**-0.5)
         self.image_token = nn.Parameter(torch.empty(self.decoder.width).normal_(std=0.02))

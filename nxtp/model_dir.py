@@ -15,6 +15,7 @@ import torch
 import yaml
 
 import nxtp
+from nxtp import decoder
 from nxtp.errors import UserError
 from nxtp.model import Model, ModelConfig
 from nxtp.tokens import FILES as TOKENIZER_FILES
@@ -23,7 +24,7 @@ from nxtp.weights import SafetensorsFiles
 
 FORMAT = 1
 WEIGHTS, CONFIG = "model.safetensors", "config.yaml"
-EMBEDDING, HEAD = "decoder.lm.model.embed_tokens.weight", "decoder.lm.lm_head.weight"
+EMBEDDING, HEAD = (f"decoder.lm.{name}" for name in (decoder.EMBEDDING, decoder.HEAD))
 
 
 @contextmanager

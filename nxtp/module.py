@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import math
+import zlib
 from collections import Counter
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
 import lightning as L
 import torch
 from torch import Tensor, nn
+from torchmetrics import MeanMetric
 
 from nxtp.data import Batch
 from nxtp.embedders import label_embedder
 from nxtp.errors import UserError
 from nxtp.metrics import ExactMatch, SemanticMatch
-from nxtp.model import Model, ModelConfig
+from nxtp.model import Loss, Model, ModelConfig
 from nxtp.optim import OptimConfig, build_optimizer, choose_trained
+from nxtp.parallel import ParallelConfig, Sharded, arrange, clip_gradients, data_ranks, gathered
 from nxtp.ranking import RankingConfig, rank
 from nxtp.recognizer import Recognizer
 from nxtp.samplers import never_first
@@ -39,8 +44,11 @@ class ValidationConfig:
 class Recognition(L.LightningModule):
     """Trains a :class:`nxtp.model.Model` on batches of :class:`nxtp.data.ShardData`.
 
-    The loss is the mean over all supervised tokens of the global batch: every rank divides its sum by the
-    token count of all ranks. A loss that is not finite stops the run and names the batch's samples.
+    The gradient is that of the mean over all supervised tokens of the global batch, over all ranks and accumulated
+    batches: not a mean of means. A loss that is not finite stops the run and names the batch's samples.
+
+    ``stop_signal`` is set by whoever wants the run to stop (see :mod:`nxtp.preemption`); ``stop_agreed`` says that
+    all ranks know, in the same step.
     """
 
     def __init__(
@@ -52,13 +60,20 @@ class Recognition(L.LightningModule):
         validation: ValidationConfig | None = None,
         val_names: tuple[str, ...] | list[str] = (),
         fault_limit: float = 0.1,
+        parallel: ParallelConfig | None = None,
+        seed: int = 0,
     ):
         super().__init__()
         self.model_config, self.tokenizer, self.optim_config = model, tokenizer, optim
         self.validation = validation or ValidationConfig()
         self.val_names = list(val_names)
-        self.fault_limit = fault_limit
+        self.fault_limit, self.seed = fault_limit, seed
+        self.parallel = parallel or ParallelConfig()
         self.model: Model | None = None
+        self._gathered = ExitStack()  # while validating
+        self.stop_signal, self.stop_agreed = 0, False
+        self._step_tokens = self._divisor = 0  # supervised tokens of the step so far, and of its first batch
+        self.losses = nn.ModuleList(MeanMetric() for _ in self.val_names)
         self.exact = nn.ModuleList(ExactMatch(top_k=self.validation.top_k) for _ in self.val_names)
         self.semantic = nn.ModuleList()
         if self.validation.semantic:
@@ -70,50 +85,100 @@ class Recognition(L.LightningModule):
         self.final_counts: dict[str, Any] | None = None  # of all ranks, when the training has ended
 
     def configure_model(self) -> None:
-        if self.model is None:
-            resuming = self.trainer.ckpt_path is not None if self._trainer is not None else False
-            self.model = Model(self.model_config, len(self.tokenizer), load_pretrained=not resuming)
-            choose_trained(self.model, self.optim_config.trains)
+        if self.model is not None:
+            return
+        trainer = self._trainer
+        resuming = trainer is not None and trainer.ckpt_path is not None
+        sharded = trainer is not None and isinstance(trainer.strategy, Sharded)
+        model = Model(self.model_config, len(self.tokenizer), load_pretrained=not resuming, deferred=sharded)
+        choose_trained(model, self.optim_config.trains)
+        mesh = trainer.strategy.device_mesh if sharded else None
+        self.model = arrange(model, self.parallel, mesh, str(trainer.precision) if sharded else "")
+        if not model.decoder.is_filled:
+            model.decoder.fill(trainer.strategy.root_device, load_pretrained=not resuming)
 
-    def forward(self, batch: Batch) -> Tensor:
-        """Mean loss over the supervised tokens of the global batch, float32 []."""
-        loss = self.model(batch.images, batch.layout)
-        usable = len(batch) > 0
-        count = torch.tensor(loss.count * usable, device=self.device, dtype=torch.float32)
-        world = 1
-        if self._trainer is not None and self.trainer.world_size > 1:
-            world = self.trainer.world_size
-            count = self.trainer.strategy.reduce(count, reduce_op="sum")
-        # DDP averages gradients over ranks: times `world` makes it the sum, over the global count the mean.
-        return loss.total * usable * world / count.clamp_min(1)
+    def forward(self, batch: Batch) -> Loss:
+        """The loss of this rank's batch, a sum over its supervised tokens."""
+        return self.model(batch.images, batch.layout)
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        # What a step draws at random (dropped paths, say) does not depend on the steps before: a run that was
+        # interrupted draws what it would have drawn.
+        torch.manual_seed(zlib.crc32(f"{self.seed} {self.trainer.current_epoch} {batch_idx} {self._ranks[0]}".encode()))
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         self._count(batch)
         loss = self(batch)
-        if not torch.isfinite(loss):
+        usable = len(batch) > 0
+        mine = loss.total.detach() * usable
+        total, tokens, stop = self._over_ranks(mine, loss.count * usable, self.stop_signal)
+        if not math.isfinite(total):
+            keys = ", ".join(batch.keys) if not torch.isfinite(mine) else "samples that another rank names"
             raise UserError(
-                f"The loss is {loss.item()} at step {self.global_step}. The batch held: {', '.join(batch.keys)}. "
+                f"The loss is {total} at step {self.global_step}. The batch held: {keys}. "
                 "Look at these samples, or lower optim.lr, or train in a wider precision."
             )
-        self.log("train/loss", loss, prog_bar=True)
-        return loss
+        self.stop_agreed = stop > 0
+        self.log("train/loss", total / max(tokens, 1), prog_bar=True)
+        # Ranks average their gradients: times their number makes it the sum. Batches that are accumulated for one
+        # step are divided by the same number, the first one's tokens; on_before_optimizer_step corrects it.
+        self._divisor = self._divisor or max(tokens, 1)
+        self._step_tokens += tokens
+        return loss.total * usable * (self._ranks[1] / self._divisor)
+
+    @property
+    def between_steps(self) -> bool:
+        """Whether no batch waits for others of its step."""
+        return self._divisor == 0
+
+    def agree_to_stop(self) -> bool:
+        """Whether any rank has been told to stop; a collective call."""
+        return self._over_ranks(self.stop_signal)[0] > 0
+
+    @property
+    def _ranks(self) -> tuple[int, int]:
+        return data_ranks(self._trainer)
+
+    def _over_ranks(self, *values: Any) -> list[float]:
+        """Each value summed over the ranks that see different data."""
+        stacked = torch.stack([torch.as_tensor(v, device=self.device, dtype=torch.float32) for v in values])
+        if self._trainer is not None and self.trainer.world_size > 1:
+            stacked = self.trainer.strategy.reduce(stacked, reduce_op="sum") * self._ranks[1] / self.trainer.world_size
+        return stacked.tolist()
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        # Lightning has divided each batch's loss by the number of batches a step.
+        scale = self.trainer.accumulate_grad_batches * self._divisor / max(self._step_tokens, 1)
+        if scale != 1:
+            for parameter in self.parameters():
+                if parameter.grad is not None:
+                    parameter.grad.mul_(scale)
+        self._step_tokens = self._divisor = 0
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         self._count(batch, training=False)
         if len(batch) == 0:
             return
-        name = self.val_names[dataloader_idx]
-        loss = self.model(batch.images, batch.layout)
+        loss = self(batch)
         predictions = self.predict_labels(batch.images)
         labels = [[label for label, _ in image] for image in predictions]
         self.exact[dataloader_idx].update(labels, batch.labels)
         if self.semantic:
             self.semantic[dataloader_idx].update(labels, batch.labels)
-        self.log(f"{name}/loss", loss.mean, batch_size=loss.count, add_dataloader_idx=False, sync_dist=True)
+        self.losses[dataloader_idx].update(loss.nll_S)
+
+    def on_validation_epoch_start(self) -> None:
+        self._gathered.enter_context(gathered(self.model))
+
+    def end_validation(self) -> None:
+        """Give up the weights that were gathered for it."""
+        self._gathered.close()
 
     def on_validation_epoch_end(self) -> None:
+        self.end_validation()
         for index, name in enumerate(self.val_names):
-            values = dict(self.exact[index].compute())
+            values = {"loss": self.losses[index].compute(), **self.exact[index].compute()}
+            self.losses[index].reset()
             self.exact[index].reset()
             if self.semantic:
                 values |= {f"semantic_{key}": value for key, value in self.semantic[index].compute().items()}
@@ -149,8 +214,7 @@ class Recognition(L.LightningModule):
         """As Lightning does; by norm without a loss scaler directly, since Lightning refuses a fused AdamW there."""
         if gradient_clip_algorithm in (None, "norm") and not self._scales_loss:
             if gradient_clip_val:
-                norm = nn.utils.clip_grad_norm_([p for p in self.parameters() if p.grad is not None], gradient_clip_val)
-                self.log("train/grad_norm", norm)
+                self.log("train/grad_norm", clip_gradients(self.parameters(), gradient_clip_val))
         else:
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from safetensors.torch import save_model
 from torch import Tensor
 from transformers.initialization import no_init_weights
 
@@ -21,12 +20,13 @@ from nxtp.config import to_dataclass
 from nxtp.decoder import plain_config
 from nxtp.images import load_image
 from nxtp.model import Model, ModelConfig
-from nxtp.model_dir import CONFIG, WEIGHTS, load_weights, write_model_dir
+from nxtp.model_dir import CONFIG, HEAD, WEIGHTS, load_weights, write_model_dir
 from nxtp.pixels import to_pixels
 from nxtp.ranking import RankingConfig, rank, ranking_config
 from nxtp.running_text import RunningTextConfig
 from nxtp.samplers import SamplerConfig, sample, sampler_config
 from nxtp.tokens import LabelTokenizer
+from nxtp.weights import write_module
 
 log = logging.getLogger("nxtp")
 
@@ -144,12 +144,22 @@ class Recognizer:
 
     # Keeping it
 
-    def save_pretrained(self, directory: str | Path, provenance: dict[str, Any] | None = None) -> Path:
-        """Write a model directory: aside first, then in one rename, over what was there."""
+    def save_pretrained(
+        self, directory: str | Path, provenance: dict[str, Any] | None = None, writes: bool = True
+    ) -> Path:
+        """Write a model directory: aside first, then in one rename, over what was there.
+
+        Args:
+            writes: False on the ranks that only give their parts of a sharded model.
+        """
         directory = Path(directory)
+        left_out = [HEAD] if self.model.decoder.lm.config.tie_word_embeddings else []
+        if not writes:
+            write_module(None, self.model, left_out)
+            return directory
         write_model_dir(
             directory,
-            lambda path: save_model(self.model, str(path)),
+            lambda path: write_module(path, self.model, left_out),
             self.tokenizer,
             rebuildable(self.config, self.model),
             provenance if provenance is not None else self.provenance,

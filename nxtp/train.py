@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,13 +17,16 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
+from nxtp.checkpoint import FileCheckpoints, find
 from nxtp.config import compose_and_run, to_dataclass
 from nxtp.data import ShardData
 from nxtp.errors import UserError
 from nxtp.model import ModelConfig
 from nxtp.module import Recognition, ValidationConfig, describe_faults
 from nxtp.optim import OptimConfig
+from nxtp.parallel import ParallelConfig, Sharded
 from nxtp.perf import Throughput, count_parameters, meta_model, training_flops
+from nxtp.preemption import LeaveOnSignal, Preempted, hand_on
 from nxtp.record import RunRecord, read_record
 from nxtp.shards import manifest_hash
 from nxtp.sources import DataConfig, label_texts, named_sources, open_set, warn_if_nouns_differ
@@ -31,7 +35,7 @@ from nxtp.tokens import LabelTokenizer, train_tokenizer
 log = logging.getLogger("nxtp")
 
 # Settings that may differ between a run and its continuation.
-MAY_CHANGE = ("resume", "logger", "callbacks", "trainer", "debug", "hydra")
+MAY_CHANGE = ("resume", "logger", "callbacks", "trainer", "parallel", "debug", "hydra")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -54,16 +58,18 @@ def train(cfg: DictConfig) -> float | None:
 
     record = RunRecord(cfg.name, resolved, list(HydraConfig.get().overrides.task), cfg.seed)
     data, module = build(cfg, run_dir)
-    trainer = build_trainer(cfg, module, data)
+    trainer = build_trainer(cfg, module, data, run_dir)
     record.data = describe_data(data)
     for name, spec in {"train": data.config.train, **data.config.val}.items():
         warn_if_nouns_differ(name, spec, data.config.nouns, data.config.nouns)
-    save_start(run_dir, cfg, record)
+    trainer.callbacks.append(Start(run_dir, cfg, record))
+    preempted = None
     try:
         trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
-        record.status = "interrupted" if trainer.interrupted else "finished"
-        if record.status == "finished":
-            finish(run_dir, cfg, trainer, module, data, record)
+        finish(run_dir, cfg, trainer, module, data, record)
+        record.status = "finished"
+    except Preempted as stop:
+        record.status, preempted = "interrupted", stop
     except BaseException as error:
         record.status, record.error = "failed", f"{type(error).__name__}: {error}"
         raise
@@ -73,6 +79,10 @@ def train(cfg: DictConfig) -> float | None:
         record.samples_skipped = counts["faults"] | dict(data.shard_faults)
         if trainer.is_global_zero:
             record.write(run_dir)
+    if preempted is not None:
+        log.warning("%s is saved, %s. The same command continues it.", run_dir, preempted)
+        hand_on(preempted.number)
+        sys.exit(preempted.exit_code)
     if record.samples_skipped:
         log.warning("Skipped samples and shards: %s.", describe_faults(record.samples_skipped))
     monitor = monitored(data, cfg.validation.top_k)
@@ -95,8 +105,8 @@ def find_checkpoint(run_dir: Path, resolved: dict[str, Any]) -> str | None:
     """
     resume = resolved["resume"]
     if resume not in ("auto", "never"):
-        if not Path(resume).is_file():
-            raise UserError(f"resume={resume}: no such checkpoint. Say auto, never, or the path of a .ckpt file.")
+        if not Path(resume).exists():
+            raise UserError(f"resume={resume}: no such checkpoint. Say auto, never, or the path of a checkpoint.")
         return str(resume)
     previous = read_record(run_dir)
     if previous is None:
@@ -110,8 +120,12 @@ def find_checkpoint(run_dir: Path, resolved: dict[str, Any]) -> str | None:
         )
     if previous["status"] == "finished":
         return "finished"
-    last = run_dir / "checkpoints" / "last.ckpt"
-    return str(last) if last.is_file() else None
+    last = find(last_checkpoint(run_dir))
+    return str(last) if last else None
+
+
+def last_checkpoint(run_dir: Path) -> Path:
+    return run_dir / "checkpoints" / "last.ckpt"
 
 
 def differences(old: Any, new: Any, prefix: str = "") -> list[str]:
@@ -139,7 +153,14 @@ def build(cfg: DictConfig, run_dir: Path) -> tuple[ShardData, Recognition]:
         prompts=cfg.objective.prompts,
     )
     module = Recognition(
-        model, tokenizer, optim, validation=validation, val_names=list(config.val), fault_limit=config.fault_limit
+        model,
+        tokenizer,
+        optim,
+        validation=validation,
+        val_names=list(config.val),
+        fault_limit=config.fault_limit,
+        parallel=to_dataclass(ParallelConfig, cfg.parallel, "parallel"),
+        seed=cfg.seed,
     )
     return data, module
 
@@ -159,7 +180,7 @@ def find_tokenizer(model: ModelConfig, data: DataConfig, run_dir: Path) -> Label
     return tokenizer
 
 
-def build_trainer(cfg: DictConfig, module: Recognition, data: ShardData) -> L.Trainer:
+def build_trainer(cfg: DictConfig, module: Recognition, data: ShardData, run_dir: Path) -> L.Trainer:
     loggers = [instantiate(node) for node in (cfg.logger or {}).values() if node is not None]
     callbacks = [instantiate(node) for node in (cfg.callbacks or {}).values() if node is not None]
     monitor = monitored(data, cfg.validation.top_k)
@@ -173,7 +194,10 @@ def build_trainer(cfg: DictConfig, module: Recognition, data: ShardData) -> L.Tr
             shape = meta_model(module.model_config, len(module.tokenizer), module.optim_config.trains)
             callback.flops_per_image = sum(training_flops(shape))
         kept.append(callback)
+    kept.append(LeaveOnSignal(last_checkpoint(run_dir)))
     trainer = instantiate(cfg.trainer, _convert_="all", logger=loggers or False, callbacks=kept, default_root_dir=None)
+    if not isinstance(trainer.strategy, Sharded):
+        trainer.strategy.checkpoint_io = FileCheckpoints()
     return trainer
 
 
@@ -198,36 +222,38 @@ def _manifest_of(shards: Any) -> str | None:
     return manifest_hash(Path(shards)) if isinstance(shards, str) and Path(shards).is_dir() else None
 
 
-@rank_zero_only
-def save_start(run_dir: Path, cfg: DictConfig, record: RunRecord) -> None:
-    run_dir.mkdir(parents=True, exist_ok=True)
-    OmegaConf.save(cfg, run_dir / "config.yaml", resolve=True)
-    record.write(run_dir)
+class Start(L.Callback):
+    """Writes config.yaml and the record once all ranks have met: until then each looks for a run that is there."""
+
+    def __init__(self, run_dir: Path, cfg: DictConfig, record: RunRecord):
+        self.run_dir, self.cfg, self.record = run_dir, cfg, record
+
+    @rank_zero_only
+    def on_fit_start(self, trainer: L.Trainer, module: Recognition) -> None:
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        OmegaConf.save(self.cfg, self.run_dir / "config.yaml", resolve=True)
+        self.record.write(self.run_dir)
 
 
 def finish(
     run_dir: Path, cfg: DictConfig, trainer: L.Trainer, module: Recognition, data: ShardData, record: RunRecord
 ) -> None:
     """Final metrics and the model directory, of the best or the last weights."""
-    trainer.save_checkpoint(run_dir / "checkpoints" / "last.ckpt", weights_only=False)
+    trainer.save_checkpoint(last_checkpoint(run_dir), weights_only=False)
     record.metrics["train/loss"] = float(trainer.logged_metrics.get("train/loss", float("nan")))
-    best = next((c for c in trainer.checkpoint_callbacks if c.monitor and c.best_model_path), None)
-    if cfg.export == "best" and best is not None:
-        state = torch.load(best.best_model_path, map_location="cpu", weights_only=True)
-        module.load_state_dict(state["state_dict"])
-    if data.val_names and trainer.limit_val_batches:
-        for values in trainer.validate(module, datamodule=data, verbose=False, weights_only=True):
-            record.metrics.update(values)
     record.parameters = count_parameters(module.model)
+    if data.val_names and trainer.limit_val_batches:
+        best = next((c.best_model_path for c in trainer.checkpoint_callbacks if c.monitor and c.best_model_path), None)
+        path = best if cfg.export == "best" else None
+        for values in trainer.validate(module, datamodule=data, ckpt_path=path, verbose=False, weights_only=True):
+            record.metrics.update(values)
+    provenance = {
+        "run": record.name,
+        "code": record.code,
+        "objective": cfg.objective.name,
+        "nouns": data.config.nouns,
+        "data": record.data["train"],
+    }
+    module.recognizer().save_pretrained(run_dir / "model", provenance, writes=trainer.is_global_zero)
     if trainer.is_global_zero:
-        module.recognizer().save_pretrained(
-            run_dir / "model",
-            provenance={
-                "run": record.name,
-                "code": record.code,
-                "objective": cfg.objective.name,
-                "nouns": data.config.nouns,
-                "data": record.data["train"],
-            },
-        )
         log.info("Model directory: %s", run_dir / "model")

@@ -12,13 +12,14 @@ import struct
 import zipfile
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from nxtp.errors import UserError
 
@@ -260,7 +261,7 @@ def write_safetensors(
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
-    names = sorted(specs, key=lambda name: -specs[name].dtype.itemsize)
+    names = _file_order(specs)
     for name in names:
         spec = specs[name]
         start, end = end, end + spec.bytes
@@ -280,6 +281,40 @@ def write_safetensors(
                 raise ValueError(f"{name}: announced {specs[name]}, got {tuple(tensor.shape)} {tensor.dtype}")
             if tensor.numel():
                 file.write(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+
+
+def _file_order(specs: Mapping[str, Spec]) -> list[str]:
+    return sorted(specs, key=lambda name: -specs[name].dtype.itemsize)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The full tensor on every rank; a collective call where it is sharded."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+@torch.no_grad()
+def assign(parameter: Tensor, full: Tensor) -> None:
+    """Give a parameter its numbers from the full tensor, which every rank has: a sharded one takes its own part."""
+    if isinstance(parameter, DTensor):
+        mesh, placements = parameter.device_mesh, parameter.placements
+        full = distribute_tensor(full.to(parameter.device), mesh, placements, src_data_rank=None)
+    parameter.copy_(full)
+
+
+def write_module(path: Path | None, module: nn.Module, leave_out: Collection[str] = ()) -> None:
+    """Write a module's state as safetensors, one tensor at a time.
+
+    Args:
+        path: None on the ranks that only give their parts of a sharded module's tensors.
+        leave_out: names of tensors that are another one again.
+    """
+    state = {name: tensor for name, tensor in module.state_dict().items() if name not in leave_out}
+    specs = {name: Spec(tuple(tensor.shape), tensor.dtype) for name, tensor in state.items()}
+    if path is not None:
+        write_safetensors(path, specs, lambda name: whole(state[name]))
+    else:
+        for name in _file_order(specs):
+            whole(state[name])
 
 
 def _line(error: BaseException) -> str:

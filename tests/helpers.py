@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import csv
 import io
+import multiprocessing
+import os
+import socket
+import sys
 import threading
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -103,6 +110,96 @@ def serving(root: Path, stall: tuple[str, ...] = ()) -> Iterator[tuple[str, type
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}", handler
     server.shutdown()
+
+
+# Commands as fresh processes, forked from one that has imported the libraries: a second each instead of ten.
+
+_forks = multiprocessing.get_context("forkserver")
+_forks.set_forkserver_preload(["nxtp.cli", "nxtp.train", "nxtp.evaluate", "nxtp.predict"])
+
+
+def _nxtp(arguments: list[str], cwd: str, log: str, environment: dict[str, str]) -> None:
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    os.chdir(cwd)
+    os.environ.update(environment)
+    sys.path[:0] = [cwd]
+    sys.argv = ["nxtp", *arguments]
+    from nxtp.cli import main
+
+    code = 1
+    try:
+        main()
+    except SystemExit as stop:
+        code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(code)
+
+
+@dataclass
+class Command:
+    """One command on one or several ranks."""
+
+    ranks: list[multiprocessing.Process]
+    log: Path
+
+    def wait(self, timeout: float = 240) -> int:
+        """The first rank's exit code, as a shell gives it; the others are ended when it has gone."""
+        self.ranks[0].join(timeout)
+        for process in self.ranks:
+            process.join(20)
+            if process.is_alive():
+                process.kill()
+                process.join()
+                raise AssertionError(f"a rank hangs:\n{self.output[-3000:]}")
+        return self.ranks[0].exitcode
+
+    def kill(self, number: int) -> None:
+        """Send a signal to every rank."""
+        for process in self.ranks:
+            if process.pid and process.is_alive():
+                os.kill(process.pid, number)
+
+    @property
+    def output(self) -> str:
+        return self.log.read_text() if self.log.exists() else ""
+
+
+def start_nxtp(*arguments: str, cwd: Path, ranks: int = 1, **environment: str) -> Command:
+    """`nxtp …` in ``cwd``; with several ranks each as a launcher would start it."""
+    log = cwd / f"{time.monotonic_ns()}.log"
+    if ranks > 1:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(ranks), "NODE_RANK": "0"}
+    environment = {"WANDB_MODE": "offline", "OMP_NUM_THREADS": "1", **environment}
+    processes = []
+    for rank in range(ranks):
+        own = {**environment, "LOCAL_RANK": str(rank)} if ranks > 1 else environment
+        process = _forks.Process(target=_nxtp, args=(list(arguments), str(cwd), str(log), own))
+        process.start()
+        processes.append(process)
+    return Command(processes, log)
+
+
+def nxtp_runs(*arguments: str, cwd: Path, ranks: int = 1, code: int = 0, **environment: str) -> str:
+    """Run to its end and check the exit code; what it printed."""
+    command = start_nxtp(*arguments, cwd=cwd, ranks=ranks, **environment)
+    status = command.wait()
+    assert status == code, f"exit code {status}:\n{command.output[-3000:]}"
+    return command.output
+
+
+def curve(run: Path, column: str = "train/loss") -> list[float]:
+    """A logged quantity, step by step, of a run directory."""
+    rows = [row for path in sorted(run.glob("csv/*/metrics.csv")) for row in csv.DictReader(path.open())]
+    return [float(row[column]) for row in rows if row.get(column)]
 
 
 # The same model as Hydra overrides, for commands run in a subprocess.

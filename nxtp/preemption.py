@@ -1,0 +1,78 @@
+"""A scheduler's warning, or Ctrl-C: save after the step at hand and leave, ready to be started again."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.trainer.states import TrainerFn
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
+
+
+class Preempted(Exception):
+    """The run has saved itself and stops. ``exit_code`` is the shell's convention for the signal."""
+
+    def __init__(self, number: int):
+        super().__init__(f"stopped by {signal.Signals(number).name}")
+        self.number = number
+
+    @property
+    def exit_code(self) -> int:
+        return 128 + self.number
+
+
+class LeaveOnSignal(L.Callback):
+    """Saves the last checkpoint and raises :class:`Preempted`, on all ranks after the same step.
+
+    A handler only notes the signal; the module tells it to all ranks with the step's loss. A second one of the same
+    kind does what it would have done without this class. A handler that was there before (submitit's, which puts the
+    job back into the queue) is called once all is saved.
+
+    Args:
+        path: the checkpoint to write.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._before = {number: signal.getsignal(number) or signal.SIG_DFL for number in SIGNALS}
+
+    def on_fit_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        def note(number: int, frame: Any) -> None:
+            module.stop_signal = number
+            signal.signal(number, self._before[number])
+
+        for number in SIGNALS:  # over Lightning's own, which acts at once, on each rank at another place
+            signal.signal(number, note)
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
+        if module.stop_agreed and module.between_steps:
+            self._leave(trainer, module)
+
+    def on_validation_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
+        if trainer.state.fn == TrainerFn.FITTING and module.agree_to_stop():
+            module.end_validation()
+            self._leave(trainer, module)
+
+    def _leave(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        trainer.save_checkpoint(self.path, weights_only=False)
+        raise Preempted(module.stop_signal or signal.SIGTERM)
+
+    def on_exception(self, trainer: L.Trainer, module: L.LightningModule, exception: BaseException) -> None:
+        self._restore()
+
+    def on_fit_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
+def hand_on(number: int) -> None:
+    """Let the handler that was there before have the signal; without one nothing happens."""
+    handler = signal.getsignal(number)
+    if callable(handler) and number != signal.SIGINT:
+        handler(number, None)
