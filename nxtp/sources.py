@@ -35,7 +35,7 @@ class Source:
 
     shards: Any
     samples: int | None = None
-    weight: float | str = "natural"
+    weight: float | int | str = "natural"
 
 
 @dataclass

@@ -12,12 +12,13 @@ import torch
 from helpers import jpeg, sample, write_shards
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from omegaconf import OmegaConf
 
 from nxtp.data import ShardData
 from nxtp.epoch_plan import EpochPlan, Part, subset_counts
 from nxtp.errors import UserError
 from nxtp.shards import write_shard
-from nxtp.sources import DataConfig, label_texts, warn_if_nouns_differ
+from nxtp.sources import DataConfig, label_texts, named_sources, warn_if_nouns_differ
 from nxtp.tokens import train_tokenizer
 
 TOKENIZER = train_tokenizer(["rose", "lemon", "leaf", "ocean", "stone"], vocab_size=400)
@@ -283,3 +284,9 @@ def test_another_noun_backend_than_the_trainings_is_told(tmp_path, caplog):
         warn_if_nouns_differ("other", str(shards), "textblob", "textblob")
     assert [record.getMessage().split(":")[0] for record in caplog.records] == ["Set 'val'", "Set 'other'"]
     assert "'nltk'" in caplog.records[1].getMessage()
+
+
+@pytest.mark.parametrize("weight", [2, 0.1, "natural"])
+def test_a_weight_is_a_whole_number_a_fraction_or_natural(weight):
+    config = OmegaConf.create({"sbu": {"shards": "data/shards/sbu", "weight": weight}})
+    assert named_sources(config)["sbu"].weight == weight
