@@ -59,6 +59,9 @@ def coco_items(source: Path, split: str, *, separate: bool = False) -> tuple[lis
 def main(source: Path, out: Path, splits: str, separate: bool, writing: Writing) -> None:
     """COCO captions 2017 in SOURCE → shards in OUT/train and OUT/val.
 
+    SOURCE is the unpacked download of https://cocodataset.org: annotations/captions_{train,val}2017.json beside the
+    image folders train2017/ and val2017/.
+
     \b
     python data/coco.py /datasets/coco --out data/shards/coco
     """

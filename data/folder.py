@@ -53,6 +53,8 @@ def folder_items(source: Path) -> tuple[list[Item], Counter]:
 def main(source: Path, out: Path, writing: Writing) -> None:
     """Images below SOURCE, each with a .txt caption and/or a .json of labels beside it → shards in OUT.
 
+    Any bitmap format, any depth of subfolders. NAME.txt is the caption of NAME.jpg, NAME.json holds {"labels": […]}.
+
     \b
     python data/folder.py /datasets/mine --out data/shards/mine
     """

@@ -196,6 +196,17 @@ def main(
 ) -> None:
     """ImageNet-1k, V2, ReaL, A, R, Sketch or ObjectNet in SOURCE → shards in OUT.
 
+    SOURCE is a directory of class folders, a directory of flat images, or an official tar. Flat validation images need
+    --truth: the development kit, Kaggle's LOC_val_solution.csv, or a WordNet id a line in the order of the images.
+
+    \b
+    1k, real   https://image-net.org
+    v2         https://github.com/modestyachts/ImageNetV2
+    a          https://github.com/hendrycks/natural-adv-examples
+    r          https://github.com/hendrycks/imagenet-r
+    sketch     https://github.com/HaohanWang/ImageNet-Sketch
+    objectnet  https://objectnet.dev
+
     \b
     python data/imagenet.py /datasets/imagenet/train --out data/shards/imagenet1k/train
     """

@@ -54,6 +54,9 @@ def describe_shard(path: Path, known: dict[str, ShardInfo], since: float) -> tup
 def main(directory: Path, workers: int) -> None:
     """Write DIRECTORY/manifest.json for img2dataset's shards there; the shards stay as they are.
 
+    The shards come from https://github.com/rom1504/img2dataset with --output_format webdataset, which wants a list of
+    URLs and captions: Conceptual Captions, SBU, LAION, …
+
     \b
     python data/img2dataset.py data/shards/cc3m/train
     """

@@ -75,6 +75,9 @@ def image_labels(labels: Path, classes: Path) -> dict[str, list[str]]:
 def main(images: Path, stories, labels: Path | None, classes: Path | None, out: Path, writing: Writing) -> None:
     """Open Images V7 → shards with captions (--narratives) and/or labels (--labels and --classes).
 
+    Images and files: https://storage.googleapis.com/openimages/web/download_v7.html. Of narratives in several parts
+    give each with a --narratives of its own.
+
     \b
     python data/openimages.py --images /datasets/openimages/validation \\
         --narratives open_images_validation_localized_narratives.jsonl --out data/shards/openimages/val

@@ -68,6 +68,9 @@ def visual_genome_items(source: Path, text: str) -> tuple[list[Item], Counter]:
 def main(source: Path, out: Path, text: str, writing: Writing) -> None:
     """Visual Genome in SOURCE → shards in OUT: object names as labels, or region descriptions as a caption.
 
+    SOURCE is the unpacked download of https://homes.cs.washington.edu/~ranjay/visualgenome: image_data.json and
+    objects.json or region_descriptions.json, beside the image folders VG_100K/ and VG_100K_2/.
+
     \b
     python data/visual_genome.py /datasets/visual_genome --text objects
     """
