@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from nxtp.errors import UserError
 from nxtp.images import printable
 from nxtp.labels import noun_backend
 from nxtp.prepare import describe
@@ -44,6 +45,8 @@ def show(shards, out, images, samples, top, nouns, seed, cache_dir, as_json):
 
     nxtp data show data/shards/demo/train --out sheet.png
     """
+    if images and not out.parent.is_dir():
+        raise UserError(f"--out {out}: there is no directory {out.parent}.")  # told before a long look, not after it
     backend = noun_backend(nouns)
     opened = open_set("shards", list(shards), DataConfig(cache_dir=cache_dir))
     found = survey(opened, backend, samples or None)

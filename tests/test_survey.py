@@ -8,6 +8,7 @@ from helpers import jpeg, sample, write_shards
 from PIL import Image
 
 from nxtp.data_commands import data
+from nxtp.errors import UserError
 from nxtp.prepare import JOURNAL
 from nxtp.shards import write_manifest, write_shard
 
@@ -100,3 +101,11 @@ def test_verify_wants_a_manifest_and_stays_in_its_directory(tmp_path):
     path = tmp_path / "set" / "manifest.json"
     path.write_text(path.read_text().replace("b.tar", "../a.tar"))
     assert "not a file name" in run("verify", tmp_path / "set", code=1).stderr
+
+
+def test_show_tells_of_a_missing_directory_before_it_looks(tmp_path):
+    write_shards(tmp_path, [2])
+    result = CliRunner().invoke(data, ["show", str(tmp_path), "--out", str(tmp_path / "none" / "sheet.png")])
+    assert isinstance(result.exception, UserError)
+    assert "there is no directory" in str(result.exception)
+    assert "2 samples" not in result.output
