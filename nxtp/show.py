@@ -12,6 +12,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.gridspec import GridSpecFromSubplotSpec
 from PIL import Image
+from rich.cells import cell_len
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -117,7 +118,12 @@ def _aspect(image: Image.Image) -> float:
 
 
 def _lines(text: str, count: int, width: int = 36) -> str:
-    return "\n".join(wrap(text, width, max_lines=count, placeholder="…", break_long_words=True))
+    wide = sum(cell_len(letter) - 1 for letter in text[: width * count] if cell_len(letter) > 1)
+    width = max(12, width - -(-wide // count))  # a Chinese letter is as wide as two others
+    lines = wrap(text, width)
+    if len(lines) > count:
+        lines = [*lines[: count - 1], _short(" ".join(lines[count - 1 :]), width)]
+    return "\n".join(lines)
 
 
 def _save(figure: Figure, path: Path | str) -> None:

@@ -6,11 +6,13 @@ import pytest
 from click.testing import CliRunner
 from helpers import jpeg, sample, write_shards
 from PIL import Image
+from rich.cells import cell_len
 
 from nxtp.data_commands import data
 from nxtp.errors import UserError
 from nxtp.prepare import JOURNAL
 from nxtp.shards import write_manifest, write_shard
+from nxtp.show import _lines
 
 
 def run(*arguments, code=0):
@@ -109,3 +111,9 @@ def test_show_tells_of_a_missing_directory_before_it_looks(tmp_path):
     assert isinstance(result.exception, UserError)
     assert "there is no directory" in str(result.exception)
     assert "2 samples" not in result.output
+
+
+def test_a_sheets_lines_are_filled_before_they_are_cut():
+    assert _lines("x" * 100, 2, width=30) == "x" * 30 + "\n" + "x" * 29 + "…"
+    assert _lines("a dog on a sofa", 2) == "a dog on a sofa"
+    assert max(cell_len(line) for line in _lines("写真写真写真 — ein Mädchen & a café table " * 3, 2).split("\n")) <= 36
