@@ -36,6 +36,7 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_map_only
 
 from nxtp.errors import UserError
+from nxtp.weights import Spec, Weights
 
 log = logging.getLogger("nxtp")
 
@@ -230,6 +231,32 @@ def read_shards(path: Path) -> dict[str, Any]:
     checkpoint["state_dict"] = _under("model.", tensors)
     checkpoint["optimizer_states"] = [by_number(s) for s in _optimizer_states(tensors, checkpoint.pop(GROUPS))]
     return checkpoint
+
+
+class CheckpointWeights(Weights):
+    """A checkpoint's weights, one tensor at a time, in one process; ``rest`` is what else it holds.
+
+    Raises:
+        UserError: missing or damaged.
+    """
+
+    def __init__(self, path: Path):
+        self.path = Path(path)
+        if self.path.is_dir():
+            self.rest = read_file(self.path / REST)
+            stored = _under("model.", TensorsOnly(self.path).read_metadata().state_dict_metadata)
+            self.specs = {name: Spec(tuple(entry.size), entry.properties.dtype) for name, entry in stored.items()}
+        else:
+            self.rest = read_file(self.path)
+            self._state = self.rest.pop("state_dict", {})
+            self.specs = {name: Spec(tuple(tensor.shape), tensor.dtype) for name, tensor in self._state.items()}
+
+    def read(self, name: str) -> Tensor:
+        if not self.path.is_dir():
+            return self._state[name]  # mapped, not loaded
+        tensor = torch.empty(self.specs[name].shape, dtype=self.specs[name].dtype)
+        read_into({f"model.{name}": tensor}, self.path)
+        return tensor
 
 
 def read_into(tensors: dict[str, Tensor], path: Path) -> None:

@@ -22,6 +22,7 @@ class Commands(click.Group):
         "bench": "nxtp.bench:bench",
         "convert": "nxtp.convert:convert",
         "data": "nxtp.data_commands:data",
+        "export": "nxtp.export:export",
         "predict": "nxtp.predict:predict",
     }
 
@@ -53,6 +54,7 @@ SUMMARIES = {
     "describe": "Parameters, tokens and FLOPs of a configuration: nxtp describe experiment=demo",
     "data": "Look at shards, and check them: nxtp data show SHARDS, nxtp data verify DIR",
     "convert": "Published checkpoints in and out: nxtp convert CKPT --llama DIR --clip openai --to DIR",
+    "export": "A checkpoint, whole or sharded → a model directory: nxtp export CKPT --to DIR",
     "parity": "Check against recorded numbers of the published implementation: nxtp parity DIR",
     "bench": "Ours beside the published way of computing it: nxtp bench train|predict|data|metric",
 }

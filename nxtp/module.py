@@ -6,7 +6,8 @@ import math
 import zlib
 from collections import Counter
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any
 
 import lightning as L
@@ -22,7 +23,7 @@ from nxtp.model import Loss, Model, ModelConfig
 from nxtp.optim import OptimConfig, build_optimizer, choose_trained
 from nxtp.parallel import ParallelConfig, Sharded, arrange, clip_gradients, data_ranks, gathered
 from nxtp.ranking import RankingConfig, rank
-from nxtp.recognizer import Recognizer
+from nxtp.recognizer import Recognizer, rebuildable
 from nxtp.samplers import never_first
 from nxtp.sampling import one_shot
 from nxtp.tokens import LabelTokenizer
@@ -62,13 +63,14 @@ class Recognition(L.LightningModule):
         fault_limit: float = 0.1,
         parallel: ParallelConfig | None = None,
         seed: int = 0,
+        provenance: dict[str, Any] | None = None,
     ):
         super().__init__()
         self.model_config, self.tokenizer, self.optim_config = model, tokenizer, optim
         self.validation = validation or ValidationConfig()
         self.val_names = list(val_names)
         self.fault_limit, self.seed = fault_limit, seed
-        self.parallel = parallel or ParallelConfig()
+        self.parallel, self.provenance = parallel or ParallelConfig(), provenance or {}
         self.model: Model | None = None
         self._gathered = ExitStack()  # while validating
         self.stop_signal, self.stop_agreed = 0, False
@@ -220,7 +222,16 @@ class Recognition(L.LightningModule):
 
     def recognizer(self) -> Recognizer:
         """The trained model as its users keep it."""
-        return Recognizer(self.model, self.tokenizer, self.model_config)
+        return Recognizer(self.model, self.tokenizer, self.model_config, self.provenance)
+
+    @cached_property
+    def _recognizer_without_weights(self) -> dict[str, Any]:
+        """What a model directory holds besides weights, as plain values: see :mod:`nxtp.export`."""
+        return {
+            "config": asdict(rebuildable(self.model_config, self.model)),
+            "tokenizer": self.tokenizer.files(),
+            "provenance": self.provenance,
+        }
 
     # What was skipped, so far in this run; kept over a resume.
 
@@ -254,6 +265,7 @@ class Recognition(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["counts"] = self.counts()
+        checkpoint["recognizer"] = self._recognizer_without_weights
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if self.trainer.is_global_zero:  # the sum over ranks, kept by one of them

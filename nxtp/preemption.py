@@ -39,12 +39,12 @@ class LeaveOnSignal(L.Callback):
         self.path = path
         self._before = {number: signal.getsignal(number) or signal.SIG_DFL for number in SIGNALS}
 
-    def on_fit_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         def note(number: int, frame: Any) -> None:
             module.stop_signal = number
             signal.signal(number, self._before[number])
 
-        for number in SIGNALS:  # over Lightning's own, which acts at once, on each rank at another place
+        for number in SIGNALS:  # in place of Lightning's, which act at once, on each rank at another moment
             signal.signal(number, note)
 
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:

@@ -92,6 +92,12 @@ class LabelTokenizer:
     def save(self, directory: Path) -> None:
         self.tokenizer.save_pretrained(directory)
 
+    def files(self) -> dict[str, str]:
+        """What :meth:`save` writes: contents by file name."""
+        with tempfile.TemporaryDirectory() as directory:
+            self.save(Path(directory))
+            return {name: Path(directory, name).read_text() for name in FILES}
+
     @classmethod
     def load(cls, source: str | Path, prompt: str = PROMPT) -> LabelTokenizer:
         """From a directory, a hub name, or LLaMA's ``tokenizer.model``. No code from the source is run.

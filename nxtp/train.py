@@ -22,6 +22,7 @@ from nxtp.config import compose_and_run, to_dataclass
 from nxtp.data import ShardData
 from nxtp.errors import UserError
 from nxtp.model import ModelConfig
+from nxtp.model_dir import written_aside
 from nxtp.module import Recognition, ValidationConfig, describe_faults
 from nxtp.optim import OptimConfig
 from nxtp.parallel import ParallelConfig, Sharded
@@ -60,6 +61,13 @@ def train(cfg: DictConfig) -> float | None:
     data, module = build(cfg, run_dir)
     trainer = build_trainer(cfg, module, data, run_dir)
     record.data = describe_data(data)
+    module.provenance = {
+        "run": record.name,
+        "code": record.code,
+        "objective": cfg.objective.name,
+        "nouns": data.config.nouns,
+        "data": record.data["train"],
+    }
     for name, spec in {"train": data.config.train, **data.config.val}.items():
         warn_if_nouns_differ(name, spec, data.config.nouns, data.config.nouns)
     trainer.callbacks.append(Start(run_dir, cfg, record))
@@ -80,7 +88,8 @@ def train(cfg: DictConfig) -> float | None:
         if trainer.is_global_zero:
             record.write(run_dir)
     if preempted is not None:
-        log.warning("%s is saved, %s. The same command continues it.", run_dir, preempted)
+        if trainer.is_global_zero:
+            log.warning("%s is saved, %s. The same command continues it.", run_dir, preempted)
         hand_on(preempted.number)
         sys.exit(preempted.exit_code)
     if record.samples_skipped:
@@ -92,6 +101,7 @@ def train(cfg: DictConfig) -> float | None:
 def quieten_lightning() -> None:
     """Leave out what Lightning says to its own developers, and its advertisements."""
     warnings.filterwarnings("ignore", message=".*LeafSpec.*", module="lightning")
+    warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")  # a run continues
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")  # of 1×1 convolutions
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
         logging.getLogger(name).addFilter(lambda record: "Tip:" not in record.getMessage())
@@ -176,7 +186,8 @@ def find_tokenizer(model: ModelConfig, data: DataConfig, run_dir: Path) -> Label
     labels = label_texts(open_set("train", data.train, data).shards, data)
     tokenizer = train_tokenizer(labels, vocab_size=model.vocab_size, prompts=[model.prompt])
     if rank_zero_only.rank == 0:
-        tokenizer.save(kept)
+        with written_aside(kept) as aside:  # other ranks find it whole, or make the same one
+            tokenizer.save(aside)
     return tokenizer
 
 
@@ -247,13 +258,6 @@ def finish(
         path = best if cfg.export == "best" else None
         for values in trainer.validate(module, datamodule=data, ckpt_path=path, verbose=False, weights_only=True):
             record.metrics.update(values)
-    provenance = {
-        "run": record.name,
-        "code": record.code,
-        "objective": cfg.objective.name,
-        "nouns": data.config.nouns,
-        "data": record.data["train"],
-    }
-    module.recognizer().save_pretrained(run_dir / "model", provenance, writes=trainer.is_global_zero)
+    module.recognizer().save_pretrained(run_dir / "model", writes=trainer.is_global_zero)
     if trainer.is_global_zero:
         log.info("Model directory: %s", run_dir / "model")

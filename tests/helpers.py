@@ -165,6 +165,10 @@ class Command:
             if process.pid and process.is_alive():
                 os.kill(process.pid, number)
 
+    def kill_first(self, number: int) -> None:
+        """Send a signal to the first rank only."""
+        os.kill(self.ranks[0].pid, number)
+
     @property
     def output(self) -> str:
         return self.log.read_text() if self.log.exists() else ""
