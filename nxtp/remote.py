@@ -105,7 +105,7 @@ class RemoteCache:
         found: dict[str, int] = {}
         directories: dict[str, list[str]] = {}
         for url in urls:
-            if "://" in url:
+            if not url.startswith("pipe:"):  # only commands that were given are run
                 directories.setdefault(url.rsplit("/", 1)[0], []).append(url)
         for directory, members in directories.items():
             try:

@@ -25,7 +25,7 @@ from nxtp.errors import UserError
 from nxtp.imagenet import by_wnid, imagenet_classes, real_labels, subset
 from nxtp.prepare import JOURNAL, Item, Skip, Writing, write_items, write_set
 from nxtp.shard_set import ShardSet
-from nxtp.shards import expand_shards, read_manifest, write_shard
+from nxtp.shards import expand_shards, read_manifest, sha256_of, write_shard
 
 DATA = Path(__file__).parent.parent / "data"
 
@@ -150,6 +150,13 @@ def test_img2dataset_is_read_in_place(tmp_path):
     assert next(iter(samples(tmp_path).values()))["caption"] == "a dog on a sofa"
     run("img2dataset", tmp_path)
     assert read_manifest(tmp_path) == manifest
+    damaged = tmp_path / "00000.tar"  # replaced by another of the same size, made earlier
+    data = bytearray(damaged.read_bytes())
+    data[600] ^= 1
+    damaged.write_bytes(data)
+    os.utime(damaged, (0, 0))
+    run("img2dataset", tmp_path)
+    assert read_manifest(tmp_path)["shards"][0]["sha256"] == sha256_of(damaged)
     assert "holds no *.tar" in run("img2dataset", DATA, fails=True)
 
 

@@ -672,6 +672,12 @@ def test_remote_commands_are_fetched_once(tmp_path, shard):
     assert stalled.faults == Counter({"stalled shard": 1})
 
 
+def test_no_command_is_run_that_was_not_given(tmp_path, shard):
+    url = f"pipe:cat {shard}; echo http://host/x | tee -a {tmp_path}/ran >/dev/null; : /a"
+    ShardSet([url], RemoteCache(tmp_path / "cache"), IndexStore(tmp_path / "index"))
+    assert (tmp_path / "ran").read_text().count("http") == 1
+
+
 def test_remote_shards_need_a_cache_and_an_opener(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"set data\.cache_dir"):
         ShardSet(["https://host/a.tar"])
