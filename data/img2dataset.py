@@ -43,14 +43,20 @@ def describe_shard(path: Path, known: dict[str, ShardInfo], since: float) -> tup
     index = index_shard(path)
     skipped.update(index.faults)
     info, status = known.get(path.name), path.stat()
-    if info is None or info.bytes != status.st_size or status.st_mtime > since:
+    if info is None or info.bytes != status.st_size or max(status.st_mtime, status.st_ctime) > since:
         info = ShardInfo(path.name, len(index), status.st_size, sha256_of(path))
     return info, skipped
 
 
 @click.command()
 @click.argument("directory", type=click.Path(path_type=Path, exists=True, file_okay=False))
-@click.option("--workers", default=os.cpu_count() or 1, show_default="all cores", help="Shards read at a time.")
+@click.option(
+    "--workers",
+    type=click.IntRange(1),
+    default=os.cpu_count() or 1,
+    show_default="all cores",
+    help="Shards read at a time.",
+)
 def main(directory: Path, workers: int) -> None:
     """Write DIRECTORY/manifest.json for img2dataset's shards there; the shards stay as they are.
 

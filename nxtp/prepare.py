@@ -14,6 +14,7 @@ import json
 import multiprocessing
 import os
 import sys
+import threading
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -205,7 +206,6 @@ def write_set(
     made_by = json.loads(json.dumps({**made_by, "nouns": dict(nouns or {})}))
     if not items:
         raise UserError(f"{out}: the source gives no sample{describe(skipped or {}, ' (left out: {})')}.")
-    out.mkdir(parents=True, exist_ok=True)
     with _journal(out, made_by, writing.overwrite) as journal:
         done = journal.kept()
         if done is None:
@@ -253,6 +253,13 @@ _count: Any = None  # samples done by all workers together, for the progress bar
 def _share(count: Any) -> None:
     global _count
     _count = count
+
+
+def _begin(count: Any) -> None:
+    """A worker's start. It ends with its parent: a killed one cannot end it, and the pool would wait for ever."""
+    _share(count)
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
 def _write_one(path: Path, items: Sequence[Any], make: Callable[[Any], Mapping[str, Any]]) -> dict[str, Any]:
@@ -430,7 +437,7 @@ def _executor(workers: int, context: Any, count: Any) -> Iterator[Executor]:
         finally:
             _share(None)
         return
-    with ProcessPoolExecutor(workers, context, _share, (count,)) as pool:
+    with ProcessPoolExecutor(workers, context, _begin, (count,)) as pool:
         yield pool
 
 
@@ -482,10 +489,16 @@ class _Journal:
 def _journal(directory: Path, made_by: Mapping[str, Any], overwrite: bool) -> Iterator[_Journal]:
     """
     Raises:
-        UserError: another process writes this set, or it was made with other options and ``overwrite`` is off.
+        UserError: nothing can be written there, another process writes this set, or it was made with other options
+            and ``overwrite`` is off.
     """
     path = directory / JOURNAL
-    with open(path, "a+", encoding="utf-8") as file:
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        opened = open(path, "a+", encoding="utf-8")  # noqa: SIM115
+    except OSError as error:
+        raise UserError(f"'{directory}' cannot be written ({error.strerror}): choose another --out.") from error
+    with opened as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:

@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 
 RETRY_AFTER = 300.0  # seconds before a shard that could not be fetched is tried again
 _CHUNK = 1 << 20
+_FETCHES = 20  # of one file that others delete as soon as it is there
 _MAX_MANIFEST_BYTES = 1 << 26
 _openers = sys.modules["webdataset.gopen"]
 
@@ -88,12 +89,23 @@ class RemoteCache:
                 self._trim(keep=path)
         return path
 
+    def opened(self, url: str) -> BinaryIO:
+        """The fetched file of ``url``, unbuffered; another process may trim the cache in between: then once more.
+
+        Raises:
+            RemoteError, UserError: as :meth:`fetch`.
+        """
+        for _ in range(_FETCHES):
+            with suppress(FileNotFoundError):
+                return open(self.fetch(url), "rb", buffering=0)
+        raise RemoteError("unreachable shard", f"deleted {_FETCHES} times before it was opened; is the cache small?")
+
     def counts(self, urls: Sequence[str]) -> dict[str, int]:
         """Samples of those ``urls`` whose directory has a manifest: so they need not be fetched to be counted."""
         found: dict[str, int] = {}
         directories: dict[str, list[str]] = {}
         for url in urls:
-            if "://" in url:
+            if not url.startswith("pipe:"):  # only commands that were given are run
                 directories.setdefault(url.rsplit("/", 1)[0], []).append(url)
         for directory, members in directories.items():
             try:

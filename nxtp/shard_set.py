@@ -197,12 +197,10 @@ class ShardSet:
             return _Shard(url, path, samples, stamp or (size, 0), faults)
         if url in counts:
             return _Shard(url, path, counts[url], None, Counter())
-        if is_remote(url):
-            try:
-                self.cache.fetch(url)
-            except RemoteError as error:
-                return _Shard(url, path, 0, None, Counter({error.kind: 1}))
-        index = index_shard(path)
+        try:
+            index = self._indexed(url, path)
+        except RemoteError as error:
+            return _Shard(url, path, 0, None, Counter({error.kind: 1}))
         if not self.store.save(_name(url), index):
             self.__dict__.setdefault("_unsaved", {})[url] = index
         return _Shard(url, path, len(index), index.stamp, index.faults)
@@ -228,20 +226,26 @@ class ShardSet:
         stamp = None if is_remote(shard.url) else shard.stamp
         index = index or self.store.load(_name(shard.url), shard.path, stamp)
         if index is None:  # counted by its manifest, or the store was emptied
-            if is_remote(shard.url):
-                self._fetch(shard.url, "")
-            index = index_shard(shard.path)
+            try:
+                index = self._indexed(shard.url, shard.path)
+            except RemoteError as error:
+                raise SampleFault(error.kind, "", shard.url) from error
             self.store.save(_name(shard.url), index)
         indexes[number] = index
         if len(indexes) > _OPEN_INDEXES:
             indexes.popitem(last=False)
         return index
 
-    def _fetch(self, url: str, key: str) -> None:
-        try:
-            self.cache.fetch(url)
-        except RemoteError as error:
-            raise SampleFault(error.kind, key, url) from error
+    def _indexed(self, url: str, path: str) -> ShardIndex:
+        """A shard's index from its headers.
+
+        Raises:
+            RemoteError: a remote one cannot be had.
+        """
+        if not is_remote(url):
+            return index_shard(path)
+        with self.cache.opened(url) as file:
+            return index_shard(path, file)
 
     def _open(self, number: int, key: str) -> int:
         """A descriptor of the shard's file, from this thread's most recently used ones."""
@@ -251,8 +255,12 @@ class ShardSet:
             files.move_to_end(number)
             return files[number].fileno()
         if is_remote(shard.url):
-            self._fetch(shard.url, key)
-        file = open(shard.path, "rb", buffering=0)  # noqa: SIM115
+            try:
+                file = self.cache.opened(shard.url)
+            except RemoteError as error:
+                raise SampleFault(error.kind, key, shard.url) from error
+        else:
+            file = open(shard.path, "rb", buffering=0)  # noqa: SIM115
         status = os.fstat(file.fileno())
         found = (status.st_size, status.st_mtime_ns)
         expected = self._index(number).stamp if shard.stamp is None else shard.stamp

@@ -190,7 +190,8 @@ def expand_shards(spec: str | os.PathLike | Sequence[str | os.PathLike]) -> list
     parts = [spec] if isinstance(spec, str | os.PathLike) else list(spec)
     if not parts:
         raise UserError("No shards: the list of shards is empty.")
-    return sorted({url for part in parts for url in _expand_one(os.fspath(part))})
+    found = {url for part in parts for url in _expand_one(os.fspath(part))}
+    return sorted({identity(url): url for url in sorted(found)}.values())
 
 
 def _expand_one(spec: str) -> list[str]:
@@ -218,6 +219,11 @@ def _expand_one(spec: str) -> list[str]:
             "as 'cc3m-{000..331}.tar', or a list of these; make shards with the scripts in data/."
         )
     return found
+
+
+def identity(url: str) -> str:
+    """What tells one shard from another: of two spellings or links of one file the same."""
+    return url if is_remote(url) else os.path.realpath(_LOCAL_SCHEME.sub("", url))
 
 
 def is_remote(url: str) -> bool:

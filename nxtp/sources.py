@@ -19,7 +19,7 @@ from nxtp.index_store import IndexStore
 from nxtp.labels import NounBackend, clean_labels, noun_backend
 from nxtp.remote import RemoteCache
 from nxtp.shard_set import RawSample, SampleFault, ShardSet
-from nxtp.shards import expand_shards, read_manifest
+from nxtp.shards import expand_shards, identity, read_manifest
 
 log = logging.getLogger("nxtp")
 
@@ -104,14 +104,13 @@ def open_set(name: str, spec: Any, config: DataConfig) -> OpenedSet:
     owner: dict[str, str] = {}
     for source, members in urls.items():
         for url in members:
-            if url in owner:
-                raise UserError(f"data.{name}: the sources '{owner[url]}' and '{source}' both name {url}.")
-            owner[url] = source
+            if (first := owner.setdefault(identity(url), source)) != source:
+                raise UserError(f"data.{name}: the sources '{first}' and '{source}' both name {url}.")
     cache = None
     if config.cache_dir is not None:
         limit = None if config.cache_gb is None else int(config.cache_gb * 1e9)
         cache = RemoteCache(config.cache_dir, limit, config.stall_timeout)
-    shards = ShardSet(sorted(owner), cache, IndexStore(config.index_dir))
+    shards = ShardSet(sorted(url for members in urls.values() for url in members), cache, IndexStore(config.index_dir))
     if len(shards) == 0:
         raise UserError(f"data.{name}: the shards of {spec} hold no sample ({dict(shards.faults)}).")
     number = {url: i for i, url in enumerate(shards.urls)}

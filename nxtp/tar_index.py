@@ -7,7 +7,9 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
+from typing import BinaryIO
 
 import numpy as np
 from webdataset.tariterators import base_plus_ext
@@ -77,8 +79,8 @@ class _Damage(Exception):
         self.kind, self.name = kind, name
 
 
-def index_shard(path: str | os.PathLike) -> ShardIndex:
-    """Find the samples of a shard from its tar headers alone.
+def index_shard(path: str | os.PathLike, file: BinaryIO | None = None) -> ShardIndex:
+    """Find the samples of a shard from its tar headers alone; ``file`` is it, where it is open already.
 
     Agrees with WebDataset on sound shards. Where the tar is damaged, the samples before the damage are kept and a
     fault is counted; nothing is raised. Of a key that comes twice, the first sample is kept. Names are only keys:
@@ -88,7 +90,7 @@ def index_shard(path: str | os.PathLike) -> ShardIndex:
     rows = _Rows()
     stamp = None
     try:
-        with open(path, "rb", buffering=0) as file:
+        with open(path, "rb", buffering=0) if file is None else nullcontext(file) as file:
             status = os.fstat(file.fileno())
             stamp = (status.st_size, status.st_mtime_ns)
             for name, offset, size in _members(file.fileno(), status.st_size):

@@ -15,6 +15,7 @@ import zlib
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from click.testing import CliRunner
 from helpers import jpeg
@@ -24,7 +25,7 @@ from nxtp.errors import UserError
 from nxtp.imagenet import by_wnid, imagenet_classes, real_labels, subset
 from nxtp.prepare import JOURNAL, Item, Skip, Writing, write_items, write_set
 from nxtp.shard_set import ShardSet
-from nxtp.shards import expand_shards, read_manifest, write_shard
+from nxtp.shards import expand_shards, read_manifest, sha256_of, write_shard
 
 DATA = Path(__file__).parent.parent / "data"
 
@@ -149,6 +150,13 @@ def test_img2dataset_is_read_in_place(tmp_path):
     assert next(iter(samples(tmp_path).values()))["caption"] == "a dog on a sofa"
     run("img2dataset", tmp_path)
     assert read_manifest(tmp_path) == manifest
+    damaged = tmp_path / "00000.tar"  # replaced by another of the same size, made earlier
+    data = bytearray(damaged.read_bytes())
+    data[600] ^= 1
+    damaged.write_bytes(data)
+    os.utime(damaged, (0, 0))
+    run("img2dataset", tmp_path)
+    assert read_manifest(tmp_path)["shards"][0]["sha256"] == sha256_of(damaged)
     assert "holds no *.tar" in run("img2dataset", DATA, fails=True)
 
 
@@ -501,6 +509,29 @@ def test_a_killed_run_continues(tmp_path):
     assert sum(after[name] == kept[name] for name in kept) >= 3, "but for one that was not in the journal yet"
     assert read_manifest(out)["samples"] == 300
     assert not [p for p in out.iterdir() if p.name.startswith(".")], "no leavings"
+
+
+def test_workers_end_with_a_killed_run(tmp_path):
+    script, out = tmp_path / "slow.py", tmp_path / "s"
+    script.write_text(SLOW)
+    process = subprocess.Popen([sys.executable, script, out], stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not list(out.glob("*.tar")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    workers = psutil.Process(process.pid).children(recursive=True)
+    assert len(workers) >= 2
+    process.kill()
+    process.wait()
+    _, left = psutil.wait_procs(workers, timeout=30)
+    for orphan in left:
+        orphan.kill()
+    assert not left
+
+
+def test_out_that_cannot_be_written_is_a_user_error(tmp_path, items):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"cannot be written .*choose another --out"):
+        write_items(tmp_path / "file" / "s", items, made_by={})
 
 
 def test_two_runs_do_not_write_one_set(tmp_path, items):

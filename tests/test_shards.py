@@ -197,6 +197,12 @@ def test_expand_shards(tmp_path, monkeypatch):
     assert expand_shards("a-*.tar") == ["a-0.tar", "a-1.tar"]
 
 
+def test_two_spellings_of_a_shard_are_one(tmp_path, shard):
+    (tmp_path / "link").symlink_to(tmp_path)
+    names = [str(shard), f"{tmp_path}/../{tmp_path.name}/{shard.name}", f"file:{shard}", str(tmp_path / "link")]
+    assert len(expand_shards(names)) == 1
+
+
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
@@ -604,6 +610,33 @@ def test_the_cache_is_bounded(tmp_path, site):
     assert len(handler.asked) == before, "prefetched, and kept as the most recently used"
 
 
+class Emptied(RemoteCache):
+    """A cache that another process trims between a fetch and the opening of its file, once a file."""
+
+    def __init__(self, directory):
+        super().__init__(directory)
+        self.emptied = set()
+
+    def fetch(self, url):
+        path = super().fetch(url)
+        if url not in self.emptied:
+            self.emptied.add(url)
+            path.unlink()
+        return path
+
+
+@pytest.mark.parametrize("counted", [True, False])
+def test_a_file_that_others_trim_is_fetched_again(tmp_path, site, counted):
+    root, url, _ = site
+    if not counted:
+        (root / "manifest.json").unlink()
+    cache = Emptied(tmp_path / "cache")
+    shards = ShardSet([f"{url}/r-{i}.tar" for i in range(3)], cache, IndexStore(tmp_path / "index"))
+    assert len(shards) == 30
+    cache.emptied.clear()
+    assert [shards.read(i).key[0] for i in range(0, 30, 10)] == ["0", "1", "2"]
+
+
 def test_remote_faults_are_counted_once_tried(tmp_path, site):
     root, url, handler = site
     handler.stall = ("r-1.tar",)
@@ -637,6 +670,12 @@ def test_remote_commands_are_fetched_once(tmp_path, shard):
     assert len(ShardSet(urls[:1], cache, store)) == len(SAMPLES)
     stalled = ShardSet([f"pipe:head -c 9 {tmp_path}/index/*; sleep 30"], RemoteCache(tmp_path / "c", stall=0.3), store)
     assert stalled.faults == Counter({"stalled shard": 1})
+
+
+def test_no_command_is_run_that_was_not_given(tmp_path, shard):
+    url = f"pipe:cat {shard}; echo http://host/x | tee -a {tmp_path}/ran >/dev/null; : /a"
+    ShardSet([url], RemoteCache(tmp_path / "cache"), IndexStore(tmp_path / "index"))
+    assert (tmp_path / "ran").read_text().count("http") == 1
 
 
 def test_remote_shards_need_a_cache_and_an_opener(tmp_path, monkeypatch):
