@@ -23,6 +23,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -95,7 +96,7 @@ class FileCheckpoints(TorchCheckpointIO):
                 torch.save(checkpoint, file)
                 file.flush()
                 os.fsync(file.fileno())
-            aside.replace(path)
+            take_place(aside, path)
         except (OSError, RuntimeError) as error:
             aside.unlink(missing_ok=True)
             raise _not_written(path, error) from error
@@ -146,8 +147,8 @@ class ShardCheckpoints:
             dist.barrier(self._group)
             dcp.save(tensors, storage_writer=dcp.FileSystemWriter(aside), process_group=self._group)
             if first:
-                replace_directory(aside, path)
-        except Exception as error:  # PyTorch wraps what the ranks met
+                take_place(aside, path)
+        except (Exception, CheckpointException) as error:
             if first:
                 shutil.rmtree(aside, ignore_errors=True)
             raise _not_written(path, error) from error
@@ -218,8 +219,7 @@ def read_file(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise UserError(f"No checkpoint '{path}'.") from None
     except Exception as error:  # damaged archives raise many types
-        reason = " ".join(str(error).split())[:160]
-        raise UserError(f"'{path}' cannot be read as a checkpoint: {reason}") from error
+        raise UserError(f"'{path}' cannot be read as a checkpoint: {_reason(error)}.") from error
 
 
 def read_shards(path: Path) -> dict[str, Any]:
@@ -269,9 +269,8 @@ def read_into(tensors: dict[str, Tensor], path: Path) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that there is one process
             dcp.load(tensors, storage_reader=TensorsOnly(path), no_dist=not dist.is_initialized())
-    except Exception as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"'{path}' cannot be read as a checkpoint of this model: {reason}") from error
+    except (Exception, CheckpointException) as error:
+        raise UserError(f"'{path}' cannot be read as a checkpoint of this model: {_reason(error)}.") from error
 
 
 class TensorsOnly(dcp.FileSystemReader):
@@ -349,23 +348,31 @@ def _copied(content: Any) -> Any:
     return tree_map_only(Tensor, copy, content)
 
 
+def _reason(error: BaseException) -> str:
+    """In one line; of what several ranks met, the first one's."""
+    if isinstance(error, CheckpointException) and error.failures:
+        error = next(iter(error.failures.values()))[0]
+    return " ".join(str(error).split())[:300].rstrip(".")
+
+
 def _not_written(path: Path, error: BaseException) -> UserError:
-    reason = " ".join(str(error).split())[:300]
     kept = f" The one before it stays in '{path}'." if path.exists() else ""
-    return UserError(
-        f"The checkpoint '{path}' could not be written: {reason}.{kept} Make room and start the same command again."
-    )
+    told = f"The checkpoint '{path}' could not be written: {_reason(error)}."
+    return UserError(f"{told}{kept} Make room and start the same command again.")
 
 
-# A directory cannot replace another in one step: for a moment the old one stands beside its place.
+# A directory cannot take another's place in one step: for a moment the old one stands beside it.
 
 
 def _old(path: Path) -> Path:
     return path.with_name(f".{path.name}.old")
 
 
-def replace_directory(aside: Path, path: Path) -> None:
-    """Put ``aside`` in the place of ``path``, a file, a directory or nothing."""
+def take_place(aside: Path, path: Path) -> None:
+    """Put ``aside``, a file or a directory, in the place of ``path``, which is one of them or nothing."""
+    if not (aside.is_dir() or path.is_dir()):
+        aside.replace(path)
+        return
     old = _old(path)
     if path.exists():
         shutil.rmtree(old, ignore_errors=True)

@@ -42,6 +42,7 @@ class OptimConfig:
     ``final_lr``  learning rate at the last step, as a share of ``lr``
     ``weight_decay`` acts on matrices; not on vectors, norms, embeddings
     ``decay_final_norm``  on the decoder's final norm too, as published
+    ``state_bits``  32, or 8: both moments in blocks of 8-bit numbers (torchao), a quarter of the memory
     """
 
     lr: float = 1e-3
@@ -51,6 +52,7 @@ class OptimConfig:
     decay_final_norm: bool = False
     warmup: float = 0.05
     final_lr: float = 0.0
+    state_bits: int = 32
     trains: TrainsConfig = field(default_factory=TrainsConfig)
 
 
@@ -125,16 +127,29 @@ def learning_rate_factor(step: int, total: int, warmup: float, final: float) -> 
 
 
 def build_optimizer(model: Model, config: OptimConfig, total_steps: int, fused: bool = True):
-    """AdamW and its per-step schedule over ``total_steps``."""
+    """AdamW and its per-step schedule over ``total_steps``.
+
+    Raises:
+        UserError: ``state_bits`` is neither 32 nor 8, or needs a package that is not installed.
+    """
     also = list(model.decoder.lm.model.norm.parameters()) if config.decay_final_norm else []
-    optimizer = torch.optim.AdamW(
-        parameter_groups(model, config.weight_decay, also),
-        lr=config.lr,
-        betas=tuple(config.betas),
-        eps=config.eps,
-        fused=fused,
-    )
+    groups = parameter_groups(model, config.weight_decay, also)
+    settings = {"lr": config.lr, "betas": tuple(config.betas), "eps": config.eps}
+    if config.state_bits == 32:
+        optimizer = torch.optim.AdamW(groups, **settings, fused=fused)
+    elif config.state_bits == 8:
+        optimizer = _adamw_8_bit()(groups, **settings)
+    else:
+        raise UserError(f"optim.state_bits is {config.state_bits}: 32 or 8, please.")
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: learning_rate_factor(step, total_steps, config.warmup, config.final_lr)
     )
     return optimizer, schedule
+
+
+def _adamw_8_bit() -> type[torch.optim.Optimizer]:
+    try:
+        from torchao.optim import AdamW8bit
+    except ImportError:
+        raise UserError("optim.state_bits=8 needs torchao: pip install 'nxtp[8bit]'.") from None
+    return AdamW8bit

@@ -35,8 +35,9 @@ from nxtp.tokens import LabelTokenizer, train_tokenizer
 
 log = logging.getLogger("nxtp")
 
-# Settings that may differ between a run and its continuation.
+# Settings that may differ between a run and its continuation: where it is computed, and what is told of it.
 MAY_CHANGE = ("resume", "logger", "callbacks", "trainer", "parallel", "debug", "hydra")
+MAY_CHANGE += tuple(f"data.{key}" for key in ("workers", "cache_dir", "cache_gb", "stall_timeout", "index_dir"))
 
 
 def main(argv: Sequence[str]) -> int:
@@ -140,9 +141,11 @@ def last_checkpoint(run_dir: Path) -> Path:
 
 def differences(old: Any, new: Any, prefix: str = "") -> list[str]:
     """Dotted keys in which two configurations differ, but for those in ``MAY_CHANGE``."""
+    if prefix in MAY_CHANGE:
+        return []
     if not (isinstance(old, dict) and isinstance(new, dict)):
         return [] if old == new else [prefix]
-    keys = [k for k in dict.fromkeys([*old, *new]) if prefix or k not in MAY_CHANGE]
+    keys = dict.fromkeys([*old, *new])
     return [d for k in keys for d in differences(old.get(k), new.get(k), f"{prefix}.{k}" if prefix else k)]
 
 

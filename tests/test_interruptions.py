@@ -11,7 +11,7 @@ import torch
 from helpers import TINY_OVERRIDES, curve, nxtp_runs, start_nxtp, write_shards
 from safetensors.torch import load_file
 
-from nxtp.checkpoint import INDEX, REST, TensorsOnly, find, read_file, read_shards, replace_directory
+from nxtp.checkpoint import INDEX, REST, TensorsOnly, find, read_file, read_shards, take_place
 from nxtp.errors import UserError
 from nxtp.recognizer import Recognizer
 
@@ -229,13 +229,13 @@ def test_a_disk_that_is_full_leaves_the_checkpoint_before(root, strategy):
     wait = {"one": "checkpoint_io.wait()", "fsdp": "_checkpoints.wait()"}[strategy]
     (root / f"full_{strategy}.py").write_text(DISK_FULL.format(wait=wait))
     name = f"full_{strategy}"
-    told = run(root, name, strategy, f"+callbacks.full._target_={name}.Full", "callbacks.best=null", code=1)
+    told = run(root, name, strategy, f"+callbacks.full._target_={name}.Full", code=1)
     assert "could not be written" in told
     assert "stays" in told
     assert "Traceback" not in told
     last = last_checkpoint(root, name)
     assert (read_file(last / REST) if last.is_dir() else read_file(last))["global_step"] == 5
-    run(root, name, strategy, "callbacks.best=null")
+    run(root, name, strategy)
     assert_same_run(root, undisturbed(root, strategy), name)
 
 
@@ -308,7 +308,7 @@ def test_a_directory_takes_the_place_of_another(tmp_path):
     for content in ("one", "two"):
         aside.mkdir()
         (aside / "x").write_text(content)
-        replace_directory(aside, path)
+        take_place(aside, path)
         assert (path / "x").read_text() == content
     path.rename(tmp_path / ".last.ckpt.old")
     assert find(path) == path
