@@ -78,8 +78,8 @@ class Decoder(nn.Module):
     def fill(self, device: torch.device, load_pretrained: bool = True) -> None:
         """Give a model on the meta device, sharded or not, its memory and its source's weights, tensor by tensor."""
         self.lm.to_empty(device=device)
-        rotary = self.lm.model.rotary_emb  # its buffers are computed, not stored
-        self.lm.model.rotary_emb = type(rotary)(config=self.lm.config, device=device)
+        with torch.device(device):  # its buffers are computed, not stored
+            self.lm.model.rotary_emb = type(self.lm.model.rotary_emb)(config=self.lm.config)
         self.lm.tie_weights()
         if load_pretrained and device.type != "meta":
             fill_blocks(self.lm, self.config.source, self.kept_blocks)
@@ -248,7 +248,8 @@ def fill_blocks(lm: nn.Module, source: str, kept: list[int]) -> None:
         full = weights.read(stored[name])
         if name in grows:
             rows, width = parameter.shape[0] - full.shape[0], parameter.shape[1]
-            new = torch.empty(rows, width).normal_(std=lm.config.initializer_range)
+            own_numbers = torch.Generator().manual_seed(torch.initial_seed())  # whether it is filled sooner or later
+            new = torch.empty(rows, width).normal_(std=lm.config.initializer_range, generator=own_numbers)
             full = torch.cat([full, new.to(full.dtype)])
         assign(parameter, full)
 

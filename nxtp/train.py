@@ -124,14 +124,14 @@ def find_checkpoint(run_dir: Path, resolved: dict[str, Any]) -> str | None:
         return None
     if resume == "never":
         raise UserError(f"'{run_dir}' already holds a run and resume=never: choose another name, or delete it.")
+    last = find(last_checkpoint(run_dir))
     changed = differences(previous["config"], resolved)
-    if changed:
+    if changed and not (previous["status"] == "failed" and last is None):  # then there is nothing to lose
         raise UserError(
             f"'{run_dir}' holds a run with other settings ({', '.join(changed[:6])}): choose another name or delete it."
         )
     if previous["status"] == "finished":
         return "finished"
-    last = find(last_checkpoint(run_dir))
     return str(last) if last else None
 
 

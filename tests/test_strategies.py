@@ -6,6 +6,10 @@ import pytest
 import torch
 from helpers import TINY_OVERRIDES, curve, nxtp_runs, write_shards
 from safetensors.torch import load_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from nxtp.checkpoint import read_file
+from nxtp.tokens import train_tokenizer
 
 CPU = ["trainer.accelerator=cpu", "trainer.precision=32-true"]
 WAYS = {  # overrides and ranks: eight images a step in each
@@ -34,26 +38,28 @@ def root(tmp_path_factory):
     return root
 
 
-def train(root, name: str, way: str, *overrides: str):
+def train(root, name: str, way: str, *overrides: str, tiny=TINY_OVERRIDES, code: int = 0):
+    """The run's directory; what was printed where it should fail."""
     more, ranks = WAYS[way]
-    nxtp_runs(
+    told = nxtp_runs(
         "train",
         f"name={name}",
         "data.train=train",
         "+data.val.val=val",
-        *TINY_OVERRIDES,
+        *tiny,
         "data.workers=0",
         "data.val_batch_size=4",
         "trainer.log_every_n_steps=1",
         f"trainer.max_steps={STEPS}",
         "optim.lr=3e-3",
         "export=last",
-        *overrides,
         *more,
+        *overrides,
         cwd=root,
         ranks=ranks,
+        code=code,
     )
-    return root / "runs" / name
+    return told if code else root / "runs" / name
 
 
 @pytest.fixture(scope="module", params=[("matched", "all"), ("published", "mixed")], ids=lambda p: "-".join(p))
@@ -80,3 +86,49 @@ def test_every_way_of_computing_gives_the_same_run(root, reference, way):
     metrics, same = (json.loads((path / "run.json").read_text())["metrics"] for path in (one, run))
     for name in ("val/recall@10", "val/precision@10", "val/f1@10", "val/loss"):
         assert same[name] == pytest.approx(metrics[name], rel=1e-4), name
+
+
+def test_a_decoder_in_shards_is_filled_on_every_rank(root):
+    """Built on the meta device, read tensor by tensor: the run of one process that reads it whole."""
+    torch.manual_seed(0)
+    tokenizer = train_tokenizer(["rose", "lemon", "leaf", "ocean", "stone"], vocab_size=400)
+    fields = {"vocab_size": len(tokenizer) - 3, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3}
+    config = LlamaConfig(**fields, num_attention_heads=4, max_position_embeddings=512, pad_token_id=None)
+    LlamaForCausalLM(config).save_pretrained(root / "llama", max_shard_size="30KB")
+    tokenizer.save(root / "llama")
+    assert len(list((root / "llama").glob("*.safetensors"))) > 2
+    kept = ["model/decoder=llama2_7b", "model.decoder.source=llama", "model.decoder.blocks=[0,2]"]
+    kept += ["model.decoder.config=null", "model.decoder.depth=null"]
+    short = [*kept, "trainer.max_steps=3"]
+    drop = [o for o in TINY_OVERRIDES if not o.startswith("model.decoder")]
+    runs = [train(root, f"source_{way}", way, *short, tiny=drop) for way in ("one", "fsdp")]
+    assert curve(runs[1]) == pytest.approx(curve(runs[0]), rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["one", "fsdp"])
+def test_switches_train(root, way):
+    """Compiled blocks with recomputed activations: the losses of the plain run."""
+    switches = ["parallel.compile=true", "parallel.activation_checkpointing=true", "trainer.max_steps=3"]
+    compiled = train(root, f"compiled_{way}", way, *switches)
+    plain = train(root, f"plain_{way}", way, "trainer.max_steps=3")
+    assert curve(compiled) == pytest.approx(curve(plain), rel=1e-4)
+
+
+@pytest.mark.slow
+def test_8_bit_state_trains(root):
+    pytest.importorskip("torchao")  # not among the development requirements: transformers would import it always
+    run = train(root, "eight", "one", "optim.state_bits=8", "optim.lr=1e-2")
+    losses = curve(run)
+    assert losses[-1] < 0.8 * losses[0]
+    state = read_file(run / "checkpoints" / "last.ckpt")["optimizer_states"][0]["state"]
+    assert any(type(part).__name__ == "OptimState8bit" for values in state.values() for part in values.values())
+
+
+def test_wrong_settings_are_told(root):
+    for way, setting, told in (
+        ("one", "optim.state_bits=4", "optim.state_bits is 4"),
+        ("fsdp", "trainer.precision=bf16-true", "Sharded weights can have 32-true or bf16-mixed"),
+        ("fsdp", "trainer.strategy.tensor_parallel_size=3", "2 ranks cannot be split so"),
+    ):
+        assert told in train(root, "wrong", way, setting, code=1)
