@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from nxtp.errors import UserError
 from nxtp.model import Model
@@ -138,6 +139,8 @@ def build_optimizer(model: Model, config: OptimConfig, total_steps: int, fused: 
     if config.state_bits == 32:
         optimizer = torch.optim.AdamW(groups, **settings, fused=fused)
     elif config.state_bits == 8:
+        if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+            raise UserError("optim.state_bits=8 is not for sharded weights, whose state is cut up anyway: say 32.")
         optimizer = _adamw_8_bit()(groups, **settings)
     else:
         raise UserError(f"optim.state_bits is {config.state_bits}: 32 or 8, please.")
