@@ -83,6 +83,10 @@ def test_every_way_of_computing_gives_the_same_run(root, reference, way):
     assert expected.keys() == found.keys()
     for name, tensor in expected.items():
         torch.testing.assert_close(found[name], tensor, rtol=1e-3, atol=2e-5, msg=lambda m, name=name: f"{name}: {m}")
+    if way == "fsdp":  # each rank keeps half of everything, frozen parts too
+        parts = [path.stat().st_size for path in (run / "checkpoints" / "last.ckpt").glob("*.distcp")]
+        assert len(parts) == 2
+        assert max(parts) < 0.6 * sum(parts)
     metrics, same = (json.loads((path / "run.json").read_text())["metrics"] for path in (one, run))
     for name in ("val/recall@10", "val/precision@10", "val/f1@10", "val/loss"):
         assert same[name] == pytest.approx(metrics[name], rel=1e-4), name
