@@ -13,9 +13,8 @@ from open_clip.transformer import VisionTransformer
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from nxtp.data import Batch
 from nxtp.encoder import Encoder
-from nxtp.layout import Objective, lay_out
+from nxtp.layout import Layout, Objective, lay_out
 from nxtp.model import Model, ModelConfig
 from nxtp.optim import TrainsConfig, choose_trained
 
@@ -103,12 +102,11 @@ class ModelFlops:
     def step(self, images: int, length: float, sources: float) -> Flops:
         return Flops.sum(self.parts(images, length, sources).values())
 
-    def of(self, batch: Batch, *, padding: bool = False) -> Flops:
-        """FLOPs of a step on ``batch``: of its real tokens (at their mean length), or with ``padding`` as executed.
+    def of(self, layout: Layout, *, padding: bool = False) -> Flops:
+        """FLOPs of a step on a batch: of its real tokens (at their mean length), or with ``padding`` as executed.
 
         Only shapes are read: no synchronisation.
         """
-        layout = batch.layout
         images, length = layout.segments_BT.shape
         if not images:
             return Flops(0, 0)

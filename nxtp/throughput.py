@@ -78,7 +78,7 @@ class Throughput(L.Callback):
         if len(batch):
             self._images += len(batch)
             self._tokens += batch.layout.num_tokens
-            self._flops += self.flops.of(batch).total
+            self._flops += self.flops.of(batch.layout).total
         self._positions += batch.layout.segments_BT.numel()
         stepped, self._step = trainer.global_step != self._step, trainer.global_step  # not while accumulating
         if not stepped or trainer.global_step % max(trainer.log_every_n_steps, 1):
