@@ -1,5 +1,6 @@
 """`nxtp bench` at its tiny size, as a user runs it, and its refusal of ways that disagree."""
 
+import io
 import json
 
 import numpy as np
@@ -85,7 +86,7 @@ def test_mfu_is_shown_where_the_peak_is_known():
     result = {"rows": {"ours": row | {"peak_above_model_bytes": 1e9}}, "machine": machine_description()}
     result |= {"images_per_s_ratio": 3.0, "peak_memory_ratio": 0.5, "peak_above_model_ratio": 0.4, "difference": 1e-6}
     result |= {"size": "g3m", "batch": 2, "repeats": 1, "parameters": 1, "precision": "bf16-mixed"}
-    console = Console(width=200, record=True, quiet=True)
+    console = Console(width=200, record=True, file=io.StringIO())
     console.print(train_table(result))
     console.print(train_table(result | {"machine": result["machine"] | {"gpu": "NVIDIA H100 PCIe"}}))
     text = console.export_text()

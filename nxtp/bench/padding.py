@@ -137,7 +137,7 @@ def padding_table(result: dict[str, Any]) -> Table:
     table.caption = (
         f"Bucketing saves {result['bucketing_saves']:.2%} of the FLOPs, packing at most {result['packing_saves']:.2%}. "
         f"experiment={result['experiment']}, {result['images']:,} images ({result['source']}), batches of "
-        f"{result['batch']}; a prefix of {result['prefix']} and in the mean {result['label_tokens']:.1f} positions of labels; "
-        f"bucketed: sorted within {POOL} batches"
+        f"{result['batch']}; a prefix of {result['prefix']} and in the mean {result['label_tokens']:.1f} positions of "
+        f"labels; bucketed: sorted within {POOL} batches"
     )
     return table
