@@ -1,5 +1,6 @@
 """`nxtp bench` at its tiny size, as a user runs it, and its refusal of ways that disagree."""
 
+import dataclasses
 import io
 import json
 
@@ -17,6 +18,7 @@ from nxtp.bench.processes import TOLERANCE, assert_equal, children, choose_devic
 from nxtp.bench.workers import SIZES, Predictor, Trainer, random_labels
 from nxtp.errors import UserError
 from nxtp.model import Model
+from nxtp.optim import TrainsConfig
 from nxtp.perf import count_parameters, meta_model
 
 
@@ -72,6 +74,18 @@ def test_a_worker_measures_in_its_precision():
         worker.measure("matched")
         assert seen == [torch.float32, hidden]
         assert worker.model.projection.weight.dtype == weights
+
+
+def test_ways_agree_where_only_some_parts_train():
+    size = dataclasses.replace(SIZES["tiny"], trains=TrainsConfig(encoder=1, embedding=False))
+    ours, theirs = (Trainer(way, size, batch=2, seed=0) for way in ("ours", "published"))
+    results = ours.result(), theirs.result()
+    assert assert_equal(*results, "step") < TOLERANCE
+    assert "gradient of first encoder block" not in results[0]
+    assert "gradient of last encoder block" in results[0]
+    assert (
+        ours.flops("published") == theirs.flops("published") < Trainer("ours", SIZES["tiny"], 2, 0).flops("published")
+    )
 
 
 def test_a_missing_gpu_is_a_one_line_error(monkeypatch):
