@@ -163,7 +163,7 @@ def _counted(encoder: Encoder) -> Flops:
 
 # Dense peaks in TFLOP/s for float16, bfloat16 (both with float32 accumulation), TF32 and float32, from the makers' data
 # sheets, found by the device's name. Lightning's get_available_flops (2.6) is not used: it does not find an H200, takes
-# an L40S for an L4, gives an H100 NVL more than twice its peak, and leaves out the tensor cores of RTX 4090, A40, A6000.
+# an L40S for an L4, gives an H100 NVL more than twice its peak, leaves out the tensor cores of RTX 4090, A40 and A6000.
 _PEAKS = (
     (r"GB200", 2500, 2500, 1250, 80),
     (r"B200", 2250, 2250, 1125, 75),
