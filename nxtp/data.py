@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -136,7 +137,10 @@ class Batches(Dataset):
 
 
 class Loader(DataLoader):
-    """A DataLoader over an :class:`EpochPlan` that says where it is, and continues there."""
+    """A DataLoader over an :class:`EpochPlan` that says where it is, and continues there.
+
+    ``waited`` is the time in seconds that its user has spent waiting for batches.
+    """
 
     def __init__(self, dataset: Batches, plan: EpochPlan, workers: int, pin_memory: bool):
         super().__init__(
@@ -151,14 +155,24 @@ class Loader(DataLoader):
         )
         self._position = (0, 0)  # epoch, and the samples of it that were handed out on all ranks together
         self._resume: tuple[int, int] | None = None
+        self.waited = 0.0
 
     def __iter__(self) -> Iterator[Batch]:
         # A generator: nothing starts before the first batch is asked for, when epoch and state are known.
         plan: EpochPlan = self.sampler
         plan.start = self._resume[1] if self._resume and self._resume[0] == plan.epoch else 0
         self._resume = None
-        for done, batch in enumerate(super().__iter__(), start=1):
+        for done, batch in enumerate(self._timed(super().__iter__()), start=1):
             self._position = (plan.epoch, plan.start + done * plan.per_step)
+            yield batch
+
+    def _timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        while True:
+            begin = time.perf_counter()
+            batch = next(batches, None)
+            self.waited += time.perf_counter() - begin
+            if batch is None:
+                return
             yield batch
 
     def state_dict(self) -> dict[str, int]:

@@ -26,7 +26,7 @@ from nxtp.model_dir import written_aside
 from nxtp.module import Recognition, ValidationConfig, describe_faults
 from nxtp.optim import OptimConfig
 from nxtp.parallel import ParallelConfig, Sharded
-from nxtp.perf import Throughput, count_parameters, meta_model, training_flops
+from nxtp.perf import count_parameters, meta_model
 from nxtp.preemption import LeaveOnSignal, Preempted, hand_on
 from nxtp.record import RunRecord, read_record
 from nxtp.shards import manifest_hash
@@ -204,9 +204,6 @@ def build_trainer(cfg: DictConfig, module: Recognition, data: ShardData, run_dir
             if monitor is None:
                 continue
             callback.monitor = callback.monitor or monitor
-        if isinstance(callback, Throughput) and callback.flops_per_image is None:
-            shape = meta_model(module.model_config, len(module.tokenizer), module.optim_config.trains)
-            callback.flops_per_image = sum(training_flops(shape))
         kept.append(callback)
     kept.append(LeaveOnSignal(last_checkpoint(run_dir)))
     trainer = instantiate(cfg.trainer, _convert_="all", logger=loggers or False, callbacks=kept, default_root_dir=None)

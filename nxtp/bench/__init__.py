@@ -1,4 +1,4 @@
-"""`nxtp bench train|predict|data|metric`: ours beside the published way, the same inputs, in one run.
+"""`nxtp bench train|predict|data|metric|padding`: ours beside the published way, the same inputs, in one run.
 
 For models each way lives in a fresh process that builds the same seeded model. The parent first has both compute the
 same thing and compares the results, then asks them for one measurement each in turn (A B A B …); ratios are medians
@@ -17,7 +17,10 @@ from rich.console import Console
 from nxtp.bench.data import data_table, measure_data
 from nxtp.bench.measure import measure_predict, measure_train, predict_table, train_table
 from nxtp.bench.metric import measure_metric, metric_table
+from nxtp.bench.padding import measure_padding, padding_table
 from nxtp.bench.workers import SIZES
+
+PRECISIONS = ("32-true", "bf16-mixed", "bf16-true")
 
 
 def _report(measure, table, *, json: bool, **options: Any) -> None:
@@ -41,7 +44,27 @@ def _common(command):
         click.option(
             "--repeats", type=click.IntRange(1), default=3, show_default=True, help="Rounds; medians are shown."
         ),
-        click.option("--size", type=click.Choice(list(SIZES)), default="full", show_default=True, help="Of the model."),
+        click.option(
+            "--precision",
+            type=click.Choice(PRECISIONS),
+            default="32-true",
+            show_default=True,
+            help="Of what is measured; results are compared in float32.",
+        ),
+        click.option(
+            "--device",
+            type=click.Choice(["auto", "cpu", "cuda"]),
+            default="auto",
+            show_default=True,
+            help="auto: a GPU.",
+        ),
+        click.option(
+            "--size",
+            type=click.Choice(list(SIZES)),
+            default="full",
+            show_default=True,
+            help="Of the model; g3m is the published one, 1.78 B parameters.",
+        ),
     ):
         command = option(command)
     return command
@@ -51,7 +74,7 @@ def _common(command):
 @_common
 @click.option("--batch", type=click.IntRange(1), default=8, show_default=True, help="Images a step.")
 def train(**options: Any) -> None:
-    """Training steps a second and peak memory, ours and published."""
+    """Training steps a second, MFU and peak memory, ours and published."""
     _report(measure_train, train_table, **options)
 
 
@@ -60,8 +83,9 @@ def train(**options: Any) -> None:
 @click.option(
     "--steps", type=click.IntRange(1), default=3, show_default=True, help="Decoding steps after a label's first token."
 )
+@click.option("--batch", type=click.IntRange(1), default=64, show_default=True, help="Images, for the throughput.")
 def predict(**options: Any) -> None:
-    """Seconds an image for 1, 20 and 100 labels, ours and published."""
+    """Seconds an image for 1, 20 and 100 labels, ours and published, and our images/s in batches."""
     _report(measure_predict, predict_table, **options)
 
 
@@ -89,3 +113,16 @@ def data(**options: Any) -> None:
 def metric(**options: Any) -> None:
     """Labels a second of the semantic metric, ours and one label at a time."""
     _report(measure_metric, metric_table, **options)
+
+
+@bench.command()
+@click.option("--json", is_flag=True, help="Print one JSON object as the last line.")
+@click.option("--shards", help="Real captions: a directory, glob or brace expression; synthetic ones by default.")
+@click.option("--experiment", default="g3m", show_default=True, help="Whose model, objective and trained parts.")
+@click.option("--images", type=click.IntRange(1), default=20_000, show_default=True, help="At most.")
+@click.option("--nouns", type=float, default=3.5, show_default=True, help="Of a synthetic caption, in the mean.")
+@click.option("--batch", type=click.IntRange(1), default=16, show_default=True, help="Images a rank and step.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of captions and order.")
+def padding(**options: Any) -> None:
+    """The share of padding, and what bucketed or packed batches could save."""
+    _report(measure_padding, padding_table, **options)

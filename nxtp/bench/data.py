@@ -21,7 +21,6 @@ from typing import Any
 import numpy as np
 import torch
 import webdataset
-from hydra import compose, initialize_config_dir
 from open_clip import image_transform
 from PIL import Image
 from rich.table import Table
@@ -29,14 +28,12 @@ from torch.utils.data import DataLoader
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, PILToTensor, Resize
 
 from nxtp.bench.processes import machine_description
-from nxtp.config import conf_dir, to_dataclass
+from nxtp.bench.workers import SIZES
 from nxtp.data import ShardData
 from nxtp.errors import UserError
 from nxtp.images import load_image
 from nxtp.labels import noun_backend
-from nxtp.model import ModelConfig
-from nxtp.optim import OptimConfig
-from nxtp.perf import meta_model, training_flops
+from nxtp.perf import meta_model, peak_flops, training_flops
 from nxtp.pixels import to_pixels
 from nxtp.shards import expand_shards, write_manifest, write_shard
 from nxtp.sources import DataConfig, label_texts, open_set
@@ -45,7 +42,7 @@ from nxtp.tokens import train_tokenizer
 SHARDS = 4
 PHOTOS = 48  # distinct ones, which are repeated
 WORDS = ("dog", "street", "table", "boy", "bicycle", "river", "window", "bread", "mountain", "lamp", "horse", "garden")
-H100_FLOPS, MFU = 989e12, 0.45  # dense bfloat16, NVIDIA's data sheet; the utilisation we aim at
+H100, MFU = "NVIDIA H100 80GB HBM3", 0.45  # the utilisation we aim at
 IMAGES_COMPARED = 128
 
 Way = Callable[[], Iterator[int]]
@@ -152,10 +149,8 @@ def noun_seconds(data: ShardData) -> float:
 
 def flops_per_image() -> float:
     """Training FLOPs of one image under the published recipe, experiment=g3m."""
-    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        cfg = compose("train", ["experiment=g3m"])
-    trains = to_dataclass(OptimConfig, cfg.optim, "optim").trains
-    return sum(training_flops(meta_model(to_dataclass(ModelConfig, cfg.model, "model"), None, trains)))
+    recipe = SIZES["g3m"]
+    return training_flops(meta_model(recipe.config(), None, recipe.trains)).total
 
 
 def measure_data(
@@ -225,7 +220,7 @@ def _measure(shards: str, index_dir: str, size: int, batch: int, repeats: int) -
             return None
         return median(theirs / ours for (ours, _), (theirs, _) in zip(seconds["ours"], seconds[name], strict=True))
 
-    fed = H100_FLOPS * MFU / flops_per_image()
+    fed = peak_flops(H100, torch.bfloat16) * MFU / flops_per_image()
     return {
         "rows": rows,
         "ratio_plain": ratio("PIL + WebDataset"),

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import multiprocessing
 import platform
-import resource
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import date
@@ -16,33 +14,41 @@ import numpy as np
 import torch
 
 from nxtp.errors import UserError
+from nxtp.perf import peak_memory_bytes
 from nxtp.record import cpu_name
 
 TOLERANCE = 1e-4  # of the results, relative
 WAYS = ("ours", "published")
 
 
-def _resident_peak() -> int:
-    """Bytes: the largest resident set that this process ever had."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+def _forget_peak(device: torch.device) -> None:
+    """Only a GPU can: a process's largest resident set stays what it was."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
 
 
 def _serve(connection: Connection, worker: type, arguments: dict[str, Any], threads: int) -> None:
     """A child's life: build the worker, then answer (method, arguments) until the parent hangs up."""
     torch.set_num_threads(threads)
     instance = worker(**arguments)
-    baseline = _resident_peak()
+    device = instance.device
+    _forget_peak(device)
+    baseline = peak_memory_bytes(device)
     parameters = sum(parameter.numel() for parameter in instance.model.parameters())
     connection.send((parameters, baseline))
     with suppress(EOFError):
         while True:
             method, keywords = connection.recv()
-            connection.send((getattr(instance, method)(**keywords), _resident_peak()))
+            _forget_peak(device)
+            connection.send((getattr(instance, method)(**keywords), peak_memory_bytes(device)))
 
 
 class Child:
-    """One way in its own process. ``peak`` and ``baseline`` are resident bytes, the latter before any step."""
+    """One way in its own process.
+
+    ``peak`` and ``baseline`` are bytes (:func:`nxtp.perf.peak_memory_bytes`), the latter before any step; on a GPU
+    ``peak`` is that of the last request.
+    """
 
     def __init__(self, context, worker: type, threads: int, **arguments: Any):
         self.connection, theirs = context.Pipe()
@@ -109,11 +115,29 @@ def assert_equal(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray], cas
     return worst
 
 
-def machine_description() -> dict[str, Any]:
-    return {
+def choose_device(name: str) -> str:
+    """``auto`` → cuda where there is one, else cpu.
+
+    Raises:
+        UserError: cuda is asked for and there is none.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: PyTorch sees no GPU here. Say cpu, or auto.")
+    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+
+
+def machine_description(device: str = "cpu") -> dict[str, Any]:
+    gpu = {"gpu": torch.cuda.get_device_name()} if device == "cuda" else {}
+    return gpu | {
         "cpu": cpu_name(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "date": date.today().isoformat(),
     }
+
+
+def machine_line(machine: dict[str, Any]) -> str:
+    """For a table's caption."""
+    device = machine.get("gpu") or f"{machine['cpu']}, {machine['threads']} threads"
+    return f"{device}, torch {machine['torch']}, {machine['date']}"

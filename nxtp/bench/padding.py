@@ -1,0 +1,143 @@
+"""`nxtp bench padding`: what padding costs, and the most that length-bucketed or packed batches could save."""
+
+from __future__ import annotations
+
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+from hydra import compose, initialize_config_dir
+from rich.table import Table
+
+from nxtp.config import conf_dir, to_dataclass
+from nxtp.errors import UserError
+from nxtp.labels import noun_backend
+from nxtp.layout import Layout, lay_out
+from nxtp.model import ModelConfig
+from nxtp.optim import OptimConfig
+from nxtp.perf import Flops, ModelFlops, meta_model
+from nxtp.shard_set import SampleFault
+from nxtp.sources import DataConfig, label_texts, labels_of, open_set
+from nxtp.tokens import train_tokenizer
+
+PROMPT_TOKENS, DELIMITER = 7, 4
+POOL = 50  # batches among which samples are sorted by length
+# Of synthetic captions, assumed after COCO's (ten words): at most nine nouns, each of one to three tokens of LLaMA's.
+MOST_NOUNS, TOKENS_OF_NOUN = 9, (0.6, 0.28, 0.12)
+
+Labels = list[list[list[int]]]  # of each image, each label's token ids
+
+
+def synthetic_labels(images: int, nouns: float, seed: int) -> Labels:
+    """Labels of captions with ``nouns`` nouns in the mean: one, and the others binomially distributed."""
+    generator = np.random.default_rng(seed)
+    counts = 1 + generator.binomial(MOST_NOUNS - 1, (nouns - 1) / (MOST_NOUNS - 1), images)
+    sizes = generator.choice((1, 2, 3), int(counts.sum()), p=TOKENS_OF_NOUN)
+    return [[[5] * size for size in image] for image in np.split(sizes, counts.cumsum()[:-1])]
+
+
+def labels_of_shards(shards: str, images: int, vocab_size: int) -> Labels:
+    """Labels of the first samples of real shards, in tokens of a vocabulary trained on all of them."""
+    with TemporaryDirectory() as temporary:
+        config = DataConfig(train=shards, index_dir=temporary)
+        opened = open_set("train", shards, config).shards
+        tokenizer = train_tokenizer(label_texts(opened, config), vocab_size=vocab_size)
+        nouns, found = noun_backend(config.nouns), []
+        for position in range(min(images, len(opened))):
+            try:
+                found.append(labels_of(opened.read(position), nouns)[: config.max_labels])
+            except SampleFault:
+                continue
+    return [ids for labels in found if (ids := [i for i in tokenizer.encode_labels(labels) if i])]
+
+
+def batches(labels: Labels, batch: int, pool: int, seed: int) -> list[Labels]:
+    """Whole batches in random order; of samples of like length where ``pool`` batches are sorted together (> 1)."""
+    order = np.random.default_rng(seed).permutation(len(labels))
+    lengths = np.array([sum(map(len, image)) + len(image) for image in labels])
+    pools = [order[i : i + pool * batch] for i in range(0, len(order), pool * batch)]
+    order = np.concatenate([p[lengths[p].argsort(kind="stable")] for p in pools]) if pool > 1 else order
+    return [[labels[i] for i in order[j : j + batch]] for j in range(0, len(order) - batch + 1, batch)]
+
+
+def measure_padding(
+    shards: str | None = None,
+    experiment: str = "g3m",
+    images: int = 20_000,
+    nouns: float = 3.5,
+    batch: int = 16,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Padding of one epoch's batches under the model and objective of an experiment.
+
+    Returns:
+        ``rows`` (as they come, bucketed) with ``padding``, a share of the decoder's positions, and ``cost``, executed
+        training FLOPs over those of real tokens less one; ``bucketing_saves`` and ``packing_saves``, shares of the
+        executed FLOPs, of packing an upper bound: no padding, and nothing lost by packing.
+
+    Raises:
+        UserError: fewer samples than one batch, an impossible number of nouns, unreadable shards.
+    """
+    if not 1 <= nouns <= MOST_NOUNS:
+        raise UserError(f"--nouns {nouns:g}: say a mean from 1 to {MOST_NOUNS}.")
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        cfg = compose("train", [f"experiment={experiment}"])
+    config = to_dataclass(ModelConfig, cfg.model, "model")
+    config.encoder.pretrained = config.decoder.source = None
+    model = meta_model(config, config.vocab_size or None, to_dataclass(OptimConfig, cfg.optim, "optim").trains)
+    labels = (
+        labels_of_shards(shards, images, config.vocab_size or 8192) if shards else synthetic_labels(images, nouns, seed)
+    )
+    if len(labels) < batch:
+        raise UserError(f"{len(labels)} samples with labels: fewer than one batch of {batch}.")
+    formula = ModelFlops(model)
+
+    def laid_out(image_labels: Labels) -> Layout:
+        return lay_out(
+            image_labels,
+            prompt=[1] * PROMPT_TOKENS,
+            delimiter=DELIMITER,
+            num_image_tokens=model.num_image_tokens,
+            objective=cfg.objective.name,
+        )
+
+    rows, executed = {}, {}
+    for name, pool in (("as they come", 1), ("bucketed by length", POOL)):
+        layouts = [laid_out(image_labels) for image_labels in batches(labels, batch, pool, seed)]
+        positions = sum(layout.segments_BT.numel() for layout in layouts)
+        count = len(layouts) * batch
+        executed[name] = Flops.sum(formula.of(layout, padding=True) for layout in layouts).total / count
+        real = Flops.sum(formula.of(layout) for layout in layouts).total / count
+        rows[name] = {
+            "length": positions / count,
+            "padding": 1 - sum(layout.num_tokens for layout in layouts) / positions,
+            "cost": executed[name] / real - 1,
+        }
+    plain = rows["as they come"]["cost"]
+    return {
+        "rows": rows,
+        "bucketing_saves": 1 - executed["bucketed by length"] / executed["as they come"],
+        "packing_saves": plain / (1 + plain),
+        "prefix": model.num_image_tokens + 1 + PROMPT_TOKENS,
+        "label_tokens": float(np.mean([sum(map(len, image)) + len(image) for image in labels])),
+        "images": len(labels),
+        "batch": batch,
+        "experiment": experiment,
+        "source": shards or f"synthetic captions of {nouns:g} nouns",
+    }
+
+
+def padding_table(result: dict[str, Any]) -> Table:
+    table = Table(title="Padding of training batches", caption_justify="left")
+    table.add_column(no_wrap=True)
+    for column in ("positions a sequence", "of them padding", "FLOPs more than without"):
+        table.add_column(column, justify="right")
+    for name, row in result["rows"].items():
+        table.add_row(name, f"{row['length']:.1f}", f"{row['padding']:.2%}", f"{row['cost']:.2%}")
+    table.caption = (
+        f"Bucketing saves {result['bucketing_saves']:.2%} of the FLOPs, packing at most {result['packing_saves']:.2%}. "
+        f"experiment={result['experiment']}, {result['images']:,} images ({result['source']}), batches of "
+        f"{result['batch']}; a prefix of {result['prefix']} and in the mean {result['label_tokens']:.1f} positions of "
+        f"labels; bucketed: sorted within {POOL} batches"
+    )
+    return table
