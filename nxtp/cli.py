@@ -52,6 +52,7 @@ SUMMARIES = {
     "evaluate": "Metrics of a model directory on shards: nxtp evaluate model=DIR data=scenes",
     "predict": "Labels of images: nxtp predict IMAGE… --model DIR --top-k 20",
     "describe": "Parameters, tokens and FLOPs of a configuration: nxtp describe experiment=demo",
+    "features": "A frozen encoder's features, computed once: nxtp features data.train=SHARDS data.features=DIR …",
     "data": "Look at shards, and check them: nxtp data show SHARDS, nxtp data verify DIR",
     "convert": "Published checkpoints in and out: nxtp convert CKPT --llama DIR --clip openai --to DIR",
     "export": "A checkpoint, whole or sharded → a model directory: nxtp export CKPT --to DIR",
@@ -66,12 +67,11 @@ def group() -> None:
     """Object recognition as next token prediction: images in, ranked labels out."""
 
 
-def _hydra_command(name: str) -> None:
-    """`train`, `evaluate` and `describe` pass everything on to Hydra."""
+def _hydra_command(name: str, module: str | None = None) -> None:
+    """`train`, `evaluate`, `describe` and `features` pass everything on to Hydra."""
 
     def run(context: click.Context) -> None:
-        module = importlib.import_module(f"nxtp.{name}")
-        sys.exit(module.main(context.args))
+        sys.exit(importlib.import_module(module or f"nxtp.{name}").main(context.args))
 
     command = click.pass_context(run)
     group.command(name, context_settings=HYDRA, help=SUMMARIES[name], add_help_option=False)(command)
@@ -79,6 +79,7 @@ def _hydra_command(name: str) -> None:
 
 for _name in ("train", "evaluate", "describe"):
     _hydra_command(_name)
+_hydra_command("features", "nxtp.extract")
 
 
 @group.command()

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from nxtp.epoch_plan import EpochPlan
+from nxtp.features import FeatureStore
 from nxtp.images import ImageError, load_image
 from nxtp.labels import noun_backend
 from nxtp.layout import Layout, Objective, lay_out
@@ -28,11 +29,12 @@ from nxtp.tokens import LabelTokenizer
 
 @dataclass
 class Batch:
-    """What a step sees: ``images`` uint8 [B, 3, S, S], the laid-out labels, and what was skipped to get them.
+    """What a step sees, and what was skipped to get it.
 
-    ``offered`` counts the samples that were read for this batch, ``faults`` those of them that were skipped,
-    by kind. B may be smaller than the batch size, in evaluation even 0. In training a batch without a usable sample has
-    no keys and one blank image whose loss does not count: every rank must take part in the step.
+    ``images`` uint8 [B, 3, S, S], or features of a frozen encoder, floating point [B, N, D_encoder]; ``layout`` their
+    laid-out labels. ``offered`` counts the samples that were read for this batch, ``faults`` those of them that were
+    skipped, by kind. B may be smaller than the batch size, in evaluation even 0. In training a batch without a usable
+    sample has no keys and one blank image whose loss does not count: every rank must take part in the step.
     """
 
     images: Tensor
@@ -80,6 +82,7 @@ class Batches(Dataset):
         self.image_size, self.num_image_tokens, self.objective = image_size, num_image_tokens, objective
         self.prompts, self.training = list(prompts), training
         self.nouns = noun_backend(config.nouns)
+        self.features = FeatureStore(config.features) if training and config.features else None
 
     def __getitem__(self, item: tuple[int, np.ndarray]) -> Batch:
         epoch, positions = item
@@ -89,7 +92,7 @@ class Batches(Dataset):
             try:
                 raw = self.shards.read(position)
                 labels = self.labels_of(raw)
-                pixels = to_pixels(load_image(raw.image, near=self.image_size), self.image_size)
+                pixels = self.pixels_of(raw)
             except SampleFault as fault:
                 faults[fault.kind] += 1
                 continue
@@ -104,7 +107,7 @@ class Batches(Dataset):
             texts.append(labels)
             ids.append(self.tokenizer.encode_labels(labels))
         if self.training and not images:
-            images.append(torch.zeros(3, self.image_size, self.image_size, dtype=torch.uint8))
+            images.append(self._blank)
             ids.append([self.tokenizer.prompt_ids[-1:]])
         prompt = self.tokenizer.prompt
         if self.training:
@@ -116,12 +119,37 @@ class Batches(Dataset):
             num_image_tokens=self.num_image_tokens,
             objective=self.objective,
         )
-        empty = torch.empty(0, 3, self.image_size, self.image_size, dtype=torch.uint8)
-        return Batch(torch.stack(images) if images else empty, layout, keys, texts, len(positions), faults)
+        return Batch(
+            torch.stack(images) if images else self._blank[None][:0], layout, keys, texts, len(positions), faults
+        )
+
+    @property
+    def _blank(self) -> Tensor:
+        if self.features is None:
+            return torch.zeros(3, self.image_size, self.image_size, dtype=torch.uint8)
+        meta = self.features.meta
+        return torch.zeros(meta.tokens, meta.width, dtype=getattr(torch, meta.dtype))
 
     def _random(self, *which: int) -> np.random.Generator:
         """A sample's own random numbers: the same in whichever batch, on whichever rank it comes."""
         return np.random.default_rng([self.config.seed, *which])
+
+    def pixels_of(self, raw: RawSample) -> Tensor:
+        """A sample's image, uint8 [3, S, S], or where there are features its features [N, D_encoder].
+
+        Raises:
+            SampleFault: there are none.
+            ImageError: the image cannot be decoded.
+        """
+        if self.features is None:
+            return to_pixels(load_image(raw.image, near=self.image_size), self.image_size)
+        try:
+            features = self.features.read(raw.image)
+        except KeyError:
+            raise SampleFault("no features", raw.key, raw.shard) from None
+        if features is None:
+            raise SampleFault("bad image", raw.key, raw.shard)
+        return features
 
     def labels_of(self, raw: RawSample) -> list[str]:
         """Of a sample's labels those that have tokens.

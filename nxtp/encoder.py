@@ -66,12 +66,15 @@ class Encoder(nn.Module):
         """Patch tokens.
 
         Args:
-            images: uint8 [B, 3, S, S] in 0..255, or floating point, already normalised.
+            images: uint8 [B, 3, S, S] in 0..255, or floating point, already normalised; or, floating point
+                [B, N, D_encoder], features of a wholly frozen tower that were computed before: they pass.
 
         Returns:
             [B, N, D_encoder]. A wholly frozen tower runs without autograd. In a partly frozen one autograd
             records nothing before the first trainable block, since no input of it requires a gradient.
         """
+        if images.ndim == 3:
+            return images.to(self.mean.dtype)
         if images.dtype == torch.uint8:
             images = (images.to(self.mean.dtype) / 255 - self.mean) / self.std
         if images.device.type == "cpu" and self.is_convolutional:

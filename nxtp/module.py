@@ -18,6 +18,7 @@ from torchmetrics import MeanMetric
 from nxtp.data import Batch
 from nxtp.embedders import label_embedder
 from nxtp.errors import UserError
+from nxtp.features import FeatureStore
 from nxtp.metrics import ExactMatch, SemanticMatch
 from nxtp.model import Loss, Model, ModelConfig
 from nxtp.optim import OptimConfig, build_optimizer, choose_trained
@@ -64,12 +65,14 @@ class Recognition(L.LightningModule):
         parallel: ParallelConfig | None = None,
         seed: int = 0,
         provenance: dict[str, Any] | None = None,
+        features: FeatureStore | None = None,
     ):
         super().__init__()
         self.model_config, self.tokenizer, self.optim_config = model, tokenizer, optim
         self.validation = validation or ValidationConfig()
         self.val_names = list(val_names)
         self.fault_limit, self.seed = fault_limit, seed
+        self.features = features
         self.parallel, self.provenance = parallel or ParallelConfig(), provenance or {}
         self.model: Model | None = None
         self._gathered = ExitStack()  # while validating
@@ -94,6 +97,11 @@ class Recognition(L.LightningModule):
         sharded = trainer is not None and isinstance(trainer.strategy, Sharded)
         model = Model(self.model_config, len(self.tokenizer), load_pretrained=not resuming, deferred=sharded)
         choose_trained(model, self.optim_config.trains)
+        if self.features is not None:
+            if model.encoder.is_trained:
+                raise UserError("data.features needs a frozen encoder, and this one trains: optim.trains.encoder=none.")
+            if not resuming:  # whose weights come later
+                self.features.check(model.encoder)
         mesh = trainer.strategy.device_mesh if sharded else None
         self.model = arrange(model, self.parallel, mesh, str(trainer.precision) if sharded else "")
         if not model.decoder.is_filled:

@@ -57,6 +57,7 @@ class DataConfig:
     ``cache_dir``      where remote shards are kept
     ``cache_gb``       at most so much of them (10⁹ bytes): the least recently used are deleted
     ``stall_timeout``  seconds after which a transfer that stands still is given up
+    ``features``       a directory that ``nxtp features`` made: training reads a frozen encoder's tokens, not images
     ``index_dir``      where the indexes of shards are kept; by default in the user's cache directory
     """
 
@@ -76,6 +77,7 @@ class DataConfig:
     cache_dir: str | None = None
     cache_gb: float | None = None
     stall_timeout: float = 60.0
+    features: str | None = None
     index_dir: str | None = None
     seed: int = 0
 

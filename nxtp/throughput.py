@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import RichProgressBar
 from rich import get_console
 
 from nxtp.data import Batch
-from nxtp.perf import ModelFlops, compute_dtype, meta_model, peak_flops, peak_memory_bytes
+from nxtp.perf import Flops, ModelFlops, compute_dtype, meta_model, peak_flops, peak_memory_bytes
 
 log = logging.getLogger("nxtp")
 
@@ -46,6 +46,8 @@ class Throughput(L.Callback):
         if self.flops is None:
             shape = meta_model(module.model_config, len(module.tokenizer), module.optim_config.trains)
             self.flops = ModelFlops(shape)
+            if module.features is not None:
+                self.flops.encoder = Flops(0, 0)
 
     def _resume(self, trainer) -> None:
         self._mark = time.perf_counter(), getattr(trainer.train_dataloader, "waited", math.nan)

@@ -21,6 +21,7 @@ from nxtp.checkpoint import FileCheckpoints, find
 from nxtp.config import compose_and_run, to_dataclass
 from nxtp.data import ShardData
 from nxtp.errors import UserError
+from nxtp.features import FeatureStore
 from nxtp.model import ModelConfig
 from nxtp.model_dir import written_aside
 from nxtp.module import Recognition, ValidationConfig, describe_faults
@@ -174,6 +175,7 @@ def build(cfg: DictConfig, run_dir: Path) -> tuple[ShardData, Recognition]:
         fault_limit=config.fault_limit,
         parallel=to_dataclass(ParallelConfig, cfg.parallel, "parallel"),
         seed=cfg.seed,
+        features=FeatureStore(config.features) if config.features else None,
     )
     return data, module
 
