@@ -95,7 +95,9 @@ def step_of(cfg: DictConfig) -> Step:
     if name == "Sharded":
         strategy, tensor_parallel = "fsdp", int(options.get("tensor_parallel_size", 1))
         if tensor_parallel < 1 or ranks % tensor_parallel:
-            raise UserError(f"trainer.strategy.tensor_parallel_size is {tensor_parallel}: {ranks} ranks cannot be split so.")
+            raise UserError(
+                f"trainer.strategy.tensor_parallel_size is {tensor_parallel}: {ranks} ranks cannot be split so."
+            )
     elif name.lower().startswith("ddp"):
         strategy = "ddp"
     elif name in ("auto", "SingleDeviceStrategy"):
