@@ -78,7 +78,7 @@ def test_a_step_takes_what_its_slower_half_takes():
 
 
 def test_images_are_samples_by_weight_and_epochs():
-    train = {"a": {"shards": "x", "samples": 100}, "b": {"shards": "y", "samples": 10, "weight": 2}}
+    train = {"a": {"shards": "x", "samples": 100}, "b": {"shards": "y", "samples": 10, "weight": 2.0}}
 
     def cfg(**data):
         return OmegaConf.create({"data": OmegaConf.structured(DataConfig(**data)), "trainer": {"max_epochs": 3}})
@@ -109,7 +109,7 @@ def run(*arguments: str):
 
 def test_the_command_prints_a_table_and_one_object(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    done = run("experiment=g3m", "model=small", "--gpus", "2,16", "--global-batch", "64", "--json")
+    done = run("experiment=g3m", "model=small", "optim=adamw", "--gpus", "2,16", "--global-batch", "64", "--json")
     assert done.exit_code == 0, done.output
     result = json.loads(done.stdout.splitlines()[-1])
     assert [(row["gpus"], row["strategy"], row["images_a_gpu"]) for row in result["rows"]] == [

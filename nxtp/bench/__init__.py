@@ -1,4 +1,4 @@
-"""`nxtp bench train|predict|data|metric`: ours beside the published way, the same inputs, in one run; `nxtp bench plan`.
+"""`nxtp bench train|predict|data|metric`: ours beside the published way, the same inputs, in one run.
 
 For models each way lives in a fresh process that builds the same seeded model. The parent first has both compute the
 same thing and compares the results, then asks them for one measurement each in turn (A B A B …); ratios are medians

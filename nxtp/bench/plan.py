@@ -74,26 +74,24 @@ def sent_bytes(model: Model, strategy: str, ranks: int) -> float:
 
 
 def _regathered(model: Model) -> int:
-    """Parameters of the blocks that the backward pass reaches: the first with something to train, and all behind it.
+    """Parameters gathered again for the backward pass: of the blocks that it reaches, which are the first with
+    something to train and all behind it, and of one block before them, which FSDP fetches ahead in vain.
 
     What is in no block stays gathered from the forward to the backward pass.
     """
     blocks = blocks_of(model)
-    in_blocks = {id(p) for block in blocks for p in block.parameters()}
-    encoder = [p for n, p in model.encoder.named_parameters() if id(p) not in in_blocks]
-    inputs = [model.projection.weight, model.image_token, model.decoder.lm.model.embed_tokens.weight]
-    before = len(model.encoder.blocks())
-    count, reached = 0, False
-    for index, block in enumerate(blocks):
-        if index == before:
-            reached = reached or any(p.requires_grad for p in [*encoder, *inputs])
-        reached = reached or any(p.requires_grad for p in block.parameters())
-        count += reached * sum(p.numel() for p in block.parameters())
-    return count
+    inside = {id(p) for block in blocks for p in block.parameters()}
+    outside = [p for p in model.encoder.parameters() if id(p) not in inside]
+    inputs = [*outside, model.projection.weight, model.image_token, model.decoder.lm.model.embed_tokens.weight]
+    trains = [any(p.requires_grad for p in block.parameters()) for block in blocks]
+    if any(p.requires_grad for p in inputs):
+        trains[len(model.encoder.blocks())] = True
+    first = trains.index(True) if True in trains else len(blocks)
+    return sum(p.numel() for block in blocks[max(first - 1, 0) :] for p in block.parameters())
 
 
 def published_flops(model: Model) -> float:
-    """FLOPs an image as the published code executes them: two branches of 512 positions, all through the output layer."""
+    """FLOPs an image as the published code executes them: two branches of 512 positions, all of them to logits."""
     parts = ModelFlops(model).parts(1, PADDED_LENGTH, PADDED_LENGTH)
     branch = Flops.sum(parts[name] for name in ("decoder", "attention", "output layer"))
     return (parts["encoder"].total + parts["projection"].total) + 2 * branch.total
