@@ -79,7 +79,8 @@ class Decoder(nn.Module):
         """Give a model on the meta device, sharded or not, its memory and its source's weights, tensor by tensor."""
         self.lm.to_empty(device=device)
         rotary = self.lm.model.rotary_emb  # its buffers are computed, not stored
-        self.lm.model.rotary_emb = type(rotary)(config=self.lm.config, device=device)
+        with torch.device(device):
+            self.lm.model.rotary_emb = type(rotary)(config=self.lm.config)
         self.lm.tie_weights()
         if load_pretrained and device.type != "meta":
             fill_blocks(self.lm, self.config.source, self.kept_blocks)
