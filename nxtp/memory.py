@@ -184,7 +184,7 @@ def memory(
             live.part = "working"
             loss.backward()
         live.mark((p.grad for p in model.parameters() if p.grad is not None), "gradients")
-        return _sum_up(live, model, step, saved, fused=precision != "16-mixed")
+        return _sum_up(live, model, optim, step, saved, scales_loss=precision == "16-mixed")
 
 
 def _give_memory(model: nn.Module, dtype: torch.dtype) -> None:
@@ -338,7 +338,7 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
     return sum(local.numel() * local.element_size() for local in map(_local, tensors))
 
 
-def _sum_up(live: _LiveBytes, model: Model, step: Step, saved: int, fused: bool) -> Memory:
+def _sum_up(live: _LiveBytes, model: Model, optim: OptimConfig, step: Step, saved: int, scales_loss: bool) -> Memory:
     """Add what is there in every moment, and see whether the update needs more than the step."""
     trained = [p for p in model.parameters() if p.requires_grad]
     gradients = _bytes(trained)
@@ -346,10 +346,13 @@ def _sum_up(live: _LiveBytes, model: Model, step: Step, saved: int, fused: bool)
     always = {
         "weights": _bytes([*model.parameters(), *model.buffers()]),
         "gradients": buckets,
-        "optimizer": 2 * gradients,  # AdamW's moments
+        "optimizer": 2 * (gradients if optim.state_bits == 32 else sum(map(_bytes_of_8_bit_moment, trained))),
     }
-    # Fused AdamW works in place; else square roots of all second moments are there at once, on a CPU of one.
-    roots = 0 if fused else gradients if step.on_gpu else max(_bytes([p]) for p in trained)
+    # Fused AdamW and torchao's work in place; behind a loss scaler AdamW is not fused: the roots of all second moments
+    # are there at once, on a CPU of one.
+    roots = 0
+    if scales_loss and optim.state_bits == 32:
+        roots = gradients if step.on_gpu else max(_bytes([p]) for p in trained)
     moments = [live.peak, {"gradients": gradients, "working": roots}]
     totals = [{part: moment.get(part, 0) + always.get(part, 0) for part in PARTS} for moment in moments]
     most = {
@@ -359,3 +362,9 @@ def _sum_up(live: _LiveBytes, model: Model, step: Step, saved: int, fused: bool)
         "activations": saved,
     }
     return Memory(most, max(totals, key=lambda parts: sum(parts.values())))
+
+
+def _bytes_of_8_bit_moment(parameter: Tensor) -> int:
+    """torchao keeps a byte a number and a float32 for each 256; small or odd parameters stay float32."""
+    count = _local(parameter).numel()
+    return count + count // 64 if count >= 4096 and count % 256 == 0 else 4 * count

@@ -7,7 +7,6 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from helpers import TINY_OVERRIDES
-from nxtp.parallel import ParallelConfig, arrange
 from omegaconf import OmegaConf
 from test_train import run_nxtp
 from torch.distributed.device_mesh import DeviceMesh
@@ -21,6 +20,7 @@ from nxtp.layout import lay_out
 from nxtp.memory import Memory, Step, memory, step_of
 from nxtp.model import Model, ModelConfig
 from nxtp.optim import OptimConfig, TrainsConfig, build_optimizer, choose_trained
+from nxtp.parallel import ParallelConfig, arrange
 
 SIDE = 84
 PUBLISHED_LIKE = TrainsConfig(encoder=2, embedding=False)
@@ -139,6 +139,9 @@ def test_parts_are_what_arithmetic_says():
     scaled = of(Step("ddp", ranks=8, batch=1, precision="16-mixed", on_gpu=True))
     assert scaled.total == single.most["weights"] + 4 * trained + trained  # the update's square roots
     assert scaled.peak["working"] == trained
+
+    eight_bits = memory(config(), None, OptimConfig(trains=PUBLISHED_LIKE, state_bits=8), Step(batch=2))
+    assert eight_bits.most["optimizer"] == pytest.approx(2 * trained / 4 * (1 + 1 / 64), rel=0.02)
 
 
 def test_frozen_leading_blocks_keep_nothing_and_checkpoints_keep_little():

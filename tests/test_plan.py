@@ -7,7 +7,6 @@ import torch
 import torch.distributed as dist
 from click.testing import CliRunner
 from helpers import tiny_config
-from nxtp.parallel import ParallelConfig, arrange
 from omegaconf import OmegaConf
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -18,6 +17,7 @@ from nxtp.layout import lay_out
 from nxtp.memory import Step, _fake_mesh
 from nxtp.model import Model
 from nxtp.optim import TrainsConfig, choose_trained
+from nxtp.parallel import ParallelConfig, arrange
 from nxtp.sources import DataConfig
 
 
