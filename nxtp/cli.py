@@ -51,13 +51,13 @@ SUMMARIES = {
     "train": "Train a model, or with -m a sweep of them: nxtp train experiment=demo",
     "evaluate": "Metrics of a model directory on shards: nxtp evaluate model=DIR data=scenes",
     "predict": "Labels of images: nxtp predict IMAGE… --model DIR --top-k 20",
-    "describe": "Parameters, tokens and FLOPs of a configuration: nxtp describe experiment=demo",
+    "describe": "Parameters, tokens, FLOPs and memory a rank of a configuration: nxtp describe experiment=demo",
     "features": "A frozen encoder's features, computed once: nxtp features data.train=SHARDS data.features=DIR …",
     "data": "Look at shards, and check them: nxtp data show SHARDS, nxtp data verify DIR",
     "convert": "Published checkpoints in and out: nxtp convert CKPT --llama DIR --clip openai --to DIR",
     "export": "A checkpoint, whole or sharded → a model directory: nxtp export CKPT --to DIR",
     "parity": "Check against recorded numbers of the published implementation: nxtp parity DIR",
-    "bench": "Ours beside the published way of computing it: nxtp bench train|predict|data|metric|padding",
+    "bench": "Ours beside the published way of computing it: nxtp bench train|predict|data|metric|padding|plan",
 }
 
 

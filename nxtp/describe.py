@@ -1,4 +1,4 @@
-"""`nxtp describe`: parameters by part, tokens and FLOPs of a configuration, on the meta device, in seconds."""
+"""`nxtp describe`: parameters by part, tokens, FLOPs and memory a rank of a configuration, without data, in seconds."""
 
 from __future__ import annotations
 
@@ -9,11 +9,14 @@ from rich.console import Console
 from rich.table import Table
 
 from nxtp.config import compose_and_run, to_dataclass
+from nxtp.memory import LABEL_TOKENS, LABELS, PROMPT_TOKENS, Memory, Step, memory_of, step_of
 from nxtp.model import ModelConfig
 from nxtp.optim import OptimConfig
 from nxtp.perf import count_parameters, meta_model, training_flops
 
-LABELS, LABEL_TOKENS, PROMPT_TOKENS = 8, 2, 7  # a typical caption
+GPU_SIZES_GB = (16, 24, 40, 48, 80, 141)
+NAMES = {"optimizer": "optimiser state", "working": "working memory"}
+RESERVED_GB = 2  # CUDA's context, NCCL's and cuBLAS's buffers
 
 
 def main(argv: Sequence[str]) -> int:
@@ -51,3 +54,25 @@ def describe(cfg: DictConfig) -> None:
         console.print(
             f"vocabulary       up to {vocabulary} rows (the tokenizer is trained on the labels)", highlight=False
         )
+    step = step_of(cfg)
+    memory = memory_of(cfg)
+    console.print(memory_table(memory, step))
+    if step.on_gpu:
+        needed = memory.total / 1e9 + RESERVED_GB
+        fits = next((f"a GPU of {size} GB" for size in GPU_SIZES_GB if needed <= size), "no known GPU")
+        console.print(f"fits             {fits}, with {RESERVED_GB} GB for CUDA, NCCL and cuBLAS", highlight=False)
+
+
+def memory_table(memory: Memory, step: Step) -> Table:
+    """What a rank keeps, and what there is at the peak of a training step."""
+    ranks = f"{step.ranks} rank{'s' * (step.ranks > 1)}, {step.strategy}"
+    if step.tensor_parallel > 1:
+        ranks += f", tensor parallel {step.tensor_parallel}"
+    table = Table(title="Memory a rank (GB)", caption=f"{ranks}, {step.batch} images each, {step.precision}")
+    for column in ("part", "at most", "at the peak"):
+        table.add_column(column, justify="left" if column == "part" else "right")
+    for part, size in memory.peak.items():
+        most = f"{memory.most[part] / 1e9:,.2f}" if part in memory.most else ""
+        table.add_row(NAMES.get(part, part), most, f"{size / 1e9:,.2f}", end_section=part == "working")
+    table.add_row("total", "", f"{memory.total / 1e9:,.2f}", style="bold")
+    return table

@@ -9,6 +9,7 @@ threads that wait for each other slow short steps far more than long ones.
 from __future__ import annotations
 
 import json as json_module
+from dataclasses import replace
 from typing import Any
 
 import click
@@ -18,6 +19,7 @@ from nxtp.bench.data import data_table, measure_data
 from nxtp.bench.measure import measure_predict, measure_train, predict_table, train_table
 from nxtp.bench.metric import measure_metric, metric_table
 from nxtp.bench.padding import measure_padding, padding_table
+from nxtp.bench.plan import H100, measure_plan, plan_table
 from nxtp.bench.workers import SIZES
 
 PRECISIONS = ("32-true", "bf16-mixed", "bf16-true")
@@ -126,3 +128,31 @@ def metric(**options: Any) -> None:
 def padding(**options: Any) -> None:
     """The share of padding, and what bucketed or packed batches could save."""
     _report(measure_padding, padding_table, **options)
+
+
+def _numbers(context: click.Context, parameter: click.Parameter, value: str) -> list[int]:
+    try:
+        numbers = [int(part) for part in value.split(",")]
+    except ValueError:
+        numbers = []
+    if not numbers or min(numbers) < 1:
+        raise click.BadParameter(f"'{value}': numbers above 0 with commas between them, as in 8,32,256.")
+    return numbers
+
+
+@bench.command()
+@click.argument("overrides", nargs=-1)
+@click.option("--gpus", default="8,32,256", show_default=True, callback=_numbers, help="H100s, eight a node.")
+@click.option("--mfu", type=click.FloatRange(0, 1, min_open=True), default=0.45, show_default=True, help="Assumed.")
+@click.option("--images", type=click.IntRange(1), help="Of the whole run; by default the recipe's samples and epochs.")
+@click.option("--global-batch", type=click.IntRange(1), help="Images a step; by default the recipe's images a GPU.")
+@click.option("--inside", type=float, default=H100.inside / 1e9, show_default=True, help="GB/s a GPU in a node.")
+@click.option("--between", type=float, default=H100.between / 1e9, show_default=True, help="GB/s a GPU between nodes.")
+@click.option("--json", is_flag=True, help="Print one JSON object as the last line.")
+def plan(overrides: tuple[str, ...], inside: float, between: float, **options: Any) -> None:
+    """Hours, bytes sent and memory of a recipe on many GPUs, by formula.
+
+    OVERRIDES are those of nxtp train; experiment=g70m by default.
+    """
+    cluster = replace(H100, inside=inside * 1e9, between=between * 1e9)
+    _report(measure_plan, plan_table, overrides=overrides or ("experiment=g70m",), cluster=cluster, **options)
