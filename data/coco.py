@@ -15,7 +15,8 @@ from pathlib import Path
 import click
 
 from nxtp.errors import UserError
-from nxtp.prepare import Item, Writing, write_items, writing_options
+from nxtp.prepare import Item, write_items
+from nxtp.writing_options import Writing, writing_options
 
 
 def coco_items(source: Path, split: str, *, separate: bool = False) -> tuple[list[Item], Counter]:

@@ -15,8 +15,9 @@ import click
 
 from nxtp.errors import UserError
 from nxtp.images import find_images
-from nxtp.prepare import Item, Writing, write_items, writing_options
+from nxtp.prepare import Item, write_items
 from nxtp.shard_set import decode_text
+from nxtp.writing_options import Writing, writing_options
 
 
 def folder_items(source: Path) -> tuple[list[Item], Counter]:

@@ -32,7 +32,8 @@ import click
 
 from nxtp.errors import UserError
 from nxtp.imagenet import NAMES, SUBSETS, ImageNetClass, by_wnid, imagenet_classes, real_labels, subset
-from nxtp.prepare import Item, Span, Writing, write_items, writing_options
+from nxtp.prepare import Item, Span, write_items
+from nxtp.writing_options import Writing, writing_options
 
 SETS = ("1k", "v2", "real", "a", "r", "sketch", "objectnet")
 _IMAGE = re.compile(r"\.(jpe?g|png|webp|bmp)$", re.IGNORECASE)

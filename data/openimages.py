@@ -21,7 +21,8 @@ from pathlib import Path
 import click
 
 from nxtp.errors import UserError
-from nxtp.prepare import Item, Writing, write_items, writing_options
+from nxtp.prepare import Item, write_items
+from nxtp.writing_options import Writing, writing_options
 
 
 def narratives(files: Sequence[Path]) -> dict[str, str]:

@@ -30,7 +30,8 @@ from rich.console import Console
 
 from nxtp.errors import UserError
 from nxtp.labels import noun_backend
-from nxtp.prepare import Writing, write_set
+from nxtp.set_writer import write_set
+from nxtp.writing_options import Writing
 
 TABLE = Path(__file__).resolve().parent / "concepts.csv"
 SPLITS = ("train", "val", "val_style")

@@ -16,7 +16,8 @@ from typing import Any
 import click
 
 from nxtp.errors import UserError
-from nxtp.prepare import Item, Writing, write_items, writing_options
+from nxtp.prepare import Item, write_items
+from nxtp.writing_options import Writing, writing_options
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:

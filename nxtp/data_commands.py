@@ -17,7 +17,7 @@ from rich.table import Table
 from nxtp.errors import UserError
 from nxtp.images import printable
 from nxtp.labels import noun_backend
-from nxtp.prepare import describe
+from nxtp.set_writer import describe
 from nxtp.shards import read_manifest
 from nxtp.show import bar, save_contact_sheet
 from nxtp.sources import DataConfig, open_set

@@ -13,7 +13,7 @@ from rich.progress import track
 
 from nxtp.errors import UserError
 from nxtp.images import ImageError, load_image, printable
-from nxtp.prepare import JOURNAL
+from nxtp.journal import JOURNAL
 from nxtp.shard_set import SampleFault, ShardSet
 from nxtp.shards import MANIFEST, read_manifest, sha256_of
 from nxtp.tar_index import index_shard

@@ -23,9 +23,13 @@ from PIL import Image
 
 from nxtp.errors import UserError
 from nxtp.imagenet import by_wnid, imagenet_classes, real_labels, subset
-from nxtp.prepare import JOURNAL, Item, Skip, Writing, write_items, write_set
+from nxtp.journal import JOURNAL
+from nxtp.prepare import Item, write_items
+from nxtp.set_writer import write_set
+from nxtp.shard_pool import Skip
 from nxtp.shard_set import ShardSet
 from nxtp.shards import expand_shards, read_manifest, sha256_of, write_shard
+from nxtp.writing_options import Writing
 
 DATA = Path(__file__).parent.parent / "data"
 
@@ -482,7 +486,8 @@ def test_a_failed_run_continues(tmp_path, items):
 
 SLOW = """
 import sys, time
-from nxtp.prepare import Writing, write_set
+from nxtp.set_writer import write_set
+from nxtp.writing_options import Writing
 def make(n):
     time.sleep(0.01)
     return {"__key__": f"{n:04d}", "jpg": b"x" * n}

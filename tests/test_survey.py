@@ -10,7 +10,7 @@ from rich.cells import cell_len
 
 from nxtp.data_commands import data
 from nxtp.errors import UserError
-from nxtp.prepare import JOURNAL
+from nxtp.journal import JOURNAL
 from nxtp.shards import write_manifest, write_shard
 from nxtp.show import _lines
 

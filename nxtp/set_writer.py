@@ -1,0 +1,78 @@
+"""A set of shards with its manifest, made in parallel, resumable: what all preparation scripts end in.
+
+A journal beside the shards names those that are finished, so a killed run continues: finished shards are verified and
+kept, the unfinished one is made again. The journal becomes the manifest at the end; a second run with the same options
+does nothing.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from nxtp.errors import UserError
+from nxtp.journal import open_journal
+from nxtp.shard_pool import write_shards
+from nxtp.shards import ShardInfo, read_manifest, write_manifest
+from nxtp.writing_options import Writing
+
+
+def write_set(
+    out: Path | str,
+    items: Sequence[Any],
+    make: Callable[[Any], Mapping[str, Any]],
+    *,
+    made_by: Mapping[str, Any],
+    skipped: Mapping[str, int] | None = None,
+    nouns: Mapping[str, Any] | None = None,
+    writing: Writing | None = None,
+    console: Console | None = None,
+) -> dict[str, Any]:
+    """Write ``make(item)`` of all items, in their order, as shards of ``out`` with a manifest; see the module.
+
+    ``make`` is a picklable function that returns a sample (see :func:`nxtp.shards.write_shard`) or raises
+    :class:`nxtp.shard_pool.Skip`. Returns the manifest.
+
+    Raises:
+        UserError: no items, ``out`` holds a set made with other options, another process writes there, or the disk
+            is full.
+    """
+    out, writing, console = Path(out), writing or Writing(), console or Console(stderr=True)
+    made_by = json.loads(json.dumps({**made_by, "nouns": dict(nouns or {})}))
+    if not items:
+        raise UserError(f"{out}: the source gives no sample{describe(skipped or {}, ' (left out: {})')}.")
+    with open_journal(out, made_by, writing.overwrite) as journal:
+        done = journal.kept()
+        if done is None:
+            manifest = read_manifest(out)
+            text = f"{out}: {manifest['samples']:,} samples are there, nothing to do."
+            console.print(text, highlight=False, soft_wrap=True)
+            return manifest
+        bounds = range(0, len(items), writing.shard_size)
+        jobs = {f"{out.name}-{n:05d}.tar": slice(first, first + writing.shard_size) for n, first in enumerate(bounds)}
+        rows = write_shards(out, items, make, jobs, done, journal, writing, console)
+        totals = Counter(skipped or {})
+        for row in rows:
+            totals.update(row["skipped"])
+        totals = Counter(journal.skipped) if journal.skipped is not None else totals
+        infos = [ShardInfo(**row["info"]) for row in rows if row["info"]["samples"]]
+        if not infos:
+            raise UserError(f"{out}: no source item could be used{describe(totals, ' ({})')}.")
+        write_manifest(out, infos, made_by=made_by, nouns=nouns, skipped=dict(sorted(totals.items())))
+        journal.finish()
+    manifest = read_manifest(out)
+    told = describe(totals, "; left out: {}")
+    size = f"{manifest['bytes'] / 1e9:.2f} GB" if manifest["bytes"] >= 1e7 else f"{manifest['bytes'] / 1e3:.0f} kB"
+    text = f"{out}: {manifest['samples']:,} samples in {len(infos)} shards, {size}{told}."
+    console.print(text, highlight=False, soft_wrap=True)
+    return manifest
+
+
+def describe(counts: Mapping[str, int], template: str) -> str:
+    """``template`` filled with "kind × n, …", or nothing where there is nothing to tell."""
+    return template.format(", ".join(f"{kind} × {n:,}" for kind, n in sorted(counts.items()))) if counts else ""
