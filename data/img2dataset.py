@@ -25,6 +25,7 @@ from rich.progress import track
 from nxtp.errors import UserError
 from nxtp.shards import ShardInfo, read_manifest, sha256_of, write_manifest
 from nxtp.tar_index import index_shard
+from nxtp.wording import counted
 
 
 def describe_shard(path: Path, known: dict[str, ShardInfo], since: float) -> tuple[ShardInfo, Counter]:
@@ -86,7 +87,7 @@ def main(directory: Path, workers: int) -> None:
         raise click.ClickException(str(error)) from error
     samples, size = sum(info.samples for info in infos), sum(info.bytes for info in infos)
     console.print(
-        f"{directory}: {samples:,} samples in {len(infos)} shards, {size / 1e9:.2f} GB.",
+        f"{directory}: {counted(samples, 'sample')} in {counted(len(infos), 'shard')}, {size / 1e9:.2f} GB.",
         highlight=False,
         soft_wrap=True,
     )

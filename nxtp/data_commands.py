@@ -17,12 +17,12 @@ from rich.table import Table
 from nxtp.errors import UserError
 from nxtp.images import printable
 from nxtp.labels import noun_backend
-from nxtp.set_writer import describe
 from nxtp.shards import read_manifest
 from nxtp.show import bar, save_contact_sheet
 from nxtp.sources import DataConfig, open_set
 from nxtp.survey import Survey, quartiles, sheet_items, survey
 from nxtp.verify import verify
+from nxtp.wording import counted, describe
 
 
 @click.group()
@@ -61,7 +61,7 @@ def show(shards, out, images, samples, top, nouns, seed, cache_dir, as_json):
 
 def _title(shards: Sequence[str], found: Survey) -> str:
     average = statistics.fmean(found.counts.elements()) if found.counts else 0
-    return f"{printable(', '.join(shards))}: {found.samples:,} samples, {average:.1f} labels an image"
+    return f"{printable(', '.join(shards))}: {counted(found.samples, 'sample')}, {average:.1f} labels an image"
 
 
 @data.command(name="verify")
@@ -81,13 +81,15 @@ def verify_command(directories, images, workers):
         bad += bool(problems)
         if not problems:
             manifest = read_manifest(directory)
-            total = f"{manifest['samples']:,} samples in {len(manifest['shards']):,} shards"
+            total = f"{counted(manifest['samples'], 'sample')} in {counted(len(manifest['shards']), 'shard')}"
             click.echo(f"{directory}: {total}, {manifest['bytes'] / 1e9:.2f} GB: all as the manifest says.")
     sys.exit(1 if bad else 0)
 
 
 def print_survey(console: Console, found: Survey, top: int) -> None:
-    sizes = Table(title=f"{found.samples:,} samples, {found.looked_at:,} of them looked at", title_justify="left")
+    sizes = Table(
+        title=f"{counted(found.samples, 'sample')}, {found.looked_at:,} of them looked at", title_justify="left"
+    )
     for column in ("", "min", "25 %", "median", "75 %", "max"):
         sizes.add_column(column, justify="right" if column else "left", no_wrap=True)
     rows = {

@@ -4,55 +4,75 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from nxtp.errors import UserError
-from nxtp.shards import MANIFEST, read_manifest
+from nxtp.shards import MANIFEST, ShardInfo, read_manifest
 
 JOURNAL = ".unfinished.jsonl"
+_LEFT_BY_A_KILL = (".*.tar.*.tmp", f".{MANIFEST}.*.tmp")
 
 
 class Journal:
-    """The finished shards of an unfinished set, a line each, headed by what makes the set.
+    """A line for each finished shard, headed by what makes the set; of two lines for one shard the later holds.
 
-    ``skipped`` is what was left out of a whole set that lost a shard since: the same source leaves out the same.
+    A set with a manifest is whole: its journal begins (:meth:`begin`) only when a shard of it must be made again. At
+    any instant either the manifest or the journal names all finished shards.
+
+    ``whole``    the manifest is there, the journal has not begun
+    ``skipped``  what was left out of a set that was whole: the same source leaves out the same; None: not known yet
     """
 
-    def __init__(self, directory: Path, made_by: Mapping[str, Any], file):
+    def __init__(self, directory: Path, made_by: Mapping[str, Any], file: TextIO):
         self.directory, self.made_by, self.file = directory, made_by, file
         self.skipped: dict[str, int] | None = None
-
-    def kept(self) -> dict[str, dict[str, Any]] | None:
-        """Rows by shard name that were finished by the same command; None where the whole set is."""
-        manifest = read_manifest(self.directory)
+        self._rows: list[dict[str, Any]] = []
+        manifest = read_manifest(directory)
+        self.whole = manifest is not None
         if manifest is not None:
-            there = {p.name: p.stat().st_size for p in self.directory.glob("*.tar")}
-            if all(there.get(row["name"]) == row["bytes"] for row in manifest["shards"]):
-                self.file.truncate(0)
-                return None
-            rows = [{"info": row, "skipped": {}} for row in manifest["shards"]]
+            self.file.truncate(0)  # of a run that was killed between its manifest and its end
+            self._rows = [{"info": row, "skipped": {}} for row in manifest["shards"]]
             self.skipped = manifest["skipped"]
-        else:
-            self.file.seek(0)
-            head, *lines = self.file.read().splitlines() or [""]
-            self.skipped = (_parsed(head) or {}).get("skipped")
-            rows = [row for row in map(_parsed, lines) if row is not None]  # the last may be torn
+            return
         self.file.seek(0)
-        self.file.truncate()
-        self.add({"made_by": self.made_by, "skipped": self.skipped})
-        for row in rows:
-            self.add(row)
-        (self.directory / MANIFEST).unlink(missing_ok=True)
-        return {row["info"]["name"]: row for row in rows}
+        text = self.file.read()
+        head, *lines = text[: text.rfind("\n") + 1].splitlines() or [""]
+        self._rows = [row for row in map(_parsed, lines) if row is not None]
+        self.skipped = (_parsed(head) or {}).get("skipped")
+        if not head:
+            self.file.truncate(0)
+            self.add({"made_by": self.made_by, "skipped": None})
+        elif not text.endswith("\n"):  # the last line is torn
+            self.file.truncate(len(text[: text.rfind("\n") + 1].encode()))
 
-    def add(self, row: Mapping[str, Any]) -> None:
-        self.file.write(json.dumps(row, sort_keys=True) + "\n")
+    def finished(self, names: list[str]) -> dict[str, dict[str, Any]]:
+        """Rows by shard name of those of ``names`` that are finished; a whole set lists no shard without samples."""
+        rows = {row["info"]["name"]: row for row in self._rows}
+        if self.whole:
+            empty = {name: {"info": asdict(ShardInfo(name, 0, 0, "")), "skipped": {}} for name in names}
+            rows = empty | rows
+        return rows
+
+    def begin(self) -> None:
+        """The set is not whole any longer: what the manifest says goes into the journal, and the manifest goes."""
+        if not self.whole:
+            return
+        self.add({"made_by": self.made_by, "skipped": self.skipped}, *self._rows)
+        (self.directory / MANIFEST).unlink()
+        self.whole = False
+
+    def add(self, *rows: Mapping[str, Any]) -> None:
+        self.file.write("".join(json.dumps(row, sort_keys=True) + "\n" for row in rows))
         self.file.flush()
+        os.fsync(self.file.fileno())
 
     def finish(self) -> None:
+        """The manifest is written."""
         self.file.truncate(0)
 
 
@@ -64,22 +84,14 @@ def open_journal(directory: Path, made_by: Mapping[str, Any], overwrite: bool) -
             and ``overwrite`` is off.
     """
     path = directory / JOURNAL
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        opened = open(path, "a+", encoding="utf-8")  # noqa: SIM115
-    except OSError as error:
-        raise UserError(f"'{directory}' cannot be written ({error.strerror}): choose another --out.") from error
-    with opened as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(f"'{directory}' is being written by another process.") from None
+    with _locked(path) as file:
         manifest = read_manifest(directory) if not overwrite else _manifest_or_none(directory)
         file.seek(0)
         head = file.readline()
         before = manifest["made_by"] if manifest else (_parsed(head) or {}).get("made_by")
         changed = sorted(k for k in {*(before or {}), *made_by} if (before or {}).get(k) != made_by.get(k))
-        if (before is not None and changed) or (before is None and any(directory.glob("*.tar"))):
+        unknown = before is None and (any(directory.glob("*.tar")) or (directory / MANIFEST).exists())
+        if (before is not None and changed) or unknown:
             if not overwrite:
                 what = f"a set made with other options ({', '.join(changed)})" if before else "shards of unknown making"
                 raise UserError(f"'{directory}' holds {what}: choose another --out, or --overwrite.")
@@ -87,13 +99,37 @@ def open_journal(directory: Path, made_by: Mapping[str, Any], overwrite: bool) -
                 old.unlink(missing_ok=True)
             file.seek(0)
             file.truncate()
-        for torn in directory.glob(".*.tar.*.tmp"):
-            torn.unlink()
+        for pattern in _LEFT_BY_A_KILL:
+            for torn in directory.glob(pattern):
+                torn.unlink()
         try:
             yield Journal(directory, made_by, file)
         finally:
             if path.exists() and path.stat().st_size == 0:
                 path.unlink()
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[TextIO]:
+    """The journal's file, to be written by this process alone."""
+    while True:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            opened = open(path, "a+", encoding="utf-8")  # noqa: SIM115
+        except OSError as error:
+            raise UserError(f"'{path.parent}' cannot be written ({error.strerror}): choose another --out.") from error
+        with opened as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise UserError(f"'{path.parent}' is being written by another process.") from None
+            try:
+                current = os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+            except FileNotFoundError:
+                current = False
+            if current:  # else another run has ended and deleted it since it was opened
+                yield file
+                return
 
 
 def _manifest_or_none(directory: Path) -> dict[str, Any] | None:
@@ -104,7 +140,9 @@ def _manifest_or_none(directory: Path) -> dict[str, Any] | None:
 
 
 def _parsed(line: str) -> dict[str, Any] | None:
+    """A line of the journal; None of one that is torn."""
     try:
-        return json.loads(line)
+        row = json.loads(line)
     except ValueError:
         return None
+    return row if isinstance(row, dict) else None

@@ -19,6 +19,7 @@ from nxtp.errors import UserError
 from nxtp.journal import open_journal
 from nxtp.shard_pool import write_shards
 from nxtp.shards import ShardInfo, read_manifest, write_manifest
+from nxtp.wording import counted, describe
 from nxtp.writing_options import Writing
 
 
@@ -47,15 +48,14 @@ def write_set(
     if not items:
         raise UserError(f"{out}: the source gives no sample{describe(skipped or {}, ' (left out: {})')}.")
     with open_journal(out, made_by, writing.overwrite) as journal:
-        done = journal.kept()
-        if done is None:
-            manifest = read_manifest(out)
-            text = f"{out}: {manifest['samples']:,} samples are there, nothing to do."
-            console.print(text, highlight=False, soft_wrap=True)
-            return manifest
         bounds = range(0, len(items), writing.shard_size)
         jobs = {f"{out.name}-{n:05d}.tar": slice(first, first + writing.shard_size) for n, first in enumerate(bounds)}
-        rows = write_shards(out, items, make, jobs, done, journal, writing, console)
+        rows = write_shards(out, items, make, jobs, journal.finished(list(jobs)), journal, writing, console)
+        if journal.whole:
+            manifest = read_manifest(out)
+            text = f"{out}: {counted(manifest['samples'], 'sample')} as the manifest says, nothing to do."
+            console.print(text, highlight=False, soft_wrap=True)
+            return manifest
         totals = Counter(skipped or {})
         for row in rows:
             totals.update(row["skipped"])
@@ -68,11 +68,6 @@ def write_set(
     manifest = read_manifest(out)
     told = describe(totals, "; left out: {}")
     size = f"{manifest['bytes'] / 1e9:.2f} GB" if manifest["bytes"] >= 1e7 else f"{manifest['bytes'] / 1e3:.0f} kB"
-    text = f"{out}: {manifest['samples']:,} samples in {len(infos)} shards, {size}{told}."
+    text = f"{out}: {counted(manifest['samples'], 'sample')} in {counted(len(infos), 'shard')}, {size}{told}."
     console.print(text, highlight=False, soft_wrap=True)
     return manifest
-
-
-def describe(counts: Mapping[str, int], template: str) -> str:
-    """``template`` filled with "kind × n, …", or nothing where there is nothing to tell."""
-    return template.format(", ".join(f"{kind} × {n:,}" for kind, n in sorted(counts.items()))) if counts else ""

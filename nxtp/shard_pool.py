@@ -21,6 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from nxtp.errors import UserError
 from nxtp.journal import Journal
 from nxtp.shards import sha256_of, write_shard
+from nxtp.wording import counted, some_of
 from nxtp.writing_options import Writing
 
 
@@ -89,12 +90,13 @@ def write_shards(
     writing: Writing,
     console: Console,
 ) -> list[dict[str, Any]]:
-    """All rows: those of ``done`` that still hold, and those made now."""
+    """All rows: those of ``done`` that still hold, and those made now. Says which were made again."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"))
     progress = Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(elapsed_when_finished=True), console=console)
     context = multiprocessing.get_context("spawn" if sys.platform == "win32" else "forkserver")
     count = context.Value("q", 0)
     rows: list[dict[str, Any]] = []
+    again: list[str] = []
     with progress, _executor(min(writing.workers, len(jobs)), context, count) as pool:
         bar = progress.add_task(f"{out.name:10}", total=len(items), rate="")
 
@@ -107,7 +109,9 @@ def write_shards(
         def collect(future: Future) -> None:
             name = pending.pop(future)
             row = future.result()
-            if row is None:  # no longer what the journal says
+            if row is None:  # no longer what the journal or the manifest says
+                again.append(name)
+                journal.begin()
                 pending[pool.submit(_write_one, out / name, items[jobs[name]], make)] = name
                 return
             if row is not done.get(name):
@@ -133,6 +137,9 @@ def write_shards(
             if isinstance(error, OSError):
                 raise UserError(f"{out}: cannot be written ({error.strerror}). The same command continues.") from error
             raise
+    if again:
+        told = f"{out}: {counted(len(again), 'shard')} missing or damaged, made again: {some_of(sorted(again))}."
+        console.print(told, highlight=False, soft_wrap=True)
     return rows
 
 

@@ -6,6 +6,7 @@ import importlib
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from PIL import Image
 
 from nxtp.errors import UserError
 from nxtp.imagenet import by_wnid, imagenet_classes, real_labels, subset
-from nxtp.journal import JOURNAL
+from nxtp.journal import JOURNAL, Journal
 from nxtp.prepare import Item, write_items
 from nxtp.set_writer import write_set
 from nxtp.shard_pool import Skip
@@ -433,6 +434,15 @@ def test_a_second_run_does_nothing_and_a_lost_shard_is_made_again(tmp_path, item
     write_items(out, items, made_by={}, writing=writing)
     assert {p: p.stat().st_mtime_ns for p in out.iterdir()} == times
     assert "nothing to do" in capsys.readouterr().err
+    with open(out / "s-00003.tar", "r+b") as file:  # the same size, other bytes: the only one that differs
+        file.seek(700)
+        file.write(b"XXXX")
+    write_items(out, items, made_by={}, writing=writing)
+    told = capsys.readouterr().err
+    assert "1 shard missing or damaged, made again: s-00003.tar" in told
+    assert "nothing to do" not in told
+    assert contents(out) == before
+    assert (out / "s-00000.tar").stat().st_mtime_ns == times[out / "s-00000.tar"], "the others are kept"
     (out / "s-00001.tar").unlink()
     with open(out / "s-00002.tar", "r+b") as file:  # the same size, other bytes
         file.seek(700)
@@ -482,6 +492,99 @@ def test_a_failed_run_continues(tmp_path, items):
     assert made == items[12:], "finished shards are kept"
     assert not (out / JOURNAL).exists()
     assert len(samples(out)) == 20
+
+
+def test_a_set_whose_shards_may_be_empty_is_whole(tmp_path, items):
+    out, writing, made = tmp_path / "s", Writing(shard_size=1), []
+
+    def make(item):
+        made.append(item)
+        if item is items[3]:
+            raise Skip("tested")
+        return {"__key__": item.key, "jpg": b"x"}
+
+    for _ in range(2):
+        assert write_set(out, items, make, made_by={}, writing=writing)["samples"] == 19
+    assert made == items, "made once"
+
+
+class Killed(BaseException):
+    """Nothing is cleaned up after it but what a context manager does."""
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_kill_at_any_write_of_the_journal_loses_no_shard(tmp_path, items, whole, monkeypatch):
+    """Each instant at which a continued run writes its journal, cut short there: the next run still continues."""
+
+    def make(item):
+        return {"__key__": item.key, "jpg": Path(item.image).read_bytes()}
+
+    def stopped(item):
+        if item is items[13]:
+            raise KeyboardInterrupt
+        return make(item)
+
+    def torn(at: int):
+        """Journal.add that is killed within its ``at``-th call."""
+        calls, real = [], Journal.add
+
+        def add(journal, *rows):
+            calls.append(rows)
+            if len(calls) == at:
+                journal.file.write("".join(json.dumps(row) + "\n" for row in rows)[:-9])
+                journal.file.flush()
+                raise Killed
+            real(journal, *rows)
+
+        return add
+
+    out, writing = tmp_path / "s", Writing(shard_size=6)
+    write_set(tmp_path / "sound" / "s", items, make, made_by={}, writing=writing)
+    for at in range(1, 9):
+        if whole:
+            write_set(out, items, make, made_by={}, writing=writing)
+            (out / "s-00002.tar").unlink()
+        else:
+            with pytest.raises(KeyboardInterrupt):
+                write_set(out, items, stopped, made_by={}, writing=writing)
+        with monkeypatch.context() as patch:
+            patch.setattr(Journal, "add", torn(at))
+            try:
+                write_set(out, items, make, made_by={}, writing=writing)
+                finished = True
+            except Killed:
+                finished = False
+        write_set(out, items, make, made_by={}, writing=writing)
+        assert contents(out) == contents(tmp_path / "sound" / "s"), at
+        shutil.rmtree(out)
+        if finished:
+            assert at > 2
+            return
+    raise AssertionError("the journal is written more often than expected")
+
+
+def test_reopening_a_journal_never_empties_it(tmp_path):
+    """A journal is never shorter than its whole lines, at any system call."""
+    write_shard(tmp_path / "s-00000.tar", [{"__key__": "a", "jpg": b"x"}])
+    row = {"info": {"name": "s-00000.tar", "samples": 1, "bytes": 1, "sha256": "0"}, "skipped": {}}
+    lines = "".join(json.dumps(line) + "\n" for line in ({"made_by": {"a": 1}, "skipped": None}, row))
+    (tmp_path / JOURNAL).write_text(lines + '{"torn')
+    read_lengths = []
+
+    class Watched:
+        def __init__(self, file):
+            self.file = file
+
+        def __getattr__(self, name):
+            read_lengths.append((tmp_path / JOURNAL).stat().st_size)
+            return getattr(self.file, name)
+
+    with open(tmp_path / JOURNAL, "a+") as file:
+        journal = Journal(tmp_path, {"a": 1}, Watched(file))
+        assert list(journal.finished(["s-00000.tar"])) == ["s-00000.tar"]
+        journal.add(row)
+    assert min(read_lengths) >= len(lines)
+    assert (tmp_path / JOURNAL).read_text() == lines + json.dumps(row, sort_keys=True) + "\n"
 
 
 SLOW = """
