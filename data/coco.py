@@ -9,18 +9,18 @@ image folders train2017/ and val2017/.
 from __future__ import annotations
 
 import json
-from collections import Counter
 from pathlib import Path
 
 import click
 
 from nxtp.errors import UserError
+from nxtp.left_out import LeftOut
 from nxtp.prepare import Item, write_items
 from nxtp.writing_options import Writing, writing_options
 
 
-def coco_items(source: Path, split: str, *, separate: bool = False) -> tuple[list[Item], Counter]:
-    """(items, left out by kind) of one split; an image's captions joined by spaces, or one item a caption.
+def coco_items(source: Path, split: str, *, separate: bool = False) -> tuple[list[Item], LeftOut]:
+    """(items, what is left out) of one split; an image's captions joined by spaces, or one item a caption.
 
     Raises:
         UserError: the annotations are missing or are not COCO's.
@@ -28,7 +28,7 @@ def coco_items(source: Path, split: str, *, separate: bool = False) -> tuple[lis
     path = source / "annotations" / f"captions_{split}2017.json"
     try:
         content = json.loads(path.read_bytes())
-        files = {image["id"]: image["file_name"] for image in content["images"]}
+        files = {int(image["id"]): Path(image["file_name"]) for image in content["images"]}
         captions: dict[int, list[str]] = {image: [] for image in files}
         for annotation in sorted(content["annotations"], key=lambda a: a["id"]):
             text = " ".join(annotation["caption"].split())
@@ -36,14 +36,13 @@ def coco_items(source: Path, split: str, *, separate: bool = False) -> tuple[lis
                 captions[annotation["image_id"]].append(text)
     except FileNotFoundError:
         raise UserError(f"{path} is missing. Download and unpack COCO 2017 from https://cocodataset.org.") from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} does not hold COCO captions ({type(error).__name__}: {error}).") from error
-    items, skipped = [], Counter()
+    items, skipped = [], LeftOut()
     for image in sorted(files):
-        name, texts = files[image], captions[image]
-        key, file = Path(name).stem, str(source / f"{split}2017" / Path(name).name)
+        texts, key, file = captions[image], files[image].stem, str(source / f"{split}2017" / files[image].name)
         if not texts:
-            skipped["no caption"] += 1
+            skipped.add("no caption", file)
         elif separate:
             items += [Item(f"{key}_{n}", file, text) for n, text in enumerate(texts)]
         else:

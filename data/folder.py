@@ -8,20 +8,23 @@ Any bitmap format, any depth of subfolders.
 from __future__ import annotations
 
 import json
-from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import click
 
 from nxtp.errors import UserError
 from nxtp.images import find_images
+from nxtp.labels import clean_labels
+from nxtp.left_out import LeftOut
 from nxtp.prepare import Item, write_items
+from nxtp.shard_pool import Skip
 from nxtp.shard_set import decode_text
 from nxtp.writing_options import Writing, writing_options
 
 
-def folder_items(source: Path) -> tuple[list[Item], Counter]:
-    """(items, left out by kind) of all images below ``source``.
+def folder_items(source: Path) -> tuple[list[Item], LeftOut]:
+    """(items, what is left out) of all images below ``source``.
 
     Raises:
         UserError: no image there.
@@ -29,22 +32,44 @@ def folder_items(source: Path) -> tuple[list[Item], Counter]:
     images, problems = find_images([source])
     if not images:
         raise UserError(str(problems[0]) if problems else f"{source}: no image in this directory")
-    items, skipped = [], Counter()
+    items, skipped = [], LeftOut()
     for image in images:
-        text, record = image.with_suffix(".txt"), image.with_suffix(".json")
-        caption = decode_text(text.read_bytes()) if text.is_file() else None
+        name = str(image.relative_to(source))
         try:
-            values = json.loads(record.read_bytes()) if record.is_file() else {}
-        except ValueError:
-            values = None
-        if not isinstance(values, dict):
-            skipped["bad json"] += 1
-        elif not caption and not values.get("labels") and not values.get("caption"):
-            skipped["no caption"] += 1
-        else:
-            key = "_".join(image.relative_to(source).with_suffix("").parts).replace(".", "_")
-            items.append(Item(key, str(image), caption, values))
+            caption, record = _texts(image)
+        except Skip as skip:
+            skipped.add(skip.kind, name)
+            continue
+        key = "_".join(image.relative_to(source).with_suffix("").parts)
+        items.append(Item(key, str(image), caption, record))
     return items, skipped
+
+
+def _texts(image: Path) -> tuple[str | None, dict[str, Any]]:
+    """The caption and the JSON beside an image.
+
+    Raises:
+        Skip: training could not use them.
+    """
+    text, record = image.with_suffix(".txt"), image.with_suffix(".json")
+    try:
+        caption = decode_text(text.read_bytes()) if text.is_file() else None
+        values = json.loads(record.read_bytes()) if record.is_file() else {}
+    except OSError:
+        raise Skip("unreadable caption or json") from None
+    except (ValueError, RecursionError):
+        values = None
+    if not isinstance(values, dict):
+        raise Skip("bad json")
+    labels = values.get("labels")
+    if labels is not None and not (isinstance(labels, list) and all(isinstance(label, str) for label in labels)):
+        raise Skip("labels not a list of strings")
+    if not clean_labels(labels or []):
+        values.pop("labels", None)  # an empty list would win over the caption
+    told = values.get("caption")
+    if not caption and "labels" not in values and not (isinstance(told, str) and told.strip()):
+        raise Skip("no caption")
+    return caption or None, values
 
 
 @click.command()

@@ -23,7 +23,6 @@ import json
 import os
 import re
 import tarfile
-from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
@@ -32,6 +31,7 @@ import click
 
 from nxtp.errors import UserError
 from nxtp.imagenet import NAMES, SUBSETS, ImageNetClass, by_wnid, imagenet_classes, real_labels, subset
+from nxtp.left_out import LeftOut
 from nxtp.prepare import Item, Span, write_items
 from nxtp.writing_options import Writing, writing_options
 
@@ -132,8 +132,8 @@ def objectnet_labels(source: Path) -> Callable[[str], str]:
     return lambda folder: str(names.get(folder, re.sub(r"[_\s]+", " ", folder).strip())).lower()
 
 
-def imagenet_items(source: Path, kind: str, *, truth: Path | None, names: str) -> tuple[list[Item], Counter]:
-    """(items, left out by kind). The record of an item holds ``labels`` and, but for ObjectNet, the class's index
+def imagenet_items(source: Path, kind: str, *, truth: Path | None, names: str) -> tuple[list[Item], LeftOut]:
+    """(items, what is left out). The record of an item holds ``labels`` and, but for ObjectNet, the class's index
     (``class``; ReaL: ``classes``) and ``wnid``.
 
     Raises:
@@ -144,7 +144,7 @@ def imagenet_items(source: Path, kind: str, *, truth: Path | None, names: str) -
     number_of = validation_truth(truth) if truth else {}
     objectnet = objectnet_labels(source) if kind == "objectnet" else None
     items: list[Item] = []
-    skipped: Counter = Counter()
+    skipped = LeftOut()
     for folder, stem, image in find(source):
         number = int(match[1]) if (match := _VALIDATION.fullmatch(stem)) else None
         if objectnet is not None:
@@ -156,7 +156,7 @@ def imagenet_items(source: Path, kind: str, *, truth: Path | None, names: str) -
             true = [classes[i] for i in real_labels()[number - 1]]
             labels = list(dict.fromkeys(label for c in true for label in c.labels(names)))
             if not true:
-                skipped["no ReaL label"] += 1
+                skipped.add("no ReaL label", stem)
             else:
                 items.append(Item(stem, image, None, {"labels": labels, "classes": [c.index for c in true]}))
             continue

@@ -49,6 +49,10 @@ def describe_shard(path: Path, known: dict[str, ShardInfo], since: float) -> tup
     return info, skipped
 
 
+def _not_writable(directory: Path, why: str) -> UserError:
+    return UserError(f"{directory}: manifest.json cannot be written there ({why}): make the directory writable.")
+
+
 @click.command()
 @click.argument("directory", type=click.Path(path_type=Path, exists=True, file_okay=False))
 @click.option(
@@ -72,6 +76,8 @@ def main(directory: Path, workers: int) -> None:
         shards = sorted(directory.glob("*.tar"))
         if not shards:
             raise UserError(f"{directory} holds no *.tar: run img2dataset with --output_format webdataset.")
+        if not os.access(directory, os.W_OK):
+            raise _not_writable(directory, "no permission")
         before = read_manifest(directory)
         known = {row["name"]: ShardInfo(**row) for row in before["shards"]} if before else {}
         since = (directory / "manifest.json").stat().st_mtime if before else 0.0
@@ -82,7 +88,10 @@ def main(directory: Path, workers: int) -> None:
             for info, left_out in track(rows, "hashing shards", total=len(shards), console=console):
                 infos.append(info)
                 skipped.update(left_out)
-        write_manifest(directory, infos, made_by={"script": "img2dataset"}, skipped=dict(sorted(skipped.items())))
+        try:
+            write_manifest(directory, infos, made_by={"script": "img2dataset"}, skipped=dict(sorted(skipped.items())))
+        except OSError as error:
+            raise _not_writable(directory, error.strerror) from error
     except UserError as error:
         raise click.ClickException(str(error)) from error
     samples, size = sum(info.samples for info in infos), sum(info.bytes for info in infos)

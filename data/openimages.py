@@ -14,13 +14,14 @@ from __future__ import annotations
 
 import csv
 import json
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
 import click
 
 from nxtp.errors import UserError
+from nxtp.left_out import LeftOut
 from nxtp.prepare import Item, write_items
 from nxtp.writing_options import Writing, writing_options
 
@@ -33,12 +34,14 @@ def narratives(files: Sequence[Path]) -> dict[str, str]:
     """
     texts: dict[str, list[tuple[int, str]]] = defaultdict(list)
     for file in files:
-        with open(file, encoding="utf-8") as lines:
+        with open(file, "rb") as lines:
             for number, line in enumerate(lines, start=1):
                 try:
                     row = json.loads(line)
-                    texts[row["image_id"]].append((int(row["annotator_id"]), " ".join(row["caption"].split())))
-                except (ValueError, KeyError, TypeError, AttributeError) as error:
+                    texts[Path(row["image_id"]).name].append(
+                        (int(row["annotator_id"]), " ".join(row["caption"].split()))
+                    )
+                except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
                     problem = f"{file}, line {number}: not a localized narrative ({type(error).__name__}: {error})."
                     raise UserError(problem) from error
     return {image: " ".join(text for _, text in sorted(rows)) for image, rows in texts.items()}
@@ -56,10 +59,10 @@ def image_labels(labels: Path, classes: Path) -> dict[str, list[str]]:
         found: dict[str, list[str]] = defaultdict(list)
         with open(labels, encoding="utf-8", newline="") as file:
             for row in csv.DictReader(file):
-                verified = found[row["ImageID"]]
+                verified = found[Path(row["ImageID"]).name]
                 if float(row["Confidence"]) == 1:
                     verified.append(names[row["LabelName"]])
-    except (KeyError, ValueError) as error:
+    except (KeyError, ValueError, TypeError, csv.Error) as error:
         raise UserError(
             f"{labels} and {classes}: not Open Images' tables ({type(error).__name__}: {error})."
         ) from error
@@ -89,15 +92,15 @@ def main(images: Path, stories, labels: Path | None, classes: Path | None, out: 
         raise click.UsageError("--labels and --classes go together.")
     captions = narratives(stories)
     verified = image_labels(labels, classes) if labels else {}
-    items, skipped = [], Counter()
+    items, skipped = [], LeftOut()
     for image in sorted({*captions, *verified}):
         if labels and not verified.get(image):
-            skipped["no label"] += 1
+            skipped.add("no label", image)
         elif stories and image not in captions:
-            skipped["no caption"] += 1
+            skipped.add("no caption", image)
         else:
             record = {"labels": verified[image]} if labels else None
-            items.append(Item(image, str(images / f"{Path(image).name}.jpg"), captions.get(image), record))
+            items.append(Item(image, str(images / f"{image}.jpg"), captions.get(image), record))
     made_by = {"script": "openimages", "narratives": bool(stories), "labels": bool(labels)}
     write_items(out, items, made_by=made_by, skipped=skipped, writing=writing)
 

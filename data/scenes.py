@@ -324,7 +324,7 @@ def _check(options: Options) -> None:
 @click.option("--size", default=64, help="Pixels a side.")
 @click.option("--min-objects", default=1, help="Pictures a scene, at least.")
 @click.option("--max-objects", default=4, help="Pictures a scene, at most 4.")
-@click.option("--seed", default=0, help="Another seed, other scenes.")
+@click.option("--seed", type=click.IntRange(0), default=0, help="Another seed, other scenes.")
 @click.option("--shard-size", default=2_000, help="Scenes a shard.")
 @click.option("--workers", default=2, help="Processes.")
 @click.option("--overwrite", is_flag=True, help="Replace scenes that were made with other options.")

@@ -9,13 +9,13 @@ objects.json or region_descriptions.json, beside the image folders VG_100K/ and 
 from __future__ import annotations
 
 import json
-from collections import Counter
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import click
 
 from nxtp.errors import UserError
+from nxtp.left_out import LeftOut
 from nxtp.prepare import Item, write_items
 from nxtp.writing_options import Writing, writing_options
 
@@ -25,12 +25,12 @@ def _rows(path: Path) -> list[dict[str, Any]]:
         return json.loads(path.read_bytes())
     except FileNotFoundError:
         raise UserError(f"{path} is missing. Download and unpack Visual Genome (see --help).") from None
-    except ValueError as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is not JSON ({error}).") from error
 
 
-def visual_genome_items(source: Path, text: str) -> tuple[list[Item], Counter]:
-    """(items, left out by kind); ``text`` is "objects" or "regions".
+def visual_genome_items(source: Path, text: str) -> tuple[list[Item], LeftOut]:
+    """(items, what is left out); ``text`` is "objects" or "regions".
 
     Raises:
         UserError: a file is missing or has other keys.
@@ -44,14 +44,14 @@ def visual_genome_items(source: Path, text: str) -> tuple[list[Item], Counter]:
             for row in _rows(source / "region_descriptions.json"):
                 texts[row["id"]] = [region["phrase"] for region in row["regions"]]
         urls = {row["image_id"]: row["url"] for row in _rows(source / "image_data.json")}
-        items, skipped = [], Counter()
+        items, skipped = [], LeftOut()
         for image in sorted(urls):
             # an image lies in the folder that its address names
             folder, name = PurePosixPath(urls[image]).parts[-2:]
             given = list(dict.fromkeys(t for t in (" ".join(t.split()) for t in texts.get(image, [])) if t))
             file = str(source / folder / name)
             if not given:
-                skipped["no text"] += 1
+                skipped.add("no text", file)
             elif text == "objects":
                 items.append(Item(str(image), file, None, {"labels": given}))
             else:

@@ -235,12 +235,13 @@ class ShardData(L.LightningDataModule):
         num_image_tokens: int,
         objective: Objective | str = Objective.MATCHED,
         prompts: Sequence[str] = (),
+        sets: dict[str, OpenedSet] | None = None,  # opened already, by name
     ):
         super().__init__()
         self.config, self.tokenizer = config, tokenizer
         self.image_size, self.num_image_tokens = image_size, num_image_tokens
         self.objective, self.prompts = Objective(objective), list(prompts) or [tokenizer.prompt]
-        self.sets: dict[str, OpenedSet] = {}
+        self.sets = dict(sets or {})
         self._train_loader: Loader | None = None
         self._resume: dict[str, int] | None = None
 

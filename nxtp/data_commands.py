@@ -37,7 +37,7 @@ def data() -> None:
 @click.option("--samples", type=click.IntRange(0), default=10_000, show_default=True, help="To look at; 0: all.")
 @click.option("--top", type=click.IntRange(1), default=20, show_default=True, help="Most frequent labels to print.")
 @click.option("--nouns", default="textblob", show_default=True, help="What makes labels of captions.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the choice of images.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the choice of images.")
 @click.option("--cache-dir", type=click.Path(file_okay=False), help="Where remote shards are kept.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of tables.")
 def show(shards, out, images, samples, top, nouns, seed, cache_dir, as_json):

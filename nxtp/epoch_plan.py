@@ -51,7 +51,8 @@ class EpochPlan(Sampler):
         (epoch, int64 array of positions in the ShardSet)
 
     Raises:
-        UserError: a weight, ``samples`` or ``fraction`` that is not above 0, or fewer samples than one step needs.
+        UserError: a weight, ``samples`` or ``fraction`` that is not above 0, a negative seed,
+            or fewer samples than one step needs.
     """
 
     def __init__(
@@ -69,6 +70,8 @@ class EpochPlan(Sampler):
         fraction: float | None = None,
         subset_seed: int = 0,
     ):
+        at_least("seed", seed, 0)
+        at_least("data.subset_seed", subset_seed, 0)
         self.sizes = np.asarray(shard_sizes, dtype=np.int64)
         self.batch_size, self.seed, self.rank, self.world = batch_size, seed, rank, world
         self.shuffle, self.window = shuffle, window

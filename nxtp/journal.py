@@ -36,7 +36,7 @@ class Journal:
         self.whole = manifest is not None
         if manifest is not None:
             self.file.truncate(0)  # of a run that was killed between its manifest and its end
-            self._rows = [{"info": row, "skipped": {}} for row in manifest["shards"]]
+            self._rows = [{"info": row, "skipped": {}, "names": {}} for row in manifest["shards"]]
             self.skipped = manifest["skipped"]
             return
         self.file.seek(0)
@@ -54,7 +54,7 @@ class Journal:
         """Rows by shard name of those of ``names`` that are finished; a whole set lists no shard without samples."""
         rows = {row["info"]["name"]: row for row in self._rows}
         if self.whole:
-            empty = {name: {"info": asdict(ShardInfo(name, 0, 0, "")), "skipped": {}} for name in names}
+            empty = {name: {"info": asdict(ShardInfo(name, 0, 0, "")), "skipped": {}, "names": {}} for name in names}
             rows = empty | rows
         return rows
 

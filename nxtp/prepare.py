@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -20,11 +21,14 @@ from rich.console import Console
 from nxtp.errors import UserError
 from nxtp.images import ImageError, load_image
 from nxtp.labels import noun_backend
+from nxtp.left_out import LeftOut
 from nxtp.set_writer import write_set
 from nxtp.shard_pool import Skip
+from nxtp.shard_set import MAX_CAPTION_BYTES, MAX_IMAGE_BYTES, MAX_JSON_BYTES, sound_text
 from nxtp.writing_options import Writing
 
 _EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
+_LONGEST_JPEG = 65_500  # pixels a side that libjpeg writes
 
 
 class Span(NamedTuple):
@@ -54,7 +58,7 @@ def write_items(
     items: Iterable[Item],
     *,
     made_by: Mapping[str, Any],
-    skipped: Mapping[str, int] | None = None,
+    skipped: LeftOut | None = None,
     writing: Writing | None = None,
     crop_border: int = 0,
     console: Console | None = None,
@@ -65,7 +69,7 @@ def write_items(
         out: the set's directory.
         crop_border: pixels to cut off all sides of every image, which makes it a PNG.
         made_by: the script's name and options; stands in the manifest and tells one set from another.
-        skipped: what listing the source left out, by kind.
+        skipped: what listing the source left out.
 
     Returns:
         The manifest.
@@ -74,7 +78,7 @@ def write_items(
         UserError: no items, two of one key, or ``out`` holds a set made with other options.
     """
     writing = writing or Writing()
-    items = list(items)
+    items = [item._replace(key=_readable_key(item.key)) for item in items]
     keys = Counter(item.key for item in items)
     twice = [key for key, count in keys.items() if count > 1]
     if twice:
@@ -98,6 +102,11 @@ def write_items(
     )
 
 
+def _readable_key(key: str) -> str:
+    """A key that is read back as it is: a dot would end it, a lone surrogate (an odd byte of a name) has no UTF-8."""
+    return re.sub(r"[./\\\x00-\x1f\x7f\ud800-\udfff]", "_", key)
+
+
 def _digest(texts: Iterable[str]) -> str:
     digest = hashlib.sha256()
     for text in texts:
@@ -108,19 +117,31 @@ def _digest(texts: Iterable[str]) -> str:
 def _sample(item: Item, writing: Writing, crop_border: int) -> dict[str, Any]:
     """
     Raises:
-        Skip: the image is missing, empty or none; the caption gives no noun.
+        Skip: the image is missing, empty or none; the caption gives no noun; something is larger than is read.
     """
+    try:
+        return _sample_or_skip(item, writing, crop_border)
+    except Skip as skip:
+        raise Skip(skip.kind, item.image if isinstance(item.image, str) else item.key) from None
+
+
+def _sample_or_skip(item: Item, writing: Writing, crop_border: int) -> dict[str, Any]:
     data = _read(item.image)
     data, extension = _as_wanted(data, writing, crop_border)
     sample: dict[str, Any] = {"__key__": item.key, extension: data}
     if item.caption is not None:
-        sample["txt"] = item.caption
+        sample["txt"] = sound_text(item.caption)
     record = dict(item.record or {}) | {"crc32": zlib.crc32(data)}
     if writing.nouns is not None and item.caption is not None and "labels" not in record:
-        record["labels"] = noun_backend(writing.nouns)(item.caption)
+        record["labels"] = noun_backend(writing.nouns)(sample["txt"])
         if not record["labels"]:
             raise Skip("no nouns")
-    return sample | {"json": record}
+    text = sound_text(json.dumps(record, ensure_ascii=False))
+    sizes = {"image": len(data), "caption": len(sample.get("txt", "").encode()), "json": len(text.encode())}
+    for what, limit in (("image", MAX_IMAGE_BYTES), ("caption", MAX_CAPTION_BYTES), ("json", MAX_JSON_BYTES)):
+        if sizes[what] > limit:
+            raise Skip(f"oversized {what}")
+    return sample | {"json": json.loads(text)}
 
 
 def _read(image: str | Span) -> bytes:
@@ -161,7 +182,10 @@ def _as_wanted(data: bytes, writing: Writing, border: int) -> tuple[bytes, str]:
         image = image.crop((border, border, image.width - border, image.height - border))
     if smaller:
         scale = writing.resize / min(image.size)
-        image = image.resize(tuple(round(side * scale) for side in image.size), Image.Resampling.BICUBIC)
+        size = tuple(round(side * scale) for side in image.size)
+        if max(size) > _LONGEST_JPEG:
+            raise Skip(f"longer than {_LONGEST_JPEG:,} pixels after --resize")
+        image = image.resize(size, Image.Resampling.BICUBIC)
         image.save(buffer, "JPEG", quality=writing.quality)
         return buffer.getvalue(), "jpg"
     if extension is not None and not border:

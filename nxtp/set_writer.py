@@ -8,7 +8,6 @@ does nothing.
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,9 +16,10 @@ from rich.console import Console
 
 from nxtp.errors import UserError
 from nxtp.journal import open_journal
+from nxtp.left_out import LeftOut
 from nxtp.shard_pool import write_shards
 from nxtp.shards import ShardInfo, read_manifest, write_manifest
-from nxtp.wording import counted, describe
+from nxtp.wording import counted
 from nxtp.writing_options import Writing
 
 
@@ -29,7 +29,7 @@ def write_set(
     make: Callable[[Any], Mapping[str, Any]],
     *,
     made_by: Mapping[str, Any],
-    skipped: Mapping[str, int] | None = None,
+    skipped: LeftOut | None = None,
     nouns: Mapping[str, Any] | None = None,
     writing: Writing | None = None,
     console: Console | None = None,
@@ -44,9 +44,10 @@ def write_set(
             is full.
     """
     out, writing, console = Path(out), writing or Writing(), console or Console(stderr=True)
+    skipped = skipped or LeftOut()
     made_by = json.loads(json.dumps({**made_by, "nouns": dict(nouns or {})}))
     if not items:
-        raise UserError(f"{out}: the source gives no sample{describe(skipped or {}, ' (left out: {})')}.")
+        raise UserError(f"{out}: the source gives no sample{skipped.told(' (left out: {})')}.")
     with open_journal(out, made_by, writing.overwrite) as journal:
         bounds = range(0, len(items), writing.shard_size)
         jobs = {f"{out.name}-{n:05d}.tar": slice(first, first + writing.shard_size) for n, first in enumerate(bounds)}
@@ -56,17 +57,19 @@ def write_set(
             text = f"{out}: {counted(manifest['samples'], 'sample')} as the manifest says, nothing to do."
             console.print(text, highlight=False, soft_wrap=True)
             return manifest
-        totals = Counter(skipped or {})
-        for row in rows:
-            totals.update(row["skipped"])
-        totals = Counter(journal.skipped) if journal.skipped is not None else totals
+        totals = LeftOut(journal.skipped)
+        if journal.skipped is None:
+            rows.sort(key=lambda row: row["info"]["name"])
+            totals.update(skipped.counts, skipped.names)
+            for row in rows:
+                totals.update(row["skipped"], row.get("names", {}))
         infos = [ShardInfo(**row["info"]) for row in rows if row["info"]["samples"]]
         if not infos:
-            raise UserError(f"{out}: no source item could be used{describe(totals, ' ({})')}.")
-        write_manifest(out, infos, made_by=made_by, nouns=nouns, skipped=dict(sorted(totals.items())))
+            raise UserError(f"{out}: no source item could be used{totals.told(' ({})')}.")
+        write_manifest(out, infos, made_by=made_by, nouns=nouns, skipped=dict(sorted(totals.counts.items())))
         journal.finish()
     manifest = read_manifest(out)
-    told = describe(totals, "; left out: {}")
+    told = totals.told("; left out: {}")
     size = f"{manifest['bytes'] / 1e9:.2f} GB" if manifest["bytes"] >= 1e7 else f"{manifest['bytes'] / 1e3:.0f} kB"
     text = f"{out}: {counted(manifest['samples'], 'sample')} in {counted(len(infos), 'shard')}, {size}{told}."
     console.print(text, highlight=False, soft_wrap=True)

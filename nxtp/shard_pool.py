@@ -6,7 +6,6 @@ import multiprocessing
 import os
 import sys
 import threading
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -20,17 +19,18 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from nxtp.errors import UserError
 from nxtp.journal import Journal
+from nxtp.left_out import LeftOut
 from nxtp.shards import sha256_of, write_shard
 from nxtp.wording import counted, some_of
 from nxtp.writing_options import Writing
 
 
 class Skip(Exception):
-    """A source item that gives no sample; ``kind`` is counted in the manifest."""
+    """A source item that gives no sample: ``kind`` is counted in the manifest, ``name`` is what to call the item."""
 
-    def __init__(self, kind: str):
-        super().__init__(kind)
-        self.kind = kind
+    def __init__(self, kind: str, name: str = ""):
+        super().__init__(kind, name)
+        self.kind, self.name = kind, name
 
 
 _count: Any = None  # samples done by all workers together, for the progress bar
@@ -50,14 +50,14 @@ def _begin(count: Any) -> None:
 
 def _write_one(path: Path, items: Sequence[Any], make: Callable[[Any], Mapping[str, Any]]) -> dict[str, Any]:
     """A row of the journal: the shard as written, and what was skipped."""
-    skipped: Counter = Counter()
+    skipped = LeftOut()
 
     def samples() -> Iterator[Mapping[str, Any]]:
         for number, item in enumerate(items, start=1):
             try:
                 yield make(item)
             except Skip as skip:
-                skipped[skip.kind] += 1
+                skipped.add(skip.kind, skip.name)
             if _count is not None and (number % 50 == 0 or number == len(items)):
                 with _count.get_lock():
                     _count.value += (number - 1) % 50 + 1
@@ -65,7 +65,7 @@ def _write_one(path: Path, items: Sequence[Any], make: Callable[[Any], Mapping[s
     info = write_shard(path, samples())
     if info.samples == 0:
         path.unlink()
-    return {"info": asdict(info), "skipped": dict(skipped)}
+    return {"info": asdict(info), "skipped": dict(skipped.counts), "names": skipped.names}
 
 
 def _verified(path: Path, row: dict[str, Any], count: int) -> dict[str, Any] | None:

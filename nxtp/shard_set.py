@@ -175,9 +175,9 @@ class ShardSet:
             if labels is not None:
                 if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
                     raise SampleFault("bad labels", key, url)
-                labels = [_sound(label) for label in labels]
+                labels = [sound_text(label) for label in labels]
             if not caption and isinstance(values.get("caption"), str):
-                caption = _sound(values["caption"]).strip()
+                caption = sound_text(values["caption"]).strip()
         image = member("image", shard.image_offset, shard.image_size, MAX_IMAGE_BYTES)
         if isinstance(checksum, int) and zlib.crc32(image) != checksum:
             raise SampleFault("damaged image", key, url)
@@ -285,6 +285,6 @@ def decode_text(text: bytes) -> str:
         return text.decode("latin-1").strip()
 
 
-def _sound(text: str) -> str:
+def sound_text(text: str) -> str:
     """Without the lone surrogates that JSON can hold and tokenizers refuse."""
     return text.encode("utf-8", "replace").decode("utf-8")

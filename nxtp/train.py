@@ -20,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from nxtp.checkpoint import FileCheckpoints, find
 from nxtp.config import compose_and_run, to_dataclass
 from nxtp.data import ShardData
-from nxtp.errors import UserError
+from nxtp.errors import UserError, at_least
 from nxtp.features import FeatureStore
 from nxtp.model import ModelConfig
 from nxtp.model_dir import written_aside
@@ -31,7 +31,7 @@ from nxtp.perf import count_parameters, meta_model
 from nxtp.preemption import LeaveOnSignal, Preempted, hand_on
 from nxtp.record import RunRecord, read_record
 from nxtp.shards import manifest_hash
-from nxtp.sources import DataConfig, label_texts, named_sources, open_set, warn_if_nouns_differ
+from nxtp.sources import DataConfig, OpenedSet, label_texts, named_sources, open_set, warn_if_nouns_differ
 from nxtp.tokens import LabelTokenizer, train_tokenizer
 
 log = logging.getLogger("nxtp")
@@ -55,6 +55,7 @@ def train(cfg: DictConfig) -> float | None:
     if checkpoint == "finished":
         log.info("%s holds this run, finished: nothing to do. Choose another name to train again.", run_dir)
         return None
+    at_least("seed", cfg.seed, 0)
     L.seed_everything(cfg.seed, workers=True, verbose=False)
     if cfg.matmul_precision is not None:
         torch.set_float32_matmul_precision(cfg.matmul_precision)
@@ -156,7 +157,8 @@ def build(cfg: DictConfig, run_dir: Path) -> tuple[ShardData, Recognition]:
     config = to_dataclass(DataConfig, cfg.data, "data")
     optim = to_dataclass(OptimConfig, cfg.optim, "optim")
     validation = to_dataclass(ValidationConfig, cfg.validation, "validation")
-    tokenizer = find_tokenizer(model, config, run_dir)
+    sets: dict[str, OpenedSet] = {}
+    tokenizer = find_tokenizer(model, config, run_dir, sets)
     shape = meta_model(model, len(tokenizer), optim.trains)
     data = ShardData(
         config,
@@ -165,6 +167,7 @@ def build(cfg: DictConfig, run_dir: Path) -> tuple[ShardData, Recognition]:
         num_image_tokens=shape.num_image_tokens,
         objective=cfg.objective.name,
         prompts=cfg.objective.prompts,
+        sets=sets,
     )
     module = Recognition(
         model,
@@ -180,15 +183,19 @@ def build(cfg: DictConfig, run_dir: Path) -> tuple[ShardData, Recognition]:
     return data, module
 
 
-def find_tokenizer(model: ModelConfig, data: DataConfig, run_dir: Path) -> LabelTokenizer:
-    """The tokenizer named by the configuration, the decoder's own, or one trained on the training labels."""
+def find_tokenizer(model: ModelConfig, data: DataConfig, run_dir: Path, sets: dict[str, OpenedSet]) -> LabelTokenizer:
+    """The tokenizer named by the configuration, the decoder's own, or one trained on the training labels.
+
+    A set that is opened for that is put into ``sets``: opened twice, it would warn twice.
+    """
     source = model.tokenizer or model.decoder.source
     if source is not None:
         return LabelTokenizer.load(source, model.prompt)
     kept = run_dir / "tokenizer"
     if kept.is_dir():
         return LabelTokenizer.load(kept, model.prompt)
-    labels = label_texts(open_set("train", data.train, data).shards, data)
+    sets["train"] = open_set("train", data.train, data)
+    labels = label_texts(sets["train"].shards, data)
     tokenizer = train_tokenizer(labels, vocab_size=model.vocab_size, prompts=[model.prompt])
     if rank_zero_only.rank == 0:
         with written_aside(kept) as aside:  # other ranks find it whole, or make the same one

@@ -17,7 +17,8 @@ def describe(counts: Mapping[str, int], template: str) -> str:
     return template.format(", ".join(f"{kind} × {n:,}" for kind, n in sorted(counts.items()))) if counts else ""
 
 
-def some_of(names: Sequence[str]) -> str:
-    """The first three of ``names``, and how many more there are."""
-    more = len(names) - _NAMED
-    return ", ".join(names[:_NAMED]) + (f" and {more:,} more" if more > 0 else "")
+def some_of(names: Sequence[str], count: int | None = None) -> str:
+    """The first three of ``count`` names, of which ``names`` may be only the first, and how many more there are."""
+    shown = names[:_NAMED]
+    more = (len(names) if count is None else count) - len(shown)
+    return ", ".join(shown) + (f" and {more:,} more" if more > 0 else "")

@@ -124,6 +124,8 @@ def test_weights_say_how_often_a_sample_comes():
     [
         ({"fraction": 0.0}, r"data\.fraction is 0\.0: above 0"),
         ({"fraction": 1.5}, r"data\.fraction is 1\.5"),
+        ({"seed": -1}, "seed is -1: at least 0"),
+        ({"subset_seed": -1}, r"data\.subset_seed is -1: at least 0"),
         ({"samples": 0}, r"data\.samples is 0"),
         ({"samples": 5, "fraction": 0.5}, "give one of them"),
         ({"parts": [Part("a", [0], 0.0)]}, "weight of source 'a' is 0"),

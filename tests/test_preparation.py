@@ -6,6 +6,7 @@ import importlib
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -102,6 +103,7 @@ def test_coco(coco, tmp_path):
     text = run("coco", coco, "--out", out)
     assert "missing image × 1" in text
     assert "no caption × 1" in text
+    assert f"{coco}/train2017/000000000030.jpg" in text, "named"
     train = samples(out / "train")
     assert sorted(train) == ["000000000009", "000000000025"]
     found = train["000000000009"]
@@ -261,6 +263,38 @@ def test_folder(tmp_path):
     assert found["two"]["labels"] == ["flag"]
     assert Image.open(io.BytesIO(found["two"]["image"])).format == "PNG", "formats that shards do not hold become PNG"
     assert read_manifest(tmp_path / "out")["skipped"] == {"no caption": 1}
+
+
+def test_folder_leaves_out_what_training_would_skip(tmp_path):
+    source = tmp_path / "mine"
+    texts = {
+        "string": '{"labels": "cat"}',
+        "number": '{"labels": ["cat", 3]}',
+        "nocaption": '{"caption": 5}',
+        "deep": "[" * 100_000,
+        "list": '["cat"]',
+        "blank": '{"labels": [" "]}',
+        "good": '{"labels": ["cat"]}',
+    }
+    for n, (name, text) in enumerate(texts.items()):
+        picture(source / f"{name}.jpg", n)
+        (source / f"{name}.json").write_text(text)
+    for n in range(4):
+        picture(source / f"mute{n}.jpg", n)
+    (source / "blank.txt").write_text("a dog")
+    picture(source / "long.jpg")
+    (source / "long.txt").write_text("a dog " * 2_000_000)
+    told = run("folder", source, "--out", tmp_path / "out")
+    found = samples(tmp_path / "out")
+    assert {key: s["labels"] or s["caption"] for key, s in found.items()} == {"good": ["cat"], "blank": "a dog"}
+    for part in (
+        "labels not a list of strings × 2 (number.jpg, string.jpg)",
+        "bad json × 2 (deep.jpg, list.jpg)",
+        "no caption × 5 (mute0.jpg, mute1.jpg, mute2.jpg and 2 more)",
+        f"oversized caption × 1 ({source / 'long.jpg'})",
+        "2 samples in 1 shard,",
+    ):
+        assert part in told
 
 
 # --- ImageNet --------------------------------------------------------------------------------------------------
@@ -684,6 +718,72 @@ def test_bad_images_are_counted(tmp_path):
         write_items(tmp_path / "d", items + items, made_by={})
     with pytest.raises(UserError, match="gives no sample"):
         write_items(tmp_path / "e", [], made_by={})
+
+
+def test_odd_texts_and_keys_are_written_as_they_can_be_read(tmp_path):
+    source = tmp_path / "source"
+    picture(source / "a.jpg")
+    rows = [("v1.2/b", "caf\ud800"), ("caf\udce9", "x"), ("a\nb", "y")]
+    items = [Item(key, str(source / "a.jpg"), text, {"of": text}) for key, text in rows]
+    write_items(tmp_path / "s", items, made_by={})
+    found = samples(tmp_path / "s")
+    assert {key: s["caption"] for key, s in found.items()} == {"v1_2_b": "caf?", "caf_": "x", "a_b": "y"}
+    assert json_of(tmp_path / "s")["v1_2_b"]["of"] == "caf?"
+    with pytest.raises(UserError, match="keys come twice in the source, the first is 'v1_2'"):
+        write_items(tmp_path / "t", [Item("v1.2", "x"), Item("v1_2", "x")], made_by={})
+
+
+def test_keys_with_dots(coco, tmp_path):
+    path = coco / "annotations" / "captions_val2017.json"
+    path.write_text(path.read_text().replace("000000000139", "v1.139"))
+    picture(coco / "val2017" / "v1.139.jpg")
+    run("coco", coco, "--out", tmp_path / "out", "--splits", "val")
+    assert list(samples(tmp_path / "out" / "val")) == ["v1_139"]
+
+
+@pytest.mark.parametrize("change", ['"caption": null', '"caption": 5', '"captions": "x"'])
+def test_other_annotations_are_a_user_error(coco, tmp_path, change):
+    path = coco / "annotations" / "captions_val2017.json"
+    path.write_text(re.sub(r'"caption": "[^"]*"', change, path.read_text()))
+    told = run("coco", coco, "--out", tmp_path / "out", "--splits", "val", fails=True)
+    assert "does not hold COCO captions" in told
+
+
+def test_openimages_tables_in_other_encodings(tmp_path):
+    (tmp_path / "n.jsonl").write_bytes('{"image_id": "a", "annotator_id": 1, "caption": "caf\xe9"}\n'.encode("latin-1"))
+    told = run("openimages", "--images", tmp_path, "--narratives", tmp_path / "n.jsonl", "--out", tmp_path, fails=True)
+    assert "line 1: not a localized narrative" in told
+
+
+def test_a_negative_seed_is_one_line():
+    result = CliRunner().invoke(importlib.import_module("scenes").main, ["--seed", "-1"])
+    assert result.exit_code == 2
+    assert "-1 is not in the range x>=0" in result.output
+
+
+def test_img2dataset_where_nothing_can_be_written(tmp_path, monkeypatch):
+    write_shard(tmp_path / "0.tar", [{"__key__": "a", "jpg": b"x"}])
+    monkeypatch.setattr("nxtp.shards.tempfile.mkstemp", failing(PermissionError(13, "Permission denied")))
+    assert "manifest.json cannot be written there (Permission denied)" in run("img2dataset", tmp_path, fails=True)
+    monkeypatch.setattr("os.access", lambda path, mode: mode != os.W_OK)
+    monkeypatch.setattr("img2dataset.describe_shard", failing(AssertionError("read although it cannot be written")))
+    assert "manifest.json cannot be written there" in run("img2dataset", tmp_path, fails=True)
+
+
+def failing(error: Exception):
+    def fail(*_, **__):
+        raise error
+
+    return fail
+
+
+def test_a_resize_that_no_jpeg_can_hold_is_left_out(tmp_path):
+    Image.new("1", (140_000, 40)).save(tmp_path / "long.png")
+    picture(tmp_path / "good.jpg")
+    items = [Item("long", str(tmp_path / "long.png"), "x"), Item("good", str(tmp_path / "good.jpg"), "x")]
+    manifest = write_items(tmp_path / "s", items, made_by={}, writing=Writing(resize=20))
+    assert manifest["skipped"] == {"longer than 65,500 pixels after --resize": 1}
+    assert list(samples(tmp_path / "s")) == ["good"]
 
 
 @pytest.mark.parametrize("script", sorted(p.stem for p in DATA.glob("*.py")))

@@ -4,7 +4,7 @@ import logging
 
 import pytest
 import torch
-from helpers import write_shards
+from helpers import TINY_OVERRIDES, write_shards
 from omegaconf import OmegaConf
 from test_config import composed
 
@@ -14,6 +14,7 @@ from nxtp.model import ModelConfig
 from nxtp.optim import OptimConfig, build_optimizer
 from nxtp.perf import count_parameters, meta_model
 from nxtp.sources import DataConfig, open_set
+from nxtp.train import build
 
 RECIPES = ("g3m", "g70m", "in1k")
 
@@ -95,3 +96,13 @@ def test_sources_are_read_as_one_set_and_counted(tmp_path, caplog):
     assert [record.getMessage() for record in caplog.records] == ["data.train.b holds 4 samples; the recipe expects 6."]
     with pytest.raises(UserError, match=r"data.train.a.sampels'. Did you mean 'samples'"):
         open_set("train", {"a": {"shards": str(a), "sampels": 5}}, DataConfig())
+
+
+def test_a_difference_is_told_once_a_run(tmp_path, caplog):
+    shards = write_shards(tmp_path / "a", [8])
+    train = f"data.train={{a: {{shards: {shards}, samples: 9}}}}"
+    cfg = composed(tmp_path, *TINY_OVERRIDES, "data.batch_size=2", train)
+    with caplog.at_level(logging.WARNING, "nxtp"):
+        data, _ = build(cfg, tmp_path / "run")
+        data.train_dataloader()
+    assert sum("the recipe expects 9" in record.getMessage() for record in caplog.records) == 1

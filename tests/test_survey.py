@@ -113,6 +113,11 @@ def test_show_tells_of_a_missing_directory_before_it_looks(tmp_path):
     assert "2 samples" not in result.output
 
 
+def test_a_negative_seed_is_one_line(tmp_path):
+    write_shards(tmp_path, [2])
+    assert "-1 is not in the range" in run("show", tmp_path, "--seed", -1, code=2).stderr
+
+
 def test_a_sheets_lines_are_filled_before_they_are_cut():
     assert _lines("x" * 100, 2, width=30) == "x" * 30 + "\n" + "x" * 29 + "…"
     assert _lines("a dog on a sofa", 2) == "a dog on a sofa"
