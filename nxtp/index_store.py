@@ -16,7 +16,7 @@ from safetensors.numpy import save
 from nxtp.shards import replacing
 from nxtp.tar_index import ShardIndex
 
-FORMAT = "1"
+FORMAT = "2"
 
 
 def default_directory() -> Path:
@@ -69,6 +69,11 @@ class IndexStore:
         except OSError:
             return False
         return True
+
+    def forget(self, name: str) -> None:
+        """Do not keep this index any longer."""
+        with suppress(OSError):
+            self._file(name).unlink()
 
     def _file(self, name: str) -> Path:
         return self.directory / f"{hashlib.sha256(name.encode()).hexdigest()[:32]}.safetensors"

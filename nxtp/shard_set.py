@@ -25,7 +25,7 @@ from nxtp.errors import UserError
 from nxtp.index_store import IndexStore
 from nxtp.remote import RemoteCache, RemoteError
 from nxtp.shards import is_remote
-from nxtp.tar_index import ShardIndex, index_shard
+from nxtp.tar_index import HEADER, ShardIndex, index_shard
 
 log = logging.getLogger(__name__)
 
@@ -144,6 +144,8 @@ class ShardSet:
             raise SampleFault("missing sample", f"{url}[{row}]", url)
         key = str(shard.keys[row])
 
+        headers: dict[str, bytes] = {}
+
         def member(what: str, offsets: np.ndarray, sizes: np.ndarray, limit: int) -> bytes | None:
             offset, size = int(offsets[row]), int(sizes[row])
             if offset < 0:
@@ -151,17 +153,22 @@ class ShardSet:
             if size > limit:
                 raise SampleFault(f"oversized {what}", key, url)
             try:
-                data = os.pread(self._open(number, key), size, offset)
+                data = os.pread(self._open(number, key), HEADER + size, offset - HEADER)
             except FileNotFoundError:
                 raise SampleFault("shard vanished", key, url) from None
             except OSError as error:
                 raise SampleFault("unreadable shard", key, url) from error
-            if len(data) < size:
+            if len(data) < HEADER + size:
                 raise SampleFault("truncated member", key, url)
-            return data
+            headers[what] = data[:HEADER]
+            return data[HEADER:]
 
         text = member("caption", shard.text_offset, shard.text_size, MAX_CAPTION_BYTES)
         record = member("json", shard.json_offset, shard.json_size, MAX_JSON_BYTES)
+        image = member("image", shard.image_offset, shard.image_size, MAX_IMAGE_BYTES)
+        if zlib.crc32(b"".join(headers.get(what, b"") for what in ("image", "caption", "json"))) != shard.headers[row]:
+            self.store.forget(_name(url))  # size and time are those of the file that was indexed, the content is not
+            raise SampleFault("shard changed", key, url)
         caption = None if text is None else decode_text(text)
         labels = checksum = None
         if record is not None:
@@ -178,7 +185,6 @@ class ShardSet:
                 labels = [sound_text(label) for label in labels]
             if not caption and isinstance(values.get("caption"), str):
                 caption = sound_text(values["caption"]).strip()
-        image = member("image", shard.image_offset, shard.image_size, MAX_IMAGE_BYTES)
         if isinstance(checksum, int) and zlib.crc32(image) != checksum:
             raise SampleFault("damaged image", key, url)
         return RawSample(key, url, image, caption or None, labels)
@@ -266,6 +272,7 @@ class ShardSet:
         expected = self._index(number).stamp if shard.stamp is None else shard.stamp
         if found[0] != expected[0] or (not is_remote(shard.url) and found != expected):
             file.close()
+            self.store.forget(_name(shard.url))
             raise SampleFault("shard changed", key, shard.url)
         files[number] = file
         if len(files) > _OPEN_SHARDS:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import zlib
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -18,7 +19,7 @@ from nxtp.shards import IMAGE_EXTENSIONS
 
 log = logging.getLogger(__name__)
 
-_BLOCK = 512
+HEADER = _BLOCK = 512  # bytes
 _MAX_NAME_BYTES = 1 << 16
 _SKIPPED_NAME = re.compile(r"__[^/]*__($|/)")  # what WebDataset takes for metadata
 _PAX_RECORD = re.compile(rb"(\d{1,9}) ([^=]+)=")
@@ -30,8 +31,9 @@ class ShardIndex:
     """Where the samples of one shard lie; row i of every array is sample i.
 
     Offsets and sizes are int64 bytes within the file, -1 where the member is absent. ``keys`` holds strings
-    (NumPy's variable-width StringDType), ``extensions`` positions in :data:`IMAGE_EXTENSIONS`. ``faults`` counts
-    what was left out, by kind: "truncated shard", "corrupt shard", "empty shard", "compressed shard", "shard
+    (NumPy's variable-width StringDType), ``extensions`` positions in :data:`IMAGE_EXTENSIONS`, ``headers`` the CRC-32
+    of the tar headers of image, text and JSON in this order: a file with others there is another file. ``faults``
+    counts what was left out, by kind: "truncated shard", "corrupt shard", "empty shard", "compressed shard", "shard
     vanished", "unreadable shard", and of samples "no image", "duplicate key", "incomplete sample".
     """
 
@@ -44,6 +46,7 @@ class ShardIndex:
     text_size: np.ndarray
     json_offset: np.ndarray
     json_size: np.ndarray
+    headers: np.ndarray
     stamp: tuple[int, int] | None = None  # size and mtime (ns) of the file that was indexed
     faults: Counter = field(default_factory=Counter)
 
@@ -51,15 +54,15 @@ class ShardIndex:
     def of_rows(
         cls, path: str, keys: list[str], rows: np.ndarray, stamp: tuple[int, int] | None, faults: Counter
     ) -> ShardIndex:
-        """An index of ``keys`` and int64 [samples, 7] ``rows``: extension, then offset and size of each member."""
-        columns = (np.ascontiguousarray(rows[:, column]) for column in range(1, 7))
+        """An index of ``keys`` and int64 [samples, 8] ``rows``: extension, offset and size of each member, headers."""
+        columns = (np.ascontiguousarray(rows[:, column]) for column in range(1, 8))
         strings = np.array(keys, dtype=np.dtypes.StringDType())
         return cls(path, strings, rows[:, 0].astype(np.int8), *columns, stamp=stamp, faults=faults)
 
     def rows(self) -> np.ndarray:
-        """int64 [samples, 7], as :meth:`of_rows` takes them."""
+        """int64 [samples, 8], as :meth:`of_rows` takes them."""
         members = (self.image_offset, self.image_size, self.text_offset, self.text_size)
-        columns = (self.extensions, *members, self.json_offset, self.json_size)
+        columns = (self.extensions, *members, self.json_offset, self.json_size, self.headers)
         return np.stack([column.astype(np.int64) for column in columns], axis=1)
 
     def __len__(self) -> int:
@@ -93,8 +96,8 @@ def index_shard(path: str | os.PathLike, file: BinaryIO | None = None) -> ShardI
         with open(path, "rb", buffering=0) if file is None else nullcontext(file) as file:
             status = os.fstat(file.fileno())
             stamp = (status.st_size, status.st_mtime_ns)
-            for name, offset, size in _members(file.fileno(), status.st_size):
-                rows.add(name, offset, size)
+            for name, *where in _members(file.fileno(), status.st_size):
+                rows.add(name, *where)
         rows.close()
     except _Damage as damage:
         rows.close_damaged(damage)
@@ -117,11 +120,11 @@ class _Rows:
         self.seen: set[str] = set()
         self.faults: Counter = Counter()
         self._key: str | None = None
-        self._members: dict[str, tuple[int, int]] = {}
+        self._members: dict[str, tuple[int, int, bytes]] = {}
         self._repeated = False
         self._usual: set[str] = set()  # extensions of the sample before
 
-    def add(self, name: str, offset: int, size: int) -> None:
+    def add(self, name: str, offset: int, size: int, header: bytes) -> None:
         if _SKIPPED_NAME.match(name):
             return
         key, extension = base_plus_ext(name)
@@ -134,7 +137,7 @@ class _Rows:
         if extension in self._members:
             self._repeated = True
         else:
-            self._members[extension] = (offset, size)
+            self._members[extension] = (offset, size, header)
 
     def close(self) -> None:
         """End the open sample."""
@@ -150,9 +153,10 @@ class _Rows:
             self.faults["no image"] += 1
         else:
             self.keys.append(key)
-            absent = (-1, -1)
-            row = (*members[extension], *members.get("txt", absent), *members.get("json", absent))
-            self.numbers.append((IMAGE_EXTENSIONS.index(extension), *row))
+            found = [members.get(name, (-1, -1, b"")) for name in (extension, "txt", "json")]
+            places = [number for offset, size, _ in found for number in (offset, size)]
+            headers = zlib.crc32(b"".join(header for *_, header in found))
+            self.numbers.append((IMAGE_EXTENSIONS.index(extension), *places, headers))
         self.seen.add(key)
         self._usual = set(members)
         self._discard()
@@ -173,12 +177,14 @@ class _Rows:
         self._key, self._members, self._repeated = None, {}, False
 
     def index(self, path: str, stamp: tuple[int, int] | None) -> ShardIndex:
-        rows = np.array(self.numbers, dtype=np.int64).reshape(-1, 7)
+        rows = np.array(self.numbers, dtype=np.int64).reshape(-1, 8)
         return ShardIndex.of_rows(path, self.keys, rows, stamp, self.faults)
 
 
-def _members(fd: int, end: int) -> Iterator[tuple[str, int, int]]:
-    """Name, data offset and data size of the regular files of a tar: ustar, GNU long names, pax.
+def _members(fd: int, end: int) -> Iterator[tuple[str, int, int, bytes]]:
+    """Name, data offset, data size and header (it ends where the data begin) of the regular files of a tar.
+
+    Formats: ustar, GNU long names, pax.
 
     Raises:
         _Damage: the tar ends early, or a header is not one.
@@ -220,7 +226,7 @@ def _members(fd: int, end: int) -> Iterator[tuple[str, int, int]]:
         if data + size > end:
             raise _Damage("truncated shard", text)
         if kind in b"0\x007" and not text.endswith("/"):
-            yield text, data, size
+            yield text, data, size, header
     raise _Damage("truncated shard")  # a tar ends with a block of zeros
 
 

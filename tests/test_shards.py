@@ -528,6 +528,35 @@ def test_an_index_is_kept_until_the_shard_changes(tmp_path, shard, monkeypatch):
     assert (len(gone), gone.faults) == (0, Counter({"shard vanished": 1}))
 
 
+def test_a_replacement_of_the_same_size_and_time_is_not_read_at_old_offsets(tmp_path, shard):
+    store, status = IndexStore(tmp_path / "index"), shard.stat()
+    ShardSet([str(shard)], store=store)
+    others = [{**s, "__key__": f"b{i:05d}"} for i, s in enumerate(reversed(SAMPLES))]
+    write_shard(shard, others)
+    os.utime(shard, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert shard.stat().st_size == status.st_size
+    stale = ShardSet([str(shard)], store=store)
+    for position in range(len(stale)):
+        with pytest.raises(SampleFault, match="shard changed"):
+            stale.read(position)
+    again = ShardSet([str(shard)], store=store)
+    assert read_all(again) == [s["jpg"] for s in others], "indexed anew at the next start"
+
+
+@pytest.mark.parametrize("size", ["the same", "another"])
+def test_a_fetched_replacement_is_not_read_at_old_offsets(tmp_path, site, size):
+    root, url, _ = site
+    store, urls = IndexStore(tmp_path / "index"), [f"{url}/r-0.tar"]
+    ShardSet(urls, RemoteCache(tmp_path / "cache"), store).read(0)
+    others = [{**s, "__key__": f"b{i:06d}"} for i, s in enumerate(reversed(SAMPLES))]
+    others = others if size == "the same" else others[:7]
+    write_shard(root / "r-0.tar", others)
+    with pytest.raises(SampleFault, match="shard changed"):
+        ShardSet(urls, RemoteCache(tmp_path / "other"), store).read(0)
+    again = ShardSet(urls, RemoteCache(tmp_path / "other"), store)
+    assert [again.read(i).image for i in range(len(others))] == [s["jpg"] for s in others]
+
+
 def test_faults_and_odd_keys_are_kept_too(tmp_path):
     path = tar(
         tmp_path / "a.tar", [("b\udcff.jpg".encode("utf-8", "surrogateescape").decode("latin-1"), b"x"), ("é.txt", b"")]
