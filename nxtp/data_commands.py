@@ -17,7 +17,6 @@ from rich.table import Table
 from nxtp.errors import UserError
 from nxtp.images import printable
 from nxtp.labels import noun_backend
-from nxtp.shards import read_manifest
 from nxtp.show import bar, save_contact_sheet
 from nxtp.sources import DataConfig, open_set
 from nxtp.survey import Survey, quartiles, sheet_items, survey
@@ -65,24 +64,26 @@ def _title(shards: Sequence[str], found: Survey) -> str:
 
 
 @data.command(name="verify")
-@click.argument("directories", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.argument("sets", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True))
 @click.option("--images", is_flag=True, help="Also decode every image and compare it with its checksum.")
 @click.option("--workers", type=click.IntRange(1), default=os.cpu_count() or 1, show_default="all cores")
-def verify_command(directories, images, workers):
-    """Check sets of shards against their manifests: files, bytes, hashes, samples. Exit code 1 if anything differs.
+def verify_command(sets, images, workers):
+    """Check SETS of shards (directories, or single shards) against their manifests: files, bytes, hashes, samples.
+
+    Exit code 1 if anything differs.
 
     nxtp data verify data/shards/demo/train
     """
     bad = 0
-    for directory in directories:
-        problems = verify(directory, workers, images, Console(stderr=True))
+    for path in sets:
+        problems, rows = verify(path, workers, images, Console(stderr=True))
         for problem in problems:
-            click.secho(f"{directory}: {problem}", fg="red", err=True)
+            click.secho(f"{path}: {problem}", fg="red", err=True)
         bad += bool(problems)
         if not problems:
-            manifest = read_manifest(directory)
-            total = f"{counted(manifest['samples'], 'sample')} in {counted(len(manifest['shards']), 'shard')}"
-            click.echo(f"{directory}: {total}, {manifest['bytes'] / 1e9:.2f} GB: all as the manifest says.")
+            samples, size = (sum(row[what] for row in rows) for what in ("samples", "bytes"))
+            total = f"{counted(samples, 'sample')} in {counted(len(rows), 'shard')}, {size / 1e9:.2f} GB"
+            click.echo(f"{path}: {total}: all as the manifest says.")
     sys.exit(1 if bad else 0)
 
 

@@ -25,6 +25,7 @@ from webdataset.tariterators import base_plus_ext
 from webdataset.writer import TarWriter
 
 from nxtp.errors import UserError
+from nxtp.wording import some_of
 
 log = logging.getLogger(__name__)
 
@@ -199,7 +200,7 @@ def _expand_one(spec: str) -> list[str]:
     if os.path.isdir(path):
         found = sorted(glob.glob(os.path.join(glob.escape(path), "*.tar")))
         if not found:
-            raise UserError(f"No shards: the directory {spec} holds no *.tar file.")
+            raise UserError(f"No shards: the directory {spec} holds no *.tar file.{sets_below(path)}")
         return found
     if os.path.exists(path):
         return [path]
@@ -219,6 +220,12 @@ def _expand_one(spec: str) -> list[str]:
             "as 'cc3m-{000..331}.tar', or a list of these; make shards with the scripts in data/."
         )
     return found
+
+
+def sets_below(directory: Path | str) -> str:
+    """' Shards are in …: name one of these.' where subdirectories hold some, else ''."""
+    below = sorted({path.parent.name for path in Path(directory).glob("*/*.tar")})
+    return f" Shards are in its {some_of(below)}: name one of these." if below else ""
 
 
 def identity(url: str) -> str:

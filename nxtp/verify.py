@@ -15,26 +15,32 @@ from nxtp.errors import UserError
 from nxtp.images import ImageError, load_image, printable
 from nxtp.journal import JOURNAL
 from nxtp.shard_set import SampleFault, ShardSet
-from nxtp.shards import MANIFEST, read_manifest, sha256_of
+from nxtp.shards import MANIFEST, read_manifest, sets_below, sha256_of
 from nxtp.tar_index import index_shard
 
 
-def verify(directory: Path, workers: int, images: bool, console: Console) -> list[str]:
-    """What is wrong with a set of shards, a line each; empty where all is as its manifest says.
+def verify(path: Path, workers: int, images: bool, console: Console) -> tuple[list[str], list[dict[str, Any]]]:
+    """(what is wrong, a line each and none where all is as the manifest says; the manifest's rows that were checked)
 
     Args:
+        path: a directory of shards, or one shard, which is checked against the manifest beside it.
         workers: files read at once.
         images: also decode every image and compare it with its checksum.
 
     Raises:
         UserError: no manifest, or one that cannot be read.
     """
+    directory, only = (path, None) if path.is_dir() else (path.parent, path.name)
     manifest = read_manifest(directory)
     if manifest is None:
-        raise UserError(f"{directory} has no {MANIFEST}: nothing to check it against. The scripts in data/ write one.")
+        advice = sets_below(directory) or " The scripts in data/ write one."
+        raise UserError(f"{directory} has no {MANIFEST}: nothing to check it against.{advice}")
     listed = {row["name"]: row for row in manifest["shards"]}
-    problems = [f"{name}: not in the manifest" for name in _tars(directory) if name not in listed]
-    if (directory / JOURNAL).exists():
+    there = _tars(directory) if only is None else [only]
+    problems = [f"{name}: not in the manifest" for name in there if name not in listed]
+    if only is not None:
+        listed = {name: row for name, row in listed.items() if name == only}
+    elif (directory / JOURNAL).exists():
         problems.append(f"{JOURNAL}: the preparation was interrupted; run the script again")
     outside = [name for name in listed if not re.fullmatch(r"[^/\\]+", name) or name in (".", "..")]
     problems += [f"{printable(name)}: not a file name; it is not looked at" for name in outside]
@@ -43,7 +49,7 @@ def verify(directory: Path, workers: int, images: bool, console: Console) -> lis
         checked = pool.map(lambda row: _check(directory / row["name"], row, images), rows)
         for found in track(checked, f"{directory}", total=len(rows), console=console, transient=True):
             problems += found
-    return problems
+    return problems, rows
 
 
 def _tars(directory: Path) -> list[str]:

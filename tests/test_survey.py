@@ -105,6 +105,26 @@ def test_verify_wants_a_manifest_and_stays_in_its_directory(tmp_path):
     assert "not a file name" in run("verify", tmp_path / "set", code=1).stderr
 
 
+@pytest.mark.parametrize("command", ["show", "verify"])
+def test_a_directory_above_the_shards_names_those_that_hold_some(tmp_path, command):
+    for name in ("train", "val"):
+        write_shards(tmp_path / "set" / name, [2])
+    (tmp_path / "set" / "empty").mkdir()
+    result = CliRunner().invoke(data, [command, str(tmp_path / "set")])
+    assert isinstance(result.exception, UserError)
+    assert "Shards are in its train, val: name one of these." in str(result.exception)
+
+
+def test_verify_takes_a_single_shard(tmp_path):
+    write_shards(tmp_path, [3, 2])
+    whole, damaged = (tmp_path / f"part-0000{n}.tar" for n in (0, 1))
+    damaged.write_bytes(damaged.read_bytes().replace(b"stone", b"stove"))
+    assert "3 samples in 1 shard, 0.00 GB: all as the manifest says." in run("verify", whole).stdout
+    assert "its SHA-256 is not the manifest's" in run("verify", damaged, code=1).stderr
+    write_shard(tmp_path / "new.tar", [sample(50)])
+    assert "new.tar: not in the manifest" in run("verify", tmp_path / "new.tar", code=1).stderr
+
+
 def test_show_tells_of_a_missing_directory_before_it_looks(tmp_path):
     write_shards(tmp_path, [2])
     result = CliRunner().invoke(data, ["show", str(tmp_path), "--out", str(tmp_path / "none" / "sheet.png")])
