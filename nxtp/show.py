@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from textwrap import wrap
 from typing import NamedTuple
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
 from matplotlib.gridspec import GridSpecFromSubplotSpec
 from PIL import Image
 from rich.cells import cell_len
@@ -21,6 +23,9 @@ from rich.text import Text
 from nxtp.labels import normalise
 
 HIT, MISS, PLAIN = "#0072b2", "#d55e00", "#56789a"  # distinct for colour-blind eyes (Okabe and Ito)
+_CAPTION = FontProperties(size=8.5)
+_LABELS = FontProperties(size=9, weight="bold")
+_TITLE = FontProperties(size=14, weight="bold")
 _BLOCKS = " ▏▎▍▌▋▊▉█"
 
 
@@ -101,25 +106,41 @@ def save_contact_sheet(path: Path | str, items: Sequence[SheetItem], *, columns:
         axes = figure.add_subplot(grid[index])
         axes.imshow(item.image, interpolation="antialiased")
         axes.set_axis_off()
+        axes.set_anchor("S")  # captions of a row begin at one height
+        room = axes.get_position(original=True).width * figure.bbox.width
         axes.set_title(_short(item.key, 34), fontsize=7.5, color="#777777", pad=3, parse_math=False)
-        caption = _lines(item.caption or "no caption", 2)
-        labels = _lines(" · ".join(item.labels) or "no label", 2, width=30)
-        at = {"transform": axes.transAxes, "ha": "center", "va": "top", "parse_math": False}
-        axes.text(0.5, -0.03, caption, fontsize=8.5, color="#222222" if item.caption else "#999999", **at)
-        under = -0.03 - 0.085 * (1 + caption.count("\n")) * _aspect(item.image)
-        axes.text(0.5, under, labels, fontsize=9, color=HIT if item.labels else MISS, weight="bold", **at)
-    figure.text(0.012, 1 - 0.32 / height, title, fontsize=14, weight="bold", parse_math=False)
+        caption = _fitted(figure, item.caption or "no caption", room, _CAPTION)
+        labels = _fitted(figure, " · ".join(item.labels) or "no label", room, _LABELS)
+        at = {"xycoords": "axes fraction", "textcoords": "offset points", "ha": "center", "va": "top"}
+        at |= {"parse_math": False, "annotation_clip": False}
+        colour = "#222222" if item.caption else "#999999"
+        axes.annotate(caption, (0.5, 0), (0, -4), color=colour, fontproperties=_CAPTION, **at)
+        under = -6 - 10.5 * (1 + caption.count("\n"))
+        axes.annotate(labels, (0.5, 0), (0, under), color=HIT if item.labels else MISS, fontproperties=_LABELS, **at)
+    while len(title) > 20 and _width(figure, title, _TITLE) > 0.97 * figure.bbox.width:
+        title = "…" + title[6:]  # of a long path the end says more
+    figure.text(0.012, 1 - 0.32 / height, title, fontproperties=_TITLE, parse_math=False)
     _save(figure, path)
 
 
-def _aspect(image: Image.Image) -> float:
-    """How much lower than square cells an image is drawn: distances below it are in parts of its height."""
-    return max(1.0, image.width / image.height)
+def _fitted(figure: Figure, text: str, room: float, font: FontProperties) -> str:
+    """``text`` on two lines that are at most ``room`` pixels wide."""
+    for width in range(36, 5, -1):
+        lines = _lines(text, 2, width)
+        if all(_width(figure, line, font) <= room for line in lines.split("\n")):
+            break
+    return lines
+
+
+def _width(figure: Figure, text: str, font: FontProperties) -> float:
+    """In pixels."""
+    with _missing_glyphs_are_boxes():
+        return figure.canvas.get_renderer().get_text_width_height_descent(text, font, False)[0]
 
 
 def _lines(text: str, count: int, width: int = 36) -> str:
     wide = sum(cell_len(letter) - 1 for letter in text[: width * count] if cell_len(letter) > 1)
-    width = max(12, width - -(-wide // count))  # a Chinese letter is as wide as two others
+    width = max(6, width - -(-wide // count))  # a Chinese letter is as wide as two others
     lines = wrap(text, width)
     if len(lines) > count:
         lines = [*lines[: count - 1], _short(" ".join(lines[count - 1 :]), width)]
@@ -127,9 +148,15 @@ def _lines(text: str, count: int, width: int = 36) -> str:
 
 
 def _save(figure: Figure, path: Path | str) -> None:
+    with _missing_glyphs_are_boxes():
+        figure.savefig(path, format="png")
+
+
+@contextmanager
+def _missing_glyphs_are_boxes() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from font", category=UserWarning)
-        figure.savefig(path, format="png")
+        yield
 
 
 def _draw_image(axes, item: GridItem) -> None:

@@ -5,6 +5,8 @@ import json
 import pytest
 from click.testing import CliRunner
 from helpers import jpeg, sample, write_shards
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from PIL import Image
 from rich.cells import cell_len
 
@@ -12,7 +14,7 @@ from nxtp.data_commands import data
 from nxtp.errors import UserError
 from nxtp.journal import JOURNAL
 from nxtp.shards import write_manifest, write_shard
-from nxtp.show import _lines
+from nxtp.show import _LABELS, _fitted, _lines, _width
 
 
 def run(*arguments, code=0):
@@ -136,6 +138,18 @@ def test_show_tells_of_a_missing_directory_before_it_looks(tmp_path):
 def test_a_negative_seed_is_one_line(tmp_path):
     write_shards(tmp_path, [2])
     assert "-1 is not in the range" in run("show", tmp_path, "--seed", -1, code=2).stderr
+
+
+@pytest.mark.parametrize(
+    "text", ["W" * 200, "WIDE MMMM WWWW LETTERS " * 9, "写真" * 60, "a dog", "i" * 200, "a dog on a sofa " * 40]
+)
+def test_texts_of_a_sheet_stay_in_their_cell(text):
+    figure = Figure(dpi=100)
+    FigureCanvasAgg(figure)
+    lines = _fitted(figure, text, 225, _LABELS)
+    assert max(_width(figure, line, _LABELS) for line in lines.split("\n")) <= 225
+    assert lines.count("\n") <= 1
+    assert lines.endswith("…") or lines.replace("\n", "") == text
 
 
 def test_a_sheets_lines_are_filled_before_they_are_cut():
