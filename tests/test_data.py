@@ -119,6 +119,59 @@ def test_weights_say_how_often_a_sample_comes():
     assert EpochPlan(PART_SIZES, 1, shuffle=False, parts=parts).total == 118, "evaluation counts each once"
 
 
+@settings(max_examples=80, deadline=None)
+@given(
+    st.lists(st.integers(0, 60), min_size=3, max_size=8),
+    st.lists(st.sampled_from([0.1, 0.5, 1.0, 1.7, 2.0]), min_size=3, max_size=3),
+    st.sampled_from([None, 0.1, 0.37]),
+    st.tuples(st.integers(1, 4), st.integers(1, 4)),
+    st.integers(0, 5),
+    st.data(),
+)
+def test_a_mixture_gives_each_sample_as_often_as_its_weight_says(sizes, weights, fraction, ranks, epoch, data):
+    """Within the chosen subset, in any epoch, and when other ranks continue at any step."""
+    parts = [Part(str(i), range(i, len(sizes), 3), weight) for i, weight in enumerate(weights)]
+    common = {"parts": parts, "fraction": fraction, "window": 25}
+    if sum(sizes) == 0:
+        return
+    chosen = set(positions(EpochPlan(sizes, 1, shuffle=False, **common)))
+
+    def plan(rank, world, batch_size=2):
+        made = EpochPlan(sizes, batch_size, shuffle=True, rank=rank, world=world, **common)
+        made.set_epoch(epoch)
+        return made
+
+    try:
+        whole, first = plan(0, 1, 1), [plan(rank, ranks[0]) for rank in range(ranks[0])]
+        rest = [plan(rank, ranks[1]) for rank in range(ranks[1])]
+    except UserError:  # fewer samples than a step needs
+        return
+    seen = Counter(positions(whole))
+    assert set(seen) <= chosen
+    starts = np.cumsum(sizes) - sizes
+    for part in parts:
+        own = [p for s in part.shards for p in range(starts[s], starts[s] + sizes[s]) if p in chosen]
+        floor = int(part.weight)
+        assert {seen[p] for p in own} <= {floor, floor + 1}
+        assert sum(seen[p] for p in own) == floor * len(own) + round((part.weight - floor) * len(own))
+    steps = data.draw(st.integers(0, first[0].steps))
+    got = Counter(p for one in first for _, run in list(one)[:steps] for p in run.tolist())
+    for one in rest:
+        one.start = steps * first[0].per_step
+        got.update(positions(one))
+    assert got <= seen, "none too often"
+    assert whole.total - got.total() < rest[0].per_step, "all but an incomplete last step"
+
+
+@pytest.mark.parametrize(("weight", "epochs", "times"), [(0.5, 4, 2), (1.7, 10, 17), (0.1, 10, 1), (2, 3, 6)])
+def test_over_epochs_every_sample_comes_equally_often(weight, epochs, times):
+    plan, seen = EpochPlan([20, 30], 1, shuffle=True, parts=[Part("a", [0, 1], weight)]), Counter()
+    for epoch in range(epochs):
+        plan.set_epoch(epoch)
+        seen.update(positions(plan))
+    assert seen == dict.fromkeys(range(50), times)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
