@@ -469,6 +469,14 @@ def test_shards_that_change_under_the_reader(tmp_path):
     assert kinds == ["truncated member", "shard vanished", "shard changed"]
 
 
+def test_other_content_under_the_same_headers_is_told_by_its_time(shard):
+    shards, status = ShardSet([str(shard)]), shard.stat()
+    shard.write_bytes(shard.read_bytes().replace(b"a dog 1", b"a cat 1"))
+    os.utime(shard, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
+    with pytest.raises(SampleFault, match="shard changed"):
+        shards.read(1)
+
+
 def test_one_line_of_samples_over_many_shards(tmp_path):
     sizes = [3, 0, 5, 1, 0]
     for i, size in enumerate(sizes):
