@@ -53,6 +53,7 @@ class Step:
     """What a step's memory depends on, beside the model and what of it trains.
 
     ``strategy``    single, ddp or fsdp, over ``ranks`` of which ``tensor_parallel`` share each decoder block
+    ``features``    a frozen encoder's features are read instead of images
     ``batch``       images a rank and micro-batch; ``accumulates``: several of them make one step
     """
 
@@ -63,6 +64,7 @@ class Step:
     accumulates: bool = False
     precision: str = "32-true"
     on_gpu: bool = False
+    features: bool = False
 
 
 @dataclass(frozen=True)
@@ -112,6 +114,7 @@ def step_of(cfg: DictConfig) -> Step:
         accumulates=int(trainer["accumulate_grad_batches"]) > 1,
         precision=str(trainer["precision"]),
         on_gpu=trainer["accelerator"] != "cpu",
+        features=bool(cfg.data.get("features")),
     )
 
 
@@ -163,7 +166,8 @@ def memory(
         delimiter=0,
         num_image_tokens=model.num_image_tokens,
     )
-    shape = (step.batch, 3, config.encoder.image_size, config.encoder.image_size)
+    side, tokens = config.encoder.image_size, (model.num_image_tokens, model.encoder.width)
+    shape, dtype = (tokens, torch.float16) if step.features else ((3, side, side), torch.uint8)
     switches = ParallelConfig(activation_checkpointing=bool(parallel and parallel.activation_checkpointing))
     with ExitStack() as stack:
         stack.enter_context(_quiet())
@@ -176,7 +180,7 @@ def memory(
         live = stack.enter_context(_LiveBytes([*model.parameters(), *model.buffers()]))
         for _ in range(1 + step.accumulates):  # the second batch meets the gradients of the first
             live.part = "activations"
-            images = torch.empty(shape, dtype=torch.uint8)
+            images = torch.empty(step.batch, *shape, dtype=dtype)
             with torch.autocast("cpu", autocast_dtype, enabled=autocast_dtype is not None):
                 loss = model(images, layout).total
             live.mark(model.parameters(), "weights")  # gathered and not yet given up

@@ -150,6 +150,10 @@ def test_frozen_leading_blocks_keep_nothing_and_checkpoints_keep_little():
     none = TrainsConfig(encoder="none", projection=False, image_token=False, embedding=False, decoder=1)
     assert of(step, none).most["activations"] < 0.5 * last_only.most["activations"]
     assert last_only.most["activations"] < 0.9 * all_trained.most["activations"]
+    cached = of(Step(batch=2, features=True), TrainsConfig(encoder="none"))
+    assert cached.most["weights"] == last_only.most["weights"]
+    assert cached.most["activations"] <= last_only.most["activations"]
+    assert cached.total <= last_only.total
     checkpointed = memory(config(), None, OptimConfig(), step, ParallelConfig(activation_checkpointing=True))
     assert checkpointed.most["activations"] < 0.4 * all_trained.most["activations"]
 

@@ -120,7 +120,8 @@ def test_the_command_prints_a_table_and_one_object(tmp_path, monkeypatch):
     ]
     first = result["rows"][0]
     assert first["hours"] == pytest.approx(3_645_221 * 3 / 64 * first["step_s"] / 3600)
-    assert "published run" in done.stdout
+    assert "The published runs" in done.stdout
+    assert "…" not in done.stdout  # at the 80 columns of a runner
 
 
 def test_what_cannot_be_planned_is_told(tmp_path, monkeypatch):

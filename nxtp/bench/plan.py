@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
+from rich.box import SIMPLE
 from rich.console import Group
 from rich.table import Table
 
@@ -210,43 +211,47 @@ def measure_plan(overrides: Sequence[str], **options: Any) -> dict[str, Any]:
 
 
 def plan_table(result: dict[str, Any]) -> Group:
+    """Narrow enough for 80 columns; per GPU and step where nothing else is said."""
     columns = {
         "GPUs": "{gpus}",
-        "strategy": "{strategy}",
-        "images a GPU": "{images_a_gpu}",
-        "a step": "{global_batch:,}",
-        "memory GB": "{memory_gb:.1f}",
-        "TFLOP a GPU": "{tflop_a_step:.1f}",
-        "sent GB a GPU": "{sent_gb_a_step:.2f}",
-        "computing s": "{computing_s:.3f}",
-        "sending s": "{sending_s:.3f}",
-        "step s": "{step_s:.3f}",
+        "": "{strategy}",
+        "images": "{images_a_gpu}",
+        "of all": "{global_batch:,}",
+        "memory": "{memory_gb:.1f}",
+        "sent": "{sent_gb_a_step:.2f}",
+        "compute": "{computing_s:.3f}",
+        "send": "{sending_s:.3f}",
+        "step": "{step_s:.3f}",
         "hours": "{hours:,.1f}",
     }
     title = (
         f"{result['recipe']}: {result['images'] / 1e6:,.1f} M images, {result['tokens'] / 1e9:,.1f} G tokens, "
-        f"{result['flops'] / 1e18:,.1f} EFLOP\n{result['gpu']}, MFU {result['mfu']:.0%} (assumed), links of "
-        f"{result['inside_gb_s']:g} GB/s in a node and {result['between_gb_s']:g} GB/s a GPU between nodes"
+        f"{result['flops'] / 1e18:,.1f} EFLOP\n{result['gpu']}, MFU {result['mfu']:.0%} (assumed); links of "
+        f"{result['inside_gb_s']:g} GB/s in a node, {result['between_gb_s']:g} GB/s a GPU between nodes\n"
+        "A GPU and step: images, GB at the peak, GB sent, seconds"
     )
     plans = _table(title, columns, result["rows"])
     columns = {
-        "published run": "{name}",
-        "TFLOP an image": "{tflop_an_image:.2f}",
+        "run": "{name}",
+        "TFLOP": "{tflop_an_image:.2f}",
         "MFU": "{mfu:.1%}",
-        "sending s": "{sending_s:.2f}",
-        "step s": "{step_s:.3f}",
+        "send": "{sending_s:.2f}",
+        "step": "{step_s:.3f}",
         "published": "{published_step_s:.3f}",
         "hours": "{hours:,.2f}",
         "published ": "{published_hours:,.2f}",
     }
-    title = "32 A100-80G, 16 images each, as published; MFU is fitted to the first step, nothing else is"
-    return Group(plans, "", _table(title, columns, result["published"]))
+    title = (
+        "The published runs: 32 A100-80G, 16 images each, TFLOP an image as executed\n"
+        "MFU is fitted to the first step, nothing else is"
+    )
+    return Group(plans, _table(title, columns, result["published"]))
 
 
 def _table(title: str, columns: dict[str, str], rows: Sequence[dict[str, Any]]) -> Table:
-    table = Table(title=title, title_justify="left")
+    table = Table(title=title, title_justify="left", box=SIMPLE)
     for name in columns:
-        table.add_column(name.strip(), justify="right")
+        table.add_column(name.strip(), justify="right", no_wrap=True)
     for row in rows:
         table.add_row(*(cell.format(**row) for cell in columns.values()))
     return table
