@@ -249,7 +249,7 @@ def plan_table(result: dict[str, Any]) -> Group:
 
 
 def _table(title: str, columns: dict[str, str], rows: Sequence[dict[str, Any]]) -> Table:
-    table = Table(title=title, title_justify="left", box=SIMPLE)
+    table = Table(title=title, title_justify="left", box=SIMPLE, collapse_padding=True)
     for name in columns:
         table.add_column(name.strip(), justify="right", no_wrap=True)
     for row in rows:
