@@ -73,6 +73,17 @@ def test_epochs_differ_and_repeat_by_seed():
     assert positions(EpochPlan([30, 30, 30], 5, shuffle=True, seed=2, window=20)) != first
 
 
+def test_every_window_of_every_epoch_has_an_order_of_its_own():
+    """One shard, so that windows are all that is shuffled: the same order again would teach a sequence."""
+    plan = EpochPlan([60], 20, shuffle=True, seed=1, window=20)
+    orders = set()
+    for epoch in range(3):
+        plan.set_epoch(epoch)
+        line = positions(plan)
+        orders |= {tuple(p - 20 * i for p in line[20 * i : 20 * i + 20]) for i in range(3)}
+    assert len(orders) == 9
+
+
 PARTS = [Part("a", [0, 2]), Part("b", [1, 3, 4])]
 PART_SIZES = [30, 50, 7, 20, 11]
 
@@ -258,6 +269,17 @@ def test_resumes_in_mid_epoch(tmp_path, done, workers):
     assert head + [batch.keys for batch in rest] == expected
     rest.sampler.set_epoch(2)
     assert len([batch.keys for batch in rest]) == len(expected), "the next epoch starts at its beginning"
+
+
+def test_a_position_is_of_its_epoch(tmp_path):
+    """A state of another epoch does not cut this one short."""
+    write_shards(tmp_path / "train", [24])
+    loader = shard_data(tmp_path / "train").train_dataloader()
+    loader.load_state_dict({"epoch": 3, "samples": 16})
+    assert sum(len(batch) for batch in loader) == 24
+    loader.load_state_dict({"epoch": 3, "samples": 16})
+    loader.sampler.set_epoch(3)
+    assert sum(len(batch) for batch in loader) == 8
 
 
 def test_batch_holds_pixels_and_labels(tmp_path):
