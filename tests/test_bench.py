@@ -52,6 +52,7 @@ def test_predict_prints_a_table_and_one_object_last():
     assert numbers["difference"] < TOLERANCE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("command", "precision"), [("train", "bf16-mixed"), ("predict", "bf16-true")])
 def test_narrow_types_are_measured_and_float32_is_compared(command, precision):
     numbers, output = run(command, "--size=tiny", "--repeats=1", "--batch=2", f"--precision={precision}")

@@ -79,7 +79,7 @@ def measured_peak(optim: OptimConfig, step: Step, parallel: ParallelConfig, mesh
         (PUBLISHED_LIKE, False, False, "32-true"),
         (PUBLISHED_LIKE, True, False, "32-true"),
         (TrainsConfig(), True, True, "32-true"),
-        (PUBLISHED_LIKE, False, False, "bf16-mixed"),
+        pytest.param(PUBLISHED_LIKE, False, False, "bf16-mixed", marks=pytest.mark.slow),
     ],
 )
 def test_prediction_is_what_a_real_step_allocates(trains, checkpointing, accumulates, precision):
@@ -100,6 +100,7 @@ def _rank(rank: int, step: Step, directory: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("strategy", "within"), [("ddp", 0.02), ("fsdp", 0.15)])  # gloo needs room of its own
 def test_prediction_is_what_each_of_two_processes_allocates(strategy, within, tmp_path):
     step = Step(strategy, ranks=2, batch=4)

@@ -70,7 +70,12 @@ def reference(request, root):
     return objective, overrides, train(root, f"{objective}_one", "one", *overrides)
 
 
-@pytest.mark.parametrize("way", [way for way in WAYS if way != "one"])
+OFTEN = ("accumulated", "ddp_accumulated", "fsdp", "tensor_parallel", "checkpointed")  # the rest is slow: make test-all
+
+
+@pytest.mark.parametrize(
+    "way", [pytest.param(w, marks=[] if w in OFTEN else pytest.mark.slow) for w in WAYS if w != "one"]
+)
 def test_every_way_of_computing_gives_the_same_run(root, reference, way):
     objective, overrides, one = reference
     run = train(root, f"{objective}_{way}", way, *overrides)
