@@ -68,7 +68,9 @@ def arrange(model: Model, config: ParallelConfig, mesh: DeviceMesh | None = None
         UserError: a precision that sharding cannot have, or heads that the tensor-parallel ranks cannot share.
     """
     if config.activation_checkpointing:
-        model.decoder.lm.gradient_checkpointing_enable({"use_reentrant": False})
+        lm = model.decoder.lm  # transformers 5.23 has renamed it
+        enable = getattr(lm, "activation_checkpointing_enable", None) or lm.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
         model.encoder.visual.set_grad_checkpointing(True)
     if config.compile:
         for block in blocks_of(model):

@@ -12,6 +12,7 @@ from typing import Any
 import lightning as L
 import torch
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_only
@@ -105,6 +106,7 @@ def quieten_lightning() -> None:
     """Leave out what Lightning says to its own developers, and its advertisements."""
     warnings.filterwarnings("ignore", message=".*LeafSpec.*", module="lightning")
     warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")  # a run continues
+    warnings.filterwarnings("ignore", message=".*could not find the monitored key")  # stopped before it was measured
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")  # of 1×1 convolutions
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
         logging.getLogger(name).addFilter(lambda record: "Tip:" not in record.getMessage())
@@ -215,7 +217,11 @@ def build_trainer(cfg: DictConfig, module: Recognition, data: ShardData, run_dir
             callback.monitor = callback.monitor or monitor
         kept.append(callback)
     kept.append(LeaveOnSignal(last_checkpoint(run_dir)))
-    trainer = instantiate(cfg.trainer, _convert_="all", logger=loggers or False, callbacks=kept, default_root_dir=None)
+    options = {"_convert_": "all", "logger": loggers or False, "callbacks": kept, "default_root_dir": None}
+    try:
+        trainer = instantiate(cfg.trainer, **options)
+    except InstantiationException as error:
+        raise UserError(f"The trainer cannot be made: {error.__cause__ or error}") from error
     if not isinstance(trainer.strategy, Sharded):
         trainer.strategy.checkpoint_io = FileCheckpoints()
     return trainer
