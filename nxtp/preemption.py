@@ -1,13 +1,17 @@
-"""A scheduler's warning, or Ctrl-C: save after the step at hand and leave, ready to be started again."""
+"""When a run saves itself: every so many steps; and after a scheduler's warning or Ctrl-C, which it then follows."""
 
 from __future__ import annotations
 
+import math
 import signal
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.trainer.states import TrainerFn
+
+from nxtp.errors import at_least
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 
@@ -22,6 +26,49 @@ class Preempted(Exception):
     @property
     def exit_code(self) -> int:
         return 128 + self.number
+
+
+class KeepLast(Checkpoint):
+    """Saves the run's state every so many steps.
+
+    Where a validation follows the step it waits for its end: what is restored later has been validated, and the best
+    weights are known to it, as in a run that was never stopped.
+    """
+
+    def __init__(self, path: str | Path, every_n_train_steps: int):
+        at_least("callbacks.last.every_n_train_steps", every_n_train_steps, 1)
+        self.path, self.every = Path(path), every_n_train_steps
+        self._saved, self._waits = 0, False
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self._saved = trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, n: int
+    ) -> None:
+        if trainer.global_step == self._saved or trainer.global_step % self.every:
+            return
+        self._waits = _validation_follows(trainer, n)
+        if not self._waits:
+            self._save(trainer)
+
+    def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        if self._waits and trainer.state.fn == TrainerFn.FITTING:
+            self._save(trainer)
+
+    def _save(self, trainer: L.Trainer) -> None:
+        self._saved, self._waits = trainer.global_step, False
+        trainer.save_checkpoint(self.path, weights_only=False)
+
+
+def _validation_follows(trainer: L.Trainer, batch: int) -> bool:
+    """Whether Lightning validates after this batch of the epoch."""
+    every = trainer.val_check_batch
+    if not trainer.enable_validation or not sum(trainer.num_val_batches or [1]):
+        return False
+    if trainer.check_val_every_n_epoch is not None and (trainer.current_epoch + 1) % trainer.check_val_every_n_epoch:
+        return False
+    return trainer.is_last_batch if math.isinf(every) else (batch + 1) % every == 0
 
 
 class LeaveOnSignal(L.Callback):
