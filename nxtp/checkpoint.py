@@ -24,7 +24,7 @@ import torch.distributed.checkpoint as dcp
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -274,14 +274,24 @@ def read_into(tensors: dict[str, Tensor], path: Path) -> None:
 
 
 class TensorsOnly(dcp.FileSystemReader):
-    """Reads a directory of shards; its index, a pickle, may name what an index is made of and nothing else."""
+    """Reads a directory of shards; its index, a pickle, may name what an index is made of and nothing else.
+
+    PyTorch would unpickle, in full, what an index declares to be bytes: only tensors are taken.
+    """
 
     def read_metadata(self, *arguments: Any, **options: Any) -> Metadata:
         try:
             content = (Path(self.path) / INDEX).read_bytes()
         except OSError:
             raise UserError(f"'{self.path}' is not a whole checkpoint: it has no {INDEX}.") from None
-        metadata = _IndexUnpickler(io.BytesIO(content)).load()
+        try:
+            metadata = _IndexUnpickler(io.BytesIO(content)).load()
+            stored = metadata.state_dict_metadata
+            other = [name for name, entry in stored.items() if not isinstance(entry, TensorStorageMetadata)]
+        except Exception as error:  # a damaged or hostile pickle raises many types
+            raise UserError(f"'{self.path}' cannot be read as a checkpoint: {_reason(error)}.") from error
+        if other:
+            raise UserError(f"'{self.path}' is refused: {', '.join(other[:3])} is not a tensor.")
         if metadata.storage_meta is not None:
             metadata.storage_meta.load_id = self.load_id
         return metadata

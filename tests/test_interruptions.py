@@ -8,10 +8,11 @@ import time
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from helpers import TINY_OVERRIDES, curve, nxtp_runs, start_nxtp, write_shards
 from safetensors.torch import load_file
 
-from nxtp.checkpoint import INDEX, REST, TensorsOnly, find, read_file, read_shards, take_place
+from nxtp.checkpoint import INDEX, REST, TensorsOnly, find, read_file, read_into, read_shards, take_place
 from nxtp.errors import UserError
 from nxtp.recognizer import Recognizer
 
@@ -288,9 +289,26 @@ def test_an_index_that_names_anything_else_is_refused(root, tmp_path):
             return (open, (str(tmp_path / "ran"), "w"))
 
     (tmp_path / INDEX).write_bytes(pickle.dumps(Evil()))
-    with pytest.raises(pickle.UnpicklingError, match="does not need"):
+    with pytest.raises(UserError, match="does not need"):
         TensorsOnly(tmp_path).read_metadata()
     assert not (tmp_path / "ran").exists()
+
+
+def test_a_pickle_in_a_tensors_place_is_refused(tmp_path):
+    """PyTorch would unpickle, in full, whatever the index declares to be bytes."""
+    ran = tmp_path / "ran"
+    dcp.save({"model.x": Touch(str(ran))}, storage_writer=dcp.FileSystemWriter(tmp_path / "shards"), no_dist=True)
+    with pytest.raises(UserError, match=r"model\.x"):
+        read_into({"model.x": torch.zeros(2)}, tmp_path / "shards")
+    assert not ran.exists()
+
+
+class Touch:
+    def __init__(self, path: str):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (self.path, "w"))
 
 
 def test_a_damaged_checkpoint_is_told(tmp_path):
@@ -299,6 +317,9 @@ def test_a_damaged_checkpoint_is_told(tmp_path):
         read_file(tmp_path / "x.ckpt")
     (tmp_path / "shards").mkdir()
     with pytest.raises(UserError, match="not a whole checkpoint"):
+        TensorsOnly(tmp_path / "shards").read_metadata()
+    (tmp_path / "shards" / INDEX).write_bytes(b"\x80\x04")
+    with pytest.raises(UserError, match=r"shards.*cannot be read"):
         TensorsOnly(tmp_path / "shards").read_metadata()
 
 
