@@ -92,13 +92,15 @@ class FileCheckpoints(TorchCheckpointIO):
         aside = path.with_name(f".{path.name}.part")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
+            _clear(aside)
             with aside.open("wb") as file:
                 torch.save(checkpoint, file)
                 file.flush()
                 os.fsync(file.fileno())
             take_place(aside, path)
         except (OSError, RuntimeError) as error:
-            aside.unlink(missing_ok=True)
+            with suppress(OSError):
+                aside.unlink()
             raise _not_written(path, error) from error
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = True) -> dict[str, Any]:
@@ -141,7 +143,7 @@ class ShardCheckpoints:
         aside, first = path.with_name(f".{path.name}.part"), dist.get_rank() == 0
         try:
             if first:
-                shutil.rmtree(aside, ignore_errors=True)
+                _clear(aside)
                 aside.mkdir(parents=True)
                 torch.save(rest, aside / REST)
             dist.barrier(self._group)
@@ -385,13 +387,18 @@ def take_place(aside: Path, path: Path) -> None:
         return
     old = _old(path)
     if path.exists():
-        shutil.rmtree(old, ignore_errors=True)
+        _clear(old)
         os.rename(path, old)
     os.rename(aside, path)
-    if old.is_dir():
-        shutil.rmtree(old, ignore_errors=True)
+    _clear(old)
+
+
+def _clear(path: Path) -> None:
+    """Remove a file or a directory, where there is one: what a run killed while saving left, in either form."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
     else:
-        old.unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
 
 
 def find(path: Path) -> Path | None:

@@ -8,11 +8,23 @@ import time
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from helpers import TINY_OVERRIDES, curve, nxtp_runs, start_nxtp, write_shards
 from safetensors.torch import load_file
 
-from nxtp.checkpoint import INDEX, REST, TensorsOnly, find, read_file, read_into, read_shards, take_place
+from nxtp.checkpoint import (
+    INDEX,
+    REST,
+    FileCheckpoints,
+    ShardCheckpoints,
+    TensorsOnly,
+    find,
+    read_file,
+    read_into,
+    read_shards,
+    take_place,
+)
 from nxtp.errors import UserError
 from nxtp.recognizer import Recognizer
 
@@ -321,6 +333,41 @@ def test_a_damaged_checkpoint_is_told(tmp_path):
     (tmp_path / "shards" / INDEX).write_bytes(b"\x80\x04")
     with pytest.raises(UserError, match=r"shards.*cannot be read"):
         TensorsOnly(tmp_path / "shards").read_metadata()
+
+
+@pytest.mark.parametrize("left", ["file", "directory"])
+def test_what_a_killed_save_of_the_other_form_left_is_no_obstacle(tmp_path, left):
+    """A run killed while saving goes on with shards in place of a file, or the other way round."""
+    path = tmp_path / "last.ckpt"
+    for name in (".last.ckpt.part", ".last.ckpt.old"):
+        (tmp_path / name).mkdir() if left == "directory" else (tmp_path / name).write_text("half")
+    if left == "directory":
+        checkpoints = FileCheckpoints()
+        checkpoints.save_checkpoint({"x": torch.ones(2)}, path)
+        checkpoints.teardown()
+        assert read_file(path)["x"].sum() == 2
+    else:
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        try:
+            for _ in range(2):  # the second one moves a directory aside
+                checkpoints = ShardCheckpoints()
+                checkpoints.save(torch.nn.Linear(2, 2), [], {"x": 1}, path)
+                checkpoints.close()
+        finally:
+            dist.destroy_process_group()
+        assert read_file(path / REST)["x"] == 1
+    assert [entry.name for entry in tmp_path.iterdir() if entry.name.endswith(".part")] == []
+
+
+def test_a_directory_moves_aside_where_an_old_file_lies(tmp_path):
+    path, aside, old = tmp_path / "last.ckpt", tmp_path / "aside", tmp_path / ".last.ckpt.old"
+    path.mkdir()
+    aside.mkdir()
+    (aside / "x").write_text("two")
+    old.write_text("one")
+    take_place(aside, path)
+    assert (path / "x").read_text() == "two"
+    assert not old.exists()
 
 
 def test_a_directory_takes_the_place_of_another(tmp_path):
