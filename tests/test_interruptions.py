@@ -4,6 +4,7 @@ import json
 import pickle
 import random
 import signal
+import threading
 import time
 
 import pytest
@@ -19,6 +20,8 @@ from nxtp.checkpoint import (
     FileCheckpoints,
     ShardCheckpoints,
     TensorsOnly,
+    by_name,
+    by_number,
     find,
     read_file,
     read_into,
@@ -333,6 +336,24 @@ def test_a_damaged_checkpoint_is_told(tmp_path):
     (tmp_path / "shards" / INDEX).write_bytes(b"\x80\x04")
     with pytest.raises(UserError, match=r"shards.*cannot be read"):
         TensorsOnly(tmp_path / "shards").read_metadata()
+
+
+def test_training_does_not_change_what_is_being_written(tmp_path, monkeypatch):
+    begin, write = threading.Event(), FileCheckpoints._write
+    monkeypatch.setattr(FileCheckpoints, "_write", staticmethod(lambda *a: begin.wait(10) and write(*a)))
+    weight, checkpoints = torch.ones(2), FileCheckpoints()
+    checkpoints.save_checkpoint({"x": weight}, tmp_path / "x.ckpt")
+    weight.zero_()
+    begin.set()
+    checkpoints.teardown()
+    assert read_file(tmp_path / "x.ckpt")["x"].tolist() == [1, 1]
+
+
+def test_numbers_of_parameters_follow_the_groups_not_the_order_of_the_state():
+    state = {"state": {"b": {"step": 2}, "a": {"step": 1}}, "param_groups": [{"params": ["a"]}, {"params": ["b"]}]}
+    numbered = by_number(state)
+    assert numbered["state"] == {0: {"step": 1}, 1: {"step": 2}}
+    assert by_name(numbered, ["a", "b"]) == state
 
 
 @pytest.mark.parametrize("left", ["file", "directory"])
