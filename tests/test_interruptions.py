@@ -205,6 +205,18 @@ def test_a_signal_in_validation(root):
     assert_same_run(root, undisturbed(root, "one"), "validating")
 
 
+def test_a_signal_in_validation_within_a_step(root):
+    """Batches that wait for others of their step are not lost: the run leaves after the step."""
+    (root / "amid.py").write_text(SIGNAL_IN_VALIDATION.replace("== 16", "== 3").replace('"told"', '"told_amid"'))
+    amid = ["data.batch_size=4", "trainer.accumulate_grad_batches=2", "trainer.val_check_interval=7", NEVER]
+    tell = [*amid, "+callbacks.tell._target_=amid.Tell"]
+    run(root, "amid_whole", "one", *amid)
+    run(root, "amid", "one", *tell, code=128 + signal.SIGTERM)
+    assert record(root, "amid")["samples_seen"] == 4 * 8
+    run(root, "amid", "one", *tell)
+    assert_same_run(root, "amid_whole", "amid")
+
+
 HANDLER = """
 import signal
 import lightning as L
