@@ -24,7 +24,7 @@ import torch.distributed.checkpoint as dcp
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -92,13 +92,15 @@ class FileCheckpoints(TorchCheckpointIO):
         aside = path.with_name(f".{path.name}.part")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
+            _clear(aside)
             with aside.open("wb") as file:
                 torch.save(checkpoint, file)
                 file.flush()
                 os.fsync(file.fileno())
             take_place(aside, path)
         except (OSError, RuntimeError) as error:
-            aside.unlink(missing_ok=True)
+            with suppress(OSError):
+                aside.unlink()
             raise _not_written(path, error) from error
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = True) -> dict[str, Any]:
@@ -141,7 +143,7 @@ class ShardCheckpoints:
         aside, first = path.with_name(f".{path.name}.part"), dist.get_rank() == 0
         try:
             if first:
-                shutil.rmtree(aside, ignore_errors=True)
+                _clear(aside)
                 aside.mkdir(parents=True)
                 torch.save(rest, aside / REST)
             dist.barrier(self._group)
@@ -274,14 +276,24 @@ def read_into(tensors: dict[str, Tensor], path: Path) -> None:
 
 
 class TensorsOnly(dcp.FileSystemReader):
-    """Reads a directory of shards; its index, a pickle, may name what an index is made of and nothing else."""
+    """Reads a directory of shards; its index, a pickle, may name what an index is made of and nothing else.
+
+    PyTorch would unpickle, in full, what an index declares to be bytes: only tensors are taken.
+    """
 
     def read_metadata(self, *arguments: Any, **options: Any) -> Metadata:
         try:
             content = (Path(self.path) / INDEX).read_bytes()
         except OSError:
             raise UserError(f"'{self.path}' is not a whole checkpoint: it has no {INDEX}.") from None
-        metadata = _IndexUnpickler(io.BytesIO(content)).load()
+        try:
+            metadata = _IndexUnpickler(io.BytesIO(content)).load()
+            stored = metadata.state_dict_metadata
+            other = [name for name, entry in stored.items() if not isinstance(entry, TensorStorageMetadata)]
+        except Exception as error:  # a damaged or hostile pickle raises many types
+            raise UserError(f"'{self.path}' cannot be read as a checkpoint: {_reason(error)}.") from error
+        if other:
+            raise UserError(f"'{self.path}' is refused: {', '.join(other[:3])} is not a tensor.")
         if metadata.storage_meta is not None:
             metadata.storage_meta.load_id = self.load_id
         return metadata
@@ -375,13 +387,18 @@ def take_place(aside: Path, path: Path) -> None:
         return
     old = _old(path)
     if path.exists():
-        shutil.rmtree(old, ignore_errors=True)
+        _clear(old)
         os.rename(path, old)
     os.rename(aside, path)
-    if old.is_dir():
-        shutil.rmtree(old, ignore_errors=True)
+    _clear(old)
+
+
+def _clear(path: Path) -> None:
+    """Remove a file or a directory, where there is one: what a run killed while saving left, in either form."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
     else:
-        old.unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
 
 
 def find(path: Path) -> Path | None:

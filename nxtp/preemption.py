@@ -99,7 +99,8 @@ class LeaveOnSignal(L.Callback):
             self._leave(trainer, module)
 
     def on_validation_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
-        if trainer.state.fn == TrainerFn.FITTING and module.agree_to_stop():
+        # within a step gradients would be lost: then the next training batch tells
+        if trainer.state.fn == TrainerFn.FITTING and module.between_steps and module.agree_to_stop():
             module.end_validation()
             self._leave(trainer, module)
 

@@ -4,14 +4,30 @@ import json
 import pickle
 import random
 import signal
+import threading
 import time
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from helpers import TINY_OVERRIDES, curve, nxtp_runs, start_nxtp, write_shards
 from safetensors.torch import load_file
 
-from nxtp.checkpoint import INDEX, REST, TensorsOnly, find, read_file, read_shards, take_place
+from nxtp.checkpoint import (
+    INDEX,
+    REST,
+    FileCheckpoints,
+    ShardCheckpoints,
+    TensorsOnly,
+    by_name,
+    by_number,
+    find,
+    read_file,
+    read_into,
+    read_shards,
+    take_place,
+)
 from nxtp.errors import UserError
 from nxtp.recognizer import Recognizer
 
@@ -189,6 +205,18 @@ def test_a_signal_in_validation(root):
     assert_same_run(root, undisturbed(root, "one"), "validating")
 
 
+def test_a_signal_in_validation_within_a_step(root):
+    """Batches that wait for others of their step are not lost: the run leaves after the step."""
+    (root / "amid.py").write_text(SIGNAL_IN_VALIDATION.replace("== 16", "== 3").replace('"told"', '"told_amid"'))
+    amid = ["data.batch_size=4", "trainer.accumulate_grad_batches=2", "trainer.val_check_interval=7", NEVER]
+    tell = [*amid, "+callbacks.tell._target_=amid.Tell"]
+    run(root, "amid_whole", "one", *amid)
+    run(root, "amid", "one", *tell, code=128 + signal.SIGTERM)
+    assert record(root, "amid")["samples_seen"] == 4 * 8
+    run(root, "amid", "one", *tell)
+    assert_same_run(root, "amid_whole", "amid")
+
+
 HANDLER = """
 import signal
 import lightning as L
@@ -288,9 +316,26 @@ def test_an_index_that_names_anything_else_is_refused(root, tmp_path):
             return (open, (str(tmp_path / "ran"), "w"))
 
     (tmp_path / INDEX).write_bytes(pickle.dumps(Evil()))
-    with pytest.raises(pickle.UnpicklingError, match="does not need"):
+    with pytest.raises(UserError, match="does not need"):
         TensorsOnly(tmp_path).read_metadata()
     assert not (tmp_path / "ran").exists()
+
+
+def test_a_pickle_in_a_tensors_place_is_refused(tmp_path):
+    """PyTorch would unpickle, in full, whatever the index declares to be bytes."""
+    ran = tmp_path / "ran"
+    dcp.save({"model.x": Touch(str(ran))}, storage_writer=dcp.FileSystemWriter(tmp_path / "shards"), no_dist=True)
+    with pytest.raises(UserError, match=r"model\.x"):
+        read_into({"model.x": torch.zeros(2)}, tmp_path / "shards")
+    assert not ran.exists()
+
+
+class Touch:
+    def __init__(self, path: str):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (self.path, "w"))
 
 
 def test_a_damaged_checkpoint_is_told(tmp_path):
@@ -300,6 +345,62 @@ def test_a_damaged_checkpoint_is_told(tmp_path):
     (tmp_path / "shards").mkdir()
     with pytest.raises(UserError, match="not a whole checkpoint"):
         TensorsOnly(tmp_path / "shards").read_metadata()
+    (tmp_path / "shards" / INDEX).write_bytes(b"\x80\x04")
+    with pytest.raises(UserError, match=r"shards.*cannot be read"):
+        TensorsOnly(tmp_path / "shards").read_metadata()
+
+
+def test_training_does_not_change_what_is_being_written(tmp_path, monkeypatch):
+    begin, write = threading.Event(), FileCheckpoints._write
+    monkeypatch.setattr(FileCheckpoints, "_write", staticmethod(lambda *a: begin.wait(10) and write(*a)))
+    weight, checkpoints = torch.ones(2), FileCheckpoints()
+    checkpoints.save_checkpoint({"x": weight}, tmp_path / "x.ckpt")
+    weight.zero_()
+    begin.set()
+    checkpoints.teardown()
+    assert read_file(tmp_path / "x.ckpt")["x"].tolist() == [1, 1]
+
+
+def test_numbers_of_parameters_follow_the_groups_not_the_order_of_the_state():
+    state = {"state": {"b": {"step": 2}, "a": {"step": 1}}, "param_groups": [{"params": ["a"]}, {"params": ["b"]}]}
+    numbered = by_number(state)
+    assert numbered["state"] == {0: {"step": 1}, 1: {"step": 2}}
+    assert by_name(numbered, ["a", "b"]) == state
+
+
+@pytest.mark.parametrize("left", ["file", "directory"])
+def test_what_a_killed_save_of_the_other_form_left_is_no_obstacle(tmp_path, left):
+    """A run killed while saving goes on with shards in place of a file, or the other way round."""
+    path = tmp_path / "last.ckpt"
+    for name in (".last.ckpt.part", ".last.ckpt.old"):
+        (tmp_path / name).mkdir() if left == "directory" else (tmp_path / name).write_text("half")
+    if left == "directory":
+        checkpoints = FileCheckpoints()
+        checkpoints.save_checkpoint({"x": torch.ones(2)}, path)
+        checkpoints.teardown()
+        assert read_file(path)["x"].sum() == 2
+    else:
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        try:
+            for _ in range(2):  # the second one moves a directory aside
+                checkpoints = ShardCheckpoints()
+                checkpoints.save(torch.nn.Linear(2, 2), [], {"x": 1}, path)
+                checkpoints.close()
+        finally:
+            dist.destroy_process_group()
+        assert read_file(path / REST)["x"] == 1
+    assert [entry.name for entry in tmp_path.iterdir() if entry.name.endswith(".part")] == []
+
+
+def test_a_directory_moves_aside_where_an_old_file_lies(tmp_path):
+    path, aside, old = tmp_path / "last.ckpt", tmp_path / "aside", tmp_path / ".last.ckpt.old"
+    path.mkdir()
+    aside.mkdir()
+    (aside / "x").write_text("two")
+    old.write_text("one")
+    take_place(aside, path)
+    assert (path / "x").read_text() == "two"
+    assert not old.exists()
 
 
 def test_a_directory_takes_the_place_of_another(tmp_path):

@@ -1,6 +1,7 @@
 """The same mathematics everywhere: one process with the whole batch, DDP, FSDP, tensor parallelism, accumulation."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from nxtp.checkpoint import read_file
+from nxtp.module import Recognition
 from nxtp.tokens import train_tokenizer
 
 CPU = ["trainer.accelerator=cpu", "trainer.precision=32-true"]
@@ -95,6 +97,17 @@ def test_every_way_of_computing_gives_the_same_run(root, reference, way):
     metrics, same = (json.loads((path / "run.json").read_text())["metrics"] for path in (one, run))
     for name in ("val/recall@10", "val/precision@10", "val/f1@10", "val/loss"):
         assert same[name] == pytest.approx(metrics[name], rel=1e-4), name
+
+
+def test_batches_of_unequal_tokens_weigh_by_their_tokens():
+    """Sums of 6 and 4 over 3 and 7 tokens: a gradient of 10 / 10, though both were divided by 3, and by 2 batches."""
+    weight = torch.nn.Parameter(torch.zeros(1))
+    weight.grad = torch.tensor([(6 / 3 + 4 / 3) / 2])
+    trainer = SimpleNamespace(accumulate_grad_batches=2)
+    module = SimpleNamespace(trainer=trainer, parameters=lambda: [weight], _divisor=3, _step_tokens=10)
+    Recognition.on_before_optimizer_step(module, None)
+    assert weight.grad.item() == pytest.approx(1)
+    assert (module._divisor, module._step_tokens) == (0, 0)
 
 
 def test_a_decoder_in_shards_is_filled_on_every_rank(root):
