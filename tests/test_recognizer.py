@@ -96,7 +96,7 @@ def test_bfloat16_gives_the_labels_of_float32(tmp_path):
     trained = recognizer()
     tokenizer, model = trained.tokenizer, trained.model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    for step in range(30):
+    for step in range(60):
         images = torch.stack([trained.transform(jpeg(colour, seed=step)) for colour in COLOURS.values()])
         layout = lay_out(
             [tokenizer.encode_labels([name, "stone"]) for name in COLOURS],
