@@ -89,11 +89,7 @@ def one_shot(
     """
     logits_BV, cache = model.prefill(images, prompt)
     prefix = model.num_image_tokens + 1 + len(prompt)
-    first_BV = (logits_BV / temperature).softmax(dim=-1)
-    candidates_BV = first_BV
-    if never_first:
-        candidates_BV = first_BV.index_fill(1, torch.tensor(never_first, device=first_BV.device), -1.0)
-    probs, tokens = candidates_BV.topk(min(top_k, first_BV.shape[-1] - len(set(never_first))), dim=-1)
+    probs, tokens = first_tokens(logits_BV, top_k, never_first, temperature)
     batch, branches = tokens.shape
 
     tokens_BKL = torch.full((batch, branches, max_tokens + 1), delimiter, device=tokens.device)
@@ -112,16 +108,42 @@ def one_shot(
             _keep_branches(cache, keep_BA, prefix, steps=step - 1)
             active_BA, current_BA, running_BA = (t.gather(1, keep_BA) for t in (active_BA, current_BA, running_BA))
         mask = branch_mask(prefix, active_BA.shape[1], step, device=tokens.device)
-        logits_BAV = model.step(current_BA, prefix + step - 1, mask, cache) / temperature
-        top_BA, current_BA = logits_BAV.max(dim=-1)
-        prob_BA = (top_BA - logits_BAV.logsumexp(dim=-1)).exp()
+        prob_BA, current_BA = likeliest_(model.step(current_BA, prefix + step - 1, mask, cache), temperature)
         current_BA = current_BA.where(running_BA, delimiter)
         tokens_BKL[:, :, step].scatter_(1, active_BA, current_BA)
         probs_BKL[:, :, step].scatter_(1, active_BA, prob_BA.where(running_BA, 1.0))
         running_BA = running_BA & (current_BA != delimiter)
+    return finished(tokens_BKL, probs_BKL, delimiter)
+
+
+def first_tokens(
+    logits_BV: Tensor, top_k: int, never_first: Sequence[int] = (), temperature: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """Probabilities float32 and ids int64, each [B, K], of the likeliest tokens that may start a label."""
+    first_BV = (logits_BV / temperature).softmax(dim=-1)
+    count = min(top_k, first_BV.shape[-1] - len(set(never_first)))
+    if never_first:
+        first_BV = first_BV.index_fill(1, torch.tensor(never_first, device=first_BV.device), -1.0)
+    return first_BV.topk(count, dim=-1)
+
+
+def likeliest_(logits: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Probability and id of the likeliest token, each [...] of logits [..., V], which are overwritten.
+
+    For a hundred branches they are larger than a core's cache: every pass over them, and every copy, counts.
+    """
+    if temperature != 1.0:
+        logits.div_(temperature)
+    top, ids = logits.max(dim=-1, keepdim=True)
+    return logits.sub_(top).exp_().sum(dim=-1).reciprocal(), ids[..., 0]
+
+
+def finished(tokens_BKL: Tensor, probs_BKL: Tensor, delimiter: int) -> Samples:
+    """Samples of labels grown to L - 1 tokens at most and a delimiter, as long as the longest of them."""
     lengths_BK = (tokens_BKL == delimiter).int().argmax(dim=-1)
     longest = int(lengths_BK.max()) + 1 if lengths_BK.numel() else 0
-    return Samples(tokens_BKL[..., :longest], probs_BKL[..., :longest], lengths_BK, lengths_BK == max_tokens)
+    cut_BK = lengths_BK == tokens_BKL.shape[-1] - 1
+    return Samples(tokens_BKL[..., :longest], probs_BKL[..., :longest], lengths_BK, cut_BK)
 
 
 def _keep_branches(cache: DynamicCache, keep_BA: Tensor, prefix: int, steps: int) -> None:

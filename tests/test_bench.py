@@ -8,18 +8,20 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from helpers import write_shards
+from helpers import tiny_config, write_shards
 from rich.console import Console
 
 from nxtp.bench import bench
 from nxtp.bench.measure import train_table
 from nxtp.bench.padding import batches
 from nxtp.bench.processes import TOLERANCE, assert_equal, children, choose_device, machine_description
-from nxtp.bench.workers import SIZES, Predictor, Trainer, random_labels
+from nxtp.bench.static import StaticOneShot
+from nxtp.bench.workers import DELIMITER, SIZES, Predictor, Trainer, random_labels
 from nxtp.errors import UserError
 from nxtp.model import Model
 from nxtp.optim import TrainsConfig
 from nxtp.perf import count_parameters, meta_model
+from nxtp.sampling import one_shot
 
 
 def run(*arguments: str) -> tuple[dict, str]:
@@ -214,3 +216,32 @@ def test_bucketed_batches_hold_every_sample_once_and_less_padding():
         return sum(max(len(image[0]) for image in batch) - len(image[0]) for batch in made for image in batch)
 
     assert spread(bucketed) < spread(plain) / 3
+
+
+@pytest.mark.parametrize(("ends", "kv_heads"), [(30.0, 4), (30.0, 2), (0.0, 4)])
+def test_fixed_shapes_give_the_same_labels(ends, kv_heads):
+    torch.manual_seed(1)
+    model = Model(tiny_config(num_key_value_heads=kv_heads), 400).eval()
+    with torch.no_grad():
+        model.decoder.lm.model.embed_tokens.weight.normal_()
+        model.decoder.lm.lm_head.weight[DELIMITER] *= ends
+    static = StaticOneShot(compiled=False, device=torch.device("cpu"))
+    options = {"prompt": [1, 7, 8], "delimiter": DELIMITER, "max_tokens": 6, "never_first": [DELIMITER]}
+    for seed, k in ((0, 12), (1, 12), (2, 1)):  # the second call finds the first one's keys in its cache
+        images = torch.randint(0, 256, (3, 3, 32, 32), generator=torch.Generator().manual_seed(seed)).byte()
+        expected, given = one_shot(model, images, top_k=k, **options), static(model, images, top_k=k, **options)
+        assert torch.equal(given.tokens_BKL, expected.tokens_BKL)
+        assert torch.equal(given.cut_BK, expected.cut_BK)
+        torch.testing.assert_close(given.probs_BKL, expected.probs_BKL, rtol=1e-5, atol=1e-5)
+        assert k == 1 or expected.lengths_BK.unique().numel() >= 3 or ends == 0
+    assert len(static.caches) == 2
+
+
+@pytest.mark.slow
+def test_static_compiles_prints_a_table_and_one_object_last():
+    numbers, output = run("static", "--size=tiny", "--repeats=1", "--batch=2", "--tokens=5")
+    assert "first call compiles" in output
+    assert numbers["difference"] < TOLERANCE
+    rows = numbers["rows"]
+    assert len(rows) == 9
+    assert all(row["seconds"] > 0 for row in rows.values())

@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from helpers import jpeg, tiny_config
+from helpers import COLOURS, jpeg, tiny_config
 from PIL import Image
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, PILToTensor, Resize
 
 import nxtp
 from nxtp.errors import UserError
 from nxtp.images import ImageError
+from nxtp.layout import lay_out
 from nxtp.model import Model
 from nxtp.pixels import to_pixels
 from nxtp.ranking import RankingConfig, rank
@@ -89,6 +90,37 @@ def test_results_do_not_depend_on_the_batch(saved):
     for a, b in zip(together, alone, strict=True):
         assert [label for label, _ in a] == [label for label, _ in b]
         assert [p for _, p in a] == pytest.approx([p for _, p in b], rel=1e-5)
+
+
+def test_bfloat16_gives_the_labels_of_float32(tmp_path):
+    trained = recognizer()
+    tokenizer, model = trained.tokenizer, trained.model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for step in range(60):
+        images = torch.stack([trained.transform(jpeg(colour, seed=step)) for colour in COLOURS.values()])
+        layout = lay_out(
+            [tokenizer.encode_labels([name, "stone"]) for name in COLOURS],
+            prompt=tokenizer.prompt_ids,
+            delimiter=tokenizer.delimiter_id,
+            num_image_tokens=model.num_image_tokens,
+        )
+        optimizer.zero_grad()
+        model(images, layout).mean.backward()
+        optimizer.step()
+    model.eval()
+    trained.save_pretrained(tmp_path / "m")
+    wide, narrow = (
+        Recognizer.from_pretrained(tmp_path / "m", device="cpu", dtype=dtype)
+        for dtype in (torch.float32, torch.bfloat16)
+    )
+    assert {parameter.dtype for parameter in narrow.model.parameters()} == {torch.bfloat16}
+    unseen = [jpeg(colour, seed=1000 + i) for i in range(2) for colour in COLOURS.values()]
+    rows = zip(*(each.predict(unseen, top_k=5) for each in (wide, narrow)), list(COLOURS) * 2, strict=True)
+    for expected, given, name in rows:
+        likely = {label: p for label, p in expected if p > 0.05}
+        assert {name, "stone"} <= set(likely), "it has learnt something"
+        assert {label: dict(given).get(label) for label in likely} == pytest.approx(likely, abs=2e-2)
+        assert given != expected
 
 
 def test_bad_arguments(saved, tmp_path):

@@ -1,4 +1,4 @@
-"""`nxtp bench train|predict|data|metric|padding`: ours beside the published way, the same inputs, in one run.
+"""`nxtp bench train|predict|static|data|metric|padding`: ours beside the published way, the same inputs, in one run.
 
 For models each way lives in a fresh process that builds the same seeded model. The parent first has both compute the
 same thing and compares the results, then asks them for one measurement each in turn (A B A B …); ratios are medians
@@ -20,6 +20,7 @@ from nxtp.bench.measure import measure_predict, measure_train, predict_table, tr
 from nxtp.bench.metric import measure_metric, metric_table
 from nxtp.bench.padding import measure_padding, padding_table
 from nxtp.bench.plan import H100, measure_plan, plan_table
+from nxtp.bench.static import measure_static, static_table
 from nxtp.bench.workers import SIZES
 
 PRECISIONS = ("32-true", "bf16-mixed", "bf16-true")
@@ -89,6 +90,22 @@ def train(**options: Any) -> None:
 def predict(**options: Any) -> None:
     """Seconds an image for 1, 20 and 100 labels, ours and published, and our images/s in batches."""
     _report(measure_predict, predict_table, **options)
+
+
+@bench.command()
+@_common
+@click.option("--batch", type=click.IntRange(1), default=1, show_default=True, help="Images a call.")
+@click.option("--tokens", type=click.IntRange(2), default=19, show_default=True, help="Of a label, at most.")
+@click.option(
+    "--ends",
+    type=click.FloatRange(0),
+    default=30.0,
+    show_default=True,
+    help="The delimiter's weight; 0: no label ends.",
+)
+def static(**options: Any) -> None:
+    """Whether fixed shapes and a compiled step pay in one-shot prediction."""
+    _report(measure_static, static_table, **options)
 
 
 @bench.command()

@@ -73,10 +73,10 @@ def measure_train(
         for name, times in seconds.items()
     }
     return {
-        "images_per_s_ratio": _ratio(seconds["published"], seconds["ours"]),
+        "images_per_s_ratio": ratio(seconds["published"], seconds["ours"]),
         "peak_memory_ratio": peaks["ours"][0] / peaks["published"][0],
         "peak_above_model_ratio": peaks["ours"][1] / max(peaks["published"][1], 1),
-        "matched_images_per_s_ratio": _ratio(seconds["published"], seconds["ours, matched"]),
+        "matched_images_per_s_ratio": ratio(seconds["published"], seconds["ours, matched"]),
         "difference": difference,
         "rows": rows,
         "parameters": parameters,
@@ -151,10 +151,10 @@ def measure_predict(
         parameters = ours.parameters
     result: dict[str, Any] = {}
     for k in COUNTS[1:]:
-        result[f"ratio@{k}"] = _ratio(whole["published", k], whole["ours", k])
-        result[f"decode_ratio@{k}"] = _ratio(decode["published", k], decode["ours", k])
+        result[f"ratio@{k}"] = ratio(whole["published", k], whole["ours", k])
+        result[f"decode_ratio@{k}"] = ratio(decode["published", k], decode["ours", k])
     most = COUNTS[-1]
-    result[f"top{most}_over_top1"] = _ratio(whole["ours", most], whole["ours", 1])
+    result[f"top{most}_over_top1"] = ratio(whole["ours", most], whole["ours", 1])
     rows = {
         f"{way}@{k}": {"seconds": median(whole[way, k]), "decode_seconds": median(decode[way, k])}
         for k in COUNTS
@@ -175,12 +175,12 @@ def measure_predict(
     }
 
 
-def _ratio(numerators: list[float], denominators: list[float]) -> float:
+def ratio(numerators: list[float], denominators: list[float]) -> float:
     """Median over the rounds of one time by the other of the same round."""
     return median(n / d for n, d in zip(numerators, denominators, strict=True))
 
 
-def _caption(result: dict[str, Any], what: str) -> str:
+def caption(result: dict[str, Any], what: str) -> str:
     return (
         f"{what}. {result['parameters'] / 1e6:,.0f} M parameters, {result['precision']}; results equal to "
         f"{result['difference']:.0e} relative{'' if result['precision'] == '32-true' else ' in float32'}. "
@@ -207,7 +207,7 @@ def train_table(result: dict[str, Any]) -> Table:
     table.add_section()
     table.add_row("ours / published", "", f"{speed:.1f}×", "", "", f"{memory:.2f}×", f"{above:.2f}×")
     trained = "the published parts train" if result["size"] == "g3m" else "all parameters train"
-    table.caption = _caption(
+    table.caption = caption(
         result,
         f"Forward, backward and AdamW of {result['batch']} images, {trained}; medians of {result['repeats']} rounds; "
         f"FLOPs are the model's, of real tokens, in both ways; memory is {_memory(result)}",
@@ -236,7 +236,7 @@ def predict_table(result: dict[str, Any]) -> Group:
             ratios[1],
         )
         batches.add_row(str(k), f"{ours['images_per_s']:,.2f}", f"{ours['peak_bytes'] / 1e9:.2f}")
-    table.caption = _caption(
+    table.caption = caption(
         result,
         f"Top-100 takes {result['top100_over_top1']:.2f}× the time of top-1. Encoder and prefix included, except "
         f"under decoding: {result['steps']} steps after the first token; medians of {result['repeats']} rounds",

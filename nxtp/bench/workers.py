@@ -235,12 +235,12 @@ class Predictor(Worker):
         seconds: list[float] = []
         while not seconds or (len(seconds) < 5 and sum(seconds) < 1):
             start = self.clock()
-            samples = self._run(top_k, tokens, images)
+            samples = self.run(top_k, tokens, images)
             seconds.append(self.clock() - start)
         arrays = {"tokens": samples.tokens_BKL, "probabilities": samples.probs_BKL}
         return median(seconds), {name: array.cpu().numpy() for name, array in arrays.items()}
 
-    def _run(self, top_k: int, tokens: int, images: int) -> Samples:
+    def run(self, top_k: int, tokens: int, images: int) -> Samples:
         with self.autocast():
             return self.sample(
                 self.model,
