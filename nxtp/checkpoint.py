@@ -105,7 +105,7 @@ class FileCheckpoints(TorchCheckpointIO):
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = True) -> dict[str, Any]:
         self._background.wait()
-        path = Path(path)
+        path = find(Path(path)) or Path(path)
         return read_shards(path) if path.is_dir() else read_file(path)
 
     def remove_checkpoint(self, path: Any) -> None:
@@ -142,11 +142,17 @@ class ShardCheckpoints:
     def _write(self, tensors: dict[str, Tensor], rest: dict[str, Any], path: Path) -> None:
         aside, first = path.with_name(f".{path.name}.part"), dist.get_rank() == 0
         try:
+            failed: list[str | None] = [None]
             if first:
-                _clear(aside)
-                aside.mkdir(parents=True)
-                torch.save(rest, aside / REST)
-            dist.barrier(self._group)
+                try:
+                    _clear(aside)
+                    aside.mkdir(parents=True)
+                    torch.save(rest, aside / REST)
+                except (OSError, RuntimeError) as error:
+                    failed = [_reason(error)]
+            dist.broadcast_object_list(failed, src=0, group=self._group)
+            if failed[0] is not None:
+                raise OSError(failed[0])
             dcp.save(tensors, storage_writer=dcp.FileSystemWriter(aside), process_group=self._group)
             if first:
                 take_place(aside, path)
@@ -158,6 +164,7 @@ class ShardCheckpoints:
     def load(self, model: nn.Module, optimizers: Sequence[Optimizer], path: Path) -> dict[str, Any]:
         """Fill model and optimisers, from a file too; the rest is returned. A collective call."""
         self._background.wait()
+        path = find(path) or path
         if not path.is_dir():
             checkpoint = read_file(path)
             states = checkpoint.pop("optimizer_states", [])
@@ -243,7 +250,7 @@ class CheckpointWeights(Weights):
     """
 
     def __init__(self, path: Path):
-        self.path = Path(path)
+        self.path = find(Path(path)) or Path(path)
         if self.path.is_dir():
             self.rest = read_file(self.path / REST)
             stored = _under("model.", TensorsOnly(self.path).read_metadata().state_dict_metadata)

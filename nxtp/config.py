@@ -64,6 +64,10 @@ def compose_and_run(function: Callable[[DictConfig], Any], config_name: str, arg
         result = run()
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(explain(error)) from error
+    except RuntimeError as error:
+        if '"srun"' not in str(error):
+            raise
+        raise UserError("hydra/launcher=slurm: no srun on this machine: start it on a login node.") from error
     finally:
         sys.argv = saved
     if len(failed) > 1:

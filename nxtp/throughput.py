@@ -137,4 +137,5 @@ class Progress(RichProgressBar):
 
     def get_metrics(self, trainer, module) -> dict:
         line = next((c.line for c in trainer.callbacks if isinstance(c, Throughput)), "")
-        return super().get_metrics(trainer, module) | ({"speed": line} if line else {})
+        shown = {key: value for key, value in super().get_metrics(trainer, module).items() if key != "v_num"}
+        return shown | ({"speed": line} if line else {})

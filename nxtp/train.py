@@ -57,6 +57,7 @@ def train(cfg: DictConfig) -> float | None:
         log.info("%s holds this run, finished: nothing to do. Choose another name to train again.", run_dir)
         return None
     at_least("seed", cfg.seed, 0)
+    require_accelerator(cfg.trainer.accelerator)
     L.seed_everything(cfg.seed, workers=True, verbose=False)
     if cfg.matmul_precision is not None:
         torch.set_float32_matmul_precision(cfg.matmul_precision)
@@ -105,11 +106,29 @@ def train(cfg: DictConfig) -> float | None:
 def quieten_lightning() -> None:
     """Leave out what Lightning says to its own developers, and its advertisements."""
     warnings.filterwarnings("ignore", message=".*LeafSpec.*", module="lightning")
-    warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")  # a run continues
-    warnings.filterwarnings("ignore", message=".*could not find the monitored key")  # stopped before it was measured
-    warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")  # of 1×1 convolutions
+    for message in (
+        "Checkpoint directory .* exists and is not empty",  # a run continues
+        "Grad strides do not match bucket view strides",  # of 1×1 convolutions
+        "torch.distributed.nn.functional.all_gather is deprecated",  # Lightning's call, at each log of each rank
+        # before the first validation; afterwards a metric that is not there is an error
+        r"`ModelCheckpoint\(monitor=.*could not find the monitored key",
+    ):
+        warnings.filterwarnings("ignore", message=message)
+    told = "Tip:", "GPU available: False", "TPU available: False", "`Trainer(val_check_interval", "Loading `train_data"
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
-        logging.getLogger(name).addFilter(lambda record: "Tip:" not in record.getMessage())
+        logging.getLogger(name).addFilter(lambda record: not any(text in record.getMessage() for text in told))
+
+
+def require_accelerator(accelerator: str) -> None:
+    """
+    Raises:
+        UserError: a GPU is asked for and PyTorch sees none.
+    """
+    if accelerator == "gpu" and not (torch.cuda.is_available() or torch.backends.mps.is_available()):
+        raise UserError(
+            "trainer.accelerator is 'gpu' and PyTorch sees none here: trainer=cpu, "
+            "or for a trial of another trainer, trainer.accelerator=cpu trainer.precision=32-true."
+        )
 
 
 def find_checkpoint(run_dir: Path, resolved: dict[str, Any]) -> str | None:

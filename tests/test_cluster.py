@@ -38,6 +38,13 @@ def test_slurm_gets_a_task_for_each_gpu(tmp_path):
     assert asked["signal"].endswith("@180")
 
 
+def test_a_machine_without_slurm_or_gpu_is_told_in_one_line(tmp_path):
+    told = nxtp_runs("train", "-m", "hydra/launcher=slurm", "name=a", cwd=tmp_path, code=1, PATH="/nowhere")
+    assert told.strip() == "error: hydra/launcher=slurm: no srun on this machine: start it on a login node."
+    told = nxtp_runs("train", "name=a", "trainer=gpu", cwd=tmp_path, code=1, CUDA_VISIBLE_DEVICES="")
+    assert told.startswith("error: trainer.accelerator is 'gpu' and PyTorch sees none here")
+
+
 @pytest.mark.slow
 def test_torchrun_starts_the_ranks(tmp_path):
     write_shards(tmp_path / "train", [32])
