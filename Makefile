@@ -25,14 +25,15 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# Two test processes with two threads each would stall each other on two cores.
+# Two test processes with two threads each would stall each other on two cores; so would two tests of several ranks, which
+# therefore are one group.
 test test-all: export OMP_NUM_THREADS = 1
 
 test: lint
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist loadgroup --durations=15
 
 test-all: lint
-	$(BIN)/python -m pytest -n 2 -m ''
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m ''
 
 demo: $(READY)
 	$(BIN)/python data/scenes.py --out data/shards/demo --concepts 500 --train 80000 --val 2000 --val-style 2000

@@ -31,6 +31,8 @@ from nxtp.checkpoint import (
 from nxtp.errors import UserError
 from nxtp.recognizer import Recognizer
 
+pytestmark = pytest.mark.xdist_group("ranks")
+
 CPU = ["trainer.accelerator=cpu", "trainer.precision=32-true"]
 STRATEGIES = {"one": ([], 1), "ddp": (["trainer=ddp", *CPU], 2), "fsdp": (["trainer=fsdp", *CPU], 2)}
 OFTEN, NEVER = "callbacks.last.every_n_train_steps=1", "callbacks.last.every_n_train_steps=1000"

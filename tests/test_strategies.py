@@ -13,6 +13,8 @@ from nxtp.checkpoint import read_file
 from nxtp.module import Recognition
 from nxtp.tokens import train_tokenizer
 
+pytestmark = pytest.mark.xdist_group("ranks")
+
 CPU = ["trainer.accelerator=cpu", "trainer.precision=32-true"]
 WAYS = {  # overrides and ranks: eight images a step in each
     "one": (["data.batch_size=8"], 1),
