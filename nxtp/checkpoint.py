@@ -1,81 +1,23 @@
-"""Checkpoints that are whole or not there: one file, or one directory of shards; written while training goes on.
+"""Checkpoints in one file, and the weights of a checkpoint of either form.
 
-Both hold the same: Lightning's state, the weights by name, the optimiser's state by parameter name. A run that was
-saved by any number of ranks in either form continues on any number of ranks in either form.
+A file and a directory of shards hold the same: Lightning's state, the weights by name, the optimiser's state. A run
+that was saved by any number of ranks in either form continues on any number of ranks in either form.
 """
 
 from __future__ import annotations
 
-import io
-import logging
 import os
-import pickle
-import shutil
-import warnings
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
-from torch import Tensor, nn
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
-from torch.distributed.tensor import DTensor
-from torch.optim import Optimizer
-from torch.utils._pytree import tree_map_only
+from torch import Tensor
 
-from nxtp.errors import UserError
+from nxtp.saving import Background, clear, copied, find, not_written, read_file, take_place
+from nxtp.sharded_checkpoint import REST, TensorsOnly, read_into, read_shards, under
 from nxtp.weights import Spec, Weights
-
-log = logging.getLogger("nxtp")
-
-REST = "rest.pt"  # of a directory of shards: what is not tensors of the model or the optimiser
-INDEX = ".metadata"  # PyTorch's, of a directory of shards
-GROUPS = "optimizer_groups"  # in the rest: each optimiser's parameter groups, by name
-
-
-class Background:
-    """One write at a time in a thread of its own; the next one waits for it, and an error of it is raised then."""
-
-    def __init__(self) -> None:
-        self._pool: ThreadPoolExecutor | None = None
-        self._pending: Future | None = None
-
-    def submit(self, function: Callable[..., None], *arguments: Any) -> None:
-        self.wait()
-        if self._pool is None:
-            self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._pending = self._pool.submit(function, *arguments)
-
-    def wait(self) -> None:
-        """Until what was submitted is on disk.
-
-        Raises:
-            UserError: it could not be written; the checkpoint before it stays.
-        """
-        pending, self._pending = self._pending, None
-        if pending is not None:
-            pending.result()
-
-    def close(self) -> None:
-        try:
-            self.wait()
-        finally:
-            if self._pool is not None:
-                self._pool.shutdown()
-                self._pool = None
 
 
 class FileCheckpoints(TorchCheckpointIO):
@@ -85,14 +27,14 @@ class FileCheckpoints(TorchCheckpointIO):
         self._background = Background()
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
-        self._background.submit(self._write, _copied(checkpoint), Path(path))
+        self._background.submit(self._write, copied(checkpoint), Path(path))
 
     @staticmethod
     def _write(checkpoint: dict[str, Any], path: Path) -> None:
         aside = path.with_name(f".{path.name}.part")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            _clear(aside)
+            clear(aside)
             with aside.open("wb") as file:
                 torch.save(checkpoint, file)
                 file.flush()
@@ -101,7 +43,7 @@ class FileCheckpoints(TorchCheckpointIO):
         except (OSError, RuntimeError) as error:
             with suppress(OSError):
                 aside.unlink()
-            raise _not_written(path, error) from error
+            raise not_written(path, error) from error
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = True) -> dict[str, Any]:
         self._background.wait()
@@ -120,128 +62,6 @@ class FileCheckpoints(TorchCheckpointIO):
         self._background.close()
 
 
-class ShardCheckpoints:
-    """A checkpoint in a directory to which every rank writes its own part."""
-
-    def __init__(self) -> None:
-        self._background = Background()
-        self._group: dist.ProcessGroup | None = None  # of its own: training's collectives go on meanwhile
-
-    def save(self, model: nn.Module, optimizers: Sequence[Optimizer], rest: Mapping[str, Any], path: Path) -> None:
-        """A collective call.
-
-        Args:
-            rest: what else belongs to the checkpoint; plain values and small tensors. The first rank's is kept.
-        """
-        self._background.wait()
-        content = {**rest, GROUPS: [optimizer_groups(model, optimizer) for optimizer in optimizers]}
-        if self._group is None:
-            self._group = dist.new_group(backend="gloo")
-        self._background.submit(self._write, _copied(_named(model, optimizers)), _copied(content), Path(path))
-
-    def _write(self, tensors: dict[str, Tensor], rest: dict[str, Any], path: Path) -> None:
-        aside, first = path.with_name(f".{path.name}.part"), dist.get_rank() == 0
-        try:
-            failed: list[str | None] = [None]
-            if first:
-                try:
-                    _clear(aside)
-                    aside.mkdir(parents=True)
-                    torch.save(rest, aside / REST)
-                except (OSError, RuntimeError) as error:
-                    failed = [_reason(error)]
-            dist.broadcast_object_list(failed, src=0, group=self._group)
-            if failed[0] is not None:
-                raise OSError(failed[0])
-            dcp.save(tensors, storage_writer=dcp.FileSystemWriter(aside), process_group=self._group)
-            if first:
-                take_place(aside, path)
-        except (Exception, CheckpointException) as error:
-            if first:
-                shutil.rmtree(aside, ignore_errors=True)
-            raise _not_written(path, error) from error
-
-    def load(self, model: nn.Module, optimizers: Sequence[Optimizer], path: Path) -> dict[str, Any]:
-        """Fill model and optimisers, from a file too; the rest is returned. A collective call."""
-        self._background.wait()
-        path = find(path) or path
-        if not path.is_dir():
-            checkpoint = read_file(path)
-            states = checkpoint.pop("optimizer_states", [])
-            named = [by_name(s, names_of(model, o)) for s, o in zip(states, optimizers, strict=False)]
-            weights, options = checkpoint.pop("state_dict"), StateDictOptions(full_state_dict=True)
-        else:
-            checkpoint = read_file(path / REST)
-            tensors = _named(model, optimizers)
-            read_into(tensors, path)
-            named = _optimizer_states(tensors, checkpoint.pop(GROUPS)[: len(optimizers)])
-            weights, options = _under("model.", tensors), StateDictOptions()
-        set_model_state_dict(model, weights, options=options)
-        for optimizer, state in zip(optimizers, named, strict=True):
-            set_optimizer_state_dict(model, optimizer, optim_state_dict=state, options=options)
-        return checkpoint
-
-    def wait(self) -> None:
-        self._background.wait()
-
-    def close(self) -> None:
-        self._background.close()
-
-
-def _named(model: nn.Module, optimizers: Sequence[Optimizer]) -> dict[str, Tensor]:
-    """Weights and optimiser state by name, sharded as they are."""
-    tensors = {f"model.{name}": tensor for name, tensor in get_model_state_dict(model).items()}
-    for number, optimizer in enumerate(optimizers):
-        state = get_optimizer_state_dict(model, optimizer)["state"]
-        tensors |= {f"optimizer.{number}.{n}.{part}": t for n, parts in state.items() for part, t in parts.items()}
-    return tensors
-
-
-def _optimizer_states(tensors: Mapping[str, Tensor], groups: Sequence[Any]) -> list[dict[str, Any]]:
-    return [
-        {"state": _by_parameter(_under(f"optimizer.{number}.", tensors)), "param_groups": own}
-        for number, own in enumerate(groups)
-    ]
-
-
-def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-
-
-def _by_parameter(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """``{"a.b.exp_avg": t}`` → ``{"a.b": {"exp_avg": t}}``."""
-    state: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in tensors.items():
-        name, _, part = key.rpartition(".")
-        state.setdefault(name, {})[part] = tensor
-    return state
-
-
-def read_file(path: Path) -> dict[str, Any]:
-    """A checkpoint file's contents on the CPU: tensors and plain values, never code.
-
-    Raises:
-        UserError: missing, damaged, or more in it than that.
-    """
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except FileNotFoundError:
-        raise UserError(f"No checkpoint '{path}'.") from None
-    except Exception as error:  # damaged archives raise many types
-        raise UserError(f"'{path}' cannot be read as a checkpoint: {_reason(error)}.") from error
-
-
-def read_shards(path: Path) -> dict[str, Any]:
-    """A directory of shards as one process reads it whole: what :func:`read_file` gives of a file."""
-    checkpoint = read_file(path / REST)
-    specs = TensorsOnly(path).read_metadata().state_dict_metadata
-    tensors = {name: torch.empty(spec.size, dtype=spec.properties.dtype) for name, spec in specs.items()}
-    read_into(tensors, path)
-    checkpoint["state_dict"] = _under("model.", tensors)
-    checkpoint["optimizer_states"] = [by_number(s) for s in _optimizer_states(tensors, checkpoint.pop(GROUPS))]
-    return checkpoint
-
-
 class CheckpointWeights(Weights):
     """A checkpoint's weights, one tensor at a time, in one process; ``rest`` is what else it holds.
 
@@ -253,7 +73,7 @@ class CheckpointWeights(Weights):
         self.path = find(Path(path)) or Path(path)
         if self.path.is_dir():
             self.rest = read_file(self.path / REST)
-            stored = _under("model.", TensorsOnly(self.path).read_metadata().state_dict_metadata)
+            stored = under("model.", TensorsOnly(self.path).read_metadata().state_dict_metadata)
             self.specs = {name: Spec(tuple(entry.size), entry.properties.dtype) for name, entry in stored.items()}
         else:
             self.rest = read_file(self.path)
@@ -266,151 +86,3 @@ class CheckpointWeights(Weights):
         tensor = torch.empty(self.specs[name].shape, dtype=self.specs[name].dtype)
         read_into({f"model.{name}": tensor}, self.path)
         return tensor
-
-
-def read_into(tensors: dict[str, Tensor], path: Path) -> None:
-    """Fill ``tensors``, whole or sharded, from the shards of a checkpoint; a collective call where there are ranks.
-
-    Raises:
-        UserError: the checkpoint is damaged, or of another model.
-    """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that there is one process
-            dcp.load(tensors, storage_reader=TensorsOnly(path), no_dist=not dist.is_initialized())
-    except (Exception, CheckpointException) as error:
-        raise UserError(f"'{path}' cannot be read as a checkpoint of this model: {_reason(error)}.") from error
-
-
-class TensorsOnly(dcp.FileSystemReader):
-    """Reads a directory of shards; its index, a pickle, may name what an index is made of and nothing else.
-
-    PyTorch would unpickle, in full, what an index declares to be bytes: only tensors are taken.
-    """
-
-    def read_metadata(self, *arguments: Any, **options: Any) -> Metadata:
-        try:
-            content = (Path(self.path) / INDEX).read_bytes()
-        except OSError:
-            raise UserError(f"'{self.path}' is not a whole checkpoint: it has no {INDEX}.") from None
-        try:
-            metadata = _IndexUnpickler(io.BytesIO(content)).load()
-            stored = metadata.state_dict_metadata
-            other = [name for name, entry in stored.items() if not isinstance(entry, TensorStorageMetadata)]
-        except Exception as error:  # a damaged or hostile pickle raises many types
-            raise UserError(f"'{self.path}' cannot be read as a checkpoint: {_reason(error)}.") from error
-        if other:
-            raise UserError(f"'{self.path}' is refused: {', '.join(other[:3])} is not a tensor.")
-        if metadata.storage_meta is not None:
-            metadata.storage_meta.load_id = self.load_id
-        return metadata
-
-
-class _IndexUnpickler(pickle.Unpickler):
-    _MODULES = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
-
-    def find_class(self, module: str, name: str) -> Any:
-        plain = (module, name) in {
-            ("torch", "Size"),
-            ("torch.serialization", "_get_layout"),
-            ("torch.distributed.checkpoint.metadata", "_MEM_FORMAT_ENCODING"),
-            ("pathlib", "PosixPath"),
-            ("collections", "OrderedDict"),
-        }
-        value = super().find_class(module, name) if plain or module in (*self._MODULES, "torch") else None
-        if plain or isinstance(value, torch.dtype) or (isinstance(value, type) and value.__module__ in self._MODULES):
-            return value
-        raise pickle.UnpicklingError(f"a checkpoint's index does not need {module}.{name}")
-
-
-# The optimiser's state: PyTorch numbers parameters group by group, a sharded checkpoint names them.
-
-
-def names_of(model: nn.Module, optimizer: Optimizer) -> list[str]:
-    """Names of an optimiser's parameters, group by group: entry i is what it calls parameter i."""
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    return [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
-
-
-def optimizer_groups(model: nn.Module, optimizer: Optimizer) -> list[dict[str, Any]]:
-    """Its parameter groups with names in place of parameters."""
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    return [{**group, "params": [names[id(p)] for p in group["params"]]} for group in optimizer.param_groups]
-
-
-def by_name(state: Mapping[str, Any], names: list[str]) -> dict[str, Any]:
-    """Numbered → named."""
-    return {
-        "state": {names[number]: values for number, values in state["state"].items()},
-        "param_groups": [{**group, "params": [names[i] for i in group["params"]]} for group in state["param_groups"]],
-    }
-
-
-def by_number(state: Mapping[str, Any]) -> dict[str, Any]:
-    """Named → numbered, in the order of the groups."""
-    number = {name: i for i, name in enumerate(name for group in state["param_groups"] for name in group["params"])}
-    return {
-        "state": {number[name]: values for name, values in state["state"].items()},
-        "param_groups": [{**group, "params": [number[n] for n in group["params"]]} for group in state["param_groups"]],
-    }
-
-
-def _copied(content: Any) -> Any:
-    """The same with tensors of its own on the CPU, which training does not change any more."""
-
-    def copy(tensor: Tensor) -> Tensor:
-        tensor = tensor.detach()
-        if isinstance(tensor, DTensor):
-            return tensor.cpu() if tensor.device.type != "cpu" else tensor.clone()
-        return tensor.to("cpu", copy=True)
-
-    return tree_map_only(Tensor, copy, content)
-
-
-def _reason(error: BaseException) -> str:
-    """In one line; of what several ranks met, the first one's."""
-    if isinstance(error, CheckpointException) and error.failures:
-        error = next(iter(error.failures.values()))[0]
-    return " ".join(str(error).split())[:300].rstrip(".")
-
-
-def _not_written(path: Path, error: BaseException) -> UserError:
-    kept = f" The one before it stays in '{path}'." if path.exists() else ""
-    told = f"The checkpoint '{path}' could not be written: {_reason(error)}."
-    return UserError(f"{told}{kept} Make room and start the same command again.")
-
-
-# A directory cannot take another's place in one step: for a moment the old one stands beside it.
-
-
-def _old(path: Path) -> Path:
-    return path.with_name(f".{path.name}.old")
-
-
-def take_place(aside: Path, path: Path) -> None:
-    """Put ``aside``, a file or a directory, in the place of ``path``, which is one of them or nothing."""
-    if not (aside.is_dir() or path.is_dir()):
-        aside.replace(path)
-        return
-    old = _old(path)
-    if path.exists():
-        _clear(old)
-        os.rename(path, old)
-    os.rename(aside, path)
-    _clear(old)
-
-
-def _clear(path: Path) -> None:
-    """Remove a file or a directory, where there is one: what a run killed while saving left, in either form."""
-    if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def find(path: Path) -> Path | None:
-    """The checkpoint ``path``, also where a run was killed while another took its place; None without one."""
-    if not path.exists():
-        with suppress(OSError):
-            os.rename(_old(path), path)
-    return path if path.exists() else None

@@ -22,9 +22,9 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-from nxtp.checkpoint import ShardCheckpoints
 from nxtp.errors import UserError, nearest
 from nxtp.model import Model
+from nxtp.sharded_checkpoint import ShardCheckpoints
 from nxtp.weights import whole
 
 _HEADS_APART = {  # each rank computes some heads of a decoder block, and a part of its feed-forward width

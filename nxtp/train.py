@@ -18,7 +18,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
-from nxtp.checkpoint import FileCheckpoints, find
+from nxtp.checkpoint import FileCheckpoints
 from nxtp.config import compose_and_run, to_dataclass
 from nxtp.data import ShardData
 from nxtp.errors import UserError, at_least
@@ -31,6 +31,7 @@ from nxtp.parallel import ParallelConfig, Sharded
 from nxtp.perf import count_parameters, meta_model
 from nxtp.preemption import LeaveOnSignal, Preempted, hand_on
 from nxtp.record import RunRecord, read_record
+from nxtp.saving import find
 from nxtp.shards import manifest_hash
 from nxtp.sources import DataConfig, OpenedSet, label_texts, named_sources, open_set, warn_if_nouns_differ
 from nxtp.tokens import LabelTokenizer, train_tokenizer

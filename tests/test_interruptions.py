@@ -14,22 +14,20 @@ import torch.distributed.checkpoint as dcp
 from helpers import TINY_OVERRIDES, curve, nxtp_runs, start_nxtp, write_shards
 from safetensors.torch import load_file
 
-from nxtp.checkpoint import (
+from nxtp.checkpoint import FileCheckpoints
+from nxtp.errors import UserError
+from nxtp.recognizer import Recognizer
+from nxtp.saving import find, read_file, take_place
+from nxtp.sharded_checkpoint import (
     INDEX,
     REST,
-    FileCheckpoints,
     ShardCheckpoints,
     TensorsOnly,
     by_name,
     by_number,
-    find,
-    read_file,
     read_into,
     read_shards,
-    take_place,
 )
-from nxtp.errors import UserError
-from nxtp.recognizer import Recognizer
 
 pytestmark = pytest.mark.xdist_group("ranks")
 

@@ -9,8 +9,8 @@ from helpers import TINY_OVERRIDES, curve, nxtp_runs, write_shards
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from nxtp.checkpoint import read_file
 from nxtp.module import Recognition
+from nxtp.saving import read_file
 from nxtp.tokens import train_tokenizer
 
 pytestmark = pytest.mark.xdist_group("ranks")
