@@ -189,6 +189,11 @@ class ShardSet:
             raise SampleFault("damaged image", key, url)
         return RawSample(key, url, image, caption or None, labels)
 
+    def close(self) -> None:
+        """Close the files that this thread has open; they are opened again when they are needed."""
+        for file in self._local.__dict__.pop("files", {}).values():
+            file.close()
+
     def _locate(self, position: int) -> tuple[int, int]:
         if not 0 <= position < len(self):
             raise IndexError(f"no sample {position} among {len(self)}")

@@ -165,6 +165,7 @@ def label_texts(shards: ShardSet, config: DataConfig, limit: int = 20_000) -> li
     for position in np.unique(np.linspace(0, len(shards) - 1, min(limit, len(shards)), dtype=np.int64)):
         with suppress(SampleFault):
             found.update(labels_of(shards.read(int(position)), nouns))
+    shards.close()  # loader workers open their own
     return sorted(found)
 
 
