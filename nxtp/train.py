@@ -289,7 +289,8 @@ def finish(
     record.metrics["train/loss"] = float(trainer.logged_metrics.get("train/loss", float("nan")))
     record.parameters = count_parameters(module.model)
     if data.val_names and trainer.limit_val_batches:
-        best = next((c.best_model_path for c in trainer.checkpoint_callbacks if c.monitor and c.best_model_path), None)
+        choosing = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c.monitor]
+        best = next((c.best_model_path for c in choosing if c.best_model_path), None)
         path = best if cfg.export == "best" else None
         for values in trainer.validate(module, datamodule=data, ckpt_path=path, verbose=False, weights_only=True):
             record.metrics.update(values)
