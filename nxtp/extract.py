@@ -17,8 +17,8 @@ from torch.utils.data import DataLoader, Dataset
 from nxtp.config import compose_and_run, to_dataclass
 from nxtp.encoder import Encoder
 from nxtp.epoch_plan import EpochPlan
-from nxtp.errors import UserError
-from nxtp.features import FeatureStore, FeatureWriter, Meta, fingerprint, image_key, in_parts
+from nxtp.errors import UserError, nearest
+from nxtp.features import DTYPES, FeatureStore, FeatureWriter, Meta, fingerprint, image_key, in_parts
 from nxtp.images import ImageError, load_image
 from nxtp.model import ModelConfig
 from nxtp.pixels import to_pixels
@@ -44,10 +44,12 @@ def extract(cfg: DictConfig) -> None:
     config = to_dataclass(DataConfig, cfg.data, "data")
     if config.features is None:
         raise UserError("data.features is not set: the directory where features are to be kept.")
+    dtype = str(cfg.features_dtype)
+    if dtype not in DTYPES:
+        raise UserError(f"features_dtype is '{dtype}'.{nearest(dtype, DTYPES)} It can be {' or '.join(DTYPES)}.")
     L.seed_everything(cfg.seed, workers=True, verbose=False)
     encoder = Encoder(to_dataclass(ModelConfig, cfg.model, "model").encoder)
     encoder.requires_grad_(False).eval()
-    dtype = "float32" if str(cfg.features_dtype) == "float32" else "float16"
     meta = Meta(fingerprint(encoder), encoder.num_tokens, encoder.width, dtype)
     writer = FeatureWriter(Path(config.features), meta)
     store = FeatureStore(config.features)

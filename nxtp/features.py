@@ -7,6 +7,7 @@ that was killed goes on with the next one.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -14,7 +15,6 @@ import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -26,6 +26,8 @@ from nxtp.record import write_json
 from nxtp.weights import whole
 
 META = "features.json"
+LOCK = ".lock"
+DTYPES = ("float16", "float32")
 KEY_BYTES = 16
 _UNUSABLE = "unusable.npy"  # in a part: of which keys there is no image
 
@@ -71,17 +73,22 @@ class FeatureStore:
         self.directory = Path(directory)
         try:
             self.meta = Meta(**json.loads((self.directory / META).read_text()))
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             raise UserError(f"No features in '{directory}': make them with nxtp features (docs/training.md).") from None
+        except OSError as error:
+            raise UserError(f"'{self.directory / META}' cannot be read: {error}.") from error
         except (ValueError, TypeError) as error:
             raise UserError(f"'{self.directory / META}' is damaged ({error}): make the features again.") from error
         self.parts = sorted(self.directory.glob("part-*"))
-        keys = [self._array(part / "keys.npy") for part in self.parts]
-        rows = [(i, row) for i, part in enumerate(keys) for row in range(len(part))]
-        every = np.concatenate([k.view(f"S{KEY_BYTES}").ravel() for k in keys]) if keys else np.empty(0, "S16")
+        opened = [self._open(part) for part in self.parts]
+        sizes = [len(keys) for keys, _, _ in opened]
+        every = np.concatenate([keys for keys, _, _ in opened]) if opened else np.empty(0, f"S{KEY_BYTES}")
         order = np.argsort(every, kind="stable")
-        self._keys, self._rows = every[order], np.array(rows, dtype=np.int64).reshape(-1, 2)[order]
-        self._maps: list[np.ndarray] | None = None  # opened in the process that reads
+        self._keys = every[order]
+        self._part = np.repeat(np.arange(len(sizes), dtype=np.int32), sizes)[order]
+        self._row = np.concatenate([np.arange(n, dtype=np.int32) for n in sizes] or [np.empty(0, np.int32)])[order]
+        self._unusable = np.concatenate([unusable for _, unusable, _ in opened] or [np.empty(0, bool)])[order]
+        self._begin = [begin for _, _, begin in opened]  # of each part's tokens, in its file
 
     def __len__(self) -> int:
         return len(self._keys)
@@ -89,38 +96,50 @@ class FeatureStore:
     def __contains__(self, key: bytes) -> bool:
         return self._find(key) is not None
 
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_maps": None}
-
-    def _find(self, key: bytes) -> tuple[int, int] | None:
+    def _find(self, key: bytes) -> int | None:
         stored = np.array(key, dtype=f"S{KEY_BYTES}")
         place = int(np.searchsorted(self._keys, stored))
-        if place == len(self._keys) or self._keys[place] != stored:
-            return None
-        return tuple(self._rows[place])
+        return place if place < len(self._keys) and self._keys[place] == stored else None
 
     def read(self, image: bytes) -> Tensor | None:
         """Features [N, D_encoder] of an image's encoded bytes; None for one that could not be decoded.
 
         Raises:
             KeyError: the store has no such image.
+            UserError: its file is gone or cut short.
         """
-        found = self._find(image_key(image))
-        if found is None:
+        place = self._find(image_key(image))
+        if place is None:
             raise KeyError(self.directory)
-        if self._maps is None:
-            self._maps = [self._array(part / "tokens.npy") for part in self.parts]
-            self._unusable = [self._array(part / _UNUSABLE) for part in self.parts]
-        part, row = found
-        if self._unusable[part][row]:
+        if self._unusable[place]:
             return None
-        return torch.from_numpy(np.array(self._maps[part][row]))
-
-    def _array(self, path: Path) -> np.ndarray:
-        try:
-            return np.load(path, mmap_mode="r", allow_pickle=False)
+        part, row = int(self._part[place]), int(self._row[place])
+        path = self.parts[part] / "tokens.npy"
+        offset = self._begin[part] + row * self.meta.bytes_each
+        try:  # not kept open: a store of terabytes has more parts than a process may have files
+            values = np.fromfile(path, self.meta.dtype, self.meta.tokens * self.meta.width, offset=offset)
+            return torch.from_numpy(values.reshape(self.meta.tokens, self.meta.width))
         except (OSError, ValueError) as error:
-            raise UserError(f"'{path}' is damaged ({error}): delete its folder and run nxtp features again.") from error
+            raise UserError(f"'{path}' cannot be read ({error}).") from error
+
+    def _open(self, part: Path) -> tuple[np.ndarray, np.ndarray, int]:
+        """A part's keys and which have no image, [n] each, and where its tokens begin.
+
+        Raises:
+            UserError: a file is missing, cut short, or not of this store.
+        """
+        try:
+            keys, unusable = (np.load(part / name, allow_pickle=False) for name in ("keys.npy", _UNUSABLE))
+            tokens = np.load(part / "tokens.npy", mmap_mode="r", allow_pickle=False)
+            if tokens.shape != (len(keys), self.meta.tokens, self.meta.width) or tokens.dtype != self.meta.dtype:
+                raise ValueError(f"tokens are {tokens.dtype} {list(tokens.shape)}, not those of {len(keys)} images")
+            if keys.shape != (len(keys), KEY_BYTES) or keys.dtype != np.uint8 or unusable.shape != (len(keys),):
+                raise ValueError("keys of another kind")
+        except (FileNotFoundError, NotADirectoryError, EOFError, TypeError, ValueError) as error:
+            raise UserError(f"'{part}' is damaged ({error}): delete it and run nxtp features again.") from error
+        except OSError as error:
+            raise UserError(f"'{part}' cannot be read: {error}.") from error
+        return keys.view(f"S{KEY_BYTES}").ravel(), unusable, tokens.offset
 
     def check(self, encoder: Encoder) -> None:
         """
@@ -140,15 +159,25 @@ class FeatureStore:
 
 
 class FeatureWriter:
-    """Adds parts to a store. Each is written aside and renamed."""
+    """Adds parts to a store. Each is written aside and renamed; one writer at a time.
+
+    Raises:
+        UserError: the directory cannot be written, is another encoder's, or another process is writing there.
+    """
 
     def __init__(self, directory: Path, meta: Meta):
         self.directory, self.meta = directory, meta
-        directory.mkdir(parents=True, exist_ok=True)
-        path = directory / META
-        if not path.exists():
-            write_json(path, asdict(meta))
-        elif FeatureStore(directory).meta != meta:
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            self._lock = (directory / LOCK).open("w")  # held until this process ends, however it ends
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not (directory / META).exists():
+                write_json(directory / META, asdict(meta))
+        except BlockingIOError:
+            raise UserError(f"Another nxtp features is writing to '{directory}': wait for it.") from None
+        except OSError as error:
+            raise UserError(f"'{directory}' cannot be written: {error}.") from error
+        if FeatureStore(directory).meta != meta:
             raise UserError(f"'{directory}' holds features of another encoder or dtype: choose another directory.")
         for left in directory.glob(".part-*"):
             shutil.rmtree(left)

@@ -97,11 +97,8 @@ class Recognition(L.LightningModule):
         sharded = trainer is not None and isinstance(trainer.strategy, Sharded)
         model = Model(self.model_config, len(self.tokenizer), load_pretrained=not resuming, deferred=sharded)
         choose_trained(model, self.optim_config.trains)
-        if self.features is not None:
-            if model.encoder.is_trained:
-                raise UserError("data.features needs a frozen encoder, and this one trains: optim.trains.encoder=none.")
-            if not resuming:  # whose weights come later
-                self.features.check(model.encoder)
+        if self.features is not None and model.encoder.is_trained:
+            raise UserError("data.features needs a frozen encoder, and this one trains: optim.trains.encoder=none.")
         mesh = trainer.strategy.device_mesh if sharded else None
         self.model = arrange(model, self.parallel, mesh, str(trainer.precision) if sharded else "")
         if not model.decoder.is_filled:
@@ -110,6 +107,11 @@ class Recognition(L.LightningModule):
     def forward(self, batch: Batch) -> Loss:
         """The loss of this rank's batch, a sum over its supervised tokens."""
         return self.model(batch.images, batch.layout)
+
+    def on_train_start(self) -> None:
+        # Not earlier: a run that goes on from a checkpoint has its encoder's weights only now.
+        if self.features is not None:
+            self.features.check(self.model.encoder)
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         # What a step draws at random (dropped paths, say) does not depend on the steps before: a run that was

@@ -1,16 +1,18 @@
 """Features of a frozen encoder: the same training as from images, and a store that cannot be mistaken for another."""
 
 import json
+import resource
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 from helpers import TINY_OVERRIDES, curve, jpeg, nxtp_runs, sample, write_shards
 
 from nxtp.errors import UserError
-from nxtp.features import META, FeatureStore, FeatureWriter, Meta, image_key
+from nxtp.features import LOCK, META, FeatureStore, FeatureWriter, Meta, image_key
 from nxtp.shards import write_shard
 
 FROZEN = ["optim.trains.encoder=none", "data.train=train", *TINY_OVERRIDES, "data.workers=0", "data.batch_size=8"]
@@ -53,6 +55,8 @@ def test_training_from_features_is_training_from_images(root):
         assert record(exact)["metrics"][name] == pytest.approx(record(images)["metrics"][name], rel=1e-5)
     two = train(root, "two", "data.features=float32", "trainer=ddp", *CPU, "data.batch_size=4", ranks=2)
     assert curve(two) == pytest.approx(curve(images), rel=1e-5)
+    cut_up = train(root, "cut_up", "data.features=float32", "trainer=fsdp", *CPU, "data.batch_size=4", ranks=2)
+    assert curve(cut_up) == pytest.approx(curve(images), rel=1e-5)
 
 
 def test_a_part_of_the_data_needs_a_part_of_the_features(root):
@@ -79,12 +83,28 @@ def test_what_does_not_fit_is_told(root):
     assert "another encoder or dtype" in nxtp_runs("features", *FROZEN, "data.features=float32", cwd=root, code=1)
 
 
+def test_a_run_that_goes_on_has_the_checkpoint_s_encoder(root):
+    """Not the one that its seed would make."""
+    nxtp_runs("features", *FROZEN, "seed=1", "data.features=seed1", cwd=root)
+    begun = train(root, "begun", "seed=1", "trainer.max_epochs=1", "data.features=seed1")
+    resume = f"resume={begun / 'checkpoints' / 'last.ckpt'}"
+    assert "another encoder" in train(root, "b", resume, "data.features=float32", code=1)
+    train(root, "goes_on", resume, "data.features=seed1")
+
+
 def test_a_damaged_store_is_told(root):
     shutil.copytree(root / "float32", root / "damaged")
     tokens = next((root / "damaged").glob("part-*/tokens.npy"))
-    tokens.write_bytes(tokens.read_bytes()[:1000])
-    with pytest.raises(UserError, match=r"tokens\.npy.*damaged"):
-        FeatureStore(root / "damaged").read(sample(0)["jpg"])
+    store, whole = FeatureStore(root / "damaged"), tokens.read_bytes()
+    tokens.write_bytes(whole[:1000])
+    with pytest.raises(UserError, match=r"tokens\.npy.*cannot be read"):  # cut short under a run
+        store.read(sample(30)["jpg"])
+    told = train(root, "c", "data.features=damaged", "data.workers=1", code=1)
+    assert "part-000000' is damaged" in told.splitlines()[-1]
+    values = np.load(root / "float32" / "part-000000" / "tokens.npy")
+    np.save(tokens, values[:-1])
+    with pytest.raises(UserError, match=r"damaged.*not those of 64 images"):
+        FeatureStore(root / "damaged")
     (root / "damaged" / META).write_text("{")
     with pytest.raises(UserError, match="damaged"):
         FeatureStore(root / "damaged")
@@ -110,6 +130,41 @@ def test_features_that_will_not_fit_are_not_begun(tmp_path):
         writer.check_room(10**12)
 
 
+def test_what_cannot_be_a_store_is_told_in_a_line(root):
+    (root / "file").write_text("")
+    for command, said in (("features", "cannot be written"), ("train", "No features in 'file'")):
+        told = nxtp_runs(command, "name=d", *FROZEN, "data.features=file", cwd=root, code=1)
+        assert said in told.splitlines()[-1]
+    told = nxtp_runs("features", *FROZEN, "data.features=other", "features_dtype=floats32", cwd=root, code=1)
+    assert "Did you mean 'float32'?" in told
+    assert not (root / "other").exists()
+
+
+def test_one_process_at_a_time_writes(tmp_path):
+    meta = Meta("e", 2, 3, "float16")
+    writer = FeatureWriter(tmp_path, meta)
+    with pytest.raises(UserError, match="Another nxtp features"):
+        FeatureWriter(tmp_path, meta)
+    del writer
+    FeatureWriter(tmp_path, meta)
+
+
+def test_a_store_may_have_more_parts_than_a_process_may_have_files(tmp_path):
+    writer = FeatureWriter(tmp_path, Meta("e", 2, 3, "float16"))
+    for number in range(60):
+        tokens = np.full((1, 2, 3), number, np.float32)
+        writer.write([image_key(b"%d" % number)], tokens, np.array([False]))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    in_use = max(int(fd.name) for fd in Path("/dev/fd").iterdir())
+    resource.setrlimit(resource.RLIMIT_NOFILE, (in_use + 20, hard))
+    try:
+        store = FeatureStore(tmp_path)
+        read = [store.read(b"%d" % number)[0, 0].item() for number in range(60)]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert read == list(range(60))
+
+
 FULL = """
 import resource, signal
 import lightning as L
@@ -130,4 +185,4 @@ def test_a_disk_that_fills_up_leaves_no_half_part(root):
     )
     assert done.returncode == 1
     assert "cannot be written" in done.stderr.splitlines()[-1]
-    assert [path.name for path in (root / "full").iterdir()] == [META]
+    assert sorted(path.name for path in (root / "full").iterdir()) == [LOCK, META]
