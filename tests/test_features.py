@@ -1,11 +1,11 @@
 """Features of a frozen encoder: the same training as from images, and a store that cannot be mistaken for another."""
 
 import json
+import os
 import resource
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -155,8 +155,9 @@ def test_a_store_may_have_more_parts_than_a_process_may_have_files(tmp_path):
         tokens = np.full((1, 2, 3), number, np.float32)
         writer.write([image_key(b"%d" % number)], tokens, np.array([False]))
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    in_use = max(int(fd.name) for fd in Path("/dev/fd").iterdir())
-    resource.setrlimit(resource.RLIMIT_NOFILE, (in_use + 20, hard))
+    lowest_free = os.dup(0)
+    os.close(lowest_free)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest_free + 20, hard))
     try:
         store = FeatureStore(tmp_path)
         read = [store.read(b"%d" % number)[0, 0].item() for number in range(60)]
