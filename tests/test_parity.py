@@ -51,7 +51,8 @@ def test_every_row_passes(directory):
     assert names[: len(ROWS)] == ROWS
     assert sum(name.startswith("grad/") for name in names) >= 5
     assert {row.verdict for row in rows} == {"pass"}, rows
-    assert max(row.error for row in rows) < 1e-5
+    # a perplexity, exp(mean loss), turns the loss's absolute rounding into a relative one; it differs by machine
+    assert all(row.error < (5e-5 if row.name == "ranking ppl" else 1e-5) for row in rows), rows
     assert parity.main(directory) == 0
 
 
