@@ -24,6 +24,7 @@ class Commands(click.Group):
         "data": "nxtp.data_commands:data",
         "export": "nxtp.export:export",
         "predict": "nxtp.predict:predict",
+        "sweep": "nxtp.sweep_commands:sweep",
     }
 
     def list_commands(self, ctx: click.Context) -> list[str]:
@@ -49,6 +50,7 @@ class Commands(click.Group):
 
 SUMMARIES = {
     "train": "Train a model, or with -m a sweep of them: nxtp train experiment=demo",
+    "sweep": "How a sweep stands, or a search in place of a grid: nxtp sweep status STUDY",
     "evaluate": "Metrics of a model directory on shards: nxtp evaluate model=DIR data=scenes",
     "predict": "Labels of images: nxtp predict IMAGE… --model DIR --top-k 20",
     "describe": "Parameters, tokens, FLOPs and memory a rank of a configuration: nxtp describe experiment=demo",

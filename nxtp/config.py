@@ -12,13 +12,16 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import hydra
+from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, MissingConfigException
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import InterpolationToMissingValueError, MissingMandatoryValue, OmegaConfBaseException
 
 from nxtp.errors import UserError, nearest
+from nxtp.study import GROUP, study_names
+from nxtp.sweep import Sweep, file_name, is_scheduled, name_run, parse, quoted, run_apart
 
 log = logging.getLogger("nxtp")
 T = TypeVar("T")
@@ -34,22 +37,27 @@ def conf_dir() -> Path:
 def compose_and_run(function: Callable[[DictConfig], Any], config_name: str, argv: Sequence[str]) -> Any:
     """Run ``function`` on the configuration composed from conf/, the user's own ./conf and ``argv``.
 
-    ``argv`` is Hydra's: overrides, ``-m`` for a sweep, ``--help``, ``--cfg job``, …
+    ``argv`` is Hydra's: overrides, ``-m`` or ``study=`` for a sweep, ``--help``, ``--cfg job``, …
 
     Raises:
-        UserError: an unknown key, group, option or value, with the nearest known one.
+        UserError: an unknown key, group, option or value, with the nearest known one; or runs of a sweep that failed.
     """
-    _register_resolvers()
     argv = list(argv)
     shipped, own = conf_dir(), Path.cwd() / "conf"
     if own.is_dir() and own.resolve() != shipped and not any(a in ("--config-dir", "-cd") for a in argv):
         argv += ["--config-dir", str(own)]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come here instead of ending the process
     failed: list[UserError] = []
+    sweep = None
 
     @wraps(function)
     def job(cfg: DictConfig) -> Any:
         try:
+            if HydraConfig.get().mode is not RunMode.MULTIRUN:
+                return function(cfg)
+            if not is_scheduled():
+                return run_apart(config_name, cfg, sweep.runs if sweep else [])
+            name_run(cfg)
             return function(cfg)
         except UserError as error:  # raised at the end: Hydra would add lines of its own, and end a sweep here
             failed.append(error)
@@ -59,8 +67,13 @@ def compose_and_run(function: Callable[[DictConfig], Any], config_name: str, arg
 
     run = hydra.main(version_base="1.3", config_path=str(shipped), config_name=config_name)(job)
     os.environ["NXTP_COMMAND"] = config_name  # a distributed launcher starts `nxtp` anew with these arguments
-    saved, sys.argv = sys.argv, [sys.argv[0], *argv]
+    saved = sys.argv
     try:
+        sweep = _sweep(config_name, argv)
+        if sweep is not None:
+            fixed = ",".join(quoted(key) for key in sweep.fixed)
+            argv.append(f"hydra.job.config.override_dirname.exclude_keys=[{fixed}]")
+        sys.argv = [sys.argv[0], *argv]
         result = run()
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(explain(error)) from error
@@ -70,11 +83,30 @@ def compose_and_run(function: Callable[[DictConfig], Any], config_name: str, arg
         raise UserError("hydra/launcher=slurm: no srun on this machine: start it on a login node.") from error
     finally:
         sys.argv = saved
-    if len(failed) > 1:
-        raise UserError(f"{len(failed)} runs of the sweep failed; the first: {failed[0]}")
-    if failed:
+    if sweep is not None:
+        sweep.require_finished()
+    elif failed:
         raise failed[0]
     return result
+
+
+def _sweep(config_name: str, argv: Sequence[str]) -> Sweep | None:
+    """The sweep that ``argv`` asks for; None if it asks for one run, or for help."""
+    asked = get_args_parser().parse_args(argv)
+    keys = {o.key_or_group: o for o in parse(asked.overrides)}
+    several = asked.multirun or GROUP in keys
+    if not several or any((asked.help, asked.hydra_help, asked.cfg, asked.info)):
+        return None
+    settled = [o.input_line for o in keys.values() if not o.is_sweep_override()]
+    if asked.config_dir:
+        settled.append(f"hydra.searchpath=[study://,{quoted('file://' + os.path.abspath(asked.config_dir))}]")
+    with hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        cfg = hydra.compose(config_name, settled, return_hydra_config=True)
+    if cfg.hydra.mode is RunMode.RUN:
+        return None
+    with open_dict(cfg):
+        cfg.hydra.overrides.task = [o for o in asked.overrides if not o.lstrip("+~").startswith(("hydra.", "hydra/"))]
+    return Sweep.of(cfg)
 
 
 def explain(error: BaseException) -> str:
@@ -94,6 +126,9 @@ def explain(error: BaseException) -> str:
         cause = cause.__cause__ or cause.__context__
     text = " ".join(line.strip() for line in str(error).splitlines() if line.strip())
     if isinstance(error, MissingConfigException):
+        if (error.missing_cfg_file or "").startswith(f"{GROUP}/"):
+            study = error.missing_cfg_file.removeprefix(f"{GROUP}/")
+            return f"No study '{study}'.{nearest(study, study_names())} Known: {', '.join(study_names()) or 'none'}."
         missing = (error.missing_cfg_file or "").rsplit("/", 1)[-1]
         return text.split("Config search path")[0].strip() + nearest(missing, error.options or [])
     group = re.search(r"Could not override '([^'@]+)", text)
@@ -120,11 +155,6 @@ def to_dataclass(cls: type[T], node: Any, where: str) -> T:
         raise UserError(f"{where}.{key}: {str(error).splitlines()[0]}") from error
 
 
-def _register_resolvers() -> None:
-    OmegaConf.register_new_resolver("nxtp.wandb_offline", _wandb_offline, replace=True)
-    OmegaConf.register_new_resolver("nxtp.cpu_precision", _cpu_precision, replace=True)
-
-
 def _wandb_offline() -> bool:
     """True where no W&B key is at hand: runs are then kept on disk, to be synchronised later."""
     import wandb
@@ -138,3 +168,9 @@ def _cpu_precision() -> str:
 
     able = torch.cpu.get_capabilities()
     return "bf16-mixed" if able.get("avx512_bf16") or able.get("amx_bf16") else "32-true"
+
+
+# When this module is imported: a launcher's own processes compose a run's configuration anew.
+OmegaConf.register_new_resolver("nxtp.wandb_offline", _wandb_offline, replace=True)
+OmegaConf.register_new_resolver("nxtp.cpu_precision", _cpu_precision, replace=True)
+OmegaConf.register_new_resolver("nxtp.file_name", file_name, replace=True)

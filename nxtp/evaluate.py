@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -24,7 +24,7 @@ from nxtp.errors import UserError
 from nxtp.metrics import ExactMatch, SemanticMatch
 from nxtp.module import describe_faults
 from nxtp.recognizer import Recognizer
-from nxtp.record import write_json
+from nxtp.record import FILE, RunRecord, read_record, write_json
 from nxtp.show import GridItem, save_grid
 from nxtp.sources import DataConfig, warn_if_nouns_differ
 
@@ -39,9 +39,30 @@ def main(argv: Sequence[str]) -> int:
 
 
 def evaluate(cfg: DictConfig) -> dict[str, float]:
-    """Evaluate one model directory on every set of ``data.val``. Returns ``{"<set>/<metric>": value}``."""
-    console = Console()
+    """Evaluate one model directory on every set of ``data.val``. Returns ``{"<set>/<metric>": value}``.
+
+    Beside the results stands the run's record, unless they go into the directory of a training run, which has its own.
+    """
     out = Path(HydraConfig.get().runtime.output_dir)
+    overrides = list(HydraConfig.get().overrides.task)
+    resolved = OmegaConf.to_container(cfg, resolve=True)
+    record = RunRecord(cfg.name, resolved, overrides, cfg.seed, cfg.sweep, command="evaluate")
+    keeps = (read_record(out) or {}).get("command", "train" if (out / FILE).exists() else None) != "train"
+    try:
+        metrics = evaluate_sets(cfg, out, record)
+        record.status = "finished"
+        return metrics
+    except BaseException as error:
+        record.fail(error)
+        raise
+    finally:
+        if keeps and (record.status == "finished" or cfg.sweep is not None):
+            record.write(out)
+
+
+def evaluate_sets(cfg: DictConfig, out: Path, record: RunRecord) -> dict[str, float]:
+    """The same, told to the record."""
+    console = Console()
     config = to_dataclass(DataConfig, cfg.data, "data")
     if not config.val:
         raise UserError("data.val names no set to evaluate on: for example +data.val.mine=DIR, or data=scenes.")
@@ -52,6 +73,9 @@ def evaluate(cfg: DictConfig) -> dict[str, float]:
         image_size=recognizer.image_size,
         num_image_tokens=recognizer.model.num_image_tokens,
     )
+    record.data = {name: {"shards": str(spec)} for name, spec in config.val.items()}
+    record.parameters = {"model": sum(p.numel() for p in recognizer.model.parameters())}
+    record.monitor = f"{next(iter(config.val))}/recall@{cfg.top_k}"
     embedder = label_embedder(cfg.semantic, recognizer.device) if cfg.semantic else None
 
     metrics: dict[str, float] = {}
@@ -70,6 +94,8 @@ def evaluate(cfg: DictConfig) -> dict[str, float]:
     predictions.replace(out / "predictions.jsonl")
     skipped.update(data.shard_faults)
     write_json(out / "metrics.json", metrics)
+    record.metrics, record.samples_skipped = dict(metrics), dict(skipped)
+    record.samples_seen = int(sum(v for key, v in metrics.items() if key.endswith("/images")))
     console.print(metrics_table(metrics))
     if skipped:
         log.warning("Skipped samples and shards: %s.", describe_faults(skipped))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import math
+import os
 import platform
 import subprocess
 import time
@@ -15,7 +16,9 @@ from typing import Any
 
 import torch
 
-FORMAT = 1
+from nxtp.errors import UserError
+
+FORMAT = 2
 FILE = "run.json"
 _LIBRARIES = (
     "nxtp",
@@ -31,35 +34,60 @@ _LIBRARIES = (
 
 @dataclass
 class RunRecord:
-    """``status`` is running, finished, failed or interrupted; ``metrics`` holds only what was measured."""
+    """What run.json holds.
+
+    ``name``     the run's; of a run of a sweep what differs there, ``sweep`` being the sweep's name
+    ``command``  train or evaluate
+    ``status``   running, finished, failed or interrupted
+    ``updated``  when it was last written: a run that goes on writes it every half minute
+    ``step``     optimiser steps so far, of ``steps``
+    ``monitor``  the metric that chooses the best weights
+    ``metrics``  only what was measured: while training the last validation's, at the end those of the exported weights
+    """
 
     name: str
     config: dict[str, Any]
     overrides: list[str]
     seed: int
+    sweep: str | None = None
+    command: str = "train"
     data: dict[str, Any] = field(default_factory=dict)
     status: str = "running"
-    started: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
+    started: str = field(default_factory=lambda: now())
+    updated: str = ""
     wall_time_s: float = 0.0
+    step: int = 0
+    steps: int = 0
     samples_seen: int = 0
     samples_offered: int = 0
     samples_skipped: dict[str, int] = field(default_factory=dict)
     parameters: dict[str, int] = field(default_factory=dict)
+    monitor: str | None = None
     metrics: dict[str, float] = field(default_factory=dict)
     error: str | None = None
     code: dict[str, Any] = field(default_factory=lambda: code_version())
     versions: dict[str, str] = field(default_factory=lambda: library_versions())
     device: dict[str, Any] = field(default_factory=lambda: device_description())
+    process: dict[str, Any] = field(default_factory=lambda: {"host": platform.node(), "pid": os.getpid()})
     format: int = FORMAT
 
     def __post_init__(self) -> None:
         self._begin = time.perf_counter() - self.wall_time_s
 
+    def fail(self, error: BaseException) -> None:
+        self.status = "failed"
+        self.error = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+
     def write(self, directory: Path) -> None:
         """Write run.json, aside and renamed. Values that are not finite are left out of the metrics."""
         self.wall_time_s = round(time.perf_counter() - self._begin, 2)
+        self.updated = now()
         self.metrics = {k: v for k, v in self.metrics.items() if v is not None and math.isfinite(v)}
         write_json(directory / FILE, asdict(self))
+
+
+def now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def read_record(directory: Path) -> dict[str, Any] | None:

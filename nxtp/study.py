@@ -33,19 +33,23 @@ class StudySource(ConfigSource):
         return "study"
 
     def available(self) -> bool:
-        return bool(study_dirs())
+        return True
 
     def load_config(self, config_path: str) -> ConfigResult:
         name = self._normalize_file_name(config_path)
         for path in self._inside(name):
             if path.is_file():
                 text = path.read_text()
-                header = self._get_header_dict(text[:512])
-                return ConfigResult(OmegaConf.create(text), f"study://{path.parent}", self.provider, header)
+                return ConfigResult(
+                    provider=self.provider,
+                    path=f"study://{path.parent}",
+                    config=OmegaConf.create(text),
+                    header=self._get_header_dict(text[:512]),
+                )
         raise ConfigLoadError(f"Config not found: {config_path}")
 
     def is_group(self, config_path: str) -> bool:
-        return config_path == "" or any(path.is_dir() for path in self._inside(config_path))
+        return config_path in ("", GROUP) or any(path.is_dir() for path in self._inside(config_path))
 
     def is_config(self, config_path: str) -> bool:
         name = self._normalize_file_name(config_path)

@@ -8,75 +8,186 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
-from hydra.core.plugins import Plugins
-from hydra.errors import HydraException
-from hydra.plugins.sweeper import Sweeper
 from lightning.fabric.plugins.environments import SLURMEnvironment
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from nxtp.errors import UserError
 from nxtp.record import read_record
+from nxtp.resume import is_finished
 
 log = logging.getLogger("nxtp")
 
-LOG = "log.txt"  # of a run whose output would mix with that of others
-LONGEST_NAME = 180  # characters; a file name has at most 255 bytes, and others are made from it
+LOG = "log.txt"  # what a run of several at a time prints
+LONGEST_NAME = 180  # bytes; a file name has at most 255, and others are made from it
 FORWARDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """``study`` its name, ``directory`` that of its runs, ``runs`` their names in order, ``axes`` the keys that differ."""
+    """What a configuration with axes asks for.
+
+    ``study``      its name
+    ``directory``  where its runs lie
+    ``runs``       their names, in order; empty where a sweeper of another kind decides as it goes
+    ``fixed``      keys on the command line that are no axis
+    """
 
     study: str
     directory: Path
     runs: list[str]
-    axes: list[str]
+    fixed: list[str]
 
     @classmethod
     def of(cls, cfg: DictConfig) -> Sweep:
-        """The sweep of a composed configuration, its node ``hydra`` included."""
-        params = [f"{key}={value}" for key, value in (cfg.hydra.sweeper.get("params") or {}).items()]
-        overrides = parse([*params, *cfg.hydra.overrides.task])
-        axes = [o.get_key_element() for o in overrides if o.is_sweep_override() or o.input_line in params]
-        axes = list(dict.fromkeys(axes))
-        basic = Plugins.instance().class_name_to_class["hydra._internal.core_plugins.basic_sweeper.BasicSweeper"]
-        points = [p for batch in basic.split_arguments(overrides, None) for p in batch]
-        runs = [run_name(o for o in point if o.split("=", 1)[0] in axes) for point in points]
-        return cls(str(cfg.name), Path(cfg.hydra.sweep.dir), runs, axes)
+        """
+        Args:
+            cfg: a composed configuration with its node ``hydra``, as Hydra hands it to a sweeper.
+        """
+        params = {str(k): v for k, v in (cfg.hydra.sweeper.get("params") or {}).items()}
+        given = parse(cfg.hydra.overrides.task)
+        axes = [*params, *(o.get_key_element() for o in given if o.is_sweep_override())]
+        if "name" in axes:
+            raise UserError("name=…: a sweep has one name, that of its directory; its runs are named by what differs.")
+        runs: list[str] = []
+        if cfg.hydra.sweeper._target_.endswith("BasicSweeper"):
+            overrides = [*parse(f"{k}={v}" for k, v in params.items()), *given]
+            (points,) = BasicSweeper.split_arguments(overrides, None)
+            runs = [file_name(",".join(sorted(o for o in point if o.split("=", 1)[0] in axes))) for point in points]
+        fixed = [o.key_or_group for o in given if o.get_key_element() not in axes]
+        return cls(str(cfg.name), Path(cfg.hydra.sweep.dir), runs, fixed)
 
-    def unfinished(self) -> dict[str, str]:
-        """Run → why it has not finished, of those that have not."""
-        found = {}
+    def require_finished(self) -> None:
+        """
+        Raises:
+            UserError: runs failed or left no record; names the first few, and why.
+        """
+        whys = {}
         for run in self.runs:
             record = read_record(self.directory / run)
-            if record is None:
-                found[run] = "it left no record"
-            elif record["status"] != "finished":
-                found[run] = record.get("error") or record["status"]
-        return found
+            if record is None or record["status"] != "finished":
+                whys[run] = "left no record" if record is None else record.get("error") or record["status"]
+        if whys:
+            told = "".join(f"\n  {run}: {why}" for run, why in list(whys.items())[:5])
+            more = f"\n  and {len(whys) - 5} more" if len(whys) > 5 else ""
+            count = f"{len(whys)} of {len(self.runs)} runs have not finished"
+            raise UserError(f"{count}; the same command takes them up again.{told}{more}")
 
 
 def parse(overrides: Iterable[str]) -> list[Override]:
     return OverridesParser.create().parse_overrides(list(overrides))
 
 
-def run_name(overrides: Iterable[str]) -> str:
-    """What differs, as the name of a directory: key=value, key=value, … sorted. A very long one ends in its hash.
+def file_name(differs: str) -> str:
+    """What differs, as the name of a directory. One that is very long is cut, and ends in its hash.
 
-    >>> run_name(["seed=0", "model/encoder=vit_tiny"])
+    >>> file_name("model/encoder=vit_tiny,seed=0")
     'model.encoder=vit_tiny,seed=0'
     """
-    name = ",".join(sorted(o.replace("/", ".").replace(" ", "") for o in overrides)) or "run"
+    name = differs.replace("/", ".")
     if len(name.encode()) > LONGEST_NAME:
-        name = f"{name[: LONGEST_NAME // 2]}…{hashlib.sha256(name.encode()).hexdigest()[:16]}"
-    return name
+        start = name.encode()[: LONGEST_NAME // 2].decode(errors="ignore")
+        name = f"{start}…{hashlib.sha256(name.encode()).hexdigest()[:16]}"
+    return name or "run"
+
+
+def run_apart(command: str, cfg: DictConfig, runs: list[str]) -> float | None:
+    """One of a sweep's ``runs`` by `nxtp COMMAND` in a process of its own, which may start further ones (DDP).
+
+    A process that is killed, or runs out of memory, takes no other run with it. Under SLURM the tasks of a job are the
+    processes (see :func:`is_scheduled`): there the caller runs it itself.
+
+    Returns:
+        The metric that its record monitors, for sweepers.
+
+    Raises:
+        UserError: the run failed.
+        SystemExit: it was told to stop, has saved itself, and so ends the sweep.
+    """
+    hydra = HydraConfig.get()
+    out = Path(hydra.runtime.output_dir)
+    name_run(cfg)
+    place = f"{hydra.job.num + 1}/{len(runs)}  " if runs else ""
+    if is_finished(out, OmegaConf.to_container(cfg, resolve=True)):
+        log.info("%s%s: finished before", place, out.name)
+        return _objective(out)
+    log.info("%s%s", place, out.name)
+    arguments = [*hydra.overrides.task, f"name={quoted(out.name)}", f"sweep={quoted(cfg.sweep)}"]
+    arguments += ["hydra.mode=RUN", f"hydra.run.dir={quoted(os.path.relpath(out))}"]
+    for source in hydra.runtime.config_sources:
+        arguments += ["--config-dir", source.path] if source.provider == "command-line" else []
+    alone = _one_at_a_time()
+    with _output(None if alone else out / LOG) as where:
+        child = subprocess.Popen([sys.executable, "-m", "nxtp", command, *arguments], stdout=where, stderr=where)
+        with _forwarding(child):
+            code = child.wait()
+    if code > 128 and code - 128 in (signal.SIGINT, *FORWARDED):
+        sys.exit(code)
+    if code != 0:
+        told = "" if alone else f"; see {os.path.relpath(out / LOG)}"
+        by = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"failed with exit code {code}"
+        raise UserError(f"{out.name} {by}{told}")
+    return _objective(out)
+
+
+def _objective(run_dir: Path) -> float | None:
+    record = read_record(run_dir) or {}
+    return record.get("metrics", {}).get(record.get("monitor"))
+
+
+def is_scheduled() -> bool:
+    """Whether a scheduler has started this run's processes, one a GPU."""
+    return not _one_at_a_time() and SLURMEnvironment.detect()
+
+
+def _one_at_a_time() -> bool:
+    return HydraConfig.get().launcher._target_.endswith("BasicLauncher")
+
+
+def name_run(cfg: DictConfig) -> None:
+    """Give a run of a sweep, computed by the sweep's own process, the names it has in one of its own."""
+    with open_dict(cfg):
+        cfg.sweep, cfg.name = cfg.name, Path(HydraConfig.get().runtime.output_dir).name
+
+
+def quoted(text: str) -> str:
+    """A string as Hydra's grammar reads it back."""
+    escaped = str(text).replace("\\", "\\\\").replace("'", "\\'")
+    return f"'{escaped}'"
+
+
+@contextmanager
+def _output(path: Path | None) -> Iterator:
+    if path is None:
+        yield None
+        return
+    with path.open("ab") as file:
+        yield file
+
+
+@contextmanager
+def _forwarding(child: subprocess.Popen) -> Iterator[None]:
+    """Signals that ask this process to leave are the child's: it saves itself. Ctrl-C reaches it by the terminal."""
+
+    def forward(number: int, frame: object) -> None:
+        if child.poll() is None:
+            child.send_signal(number)
+
+    try:
+        before = {number: signal.signal(number, forward) for number in FORWARDED}
+        before[signal.SIGINT] = signal.signal(signal.SIGINT, lambda *_: None)
+    except ValueError:  # not the main thread: its parent gets the signals
+        before = {}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

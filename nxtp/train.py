@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
 import sys
+import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +17,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
@@ -30,17 +33,13 @@ from nxtp.optim import OptimConfig
 from nxtp.parallel import ParallelConfig, Sharded
 from nxtp.perf import count_parameters, meta_model
 from nxtp.preemption import LeaveOnSignal, Preempted, hand_on
-from nxtp.record import RunRecord, read_record
-from nxtp.saving import find
+from nxtp.record import RunRecord
+from nxtp.resume import find_checkpoint, last_checkpoint
 from nxtp.shards import manifest_hash
 from nxtp.sources import DataConfig, OpenedSet, label_texts, named_sources, open_set, warn_if_nouns_differ
 from nxtp.tokens import LabelTokenizer, train_tokenizer
 
 log = logging.getLogger("nxtp")
-
-# Settings that may differ between a run and its continuation: where it is computed, and what is told of it.
-MAY_CHANGE = ("resume", "logger", "callbacks", "trainer", "parallel", "debug", "hydra")
-MAY_CHANGE += tuple(f"data.{key}" for key in ("workers", "cache_dir", "cache_gb", "stall_timeout", "index_dir"))
 
 
 def main(argv: Sequence[str]) -> int:
@@ -63,10 +62,17 @@ def train(cfg: DictConfig) -> float | None:
     if cfg.matmul_precision is not None:
         torch.set_float32_matmul_precision(cfg.matmul_precision)
 
-    record = RunRecord(cfg.name, resolved, list(HydraConfig.get().overrides.task), cfg.seed)
-    data, module = build(cfg, run_dir)
-    trainer = build_trainer(cfg, module, data, run_dir)
-    record.data = describe_data(data)
+    record = RunRecord(cfg.name, resolved, list(HydraConfig.get().overrides.task), cfg.seed, cfg.sweep)
+    try:
+        data, module = build(cfg, run_dir)
+        trainer = build_trainer(cfg, module, data, run_dir)
+        record.data = describe_data(data)
+    except Exception as error:
+        if cfg.sweep is not None and rank_zero_only.rank == 0:  # for its status; other commands leave nothing behind
+            record.fail(error)
+            record.write(run_dir)
+        raise
+    record.monitor = monitored(data, cfg.validation.top_k)
     module.provenance = {
         "run": record.name,
         "code": record.code,
@@ -76,7 +82,7 @@ def train(cfg: DictConfig) -> float | None:
     }
     for name, spec in {"train": data.config.train, **data.config.val}.items():
         warn_if_nouns_differ(name, spec, data.config.nouns, data.config.nouns)
-    trainer.callbacks.append(Start(run_dir, cfg, record))
+    trainer.callbacks.append(KeepRecord(run_dir, cfg, record))
     preempted = None
     try:
         trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
@@ -85,7 +91,7 @@ def train(cfg: DictConfig) -> float | None:
     except Preempted as stop:
         record.status, preempted = "interrupted", stop
     except BaseException as error:
-        record.status, record.error = "failed", f"{type(error).__name__}: {error}"
+        record.fail(error)
         raise
     finally:
         counts = module.final_counts or module.own_counts()
@@ -100,8 +106,7 @@ def train(cfg: DictConfig) -> float | None:
         sys.exit(preempted.exit_code)
     if record.samples_skipped:
         log.warning("Skipped samples and shards: %s.", describe_faults(record.samples_skipped))
-    monitor = monitored(data, cfg.validation.top_k)
-    return record.metrics.get(monitor) if monitor else None
+    return record.metrics.get(record.monitor)
 
 
 def quieten_lightning() -> None:
@@ -130,47 +135,6 @@ def require_accelerator(accelerator: str) -> None:
             "trainer.accelerator is 'gpu' and PyTorch sees none here: trainer=cpu, "
             "or for a trial of another trainer, trainer.accelerator=cpu trainer.precision=32-true."
         )
-
-
-def find_checkpoint(run_dir: Path, resolved: dict[str, Any]) -> str | None:
-    """What ``resume`` means here: a checkpoint's path, None to begin, or "finished".
-
-    Raises:
-        UserError: the directory holds another run, or ``resume=never`` and it holds one at all.
-    """
-    resume = resolved["resume"]
-    if resume not in ("auto", "never"):
-        if not Path(resume).exists():
-            raise UserError(f"resume={resume}: no such checkpoint. Say auto, never, or the path of a checkpoint.")
-        return str(resume)
-    previous = read_record(run_dir)
-    if previous is None:
-        return None
-    if resume == "never":
-        raise UserError(f"'{run_dir}' already holds a run and resume=never: choose another name, or delete it.")
-    last = find(last_checkpoint(run_dir))
-    changed = differences(previous["config"], resolved)
-    if changed and not (previous["status"] == "failed" and last is None):  # then there is nothing to lose
-        raise UserError(
-            f"'{run_dir}' holds a run with other settings ({', '.join(changed[:6])}): choose another name or delete it."
-        )
-    if previous["status"] == "finished":
-        return "finished"
-    return str(last) if last else None
-
-
-def last_checkpoint(run_dir: Path) -> Path:
-    return run_dir / "checkpoints" / "last.ckpt"
-
-
-def differences(old: Any, new: Any, prefix: str = "") -> list[str]:
-    """Dotted keys in which two configurations differ, but for those in ``MAY_CHANGE``."""
-    if prefix in MAY_CHANGE:
-        return []
-    if not (isinstance(old, dict) and isinstance(new, dict)):
-        return [] if old == new else [prefix]
-    keys = dict.fromkeys([*old, *new])
-    return [d for k in keys for d in differences(old.get(k), new.get(k), f"{prefix}.{k}" if prefix else k)]
 
 
 def build(cfg: DictConfig, run_dir: Path) -> tuple[ShardData, Recognition]:
@@ -268,17 +232,49 @@ def _manifest_of(shards: Any) -> str | None:
     return manifest_hash(Path(shards)) if isinstance(shards, str) and Path(shards).is_dir() else None
 
 
-class Start(L.Callback):
-    """Writes config.yaml and the record once all ranks have met: until then each looks for a run that is there."""
+class KeepRecord(L.Callback):
+    """Writes config.yaml and the record once all ranks have met: until then each looks for a run that is there.
+
+    From then on the record is kept up to date: after each validation, and every half minute.
+    """
+
+    every = 30.0  # seconds
 
     def __init__(self, run_dir: Path, cfg: DictConfig, record: RunRecord):
         self.run_dir, self.cfg, self.record = run_dir, cfg, record
+        self._written = 0.0
 
     @rank_zero_only
     def on_fit_start(self, trainer: L.Trainer, module: Recognition) -> None:
         self.run_dir.mkdir(parents=True, exist_ok=True)
         OmegaConf.save(self.cfg, self.run_dir / "config.yaml", resolve=True)
+        self._write(trainer)
+
+    @rank_zero_only
+    def on_train_batch_end(self, trainer: L.Trainer, module: Recognition, *_: Any) -> None:
+        if time.monotonic() - self._written > self.every:
+            self._write(trainer)
+
+    @rank_zero_only
+    def on_validation_end(self, trainer: L.Trainer, module: Recognition) -> None:
+        if trainer.state.fn == TrainerFn.FITTING:
+            sets = tuple(f"{name}/" for name in module.val_names)
+            seen = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith(sets)}
+            self.record.metrics.update(seen)
+            self._write(trainer)
+
+    @rank_zero_only
+    def on_fit_end(self, trainer: L.Trainer, module: Recognition) -> None:
+        self._count(trainer)
+
+    def _write(self, trainer: L.Trainer) -> None:
+        self._count(trainer)
         self.record.write(self.run_dir)
+        self._written = time.monotonic()
+
+    def _count(self, trainer: L.Trainer) -> None:
+        steps = trainer.estimated_stepping_batches
+        self.record.step, self.record.steps = trainer.global_step, int(steps) if math.isfinite(steps) else 0
 
 
 def finish(
