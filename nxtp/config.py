@@ -34,10 +34,15 @@ def conf_dir() -> Path:
     return inside if inside.is_dir() else PACKAGE.parent / "conf"
 
 
-def compose_and_run(function: Callable[[DictConfig], Any], config_name: str, argv: Sequence[str]) -> Any:
+def compose_and_run(
+    function: Callable[[DictConfig], Any], config_name: str, argv: Sequence[str], sweeps: bool = False
+) -> Any:
     """Run ``function`` on the configuration composed from conf/, the user's own ./conf and ``argv``.
 
     ``argv`` is Hydra's: overrides, ``-m`` or ``study=`` for a sweep, ``--help``, ``--cfg job``, …
+
+    Args:
+        sweeps: whether the command ``nxtp <config_name>`` can be swept; of a study others see what its runs share.
 
     Raises:
         UserError: an unknown key, group, option or value, with the nearest known one; or runs of a sweep that failed.
@@ -69,10 +74,13 @@ def compose_and_run(function: Callable[[DictConfig], Any], config_name: str, arg
     os.environ["NXTP_COMMAND"] = config_name  # a distributed launcher starts `nxtp` anew with these arguments
     saved = sys.argv
     try:
-        sweep = _sweep(config_name, argv)
+        if sweeps:
+            sweep = _sweep(config_name, argv)
+        else:
+            argv = _with_override("hydra.mode=RUN", argv)
         if sweep is not None:
             fixed = ",".join(quoted(key) for key in sweep.fixed)
-            argv.append(f"hydra.job.config.override_dirname.exclude_keys=[{fixed}]")
+            argv = _with_override(f"hydra.job.config.override_dirname.exclude_keys=[{fixed}]", argv)
         sys.argv = [sys.argv[0], *argv]
         result = run()
     except (HydraException, OmegaConfBaseException) as error:
@@ -102,11 +110,22 @@ def _sweep(config_name: str, argv: Sequence[str]) -> Sweep | None:
         settled.append(f"hydra.searchpath=[study://,{quoted('file://' + os.path.abspath(asked.config_dir))}]")
     with hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):
         cfg = hydra.compose(config_name, settled, return_hydra_config=True)
-    if cfg.hydra.mode is RunMode.RUN:
-        return None
-    with open_dict(cfg):
-        cfg.hydra.overrides.task = [o for o in asked.overrides if not o.lstrip("+~").startswith(("hydra.", "hydra/"))]
-    return Sweep.of(cfg)
+        if cfg.hydra.mode is RunMode.RUN:
+            return None
+        with open_dict(cfg):
+            task = [o for o in asked.overrides if not o.lstrip("+~").startswith(("hydra.", "hydra/"))]
+            cfg.hydra.overrides.task = task
+        sweep = Sweep.of(cfg)
+        if sweep.points:  # a misspelt axis is told before Hydra writes anything
+            hydra.compose(config_name, [*settled, *sweep.points[0]])
+    return sweep
+
+
+def _with_override(override: str, argv: list[str]) -> list[str]:
+    """``argv`` with one more override, beside the others: they must stand together."""
+    given = get_args_parser().parse_args(argv).overrides
+    place = argv.index(given[-1]) + 1 if given else len(argv)
+    return [*argv[:place], override, *argv[place:]]
 
 
 def explain(error: BaseException) -> str:

@@ -34,7 +34,7 @@ log = logging.getLogger("nxtp")
 def main(argv: Sequence[str]) -> int:
     # `model` is a configuration group of training, which Hydra would look for; here it names a directory.
     argv = [f"model_dir={a.removeprefix('model=')}" if a.startswith("model=") else a for a in argv]
-    compose_and_run(evaluate, "evaluate", argv)
+    compose_and_run(evaluate, "evaluate", argv, sweeps=True)
     return 0
 
 

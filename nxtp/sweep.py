@@ -37,13 +37,13 @@ class Sweep:
 
     ``study``      its name
     ``directory``  where its runs lie
-    ``runs``       their names, in order; empty where a sweeper of another kind decides as it goes
+    ``points``     the overrides of each run that differ; none where a sweeper of another kind decides as it goes
     ``fixed``      keys on the command line that are no axis
     """
 
     study: str
     directory: Path
-    runs: list[str]
+    points: list[list[str]]
     fixed: list[str]
 
     @classmethod
@@ -57,13 +57,18 @@ class Sweep:
         axes = [*params, *(o.get_key_element() for o in given if o.is_sweep_override())]
         if "name" in axes:
             raise UserError("name=…: a sweep has one name, that of its directory; its runs are named by what differs.")
-        runs: list[str] = []
+        points: list[list[str]] = []
         if cfg.hydra.sweeper._target_.endswith("BasicSweeper"):
             overrides = [*parse(f"{k}={v}" for k, v in params.items()), *given]
-            (points,) = BasicSweeper.split_arguments(overrides, None)
-            runs = [file_name(",".join(sorted(o for o in point if o.split("=", 1)[0] in axes))) for point in points]
+            (grid,) = BasicSweeper.split_arguments(overrides, None)
+            points = [[o for o in point if o.split("=", 1)[0] in axes] for point in grid]
         fixed = [o.key_or_group for o in given if o.get_key_element() not in axes]
-        return cls(str(cfg.name), Path(cfg.hydra.sweep.dir), runs, fixed)
+        return cls(str(cfg.name), Path(cfg.hydra.sweep.dir), points, fixed)
+
+    @property
+    def runs(self) -> list[str]:
+        """Their names, in order."""
+        return [file_name(",".join(sorted(point))) for point in self.points]
 
     def require_finished(self) -> None:
         """
@@ -127,10 +132,10 @@ def run_apart(command: str, cfg: DictConfig, runs: list[str]) -> float | None:
     alone = _one_at_a_time()
     with _output(None if alone else out / LOG) as where:
         child = subprocess.Popen([sys.executable, "-m", "nxtp", command, *arguments], stdout=where, stderr=where)
-        with _forwarding(child):
+        with _forwarding(child) as told_to_stop:
             code = child.wait()
-    if code > 128 and code - 128 in (signal.SIGINT, *FORWARDED):
-        sys.exit(code)
+    if told_to_stop and code != 0:
+        sys.exit(128 + told_to_stop[0])
     if code != 0:
         told = "" if alone else f"; see {os.path.relpath(out / LOG)}"
         by = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"failed with exit code {code}"
@@ -174,20 +179,25 @@ def _output(path: Path | None) -> Iterator:
 
 
 @contextmanager
-def _forwarding(child: subprocess.Popen) -> Iterator[None]:
-    """Signals that ask this process to leave are the child's: it saves itself. Ctrl-C reaches it by the terminal."""
+def _forwarding(child: subprocess.Popen) -> Iterator[list[int]]:
+    """Signals that ask this process to leave are the child's: it saves itself. Ctrl-C reaches it by the terminal.
+
+    Yields:
+        The signals that came.
+    """
+    came: list[int] = []
 
     def forward(number: int, frame: object) -> None:
-        if child.poll() is None:
+        came.append(number)
+        if number != signal.SIGINT and child.poll() is None:
             child.send_signal(number)
 
     try:
-        before = {number: signal.signal(number, forward) for number in FORWARDED}
-        before[signal.SIGINT] = signal.signal(signal.SIGINT, lambda *_: None)
+        before = {number: signal.signal(number, forward) for number in (*FORWARDED, signal.SIGINT)}
     except ValueError:  # not the main thread: its parent gets the signals
         before = {}
     try:
-        yield
+        yield came
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -44,7 +44,7 @@ log = logging.getLogger("nxtp")
 
 def main(argv: Sequence[str]) -> int:
     quieten_lightning()
-    compose_and_run(train, "train", argv)
+    compose_and_run(train, "train", argv, sweeps=True)
     return 0
 
 

@@ -9,7 +9,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import OmegaConf, open_dict
 
-from nxtp.config import _register_resolvers, compose_and_run, conf_dir, to_dataclass
+from nxtp.config import compose_and_run, conf_dir, to_dataclass
 from nxtp.errors import UserError
 from nxtp.layout import Objective
 from nxtp.model import ModelConfig
@@ -42,7 +42,6 @@ CHOICES = [f"{group}={option}" for group, options in GROUPS.items() for option i
 
 
 def composed(tmp_path, *overrides):
-    _register_resolvers()
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         cfg = compose("train", ["name=test", f"hydra.run.dir={tmp_path}", *overrides], return_hydra_config=True)
     with open_dict(cfg):
@@ -139,24 +138,3 @@ def test_val_sets_may_be_added_on_the_command_line(tmp_path):
     root = write_shards(tmp_path / "v", [2])
     cfg = composed(tmp_path, f"+data.val.mine={root}")
     assert to_dataclass(DataConfig, cfg.data, "data").val == {"mine": str(root)}
-
-
-def test_one_failed_run_does_not_end_a_sweep(tmp_path, monkeypatch, caplog):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.argv", ["nxtp"])
-    ran = []
-
-    def job(cfg):
-        ran.append(cfg.seed)
-        if cfg.seed in failing:
-            raise UserError(f"seed {cfg.seed} is bad")
-
-    failing = [1]
-    with pytest.raises(UserError, match=r"^seed 1 is bad"):
-        compose_and_run(job, "train", ["-m", "name=x", "seed=1,2,3"])
-    assert ran == [1, 2, 3]
-    failing = [1, 3]
-    with pytest.raises(UserError, match=r"^2 runs of the sweep failed; the first: seed 1 is bad"):
-        compose_and_run(job, "train", ["-m", "name=x", "seed=1,2,3"])
-    with pytest.raises(UserError, match=r"^seed 1 is bad"):
-        compose_and_run(job, "train", ["name=x", "seed=1"])
