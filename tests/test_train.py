@@ -19,10 +19,10 @@ from nxtp.layout import Objective, lay_out
 from nxtp.module import Recognition
 from nxtp.optim import OptimConfig, TrainsConfig
 from nxtp.recognizer import Recognizer
+from nxtp.resume import differences
 from nxtp.shards import write_shard
 from nxtp.sources import DataConfig
 from nxtp.tokens import train_tokenizer
-from nxtp.train import differences
 
 PERF = [f"perf/{n}" for n in ("images_per_s", "tokens_per_s", "data_wait", "padding", "tflops", "peak_memory_gb")]
 WORDS = ["rose", "lemon", "leaf", "ocean", "stone"]
