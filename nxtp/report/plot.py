@@ -1,0 +1,109 @@
+"""plot.svg, drawn from the rows of results.csv alone; the same rows give the same bytes."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from nxtp.report.spec import Plot, Spec
+from nxtp.report.tables import Line, Row, lines, number, order
+
+PALETTE = (
+    "#0072B2",
+    "#D55E00",
+    "#009E73",
+    "#CC79A7",
+    "#E69F00",
+    "#56B4E9",
+    "#000000",
+)  # Okabe & Ito, colour-blind-safe
+MARKERS = "osD^vPX"
+STYLE = {
+    "svg.hashsalt": "nxtp",
+    "svg.fonttype": "none",
+    "font.size": 11,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+}
+Point = tuple[str | float, float, float]  # x, mean, spread
+
+
+def svg(table: list[Row], spec: Spec) -> str | None:
+    """None where there is nothing to draw."""
+    plot = spec.plot
+    if plot is None or not plot.y:
+        return None
+    drawn = [line for line in lines(table, spec) if any(y in line.values for y in plot.y)]
+    if not drawn:
+        return None
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(max(6.4, 4.6 * len(plot.y)), 4), layout="constrained")
+        panels = figure.subplots(1, len(plot.y), squeeze=False)[0]
+        for axes, metric in zip(panels, plot.y, strict=True):
+            _panel(axes, drawn, metric, spec, plot)
+        handles = {label: h for a in panels for h, label in zip(*a.get_legend_handles_labels(), strict=True)}
+        if len(handles) > 1 or any("paper" in label for label in handles):
+            figure.legend(
+                handles.values(), handles.keys(), loc="outside lower center", ncols=min(3, len(handles)), frameon=False
+            )
+        out = io.StringIO()
+        figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None})
+    return "\n".join(line.rstrip() for line in out.getvalue().splitlines()) + "\n"
+
+
+def _panel(axes: Axes, drawn: list[Line], metric: str, spec: Spec, plot: Plot) -> None:
+    known = list(_series(drawn, metric, plot))
+    xs = sorted({str(x) for *_, points in known for x, *_ in points}, key=order)
+    numeric = plot.kind == "line" and all(number(x) is not None for x in xs)
+    groups = sorted({group for group, *_ in known}, key=order)
+    wide = [(g, s) for g, s, _ in known if s != "paper"]
+    width = 0.8 / max(1, len(wide))
+    several = len({s for _, s, _ in known if s != "paper"}) > 1
+    for group, size, points in known:
+        colour = PALETTE[groups.index(group) % len(PALETTE)]
+        marker = MARKERS[groups.index(group) % len(MARKERS)]
+        of = f"{plot.lines}: {group}" if plot.lines else ""
+        label = ", ".join(filter(None, (of, size if several or size == "paper" or not of else "")))
+        at = [number(str(x)) if numeric else float(xs.index(str(x))) for x, *_ in points]
+        means, spreads = [p[1] for p in points], [p[2] for p in points]
+        if size == "paper":
+            axes.plot(at, means, marker, ms=9, mfc="none", mec=colour, mew=1.6, label=label, zorder=3)
+        elif plot.kind == "bar":
+            place = (wide.index((group, size)) - (len(wide) - 1) / 2) * width
+            alpha = 0.6 if several and size == "laptop" else 1.0
+            axes.bar(
+                [a + place for a in at], means, width, yerr=spreads, capsize=3, color=colour, alpha=alpha, label=label
+            )
+        else:
+            dashes = "--" if several and size == "laptop" else "-"
+            axes.errorbar(at, means, yerr=spreads, fmt=marker + dashes, ms=6, capsize=3, color=colour, label=label)
+    if not numeric:
+        axes.set_xticks(range(len(xs)), xs)
+    elif plot.log_x and all(number(x) > 0 for x in xs):
+        axes.set_xscale("log")
+    if numeric and plot.x in spec.columns and len(xs) <= 8:
+        axes.set_xticks([number(x) for x in xs], xs)
+        axes.set_xticks([], minor=True)
+    axes.set_xlabel(spec.metrics.get(plot.x, plot.x))
+    axes.set_ylabel(spec.metrics[metric])
+    axes.grid(axis="y", alpha=0.3)
+
+
+def _series(drawn: list[Line], metric: str, plot: Plot) -> Iterator[tuple[str, str, list[Point]]]:
+    """Line's group, size, and its points in order of x. What lacks x or y is not drawn."""
+    series: dict[tuple[str, str], list[Point]] = {}
+    for line in drawn:
+        value = line.values.get(metric)
+        x: str | float = line.columns.get(plot.x, "")
+        if plot.x not in line.columns:
+            x = line.values[plot.x].mean if plot.x in line.values else ""
+        if value is None or x == "":
+            continue
+        group = line.columns[plot.lines] if plot.lines else ""
+        series.setdefault((group, line.size), []).append((x, value.mean, value.spread or 0.0))
+    for (group, size), points in sorted(series.items(), key=lambda item: (order(item[0][0]), item[0][1])):
+        yield group, size, sorted(points, key=lambda point: order(str(point[0])))
