@@ -24,7 +24,7 @@ def generated(folder: Path, records: list[rec.Record]) -> tuple[dict[str, str], 
     """The generated files of a study by name, from its records alone, with the rows and the specification.
 
     Raises:
-        UserError: report.yaml is wrong, README.md lacks the markers, or there is neither a record nor a published value.
+        UserError: report.yaml is wrong, README.md lacks the markers, or there is neither record nor published value.
     """
     spec = Spec.read(folder / "report.yaml")
     rows = tables.rows(records, spec)
@@ -55,18 +55,20 @@ def differing_settings(records: list[rec.Record]) -> Spec:
     """Of runs without a report.yaml: the settings that differ, and the metrics of the validation."""
     known = [tables.settings(r) for r in records]
     names = dict.fromkeys(k for s in known for k in s)
-    differ = [k for k in names if k != "seed" and len({tables.text(s.get(k)) for s in known}) > 1]
+    differ = [k for k in names if len({tables.text(s.get(k)) for s in known}) > 1]
+    differ = [k for k in differ if any(s.get(k) != s["seed"] for s in known)]  # data.seed: ${seed} says nothing new
     monitors = dict.fromkeys(r["monitor"] for r in records if r.get("monitor"))
-    found = dict.fromkeys([*monitors, *(m for r in records for m in r["metrics"] if not m.startswith("train/"))])
+    kinds = {m.split("/")[-1] for m in monitors}
+    others = [m for r in records for m in r["metrics"] if not m.startswith("train/")]
+    found = dict.fromkeys([*monitors, *(m for m in others if not kinds or m.split("/")[-1] in kinds)])
     metrics = {m: m for m in found} | {"run.wall_time_s": "time (s)"}
     y = [next((m for m in found if any(m in r["metrics"] for r in records)), "run.wall_time_s")]
     numeric = [k for k in differ if all(rec.is_finite(s.get(k)) for s in known)]
-    columns = {k: k for k in differ} or {"run": "run"}
     if not differ:
         return Spec({}, metrics)
-    x = (numeric or list(columns))[0]
+    x = (numeric or differ)[0]
     lines = next((k for k in differ if k != x), None)
-    return Spec(columns, metrics, plot=Plot(x, y, "line" if numeric else "bar", lines))
+    return Spec({k: k for k in differ}, metrics, plot=Plot(x, y, "line" if numeric else "bar", lines))
 
 
 def show(rows: list[tables.Row], spec: Spec) -> None:
@@ -83,7 +85,10 @@ def find(study: str) -> Path | None:
     """The folder of a study, given by name or path; None where there is none."""
     if Path(study, "report.yaml").is_file():
         return Path(study).resolve()
-    return next((d / study for d in study_dirs() if study and (d / study).is_dir()), None)
+    name = Path(study).name
+    if not name or study.rstrip("/") not in (name, f"experiments/{name}"):
+        return None
+    return next((d / name for d in study_dirs() if (d / name).is_dir()), None)
 
 
 def tell(line: str) -> None:

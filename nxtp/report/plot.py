@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from nxtp.report.spec import Plot, Spec
 from nxtp.report.tables import Line, Row, lines, number, order
 
+# colour-blind-safe
 PALETTE = (
     "#0072B2",
     "#D55E00",
@@ -20,7 +21,7 @@ PALETTE = (
     "#E69F00",
     "#56B4E9",
     "#000000",
-)  # Okabe & Ito, colour-blind-safe
+)  # Okabe & Ito
 MARKERS = "osD^vPX"
 STYLE = {
     "svg.hashsalt": "nxtp",
