@@ -149,6 +149,21 @@ def test_plot_has_words_and_no_date(study):
     assert "dc:date" not in picture
 
 
+def test_columns_that_vary_unseen_tell_bars_apart(study):
+    """Else bars of one place are drawn over each other."""
+    (study / "report.yaml").write_text(SPEC.split("plot:")[0] + "plot: {kind: bar, x: which, y: [val/recall@10]}")
+    run(study)
+    picture = (study / "plot.svg").read_text()
+    assert "blocks kept: 1" in picture
+    assert "blocks kept: 2" in picture
+
+
+def test_a_plot_of_laptop_runs_alone_says_so(study):
+    (study / "report.yaml").write_text(SPEC.split("paper:")[0] + "plot: {x: blocks kept, y: [val/recall@10]}")
+    run(study)
+    assert "recall@10 (laptop size)" in (study / "plot.svg").read_text()
+
+
 BAD = {
     "older": (record(3, format=1), "an older format"),
     "newer": (record(3, format=9), "a newer format"),

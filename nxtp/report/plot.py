@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Iterator
 
 import matplotlib
@@ -30,7 +31,8 @@ STYLE = {
     "axes.spines.top": False,
     "axes.spines.right": False,
 }
-Point = tuple[str | float, float, float]  # x, mean, spread
+Point = tuple[str | float, float, float]  # x, mean, spread (NaN of one run: no bar)
+Group = tuple[str, ...]  # values of the columns that tell lines apart
 
 
 def svg(table: list[Row], spec: Spec) -> str | None:
@@ -57,17 +59,18 @@ def svg(table: list[Row], spec: Spec) -> str | None:
 
 
 def _panel(axes: Axes, drawn: list[Line], metric: str, spec: Spec, plot: Plot) -> None:
-    known = list(_series(drawn, metric, plot))
+    apart = _apart(drawn, plot)
+    known = list(_series(drawn, metric, plot, apart))
     xs = sorted({str(x) for *_, points in known for x, *_ in points}, key=order)
     numeric = plot.kind == "line" and all(number(x) is not None for x in xs)
-    groups = sorted({group for group, *_ in known}, key=order)
+    groups = sorted({group for group, *_ in known}, key=_order)
     wide = [(g, s) for g, s, _ in known if s != "paper"]
     width = 0.8 / max(1, len(wide))
     several = len({s for _, s, _ in known if s != "paper"}) > 1
     for group, size, points in known:
         colour = PALETTE[groups.index(group) % len(PALETTE)]
         marker = MARKERS[groups.index(group) % len(MARKERS)]
-        of = f"{plot.lines}: {group}" if plot.lines else ""
+        of = ", ".join(f"{c}: {v}" for c, v in zip(apart, group, strict=True) if v)
         label = ", ".join(filter(None, (of, size if several or size == "paper" or not of else "")))
         at = [number(str(x)) if numeric else float(xs.index(str(x))) for x, *_ in points]
         means, spreads = [p[1] for p in points], [p[2] for p in points]
@@ -90,13 +93,28 @@ def _panel(axes: Axes, drawn: list[Line], metric: str, spec: Spec, plot: Plot) -
         axes.set_xticks([number(x) for x in xs], xs)
         axes.set_xticks([], minor=True)
     axes.set_xlabel(spec.metrics.get(plot.x, plot.x))
-    axes.set_ylabel(spec.metrics[metric])
+    only_laptop = {s for _, s, _ in known} == {"laptop"}
+    axes.set_ylabel(spec.metrics[metric] + (" (laptop size)" if only_laptop else ""))
     axes.grid(axis="y", alpha=0.3)
 
 
-def _series(drawn: list[Line], metric: str, plot: Plot) -> Iterator[tuple[str, str, list[Point]]]:
+def _apart(drawn: list[Line], plot: Plot) -> list[str]:
+    """Columns that tell lines apart: ``lines``, and others that vary while x is a column, lest points hide others."""
+    first = [plot.lines] if plot.lines else []
+    ours = [line for line in drawn if line.size != "paper"]
+    if not ours or plot.x not in ours[0].columns:
+        return first
+    others = [c for c in ours[0].columns if c not in (plot.x, plot.lines)]
+    return first + [c for c in others if len({line.columns[c] for line in ours}) > 1]
+
+
+def _order(group: Group) -> list[tuple[int, float, str]]:
+    return [order(c) for c in group]
+
+
+def _series(drawn: list[Line], metric: str, plot: Plot, apart: list[str]) -> Iterator[tuple[Group, str, list[Point]]]:
     """Line's group, size, and its points in order of x. What lacks x or y is not drawn."""
-    series: dict[tuple[str, str], list[Point]] = {}
+    series: dict[tuple[Group, str], list[Point]] = {}
     for line in drawn:
         value = line.values.get(metric)
         x: str | float = line.columns.get(plot.x, "")
@@ -104,7 +122,9 @@ def _series(drawn: list[Line], metric: str, plot: Plot) -> Iterator[tuple[str, s
             x = line.values[plot.x].mean if plot.x in line.values else ""
         if value is None or x == "":
             continue
-        group = line.columns[plot.lines] if plot.lines else ""
-        series.setdefault((group, line.size), []).append((x, value.mean, value.spread or 0.0))
-    for (group, size), points in sorted(series.items(), key=lambda item: (order(item[0][0]), item[0][1])):
+        group = tuple(line.columns[c] for c in apart)
+        series.setdefault((group, line.size), []).append(
+            (x, value.mean, math.nan if value.spread is None else value.spread)
+        )
+    for (group, size), points in sorted(series.items(), key=lambda item: (_order(item[0][0]), item[0][1])):
         yield group, size, sorted(points, key=lambda point: order(str(point[0])))
