@@ -50,9 +50,10 @@ def svg(table: list[Row], spec: Spec) -> str | None:
             _panel(axes, drawn, metric, spec, plot)
         handles = {label: h for a in panels for h, label in zip(*a.get_legend_handles_labels(), strict=True)}
         if len(handles) > 1 or any("paper" in label for label in handles):
-            figure.legend(
-                handles.values(), handles.keys(), loc="outside lower center", ncols=min(3, len(handles)), frameon=False
-            )
+            widest = 0.7 + 0.085 * max(map(len, handles))  # inches, about
+            columns = max(1, min(3, int(figure.get_figwidth() / widest)))
+            figure.set_figheight(3.6 + 0.25 * math.ceil(len(handles) / columns))
+            figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns, frameon=False)
         out = io.StringIO()
         figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None})
     return "\n".join(line.rstrip() for line in out.getvalue().splitlines()) + "\n"
@@ -66,21 +67,34 @@ def _panel(axes: Axes, drawn: list[Line], metric: str, spec: Spec, plot: Plot) -
     groups = sorted({group for group, *_ in known}, key=_order)
     wide = [(g, s) for g, s, _ in known if s != "paper"]
     width = 0.8 / max(1, len(wide))
+
+    def offset(bar: tuple[Group, str]) -> float:
+        return (wide.index(bar) - (len(wide) - 1) / 2) * width
+
     several = len({s for _, s, _ in known if s != "paper"}) > 1
     for group, size, points in known:
         colour = PALETTE[groups.index(group) % len(PALETTE)]
-        marker = MARKERS[groups.index(group) % len(MARKERS)]
+        turn, place = divmod(groups.index(group), len(PALETTE))
+        marker = MARKERS[(turn + place) % len(MARKERS)]
         of = ", ".join(f"{c}: {v}" for c, v in zip(apart, group, strict=True) if v)
         label = ", ".join(filter(None, (of, size if several or size == "paper" or not of else "")))
         at = [number(str(x)) if numeric else float(xs.index(str(x))) for x, *_ in points]
         means, spreads = [p[1] for p in points], [p[2] for p in points]
         if size == "paper":
+            bars = [offset(w) for w in wide if w[0] == group] if plot.kind == "bar" else []
+            at = [a + (sum(bars) / len(bars) if bars else 0.0) for a in at]
             axes.plot(at, means, marker, ms=9, mfc="none", mec=colour, mew=1.6, label=label, zorder=3)
         elif plot.kind == "bar":
-            place = (wide.index((group, size)) - (len(wide) - 1) / 2) * width
             alpha = 0.6 if several and size == "laptop" else 1.0
             axes.bar(
-                [a + place for a in at], means, width, yerr=spreads, capsize=3, color=colour, alpha=alpha, label=label
+                [a + offset((group, size)) for a in at],
+                means,
+                width,
+                yerr=spreads,
+                capsize=3,
+                color=colour,
+                alpha=alpha,
+                label=label,
             )
         else:
             dashes = "--" if several and size == "laptop" else "-"
