@@ -24,6 +24,7 @@ class Commands(click.Group):
         "data": "nxtp.data_commands:data",
         "export": "nxtp.export:export",
         "predict": "nxtp.predict:predict",
+        "report": "nxtp.report.command:report",
         "sweep": "nxtp.sweep_commands:sweep",
     }
 
@@ -51,6 +52,7 @@ class Commands(click.Group):
 SUMMARIES = {
     "train": "Train a model, or with -m a sweep of them: nxtp train experiment=demo",
     "sweep": "How a sweep stands, or a search in place of a grid: nxtp sweep status STUDY",
+    "report": "Run records → table and plot: nxtp report STUDY, nxtp report runs/mysweep",
     "evaluate": "Metrics of a model directory on shards: nxtp evaluate model=DIR data=scenes",
     "predict": "Labels of images: nxtp predict IMAGE… --model DIR --top-k 20",
     "describe": "Parameters, tokens, FLOPs and memory a rank of a configuration: nxtp describe experiment=demo",
