@@ -63,7 +63,7 @@ def _state(name: str, record: dict[str, Any] | None, is_there: bool) -> RunState
     if record is None:
         return RunState(name, "unreadable" if is_there else "planned")
     state = record["status"]
-    if state == "running" and not _is_alive(record):
+    if state == "running" and not is_alive(record):
         state = "killed"
     steps, monitor = record.get("steps") or 0, record.get("monitor")
     return RunState(
@@ -77,7 +77,8 @@ def _state(name: str, record: dict[str, Any] | None, is_there: bool) -> RunState
     )
 
 
-def _is_alive(record: dict[str, Any]) -> bool:
+def is_alive(record: dict[str, Any]) -> bool:
+    """Whether the process that writes the record of a running run is still there."""
     process = record.get("process") or {}
     if process.get("host") == platform.node():
         try:
