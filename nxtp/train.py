@@ -41,6 +41,14 @@ from nxtp.tokens import LabelTokenizer, train_tokenizer
 
 log = logging.getLogger("nxtp")
 
+SECTIONS = {
+    "model": ModelConfig,
+    "data": DataConfig,
+    "optim": OptimConfig,
+    "validation": ValidationConfig,
+    "parallel": ParallelConfig,
+}
+
 
 def main(argv: Sequence[str]) -> int:
     quieten_lightning()
