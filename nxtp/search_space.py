@@ -40,7 +40,7 @@ class Axis:
 
 
 def split(overrides: Sequence[str]) -> tuple[list[Axis], list[str]]:
-    """(axes, the other overrides).
+    """(axes, overrides of other keys).
 
     Raises:
         UserError: an override that Hydra cannot read, an axis that holds nothing or cannot be searched, no axis.
@@ -55,7 +55,8 @@ def split(overrides: Sequence[str]) -> tuple[list[Axis], list[str]]:
     for key in axes:
         if key == "name" or key.startswith(("hydra.", "hydra/")):
             raise UserError(f"{key}: a search has one; its runs are named by what differs.")
-    return list(axes.values()), [o.input_line for o in parsed if not o.is_sweep_override()]
+    searched = {o.key_or_group for o in parsed if o.is_sweep_override()}
+    return list(axes.values()), [o.input_line for o in parsed if o.key_or_group not in searched]
 
 
 def _axis(override: Override) -> Axis:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import json
-import logging
 import os
 import signal
 import subprocess
@@ -17,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import click
 import numpy as np
 import optuna
 from optuna.pruners import MedianPruner, NopPruner
@@ -30,8 +30,6 @@ from nxtp.resume import differences
 from nxtp.search_space import Axis
 from nxtp.sweep import LOG, file_name, forwarding, output, start
 from nxtp.sweep_commands import is_alive
-
-log = logging.getLogger("nxtp")
 
 FORMAT = 1
 FILE = "search.json"
@@ -67,6 +65,10 @@ class Outcome:
     why: str = ""
 
 
+def tell(line: str) -> None:
+    click.echo(line, err=True)
+
+
 class Search:
     """The trials in a search's directory, continued where they stand.
 
@@ -99,15 +101,11 @@ class Search:
         except BlockingIOError:
             os.close(self._lock)
             raise UserError(f"Another nxtp sweep search is at work in '{directory}': wait for it.") from None
-        optuna.logging.set_verbosity(optuna.logging.WARNING)
-        self.study = optuna.create_study(
-            storage=f"sqlite:///{directory / STORAGE}",
-            study_name=plan.study,
-            direction=plan.direction,
-            pruner=MedianPruner() if prune else NopPruner(),
-            load_if_exists=True,
-        )
-        self._compare()
+        try:
+            self.study = self._open()
+        except BaseException:
+            os.close(self._lock)
+            raise
         self._asking = threading.Lock()  # of what the trials at a time share
         self._names: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
         self._children: list[subprocess.Popen] = []
@@ -122,20 +120,29 @@ class Search:
     def __exit__(self, *_: object) -> None:
         os.close(self._lock)
 
-    def _compare(self) -> None:
-        before = self.study.user_attrs
-        if not before:
-            self.study.set_user_attr("config", self.plan.config)
-            self.study.set_user_attr("asked", self.plan.asked)
-            return
+    def _open(self) -> optuna.Study:
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        study = optuna.create_study(
+            storage=f"sqlite:///{self.plan.directory / STORAGE}",
+            study_name=self.plan.study,
+            direction=self.plan.direction,
+            pruner=MedianPruner() if self.prune else NopPruner(),
+            load_if_exists=True,
+        )
+        before = study.user_attrs
+        if "asked" not in before:
+            study.set_user_attr("config", self.plan.config)
+            study.set_user_attr("asked", self.plan.asked)
+            return study
         changed = differences(before["config"], self.plan.config)
-        changed += differences(before["config"]["trainer"], self.plan.config["trainer"], "trainer ")
-        changed += differences(before.get("asked"), self.plan.asked)
+        changed += differences(before["config"]["trainer"], self.plan.config["trainer"], "its trainer")
+        changed += differences(before["asked"], self.plan.asked)
         if changed:
             raise UserError(
                 f"'{self.plan.directory}' holds a search with other settings ({', '.join(changed[:6])}): "
                 "choose another name or delete it."
             )
+        return study
 
     def run(self, trials: int) -> None:
         """Until there are ``trials`` that count; failed ones do not, and are not made up for before the next call.
@@ -207,7 +214,7 @@ class Search:
                 done = [t for t in self._told(COUNTS) if t.user_attrs.get("run") == name]
                 place = f"{self._trials - self._left}/{self._trials}"
             if done:
-                log.info("%s  %s: known", place, name)
+                tell(f"{place}  {name}: known")
                 for step, value in done[0].intermediate_values.items():
                     trial.report(value, step)
                 return Outcome(done[0].state, done[0].value if done[0].state == TrialState.COMPLETE else None)
@@ -215,7 +222,7 @@ class Search:
                 return Outcome(TrialState.FAIL, why=self.failed[name])
             if self._stopped:
                 return Outcome(None, why="not begun")
-            log.info("%s  %s", place, name)
+            tell(f"{place}  {name}")
             return self._run(trial, self.plan.directory / name)
 
     def _run(self, trial: Trial, out: Path) -> Outcome:
@@ -268,7 +275,7 @@ class Search:
         if outcome.state == TrialState.FAIL:
             self.failed[name] = outcome.why
             trial.set_user_attr("why", outcome.why)
-            log.error("%s failed: %s", name, outcome.why)
+            tell(f"{name} failed: {outcome.why}")
         self.study.tell(trial, outcome.value, state=outcome.state)
         self.write()
 
