@@ -121,6 +121,24 @@ def _sweep(config_name: str, argv: Sequence[str]) -> Sweep | None:
     return sweep
 
 
+def composed(config_name: str, overrides: Sequence[str]) -> DictConfig:
+    """The configuration of one run, with its node ``hydra``; nothing is run.
+
+    Raises:
+        UserError: an unknown key, group or option, with the nearest known one.
+    """
+    own = Path.cwd() / "conf"
+    paths = ["study://"]
+    if own.is_dir() and own.resolve() != conf_dir():
+        paths.append(quoted(f"file://{own}"))
+    try:
+        with hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):
+            searchpath = f"hydra.searchpath=[{','.join(paths)}]"
+            return hydra.compose(config_name, [*overrides, searchpath], return_hydra_config=True)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(explain(error)) from error
+
+
 def _with_override(override: str, argv: list[str]) -> list[str]:
     """``argv`` with one more override, beside the others: they must stand together."""
     given = get_args_parser().parse_args(argv).overrides

@@ -40,7 +40,7 @@ class RunRecord:
     ``command``  train or evaluate
     ``status``   running, finished, failed or interrupted
     ``updated``  when it was last written: a run that goes on writes it every half minute
-    ``step``     optimiser steps so far, of ``steps``
+    ``step``     optimiser steps so far, of ``steps``; the last validation was after ``validated``
     ``monitor``  the metric that chooses the best weights
     ``metrics``  only what was measured: while training the last validation's, at the end those of the exported weights
     """
@@ -58,6 +58,7 @@ class RunRecord:
     wall_time_s: float = 0.0
     step: int = 0
     steps: int = 0
+    validated: int = 0
     samples_seen: int = 0
     samples_offered: int = 0
     samples_skipped: dict[str, int] = field(default_factory=dict)

@@ -8,10 +8,11 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.hydra_config import HydraConfig
@@ -125,14 +126,13 @@ def run_apart(command: str, cfg: DictConfig, runs: list[str]) -> float | None:
         log.info("%s%s: finished before", place, out.name)
         return _objective(out)
     log.info("%s%s", place, out.name)
-    arguments = [*hydra.overrides.task, f"name={quoted(out.name)}", f"sweep={quoted(cfg.sweep)}"]
-    arguments += ["hydra.mode=RUN", f"hydra.run.dir={quoted(os.path.relpath(out))}"]
+    arguments = list(hydra.overrides.task)
     for source in hydra.runtime.config_sources:
         arguments += ["--config-dir", source.path] if source.provider == "command-line" else []
     alone = _one_at_a_time()
-    with _output(None if alone else out / LOG) as where:
-        child = subprocess.Popen([sys.executable, "-m", "nxtp", command, *arguments], stdout=where, stderr=where)
-        with _forwarding(child) as told_to_stop:
+    with output(None if alone else out / LOG) as where:
+        child = start(command, arguments, out, cfg.sweep, where)
+        with forwarding([child]) as told_to_stop:
             code = child.wait()
     if told_to_stop and code != 0:
         sys.exit(128 + told_to_stop[0])
@@ -141,6 +141,17 @@ def run_apart(command: str, cfg: DictConfig, runs: list[str]) -> float | None:
         by = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"failed with exit code {code}"
         raise UserError(f"{out.name} {by}{told}")
     return _objective(out)
+
+
+def start(command: str, arguments: list[str], out: Path, sweep: str, where: IO | None) -> subprocess.Popen:
+    """The process of a run: `nxtp COMMAND` with Hydra's ``arguments``, in the directory ``out`` of ``sweep``.
+
+    Args:
+        where: what it prints goes there; None: to the terminal.
+    """
+    own = [f"name={quoted(out.name)}", f"sweep={quoted(sweep)}"]
+    own += ["hydra.mode=RUN", f"hydra.run.dir={quoted(os.path.relpath(out))}"]
+    return subprocess.Popen([sys.executable, "-m", "nxtp", command, *arguments, *own], stdout=where, stderr=where)
 
 
 def _objective(run_dir: Path) -> float | None:
@@ -170,7 +181,8 @@ def quoted(text: str) -> str:
 
 
 @contextmanager
-def _output(path: Path | None) -> Iterator:
+def output(path: Path | None) -> Iterator[IO | None]:
+    """A file to append to; None, the terminal, without a path."""
     if path is None:
         yield None
         return
@@ -179,8 +191,9 @@ def _output(path: Path | None) -> Iterator:
 
 
 @contextmanager
-def _forwarding(child: subprocess.Popen) -> Iterator[list[int]]:
-    """Signals that ask this process to leave are the child's: it saves itself. Ctrl-C reaches it by the terminal.
+def forwarding(children: Collection[subprocess.Popen]) -> Iterator[list[int]]:
+    """Signals that ask this process to leave are its children's: they save themselves. Ctrl-C reaches them by the
+    terminal.
 
     Yields:
         The signals that came.
@@ -189,8 +202,9 @@ def _forwarding(child: subprocess.Popen) -> Iterator[list[int]]:
 
     def forward(number: int, frame: object) -> None:
         came.append(number)
-        if number != signal.SIGINT and child.poll() is None:
-            child.send_signal(number)
+        for child in list(children):
+            if number != signal.SIGINT and child.poll() is None:
+                child.send_signal(number)
 
     try:
         before = {number: signal.signal(number, forward) for number in (*FORWARDED, signal.SIGINT)}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
 import platform
 import sys
 import time
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import psutil
 from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
@@ -63,7 +63,7 @@ def _state(name: str, record: dict[str, Any] | None, is_there: bool) -> RunState
     if record is None:
         return RunState(name, "unreadable" if is_there else "planned")
     state = record["status"]
-    if state == "running" and not _is_alive(record):
+    if state == "running" and not is_alive(record):
         state = "killed"
     steps, monitor = record.get("steps") or 0, record.get("monitor")
     return RunState(
@@ -77,18 +77,16 @@ def _state(name: str, record: dict[str, Any] | None, is_there: bool) -> RunState
     )
 
 
-def _is_alive(record: dict[str, Any]) -> bool:
-    process = record.get("process") or {}
+def is_alive(record: dict[str, Any]) -> bool:
+    """Whether the process that writes the record of a running run is still there."""
+    process, updated = record.get("process") or {}, record.get("updated") or record.get("started")
+    written = datetime.fromisoformat(updated).timestamp() if updated else time.time()
     if process.get("host") == platform.node():
-        try:
-            os.kill(process["pid"], 0)
-        except ProcessLookupError:
+        try:  # a process that began later only has its number
+            return psutil.Process(process["pid"]).create_time() <= written + 1
+        except psutil.NoSuchProcess:
             return False
-        except PermissionError:
-            return True
-        return True
-    updated = record.get("updated") or record["started"]
-    return time.time() - datetime.fromisoformat(updated).timestamp() < SILENT_S
+    return time.time() - written < SILENT_S
 
 
 def print_states(runs: list[RunState], console: Console) -> None:

@@ -41,6 +41,14 @@ from nxtp.tokens import LabelTokenizer, train_tokenizer
 
 log = logging.getLogger("nxtp")
 
+SECTIONS = {
+    "model": ModelConfig,
+    "data": DataConfig,
+    "optim": OptimConfig,
+    "validation": ValidationConfig,
+    "parallel": ParallelConfig,
+}
+
 
 def main(argv: Sequence[str]) -> int:
     quieten_lightning()
@@ -216,6 +224,14 @@ def monitored(data: ShardData, top_k: int) -> str | None:
     return f"{data.val_names[0]}/recall@{top_k}" if data.val_names else None
 
 
+def metric_names(cfg: DictConfig) -> list[str]:
+    """What a run's record will hold, the metric that it monitors first; of a run without validation its loss alone."""
+    k = cfg.validation.top_k
+    kinds = [f"{kind}@{k}" for kind in ("recall", "precision", "f1")]
+    kinds += [f"semantic_{kind}" for kind in kinds] if cfg.validation.semantic else []
+    return [f"{name}/{kind}" for name in cfg.data.val for kind in (*kinds, "loss")] + ["train/loss"]
+
+
 def describe_data(data: ShardData) -> dict[str, Any]:
     """For the run record: each set's number of samples, and the shards and manifest hash of each of its sources."""
     specs = {"train": data.config.train, **data.config.val}
@@ -261,6 +277,7 @@ class KeepRecord(L.Callback):
             sets = tuple(f"{name}/" for name in module.val_names)
             seen = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith(sets)}
             self.record.metrics.update(seen)
+            self.record.validated = trainer.global_step
             self._write(trainer)
 
     @rank_zero_only
