@@ -5,8 +5,10 @@ from __future__ import annotations
 import io
 import json
 import logging
+import secrets
 import shutil
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +22,15 @@ from PIL import Image
 
 from nxtp.errors import UserError
 from nxtp.labels import normalise
-from nxtp.record import FILE, read_record
+from nxtp.record import FILE, read_record, write_json
 from nxtp.show import GridItem, save_grid
 
 log = logging.getLogger("nxtp")
-ID_FILE = "wandb-id"  # beside run.json
+RUN_FILE = "wandb-run.json"  # beside run.json: W&B's id of the run, and its next row
 
 
 class Wandb(WandbLogger):
-    """Lightning's W&B logger of the run in ``save_dir``; its id is kept there, so that a continuation is the same run.
+    """Lightning's W&B logger of the run in ``save_dir``; its id is kept there: a continuation is the same run.
 
     Args:
         save_dir: the run directory.
@@ -45,21 +47,34 @@ class Wandb(WandbLogger):
                 "logger.wandb.log_model uploads checkpoints while training, and this run is offline: "
                 "logger.wandb.model_artifact=true keeps the model directory for `wandb sync`."
             )
-        from wandb.util import generate_id
-
         self.model_artifact = model_artifact
-        self._id_file = Path(save_dir) / ID_FILE
-        known = self._id_file.read_text().strip() if self._id_file.exists() else ""
-        options["id"] = options.get("id") or known or generate_id()
+        self._kept = Path(save_dir) / RUN_FILE
+        known = json.loads(self._kept.read_text()) if self._kept.exists() else {}
+        self._next_row = known.get("next_row", 0)
+        options["id"] = options.get("id") or known.get("id") or secrets.token_hex(4)
         super().__init__(save_dir=save_dir, offline=offline, **options)
 
     @property
     @rank_zero_experiment
     def experiment(self) -> Any:
-        if self._experiment is None:
-            self._id_file.parent.mkdir(parents=True, exist_ok=True)
-            self._id_file.write_text(f"{self._id}\n")
-        return super().experiment
+        begins = self._experiment is None
+        run = super().experiment
+        if begins:
+            self._keep(run)
+        return run
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
+        run = self.experiment
+        if run.step < self._next_row:  # offline the client counts anew, and W&B wants a run's rows in rising order
+            run.log({}, step=self._next_row, commit=False)
+        super().log_metrics(metrics, step)
+        self._keep(run)
+
+    def _keep(self, run: Any) -> None:
+        self._next_row = max(self._next_row, run.step)
+        self._kept.parent.mkdir(parents=True, exist_ok=True)
+        write_json(self._kept, {"id": run.id, "next_row": self._next_row})
 
 
 class TrackRecord(L.Callback):
