@@ -20,6 +20,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import InterpolationToMissingValueError, MissingMandatoryValue, OmegaConfBaseException
 
 from nxtp.errors import UserError, nearest
+from nxtp.no_secrets import refuse_secrets
 from nxtp.study import GROUP, study_names
 from nxtp.sweep import Sweep, file_name, is_scheduled, name_run, parse, quoted, run_apart
 
@@ -58,6 +59,7 @@ def compose_and_run(
     @wraps(function)
     def job(cfg: DictConfig) -> Any:
         try:
+            refuse_secrets(OmegaConf.to_container(cfg, resolve=True))
             if HydraConfig.get().mode is not RunMode.MULTIRUN:
                 return function(cfg)
             if not is_scheduled():
@@ -115,6 +117,8 @@ def _sweep(config_name: str, argv: Sequence[str]) -> Sweep | None:
         with open_dict(cfg):
             task = [o for o in asked.overrides if not o.lstrip("+~").startswith(("hydra.", "hydra/"))]
             cfg.hydra.overrides.task = task
+        refuse_secrets(OmegaConf.to_container(cfg, resolve=False))
+        refuse_secrets(settled)
         sweep = Sweep.of(cfg)
         if sweep.points:  # a misspelt axis is told before Hydra writes anything
             hydra.compose(config_name, [*settled, *sweep.points[0]])

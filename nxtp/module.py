@@ -167,10 +167,10 @@ class Recognition(L.LightningModule):
                     parameter.grad.mul_(scale)
         self._step_tokens = self._divisor = 0
 
-    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any] | None:
         self._count(batch, training=False)
         if len(batch) == 0:
-            return
+            return None
         loss = self(batch)
         predictions = self.predict_labels(batch.images)
         labels = [[label for label, _ in image] for image in predictions]
@@ -178,6 +178,7 @@ class Recognition(L.LightningModule):
         if self.semantic:
             self.semantic[dataloader_idx].update(labels, batch.labels)
         self.losses[dataloader_idx].update(loss.nll_S)
+        return {"predictions": predictions}
 
     def on_validation_epoch_start(self) -> None:
         self._gathered.enter_context(gathered(self.model))

@@ -38,6 +38,7 @@ from nxtp.resume import find_checkpoint, last_checkpoint
 from nxtp.shards import manifest_hash
 from nxtp.sources import DataConfig, OpenedSet, label_texts, named_sources, open_set, warn_if_nouns_differ
 from nxtp.tokens import LabelTokenizer, train_tokenizer
+from nxtp.tracking import end_tracking
 
 log = logging.getLogger("nxtp")
 
@@ -107,6 +108,7 @@ def train(cfg: DictConfig) -> float | None:
         record.samples_skipped = counts["faults"] | dict(data.shard_faults)
         if trainer.is_global_zero:
             record.write(run_dir)
+            end_tracking(trainer.loggers, run_dir)
     if preempted is not None:
         if trainer.is_global_zero:
             log.warning("%s is saved, %s. The same command continues it.", run_dir, preempted)
