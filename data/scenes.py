@@ -34,6 +34,7 @@ from nxtp.set_writer import write_set
 from nxtp.writing_options import Writing
 
 TABLE = Path(__file__).resolve().parent / "concepts.csv"
+SYNONYMS = TABLE.with_name("synonyms.csv")
 SPLITS = ("train", "val", "val_style")
 ART = {"train": "twemoji", "val": "twemoji", "val_style": "openmoji"}
 CREDITS = {
@@ -98,7 +99,12 @@ class Concept:
 
 @dataclass(frozen=True)
 class Options:
-    """What a scene depends on besides its split and number. ``size`` in pixels a side."""
+    """What a scene depends on besides its split and number.
+
+    ``concepts``  how many, from number ``first`` of the table on
+    ``size``      pixels a side
+    ``synonyms``  a sample's labels are given, and hold all names of each concept, as those of ImageNet's classes do
+    """
 
     concepts: int = 500
     size: int = 64
@@ -106,6 +112,12 @@ class Options:
     max_objects: int = 4
     seed: int = 0
     quality: int = 92
+    first: int = 0
+    synonyms: bool = False
+
+    def as_told(self) -> dict[str, Any]:
+        """For a manifest: without the options that came later, where they change nothing."""
+        return {k: v for k, v in asdict(self).items() if v or k not in ("first", "synonyms")}
 
 
 def article(noun: str) -> str:
@@ -122,6 +134,13 @@ def concept_table() -> tuple[Concept, ...]:
     """All concepts, the most recognisable first."""
     with TABLE.open(newline="") as file:
         return tuple(Concept(**row) for row in csv.DictReader(file))
+
+
+@cache
+def synonyms() -> dict[str, list[str]]:
+    """Other names of concepts, by hand."""
+    with SYNONYMS.open(newline="") as file:
+        return {row["noun"]: row["synonyms"].split("|") for row in csv.DictReader(file)}
 
 
 @cache
@@ -166,7 +185,7 @@ def make_scene(split: str, number: int, options: Options) -> Scene:
     """Scene ``number`` of a split."""
     rng = np.random.default_rng([options.seed, SPLITS.index(split), number])
     count = int(rng.integers(options.min_objects, options.max_objects + 1))
-    groups = _groups(count, options.concepts, rng)
+    groups = _groups(count, options, rng)
     canvas = _background(options.size, rng)
     pictures = [sprite(ART[split], concept.codepoint) for concept, times in groups for _ in range(times)]
     for picture, (left, top, side) in zip(pictures, _places(count, options.size, rng), strict=True):
@@ -175,17 +194,20 @@ def make_scene(split: str, number: int, options: Options) -> Scene:
         picture = picture.rotate(float(rng.uniform(-15, 15)), resample=Image.Resampling.BILINEAR)
         picture = picture.resize((side, side), Image.Resampling.BILINEAR)
         canvas.paste(picture, (left, top), picture)
-    return Scene(canvas, _caption(groups, rng), [concept.noun for concept, _ in groups])
+    names = [concept.noun for concept, _ in groups]
+    if options.synonyms:
+        names = [name for noun in names for name in (noun, *synonyms().get(noun, ()))]
+    return Scene(canvas, _caption(groups, rng), names)
 
 
-def _groups(count: int, concepts: int, rng: np.random.Generator) -> list[tuple[Concept, int]]:
+def _groups(count: int, options: Options, rng: np.random.Generator) -> list[tuple[Concept, int]]:
     """``count`` pictures as distinct concepts with how often each is there; mass nouns come once."""
     table = concept_table()
     groups: list[tuple[Concept, int]] = []
-    for index in rng.choice(concepts, size=count, replace=False):
+    for index in rng.choice(options.concepts, size=count, replace=False):
         if count == 0:
             break
-        concept = table[index]
+        concept = table[options.first + index]
         repeats = concept.kind == "count" and count > 1 and rng.random() < 0.2
         times = int(rng.integers(2, count + 1)) if repeats else 1
         groups.append((concept, times))
@@ -244,12 +266,12 @@ def _caption(groups: Sequence[tuple[Concept, int]], rng: np.random.Generator) ->
 
 
 def sample_of(split: str, number: int, options: Options) -> dict[str, Any]:
-    """The scene as a shard's sample. Only validation splits say the true labels."""
+    """The scene as a shard's sample. Only validation splits say the true labels, unless there are synonyms."""
     scene = make_scene(split, number, options)
     jpeg = io.BytesIO()
     scene.image.save(jpeg, "JPEG", quality=options.quality, subsampling=0)
     content = {"__key__": f"{number:08d}", "jpg": jpeg.getvalue(), "txt": scene.caption}
-    if split != "train":
+    if split != "train" or options.synonyms:
         content["json"] = {"labels": scene.labels}
     return content
 
@@ -279,8 +301,8 @@ def make_scenes(
         if count < 0:
             raise UserError(f"--{split.replace('_', '-')} is {count}: give a number of scenes.")
         made_by = {"script": "scenes", "version": VERSION, "split": split, "samples": count, "shard_size": shard_size}
-        made_by |= asdict(options) | {"art": CREDITS[ART[split]]}
-        made_by["labels"] = [c.noun for c in concept_table()[: options.concepts]]
+        made_by |= options.as_told() | {"art": CREDITS[ART[split]]}
+        made_by["labels"] = [c.noun for c in concept_table()[options.first :][: options.concepts]]
         if count:
             make = partial(sample_of, split, options=options)
             nouns = {"backend": backend.name, "version": backend.version}
@@ -299,9 +321,10 @@ def _write_examples(directory: Path, options: Options, count: int = 6) -> None:
 
 
 def _check(options: Options) -> None:
-    known = len(concept_table())
+    known = len(concept_table()) - options.first
     if not options.max_objects <= options.concepts <= known:
-        raise UserError(f"--concepts is {options.concepts}: between {options.max_objects} and {known}, please.")
+        of = f" from number {options.first} on" if options.first else ""
+        raise UserError(f"--concepts is {options.concepts}: between {options.max_objects} and {known}{of}, please.")
     if not 48 <= options.size <= 256:
         raise UserError(f"--size is {options.size}: between 48 and 256 pixels, please.")
     if not 1 <= options.min_objects <= options.max_objects <= 4:
@@ -318,23 +341,24 @@ def _check(options: Options) -> None:
     "--out", type=click.Path(path_type=Path), default=Path("data/shards/scenes"), help="Directory of the splits."
 )
 @click.option("--concepts", default=550, help="How many concepts, the most recognisable first.")
+@click.option("--first", type=click.IntRange(0), default=0, help="The first of them, as its number in the table.")
 @click.option("--train", default=200_000, help="Training scenes.")
 @click.option("--val", default=5_000, help="Unseen scenes.")
 @click.option("--val-style", default=5_000, help="Scenes in the other art style.")
 @click.option("--size", default=64, help="Pixels a side.")
 @click.option("--min-objects", default=1, help="Pictures a scene, at least.")
 @click.option("--max-objects", default=4, help="Pictures a scene, at most 4.")
+@click.option("--synonyms", is_flag=True, help="Give all names of a concept as labels, in training too.")
 @click.option("--seed", type=click.IntRange(0), default=0, help="Another seed, other scenes.")
 @click.option("--shard-size", default=2_000, help="Scenes a shard.")
 @click.option("--workers", default=2, help="Processes.")
 @click.option("--overwrite", is_flag=True, help="Replace scenes that were made with other options.")
-def main(out, concepts, train, val, val_style, size, min_objects, max_objects, seed, shard_size, workers, overwrite):
+def main(out, train, val, val_style, shard_size, workers, overwrite, **options):
     """Compose captioned scenes of real pictures as WebDataset shards.
 
     \b
     python data/scenes.py --out data/shards/demo --concepts 100 --train 36000
     """
-    options = Options(concepts, size, min_objects, max_objects, seed)
     try:
         make_scenes(
             out,
@@ -344,7 +368,7 @@ def main(out, concepts, train, val, val_style, size, min_objects, max_objects, s
             shard_size=shard_size,
             workers=workers,
             overwrite=overwrite,
-            options=options,
+            options=Options(**options),
         )
     except UserError as error:
         raise click.ClickException(str(error)) from error

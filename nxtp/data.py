@@ -82,6 +82,8 @@ class Batches(Dataset):
         self.image_size, self.num_image_tokens, self.objective = image_size, num_image_tokens, objective
         self.prompts, self.training = list(prompts), training
         self.nouns = noun_backend(config.nouns)
+        if config.given_labels not in ("all", "first"):
+            raise UserError(f"data.given_labels is '{config.given_labels}': say all or first.")
         self.features = FeatureStore(config.features) if training and config.features else None
 
     def __getitem__(self, item: tuple[int, np.ndarray]) -> Batch:
@@ -158,6 +160,8 @@ class Batches(Dataset):
             SampleFault: none has.
         """
         labels = labels_of(raw, self.nouns)
+        if self.training and raw.labels is not None and self.config.given_labels == "first":
+            labels = labels[:1]
         labels = [label for label, ids in zip(labels, self.tokenizer.encode_labels(labels), strict=True) if ids]
         if not labels:
             raise SampleFault("no labels", raw.key, raw.shard)

@@ -11,7 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from nxtp.errors import UserError, nearest
+from nxtp.weights import SINGLE as MODEL_FILE
+from nxtp.weights import SafetensorsFiles
 
+PREFIX = "encoder.visual."  # of its tensors in a model directory
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -22,7 +25,8 @@ class EncoderConfig:
 
     ``name``        open_clip model name (``ViT-L-14``); null when ``vision`` describes the tower
     ``vision``      open_clip ``vision_cfg`` of a tower outside the zoo, e.g. ``{timm_model_name: resnet10t}``
-    ``pretrained``  open_clip weight tag or local weight file; null starts from random weights
+    ``pretrained``  open_clip weight tag or local weight file; or a model directory, whose encoder (of the same tower) is
+                    taken; null starts from random weights
     ``quick_gelu``  OpenAI's weights were trained with QuickGELU; it cannot be inferred from a file
     ``image_size``  pixels a side after resizing the short side (bicubic) and cropping the centre
     ``mean, std``   channel statistics of the normalised input, RGB in [0, 1]
@@ -55,7 +59,10 @@ class Encoder(nn.Module):
             unused, self.num_tokens, self.width = _probe(_build_tower(tower), config.image_size)
         self.visual = _build_tower(tower)
         if config.pretrained is not None and load_pretrained:
-            self.visual.load_state_dict(pretrained_tower(config))
+            if is_model_dir(config.pretrained):
+                fill_from_model_dir(self.visual, Path(config.pretrained), without=unused)
+            else:
+                self.visual.load_state_dict(pretrained_tower(config))
         for name in unused:
             owner, _, leaf = name.rpartition(".")
             setattr(self.visual.get_submodule(owner), leaf, None)
@@ -133,8 +140,11 @@ def _tower_config(config: EncoderConfig) -> dict[str, Any]:
         quick_gelu = config.quick_gelu or known.get("quick_gelu", False)
         embed_dim = known["embed_dim"]
     else:
-        if config.pretrained is not None:
-            raise UserError("model.encoder.pretrained goes with model.encoder.name, not with a described tower.")
+        if config.pretrained is not None and not is_model_dir(config.pretrained):
+            raise UserError(
+                f"model.encoder.pretrained is '{config.pretrained}': of a described tower it can only be a model "
+                "directory of ours; open_clip's weights go with model.encoder.name."
+            )
         vision, quick_gelu, embed_dim = dict(config.vision), config.quick_gelu, 8
         if "timm_model_name" in vision:
             vision = {"timm_pool": "", "timm_proj": "none", **vision}
@@ -151,6 +161,25 @@ def _build_tower(tower: dict[str, Any]) -> nn.Module:
         return open_clip.CLIP(**tower, text_cfg=text).visual
     except (TypeError, RuntimeError) as error:
         raise UserError(f"open_clip cannot build the tower {tower['vision_cfg']}: {error}") from error
+
+
+def is_model_dir(source: str) -> bool:
+    return Path(source, MODEL_FILE).is_file()
+
+
+def fill_from_model_dir(visual: nn.Module, directory: Path, without: list[str]) -> None:
+    """Give a tower the weights of a model directory's encoder, but for those that no encoder keeps.
+
+    Raises:
+        UserError: that encoder is of another tower.
+    """
+    weights = SafetensorsFiles([directory / MODEL_FILE])
+    found = {name.removeprefix(PREFIX): spec.shape for name, spec in weights.specs.items() if name.startswith(PREFIX)}
+    wanted = {name: tensor for name, tensor in visual.state_dict().items() if name not in without}
+    if found != {name: tuple(tensor.shape) for name, tensor in wanted.items()}:
+        raise UserError(f"model.encoder.pretrained: the encoder in '{directory}' is of another tower.")
+    for name, tensor in wanted.items():
+        tensor.copy_(weights.read(PREFIX + name))
 
 
 def pretrained_tower(config: EncoderConfig) -> dict[str, Tensor]:

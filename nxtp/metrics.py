@@ -19,6 +19,7 @@ from nxtp.embedders import TextEmbedder, full_precision
 from nxtp.errors import UserError
 from nxtp.labels import normalise
 
+HIT_CUTS = (1, 5)
 _IMAGES_AT_ONCE = 256  # bounds the memory of the padded similarity computation
 
 
@@ -115,6 +116,12 @@ def exact_scores(
     return Scores(*torch.tensor(rows, dtype=torch.float32).reshape(-1, 3).T)
 
 
+def first_hit(predicted: Sequence[str], targets: Sequence[str]) -> int | None:
+    """The place, from 0, of the first predicted label that is one of the targets (normalised); None without a hit."""
+    truth = set(_distinct(targets))
+    return next((place for place, label in enumerate(_distinct(predicted)) if label in truth), None)
+
+
 def _distinct(labels: Sequence[str]) -> list[str]:
     """Normalised, without repetitions and empty ones, in order."""
     return [label for label in dict.fromkeys(map(normalise, labels)) if label]
@@ -202,8 +209,12 @@ class ExactMatch(_MeanScores):
     """Means over images of :func:`exact_scores`, at one or several k.
 
     ``compute()`` gives ``recall@k``, ``precision@k``, ``f1@k`` for each k as scalars, or {} when no image had
-    targets; ``counts()`` how many images entered and how many were skipped.
+    targets; and ``hit@1``, ``hit@5``: the share of images for which one of the 1 (5) most probable labels is any of the
+    targets, top-1 and top-5 accuracy where the targets are the names of one class. ``counts()`` tells how many images
+    entered and how many were skipped.
     """
+
+    hits_H: Tensor
 
     def __init__(self, top_k: int | Sequence[int] = 10, **kwargs):
         cuts = (top_k,) if isinstance(top_k, int) else tuple(dict.fromkeys(top_k))
@@ -211,10 +222,18 @@ class ExactMatch(_MeanScores):
             _check([], [], cut)
         super().__init__(len(cuts), **kwargs)
         self.top_k = cuts
+        self.hit_cuts = [k for k in HIT_CUTS if k <= max(cuts)]
+        self.add_state("hits_H", torch.zeros(len(self.hit_cuts)), dist_reduce_fx="sum")
 
     def update(self, predictions: Sequence[Sequence[str]], targets: Sequence[Sequence[str]]) -> None:
         """B images: predicted labels, best first, and reference labels."""
         self._add([exact_scores(predictions, targets, top_k=k) for k in self.top_k])
+        ranks = [first_hit(*image) for image in zip(predictions, targets, strict=True)]
+        hits = [sum(rank is not None and rank < k for rank in ranks) for k in self.hit_cuts]
+        self.hits_H = self.hits_H + torch.tensor(hits, dtype=torch.float32).to(self.hits_H)
 
     def compute(self) -> dict[str, Tensor]:
-        return self._means([f"@{k}" for k in self.top_k])
+        values = self._means([f"@{k}" for k in self.top_k])
+        if values:
+            values |= {f"hit@{k}": hits / self.images for k, hits in zip(self.hit_cuts, self.hits_H, strict=True)}
+        return values

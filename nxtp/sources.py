@@ -52,6 +52,7 @@ class DataConfig:
     ``subset_seed``    another seed, another choice; the training's seed does not change it
     ``window``         samples are shuffled within windows of this many, over shuffled shards; 0 shuffles shards only
     ``nouns``          backend that makes labels of captions, where a sample has no labels of its own
+    ``given_labels``   all, or first: train on the first only of the labels that a sample gives (a class's main name)
     ``max_labels``     labels an image at most; of more, a new random choice each epoch
     ``fault_limit``    a larger share of skipped samples than this ends the run
     ``cache_dir``      where remote shards are kept
@@ -72,6 +73,7 @@ class DataConfig:
     subset_seed: int = 0
     window: int = 20_000
     nouns: str = "textblob"
+    given_labels: str = "all"
     max_labels: int = 32
     fault_limit: float = 0.1
     cache_dir: str | None = None

@@ -128,11 +128,21 @@ def test_exact_equals_brute_force(batches):
                 assert value == metric.compute()[name]
 
 
+def test_hits_count_any_name_of_a_class():
+    metric = ExactMatch(10)
+    classes = [["bike", "bicycle"], ["bike", "bicycle"], ["car"], ["bus", "coach"]]
+    metric.update([["car", "Bicycle"], ["bicycle"], ["car", "bus"], ["a", "b", "c", "d", "e", "bus"]], classes)
+    assert metric.compute()["hit@1"] == 2 / 4
+    assert metric.compute()["hit@5"] == 3 / 4
+    assert "hit@5" not in ExactMatch(3)(*([["a"]], [["a"]]))
+
+
 def test_exact_by_hand():
     metric = ExactMatch([1, 10])
     metric.update([["Cat", "dog", "cat", "cow"], [], ["x"]], [["dog", " cat ", "hen"], ["pig"], []])
     expected = {"recall@1": 1 / 6, "precision@1": 0.5, "f1@1": 0.25}
     expected |= {"recall@10": 1 / 3, "precision@10": 1 / 3, "f1@10": 1 / 3}
+    expected |= {"hit@1": 0.5, "hit@5": 0.5}
     assert {name: value.item() for name, value in metric.compute().items()} == pytest.approx(expected)
     assert metric.counts() == {"images": 2, "skipped": 1}
 

@@ -1,0 +1,110 @@
+"""Shifted variants of a set of shards: noise, blur, or edges in place of the pictures; captions and labels stay.
+
+    python data/variants.py data/shards/classes/val --kind noise --out data/shards/classes/val_noise
+
+A variant is a function of the set, its kind, strength and seed: a second run does nothing.
+"""
+
+from __future__ import annotations
+
+import io
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+from PIL import Image, ImageFilter, ImageOps
+
+from nxtp.errors import UserError
+from nxtp.images import ImageError, load_image
+from nxtp.set_writer import write_set
+from nxtp.shard_pool import Skip
+from nxtp.shard_set import SampleFault, ShardSet
+from nxtp.shards import expand_shards, manifest_hash
+from nxtp.writing_options import Writing
+
+KINDS = {
+    "noise": (0.15, "standard deviation of Gaussian noise, as a share of the range"),
+    "blur": (0.03, "radius of a Gaussian blur, as a share of the short side"),
+    "edges": (1.0, "contrast of dark edges on white, like a sketch"),
+}
+
+
+def alter(image: Image.Image, kind: str, strength: float, rng: np.random.Generator) -> Image.Image:
+    """An RGB picture of the same size."""
+    if kind == "noise":
+        pixels = np.asarray(image, dtype=np.float32) + rng.normal(0, 255 * strength, (*image.size[::-1], 3))
+        return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
+    if kind == "blur":
+        return image.filter(ImageFilter.GaussianBlur(strength * min(image.size)))
+    edges = image.convert("L").filter(ImageFilter.GaussianBlur(0.5)).filter(ImageFilter.FIND_EDGES)
+    edges = ImageOps.crop(edges, 1).resize(image.size)  # the filter leaves a frame
+    return ImageOps.invert(edges.point(lambda value: min(255, round(3 * strength * value)))).convert("RGB")
+
+
+def altered(position: int, shards: ShardSet, kind: str, strength: float, seed: int) -> dict[str, Any]:
+    """Sample ``position`` of a set, as a shard's sample.
+
+    Raises:
+        Skip: it has no readable picture.
+    """
+    try:
+        raw = shards.read(position)
+        picture = load_image(raw.image)
+    except SampleFault as fault:
+        raise Skip(fault.kind) from None
+    except ImageError:
+        raise Skip("bad image") from None
+    jpeg = io.BytesIO()
+    alter(picture, kind, strength, np.random.default_rng([seed, position])).save(
+        jpeg, "JPEG", quality=95, subsampling=0
+    )
+    sample = {"__key__": f"{position:08d}", "jpg": jpeg.getvalue()}
+    if raw.caption is not None:
+        sample["txt"] = raw.caption
+    if raw.labels is not None:
+        sample["json"] = {"labels": list(raw.labels)}
+    return sample
+
+
+def make_variant(source: Path, out: Path, kind: str, strength: float | None, seed: int, writing: Writing) -> None:
+    """
+    Raises:
+        UserError: no shards in ``source``, or ``out`` holds something else.
+    """
+    if strength is None:
+        strength = KINDS[kind][0]
+    if strength <= 0:
+        raise UserError(f"--strength is {strength:g}: above 0, please ({KINDS[kind][1]}).")
+    shards = ShardSet(expand_shards(str(source)))
+    made_by = {"script": "variants", "version": 1, "kind": kind, "strength": strength, "seed": seed}
+    made_by |= {"source": source.name, "manifest": manifest_hash(source)}
+    items, make = range(len(shards)), partial(altered, shards=shards, kind=kind, strength=strength, seed=seed)
+    shards.close()  # each process opens its own
+    write_set(out, items, make, made_by=made_by, writing=writing)
+
+
+@click.command(context_settings={"show_default": True})
+@click.argument("source", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.option("--kind", type=click.Choice(list(KINDS)), required=True)
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Directory of the shards.")
+@click.option("--strength", type=float, help="; ".join(f"{k}: {told} [{v:g}]" for k, (v, told) in KINDS.items()))
+@click.option("--seed", type=click.IntRange(0), default=0, help="Of the noise.")
+@click.option("--shard-size", default=5_000, help="Samples a shard.")
+@click.option("--workers", default=2, help="Processes.")
+@click.option("--overwrite", is_flag=True, help="Replace a set that was made with other options.")
+def main(source, kind, out, strength, seed, shard_size, workers, overwrite):
+    """A shifted variant of the shards in SOURCE.
+
+    \b
+    python data/variants.py data/shards/classes/val --kind blur --out data/shards/classes/val_blur
+    """
+    try:
+        make_variant(source, out, kind, strength, seed, Writing(shard_size, workers, overwrite=overwrite))
+    except UserError as error:
+        raise click.ClickException(str(error)) from error
+
+
+if __name__ == "__main__":
+    main()
