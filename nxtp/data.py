@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from nxtp.epoch_plan import EpochPlan
+from nxtp.errors import UserError
 from nxtp.features import FeatureStore
 from nxtp.images import ImageError, load_image
 from nxtp.labels import noun_backend

@@ -25,8 +25,8 @@ class EncoderConfig:
 
     ``name``        open_clip model name (``ViT-L-14``); null when ``vision`` describes the tower
     ``vision``      open_clip ``vision_cfg`` of a tower outside the zoo, e.g. ``{timm_model_name: resnet10t}``
-    ``pretrained``  open_clip weight tag or local weight file; or a model directory, whose encoder (of the same tower) is
-                    taken; null starts from random weights
+    ``pretrained``  open_clip weight tag or local weight file; or a model directory, whose encoder (of the same tower)
+                    is taken; null starts from random weights
     ``quick_gelu``  OpenAI's weights were trained with QuickGELU; it cannot be inferred from a file
     ``image_size``  pixels a side after resizing the short side (bicubic) and cropping the centre
     ``mean, std``   channel statistics of the normalised input, RGB in [0, 1]
