@@ -22,6 +22,8 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 # Causal LMs whose blocks take embeddings as they are, rotary positions and a ready mask, as LLaMA does.
 FAMILY = ("llama", "mistral", "qwen2", "qwen3", "olmo2", "smollm3")
 
+KEEP = ("first", "last", "ends", "even")
+
 
 @dataclass
 class DecoderConfig:
@@ -30,13 +32,15 @@ class DecoderConfig:
     ``source``       a local directory or hub name with weights; null builds from ``config`` at random
     ``config``       fields of the Hugging Face configuration. Beside a ``source`` they go over its own; with
                      ``model_type`` among them they are the whole configuration, and the source gives weights only
-    ``depth``        keep the first ``depth`` blocks (of a random model: its number of blocks); null keeps all
+    ``depth``        keep so many blocks (of a random model: its number of blocks); null keeps all
+    ``keep``         which: first, last, ends (half from either end), or even (every n/depth-th from the first on)
     ``blocks``       keep exactly these blocks of the source, e.g. [0, 1, 2, 31]; instead of ``depth``
     """
 
     source: str | None = None
     config: dict[str, Any] | None = None
     depth: int | None = None
+    keep: str = "first"
     blocks: list[int] | None = None
 
 
@@ -180,11 +184,10 @@ def resolve(config: DecoderConfig, vocab_size: int | None = None) -> tuple[PreTr
     count = full.num_hidden_layers
     if config.blocks is not None and config.depth is not None:
         raise UserError("model.decoder: set 'depth' or 'blocks', not both.")
-    kept = (
-        list(config.blocks)
-        if config.blocks is not None
-        else list(range(count if config.depth is None else config.depth))
-    )
+    if config.blocks is not None:
+        kept = list(config.blocks)
+    else:
+        kept = choose_blocks(count, count if config.depth is None else config.depth, config.keep)
     if not kept or len(set(kept)) != len(kept) or not all(0 <= block < count for block in kept):
         raise UserError(f"model.decoder: blocks {kept} of '{config.source}', which has blocks 0 to {count - 1}.")
     full.num_hidden_layers = len(kept)
@@ -200,6 +203,24 @@ def resolve(config: DecoderConfig, vocab_size: int | None = None) -> tuple[PreTr
     full.dtype = torch.float32
     full._attn_implementation = "sdpa"
     return full, kept
+
+
+def choose_blocks(count: int, depth: int, keep: str) -> list[int]:
+    """``depth`` of ``count`` blocks, in order.
+
+    >>> [choose_blocks(8, 4, keep) for keep in KEEP]
+    [[0, 1, 2, 3], [4, 5, 6, 7], [0, 1, 6, 7], [0, 2, 4, 6]]
+    """
+    if keep not in KEEP:
+        raise UserError(f"model.decoder.keep is '{keep}'.{nearest(keep, KEEP)} Known: {', '.join(KEEP)}.")
+    if keep == "last":
+        return list(range(count - depth, count))
+    if keep == "ends":
+        front = (depth + 1) // 2
+        return [*range(front), *range(count - depth + front, count)]
+    if keep == "even":
+        return [place * count // depth for place in range(depth)]
+    return list(range(depth))
 
 
 def _not_family(model_type: str) -> str:
