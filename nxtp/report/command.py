@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -73,9 +74,9 @@ def differing_settings(records: list[rec.Record]) -> Spec:
 
 def show(rows: list[tables.Row], spec: Spec) -> None:
     header, body = tables.cells(rows, spec)
-    table = Table()
+    table, start = Table(box=box.SIMPLE), tables.first_metric(header, spec)
     for i, title in enumerate(header):
-        table.add_column(title, justify="left" if i <= len(spec.columns) else "right", overflow="fold")
+        table.add_column(title, justify="left" if i < start else "right", overflow="fold")
     for row in body:
         table.add_row(*row)
     Console().print(table)

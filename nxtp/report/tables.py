@@ -136,7 +136,10 @@ def shown(value: Value | None) -> str:
 
 
 def cells(table: list[Row], spec: Spec) -> tuple[list[str], list[list[str]]]:
-    """Header and body. A published value that fits a row stands there; others are rows of size paper."""
+    """Header and body, without columns that are blank throughout.
+
+    A published value that fits a row stands there; others are rows of size paper.
+    """
     published = [m for m in spec.metrics if any(p.metric == m for p in spec.paper)]
     header = ["size", *spec.columns]
     for metric, title in spec.metrics.items():
@@ -163,7 +166,12 @@ def cells(table: list[Row], spec: Spec) -> tuple[list[str], list[list[str]]]:
         for metric in spec.metrics:
             row += [""] + (["; ".join(values.get(metric, []))] if metric in published else [])
         body.append(row)
-    return header, body
+    filled = [i for i in range(len(header)) if any(row[i] for row in body)]
+    return [header[i] for i in filled], [[row[i] for i in filled] for row in body]
+
+
+def first_metric(header: list[str], spec: Spec) -> int:
+    return sum(title in ("size", *spec.columns) for title in header)
 
 
 def _fits(where: dict[str, Any], line: Line) -> bool:
@@ -182,7 +190,7 @@ def _published(paper: Any) -> str:
 
 def markdown(table: list[Row], spec: Spec) -> str:
     header, body = cells(table, spec)
-    start = 1 + len(spec.columns)
+    start = first_metric(header, spec)
     rule = ["---" if i < start else "---:" for i in range(len(header))]
     made = [[c.replace("|", "\\|") for c in row] for row in (header, rule, *body)]
     return "".join(f"| {' | '.join(row)} |\n" for row in made)
