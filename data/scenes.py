@@ -302,7 +302,10 @@ def make_scenes(
             raise UserError(f"--{split.replace('_', '-')} is {count}: give a number of scenes.")
         made_by = {"script": "scenes", "version": VERSION, "split": split, "samples": count, "shard_size": shard_size}
         made_by |= options.as_told() | {"art": CREDITS[ART[split]]}
-        made_by["labels"] = [c.noun for c in concept_table()[options.first :][: options.concepts]]
+        nouns_of = [concept.noun for concept in concept_table()[options.first :][: options.concepts]]
+        made_by["labels"] = nouns_of
+        if options.synonyms:
+            made_by["names"] = {noun: synonyms()[noun] for noun in nouns_of if noun in synonyms()}
         if count:
             make = partial(sample_of, split, options=options)
             nouns = {"backend": backend.name, "version": backend.version}
