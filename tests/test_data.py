@@ -300,6 +300,26 @@ def test_labels_win_over_the_caption(tmp_path):
     assert batch.labels == [["rose"]]
 
 
+@pytest.mark.parametrize("given", ["all", "first"])
+def test_given_labels_of_training(tmp_path, given):
+    names = {"x": ["rose", "stone"], "y": ["lemon"]}
+    content = [{"__key__": k, "jpg": jpeg((9, 9, 9)), "json": {"labels": v}} for k, v in names.items()]
+    content.append({"__key__": "z", "jpg": jpeg((9, 9, 9)), "txt": "an ocean and a leaf"})
+    write_shard(tmp_path / "a.tar", content)
+    data = shard_data(str(tmp_path), {"v": str(tmp_path)}, batch_size=3, given_labels=given)
+    (batch,) = data.train_dataloader()
+    found = dict(zip(batch.keys, map(sorted, batch.labels), strict=True))
+    assert found == {"x": ["rose", "stone"] if given == "all" else ["rose"], "y": ["lemon"], "z": ["leaf", "ocean"]}
+    (batch,) = data.val_dataloader()[0]
+    assert batch.labels[batch.keys.index("x")] == ["rose", "stone"], "validation keeps all names"
+
+
+def test_given_labels_is_one_of_two_words(tmp_path):
+    data = shard_data(str(write_shards(tmp_path / "s", [8])), given_labels="frist")
+    with pytest.raises(UserError, match=r"data\.given_labels is 'frist'"):
+        data.train_dataloader()
+
+
 def test_bad_samples_are_skipped_and_counted(tmp_path):
     good = [sample(i) for i in range(3)]
     bad = [

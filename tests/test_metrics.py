@@ -85,6 +85,7 @@ def check_against(scores, metric, suffix, expected):
     if not len(scored):
         assert means == {}
     else:
+        means = {name: value for name, value in means.items() if not name.startswith("hit@")}
         assert list(means) == [f"{name}{suffix}" for name in ("recall", "precision", "f1")]
         torch.testing.assert_close(torch.stack(list(means.values())).double(), scored.mean(0), rtol=0, atol=1e-5)
 
@@ -126,6 +127,13 @@ def test_exact_equals_brute_force(batches):
             check_against(scores, single, f"@{k}", [brute_force_exact(p, t, k) for p, t in images])
             for name, value in single.compute().items():
                 assert value == metric.compute()[name]
+    found = metric.compute() if batches else {}
+    hits = {cut: [brute_force_exact(p, t, cut) for p, t in images] for cut in (1, 5)}
+    for cut, scored in hits.items():
+        right = [row[0] > 0 for row in scored if row is not None]
+        assert (f"hit@{cut}" in found) == bool(right)
+        if right:
+            assert found[f"hit@{cut}"].item() == pytest.approx(sum(right) / len(right))
 
 
 def test_hits_count_any_name_of_a_class():
@@ -235,7 +243,7 @@ def rank_of_two(rank: int, folder: str) -> None:
             metric.update([p for p, _ in batch], [t for _, t in batch])
     if rank == 0:
         idle.update([["a"]], [["a"]])  # rank 1 never sees an image
-    result = {name: value.item() for m in (exact, semantic, idle) for name, value in m.compute().items()}
+    result = {name: value.item() for m in (idle, exact, semantic) for name, value in m.compute().items()}
     Path(folder, f"{rank}.json").write_text(json.dumps({"scores": result, "counts": exact.counts()}))
     dist.destroy_process_group()
 

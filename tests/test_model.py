@@ -12,7 +12,9 @@ from nxtp.errors import UserError
 from nxtp.layout import Objective, lay_out
 from nxtp.model import Model
 from nxtp.optim import TrainsConfig, choose_trained
+from nxtp.recognizer import Recognizer
 from nxtp.reference import published_loss
+from nxtp.tokens import train_tokenizer
 
 VOCABULARY, DELIMITER, PROMPT = 60, 4, [1, 7, 8, 9]
 LABELS = [[[11, 12], [13], [14, 15, 16]], [[21]], [], [[31, 31, 31], [31]]]
@@ -282,6 +284,29 @@ def test_towers_give_patch_tokens_and_train_whole(vision, tokens):
     assert encoder.blocks()
 
 
+@pytest.mark.parametrize("vision", [VIT, *(TOWERS[t][0] for t in ("CoCa's ViT", "timm ResNet"))])
+def test_an_encoder_starts_from_that_of_a_model_directory(tmp_path, vision):
+    config = tiny_config(64)
+    config.encoder = EncoderConfig(vision=vision, image_size=64)
+    tokenizer = train_tokenizer(["rose"], vocab_size=400)
+    model = Model(config, len(tokenizer)).eval()
+    for tensor in model.encoder.state_dict().values():  # running statistics too
+        if tensor.is_floating_point():
+            tensor.add_(0.01)
+    Recognizer(model, tokenizer, config).save_pretrained(tmp_path / "m")
+    taken = Encoder(EncoderConfig(vision=vision, image_size=64, pretrained=str(tmp_path / "m"))).eval()
+    with torch.no_grad():
+        assert torch.equal(taken(random_images(2, 64)), model.encoder(random_images(2, 64)))
+    config.encoder.pretrained = str(tmp_path / "m")
+    Recognizer(Model(config, len(tokenizer)), tokenizer, config).save_pretrained(tmp_path / "next")
+    assert str(tmp_path) not in (tmp_path / "next" / "config.yaml").read_text(), "it loads without the first directory"
+    other = {**VIT, "width": 48}
+    with pytest.raises(UserError, match="is of another tower"):
+        Encoder(EncoderConfig(vision=other, image_size=64, pretrained=str(tmp_path / "m")))
+    with pytest.raises(UserError, match="can only be a model directory"):
+        Encoder(EncoderConfig(vision=other, image_size=64, pretrained=str(tmp_path / "nowhere")))
+
+
 @pytest.mark.parametrize(
     "vision", [VIT, TOWERS["CoCa's ViT"][0], TOWERS["timm ConvNeXt"][0]], ids=["ViT", "CoCa", "timm"]
 )
@@ -346,7 +371,9 @@ def test_a_decoder_from_a_directory_is_the_source_cut(tmp_path, model_type, tied
         whole = causal_logits(Decoder(DecoderConfig(source=str(tmp_path))).eval(), ids)
         torch.testing.assert_close(whole, lm(ids).logits, rtol=1e-4, atol=1e-5)
         layers = lm.model.layers
-        for choice, kept in (({"depth": 2}, [0, 1]), ({"blocks": [0, 2]}, [0, 2]), ({"blocks": [3, 1]}, [3, 1])):
+        choices = [({"depth": 2}, [0, 1]), ({"blocks": [0, 2]}, [0, 2]), ({"blocks": [3, 1]}, [3, 1])]
+        choices += [({"depth": 2, "keep": k}, b) for k, b in (("last", [2, 3]), ("ends", [0, 3]), ("even", [0, 2]))]
+        for choice, kept in choices:
             decoder = Decoder(DecoderConfig(source=str(tmp_path), **choice)).eval()
             assert decoder.kept_blocks == kept
             assert len(decoder.blocks) == 2
@@ -387,6 +414,8 @@ def test_unusable_decoders_are_one_line_errors(tmp_path):
     source = str(tmp_path)
     cases = {
         "blocks": DecoderConfig(source=source, blocks=[0, 4]),
+        "Did you mean 'ends'": DecoderConfig(source=source, depth=2, keep="end"),
+        "which has blocks 0 to 3": DecoderConfig(source=source, depth=5, keep="even"),
         "not both": DecoderConfig(source=source, blocks=[0], depth=1),
         "wrong shape": DecoderConfig(source=source, config={"intermediate_size": 40}),
         "not a LLaMA-family": DecoderConfig(config={"model_type": "gpt2"}),

@@ -90,12 +90,47 @@ def test_captions_name_the_objects():
     hits = said = true = 0
     for number in range(1500):
         rng = np.random.default_rng([1, number])
-        groups = scenes._groups(int(rng.integers(1, 5)), options.concepts, rng)
+        groups = scenes._groups(int(rng.integers(1, 5)), options, rng)
         assert sum(times for _, times in groups) in range(1, 5)
         labels, nouns = {c.noun for c, _ in groups}, set(extract(scenes._caption(groups, rng)))
         hits, said, true = hits + len(labels & nouns), said + len(nouns), true + len(labels)
     assert hits / said >= 0.98
     assert hits / true >= 0.98
+
+
+def test_concepts_from_another_number_on():
+    table = scenes.concept_table()
+    found = {label for n in range(60) for label in scenes.make_scene("val", n, scenes.Options(5, first=20)).labels}
+    assert found == {concept.noun for concept in table[20:25]}
+    with pytest.raises(UserError, match="from number 540 on"):
+        scenes._check(scenes.Options(20, first=540))
+
+
+def test_synonyms_are_labels_and_no_other_concepts_name():
+    nouns = {concept.noun for concept in scenes.concept_table()}
+    names = [name for others in scenes.synonyms().values() for name in others]
+    assert set(scenes.synonyms()) <= nouns
+    assert not nouns & set(names)
+    assert len(names) == len(set(names)) >= 40
+    plain, named = (scenes.Options(100, max_objects=1, synonyms=s) for s in (False, True))
+    with_others = 0
+    for number in range(40):
+        (noun,) = scenes.make_scene("train", number, plain).labels
+        labels = scenes.make_scene("train", number, named).labels
+        assert labels == [noun, *scenes.synonyms().get(noun, [])]
+        assert scenes.sample_of("train", number, named)["json"] == {"labels": labels}
+        assert "json" not in scenes.sample_of("train", number, plain)
+        with_others += len(labels) > 1
+    assert with_others > 5
+
+
+def test_other_names_are_part_of_what_a_set_was_made_by(tmp_path, monkeypatch):
+    options = scenes.Options(4, max_objects=1, synonyms=True)
+    counts = {"train": 3, "val": 0, "val_style": 0}
+    scenes.make_scenes(tmp_path, **counts, options=options, workers=1)
+    monkeypatch.setattr(scenes, "synonyms", lambda: {"banana": ["ba-na-na"]})
+    with pytest.raises(UserError, match="overwrite"):
+        scenes.make_scenes(tmp_path, **counts, options=options, workers=1)
 
 
 def test_styles_differ_but_not_the_concepts():
