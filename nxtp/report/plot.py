@@ -110,6 +110,7 @@ def _panel(axes: Axes, drawn: list[Line], metric: str, spec: Spec, plot: Plot) -
     only_laptop = {s for _, s, _ in known} == {"laptop"}
     axes.set_ylabel(spec.metrics[metric] + (" (laptop size)" if only_laptop else ""))
     axes.grid(axis="y", alpha=0.3)
+    axes.set_axisbelow(True)
 
 
 def _apart(drawn: list[Line], plot: Plot) -> list[str]:
