@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from textwrap import wrap
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -66,7 +66,9 @@ def print_labels(console: Console, title: str, labels: Sequence[tuple[str, float
     console.print(table)
 
 
-def save_grid(path: Path | str, items: Sequence[GridItem], *, columns: int = 4, top: int = 5, title: str = "") -> None:
+def save_grid(
+    path: Path | str | BinaryIO, items: Sequence[GridItem], *, columns: int = 4, top: int = 5, title: str = ""
+) -> None:
     """A PNG: each image with its true labels and ``top`` predictions as bars: hits and misses in two colours."""
     rows = -(-len(items) // columns)
     figure = Figure(figsize=(4.1 * columns, 2.05 * rows + 0.75), dpi=100, facecolor="white")
@@ -147,7 +149,7 @@ def _lines(text: str, count: int, width: int = 36) -> str:
     return "\n".join(lines)
 
 
-def _save(figure: Figure, path: Path | str) -> None:
+def _save(figure: Figure, path: Path | str | BinaryIO) -> None:
     with _missing_glyphs_are_boxes():
         figure.savefig(path, format="png")
 

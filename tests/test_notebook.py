@@ -1,0 +1,102 @@
+"""experiments/tour.ipynb, executed on a tiny study and a tiny run."""
+
+import base64
+import io
+import json
+import re
+import sys
+from pathlib import Path
+
+import nbformat
+import numpy as np
+import pytest
+from helpers import TINY_OVERRIDES, jpeg, nxtp_runs, write_shards
+from jupyter_client.kernelspec import KernelSpec
+from jupyter_client.manager import AsyncKernelManager
+from nbclient import NotebookClient
+from PIL import Image
+
+from nxtp import Recognizer
+
+NOTEBOOK = Path(__file__).resolve().parent.parent / "experiments" / "tour.ipynb"
+
+
+class ThisInterpreter(AsyncKernelManager):
+    """Its kernel is this interpreter, whatever kernels are installed."""
+
+    @property
+    def kernel_spec(self) -> KernelSpec:
+        command = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+        return KernelSpec(argv=command, display_name="tests", language="python")
+
+
+@pytest.fixture(scope="module")
+def executed(tmp_path_factory):
+    root = tmp_path_factory.mktemp("tour")
+    write_shards(root / "train", [16])
+    write_shards(root / "val", [4], labels=True)
+    sets = ["data.train=train", "+data.val.val=val", "data.workers=0", "data.batch_size=8"]
+    sets += ["trainer.max_epochs=2", "trainer.log_every_n_steps=1"]
+    nxtp_runs("train", "name=r", *TINY_OVERRIDES, *sets, cwd=root)
+    study, pictures = root / "depth", root / "pictures"
+    study.mkdir()
+    columns = "columns: {blocks: model.decoder.depth}\nmetrics: {val/recall@10: recall}\n"
+    (study / "report.yaml").write_text(f"{columns}plot: {{x: blocks, y: [val/recall@10]}}\n")
+    lines = []
+    for depth, values in {1: (0.25, 0.35), 4: (0.5, 0.7)}.items():
+        for seed, value in enumerate(values):
+            config = {"model": {"decoder": {"depth": depth}}}
+            record = {"format": 2, "name": f"{depth},{seed}", "sweep": "depth/laptop", "config": config, "seed": seed}
+            lines.append(json.dumps(record | {"status": "finished", "metrics": {"val/recall@10": value}}))
+    (study / "records.jsonl").write_text("\n".join(lines))
+    pictures.mkdir()
+    for number, colour in enumerate([(200, 40, 60), (40, 160, 60), (30, 80, 200)]):
+        (pictures / f"{number}.jpg").write_bytes(jpeg(colour, seed=number))
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NXTP_STUDY", str(study))
+        patch.setenv("NXTP_RUN", str(root / "runs" / "r"))
+        patch.setenv("NXTP_PICTURES", str(pictures))
+        client = NotebookClient(
+            notebook,
+            timeout=120,
+            kernel_manager_class=ThisInterpreter,
+            resources={"metadata": {"path": str(NOTEBOOK.parent)}},
+        )
+        client.execute()
+    outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+    return root, outputs
+
+
+def shown(outputs, kind: str) -> list[str]:
+    return [output["data"][kind] for output in outputs if kind in output.get("data", {})]
+
+
+def test_the_notebook_shows_a_studys_table_and_plot(executed):
+    _, outputs = executed
+    (table,) = shown(outputs, "text/markdown")
+    assert "| laptop | 1 | 0.300 ± 0.071 (2) |" in table
+    assert "| laptop | 4 | 0.600 ± 0.141 (2) |" in table
+    (plot,) = shown(outputs, "image/svg+xml")
+    assert ">blocks<" in plot
+
+
+def test_the_notebook_shows_curves_and_labelled_pictures(executed):
+    root, outputs = executed
+    curves, grid = (Image.open(io.BytesIO(base64.b64decode(data))) for data in shown(outputs, "image/png"))
+    assert min(curves.size) > 100
+    assert len(np.unique(curves.convert("L"))) > 10, "something is drawn"
+    assert min(grid.size) > 100
+    printed = "".join(output["text"] for output in outputs if output.get("name") == "stdout")
+    recognizer = Recognizer.from_pretrained(root / "runs" / "r" / "model")
+    for number in range(3):
+        labels = recognizer.predict(root / "pictures" / f"{number}.jpg", top_k=5)
+        (line,) = re.findall(rf"^{number}\.jpg (.*)$", printed, re.M)
+        assert line == ", ".join(f"{label} {probability:.3f}" for label, probability in labels)
+
+
+def test_it_is_committed_without_outputs():
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert len(code) > 3
+    assert all(not cell.outputs and cell.execution_count is None for cell in code)
