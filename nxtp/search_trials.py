@@ -180,9 +180,7 @@ class Search:
     def _work(self) -> None:
         try:
             while (trial := self._ask()) is not None:
-                outcome = self._trial(trial)
-                with self._asking:
-                    self._tell(trial, outcome)
+                self._do(trial)
         except BaseException:
             self._left = 0
             raise
@@ -205,25 +203,30 @@ class Search:
     def _name(self, trial: Trial | FrozenTrial) -> str:
         return file_name(",".join(sorted(self._values(trial))))
 
-    def _trial(self, trial: Trial) -> Outcome:
+    def _do(self, trial: Trial) -> None:
         name = self._name(trial)
         with self._asking:
             own = self._names[name]
         with own:  # where there are few values the same ones are proposed again, perhaps at a time
+            outcome = self._trial(trial, name)
             with self._asking:
-                done = [t for t in self._told(COUNTS) if t.user_attrs.get("run") == name]
-                place = f"{self._trials - self._left}/{self._trials}"
-            if done:
-                tell(f"{place}  {name}: known")
-                for step, value in done[0].intermediate_values.items():
-                    trial.report(value, step)
-                return Outcome(done[0].state, done[0].value if done[0].state == TrialState.COMPLETE else None)
-            if name in self.failed:
-                return Outcome(TrialState.FAIL, why=self.failed[name])
-            if self._stopped:
-                return Outcome(None, why="not begun")
-            tell(f"{place}  {name}")
-            return self._run(trial, self.plan.directory / name)
+                self._tell(trial, outcome)
+
+    def _trial(self, trial: Trial, name: str) -> Outcome:
+        with self._asking:
+            done = [t for t in self._told(COUNTS) if t.user_attrs.get("run") == name]
+            place = f"{self._trials - self._left}/{self._trials}"
+        if done:
+            tell(f"{place}  {name}: known")
+            for step, value in done[0].intermediate_values.items():
+                trial.report(value, step)
+            return Outcome(done[0].state, done[0].value if done[0].state == TrialState.COMPLETE else None)
+        if name in self.failed:
+            return Outcome(TrialState.FAIL, why=self.failed[name])
+        if self._stopped:
+            return Outcome(None, why="not begun")
+        tell(f"{place}  {name}")
+        return self._run(trial, self.plan.directory / name)
 
     def _run(self, trial: Trial, out: Path) -> Outcome:
         out.mkdir(parents=True, exist_ok=True)
