@@ -120,7 +120,7 @@ def kill_again_and_again(root, name: str, strategy: str, times: int, seed: int) 
     return struck
 
 
-@pytest.mark.parametrize("strategy", ["one", "fsdp", pytest.param("ddp", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("strategy", ["one", *(pytest.param(s, marks=pytest.mark.slow) for s in ("ddp", "fsdp"))])
 def test_killed_runs_reach_the_same_weights(root, strategy):
     assert kill_again_and_again(root, f"killed_{strategy}", strategy, 2, seed=1) > 0
     assert_same_run(root, undisturbed(root, strategy), f"killed_{strategy}")

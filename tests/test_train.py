@@ -283,7 +283,7 @@ class Keep(L.Callback):
 """
 
 
-@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
+@pytest.mark.parametrize(("before", "after"), [(2, 1), pytest.param(1, 2, marks=pytest.mark.slow)])
 def test_another_number_of_ranks_continues_the_epoch(workplace, before, after):
     """Killed in mid-epoch on some ranks, continued on others: every sample of the epoch once."""
     root, command, _ = workplace
