@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedConfig
 from transformers.utils.hub import cached_file
 
-from nxtp.errors import UserError, nearest
+from nxtp.errors import UserError, nearest, require_directory_or_hub_name
 from nxtp.weights import SafetensorsFiles, assign
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -158,6 +158,8 @@ def resolve(config: DecoderConfig, vocab_size: int | None = None) -> tuple[PreTr
     fields = dict(config.config or {})
     if vocab_size is not None:
         fields.setdefault("vocab_size", vocab_size)
+    if config.source is not None:
+        require_directory_or_hub_name(config.source, "model.decoder.source")
     if config.source is not None and "model_type" not in fields:
         try:
             full = AutoConfig.from_pretrained(config.source, trust_remote_code=False, **fields)

@@ -409,8 +409,11 @@ def test_a_larger_vocabulary_keeps_the_source_rows(tmp_path):
     assert torch.equal(rows[:VOCABULARY], lm.model.embed_tokens.weight)
 
 
-def test_unusable_decoders_are_one_line_errors(tmp_path):
+def test_unusable_decoders_are_one_line_errors(tmp_path, monkeypatch):
     save_source(tmp_path, "llama")
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path)
     source = str(tmp_path)
     cases = {
         "blocks": DecoderConfig(source=source, blocks=[0, 4]),
@@ -419,7 +422,9 @@ def test_unusable_decoders_are_one_line_errors(tmp_path):
         "not both": DecoderConfig(source=source, blocks=[0], depth=1),
         "wrong shape": DecoderConfig(source=source, config={"intermediate_size": 40}),
         "not a LLaMA-family": DecoderConfig(config={"model_type": "gpt2"}),
-        "no usable model": DecoderConfig(source=str(tmp_path / "nowhere")),
+        "no usable model": DecoderConfig(source=str(tmp_path / "empty")),
+        "nowhere' here": DecoderConfig(source=str(tmp_path / "nowhere")),
+        "no 'runs/lm' here": DecoderConfig(source="runs/lm"),
         "needs 'source'": DecoderConfig(),
     }
     for says, config in cases.items():
