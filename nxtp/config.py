@@ -198,9 +198,9 @@ def to_dataclass(cls: type[T], node: Any, where: str) -> T:
 
 def _wandb_offline() -> bool:
     """True where no W&B key is at hand: runs are then kept on disk, to be synchronised later."""
-    import wandb
+    from nxtp.tracking import has_key
 
-    return os.environ.get("WANDB_MODE") == "offline" or not wandb.api.api_key
+    return not has_key()
 
 
 def _cpu_precision() -> str:

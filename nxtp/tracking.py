@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+import os
 import secrets
 import shutil
 import tempfile
@@ -51,6 +52,8 @@ class Wandb(WandbLogger):
         self._kept = Path(save_dir) / RUN_FILE
         known = json.loads(self._kept.read_text()) if self._kept.exists() else {}
         self._next_row = known.get("next_row", 0)
+        if offline:
+            options["mode"] = "offline"  # Lightning sets a variable that the client has read by then
         options["id"] = options.get("id") or known.get("id") or secrets.token_hex(4)
         super().__init__(save_dir=save_dir, offline=offline, **options)
 
@@ -188,6 +191,15 @@ def _grid(items: list[GridItem], top: int) -> np.ndarray:
     return np.asarray(Image.open(png).convert("RGB"))
 
 
+def has_key() -> bool:
+    """Whether a W&B key is at hand: in the environment, W&B's settings or .netrc. It is neither asked for nor checked."""
+    import wandb
+
+    if os.environ.get("WANDB_MODE") == "offline":  # the client would only say that it cannot tell
+        return False
+    return wandb.login(prompt=False, verify=False)
+
+
 def wandb_records(project: str) -> list[dict[str, Any]]:
     """The run records, run.json, of a W&B project's runs, oldest first. A run without a readable one is told, left out.
 
@@ -199,7 +211,7 @@ def wandb_records(project: str) -> list[dict[str, Any]]:
     """
     import wandb
 
-    if not wandb.api.api_key:
+    if not has_key():
         raise UserError(f"Reading W&B project '{project}' needs a key: `wandb login`, or set WANDB_API_KEY.")
     records = []
     try:

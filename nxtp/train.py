@@ -200,8 +200,8 @@ def find_tokenizer(model: ModelConfig, data: DataConfig, run_dir: Path, sets: di
 
 
 def build_trainer(cfg: DictConfig, module: Recognition, data: ShardData, run_dir: Path) -> L.Trainer:
-    loggers = [instantiate(node) for node in (cfg.logger or {}).values() if node is not None]
-    callbacks = [instantiate(node) for node in (cfg.callbacks or {}).values() if node is not None]
+    loggers = [_made(node, f"logger.{name}") for name, node in (cfg.logger or {}).items() if node is not None]
+    callbacks = [_made(node, f"callbacks.{name}") for name, node in (cfg.callbacks or {}).items() if node is not None]
     monitor = monitored(data, cfg.validation.top_k)
     kept: list[Callback] = []
     for callback in callbacks:
@@ -212,13 +212,19 @@ def build_trainer(cfg: DictConfig, module: Recognition, data: ShardData, run_dir
         kept.append(callback)
     kept.append(LeaveOnSignal(last_checkpoint(run_dir)))
     options = {"_convert_": "all", "logger": loggers or False, "callbacks": kept, "default_root_dir": None}
-    try:
-        trainer = instantiate(cfg.trainer, **options)
-    except InstantiationException as error:
-        raise UserError(f"The trainer cannot be made: {error.__cause__ or error}") from error
+    trainer = _made(cfg.trainer, "trainer", **options)
     if not isinstance(trainer.strategy, Sharded):
         trainer.strategy.checkpoint_io = FileCheckpoints()
     return trainer
+
+
+def _made(node: DictConfig, name: str, **options: Any) -> Any:
+    try:
+        return instantiate(node, **options)
+    except InstantiationException as error:
+        if isinstance(error.__cause__, UserError):
+            raise error.__cause__ from error
+        raise UserError(f"{name} cannot be made: {error.__cause__ or error}") from error
 
 
 def monitored(data: ShardData, top_k: int) -> str | None:

@@ -93,6 +93,16 @@ def tracked(tmp_path_factory):
     return SimpleNamespace(run=run, record=record, sessions=sessions, outputs=outputs, root=root)
 
 
+def test_without_a_key_a_run_is_offline(tmp_path):
+    write_shards(tmp_path / "train", [16])
+    command = ["train", "name=r", "data.train=train", *TINY_OVERRIDES, "data.workers=0", "trainer.max_steps=1"]
+    nowhere = {"WANDB_MODE": "online", "NETRC": str(tmp_path / "netrc"), "HOME": str(tmp_path)}
+    said = nxtp_runs(*command, "data.batch_size=8", "logger=wandb", cwd=tmp_path, **nowhere)
+    assert "deprecated" not in said
+    (session,) = (tmp_path / "runs" / "r").glob("wandb/offline-run-*")
+    assert summary(written(session))["status"] == "finished"
+
+
 def test_a_run_is_grouped_named_and_described(tracked):
     (started,) = of_kind(written(tracked.sessions[-1]), "run")[:1]
     assert (started.run_group, started.display_name, started.project) == ("my/study", "r", "nxtp")
@@ -249,7 +259,7 @@ class FakeRun:
 
 def test_records_of_a_project(monkeypatch, caplog):
     monkeypatch.setattr(wandb, "Api", Api)
-    monkeypatch.setattr(wandb, "api", SimpleNamespace(api_key=KEY))
+    monkeypatch.setattr("nxtp.tracking.has_key", lambda: True)
     with caplog.at_level(logging.WARNING, "nxtp"):
         assert wandb_records("us/nxtp") == [{"name": "a", "format": 2}]
     assert [m for m in caplog.messages if "'b' (id-b) has no" in m]
@@ -257,7 +267,7 @@ def test_records_of_a_project(monkeypatch, caplog):
 
 
 def test_a_project_needs_a_key_and_must_be_there(monkeypatch):
-    monkeypatch.setattr(wandb, "api", SimpleNamespace(api_key=None))
+    monkeypatch.setattr("nxtp.tracking.has_key", lambda: False)
     with pytest.raises(UserError, match="needs a key"):
         wandb_records("us/nxtp")
 
@@ -265,7 +275,7 @@ def test_a_project_needs_a_key_and_must_be_there(monkeypatch):
         def runs(self, project):
             raise wandb.errors.CommError("not found")
 
-    monkeypatch.setattr(wandb, "api", SimpleNamespace(api_key=KEY))
+    monkeypatch.setattr("nxtp.tracking.has_key", lambda: True)
     monkeypatch.setattr(wandb, "Api", Gone)
     with pytest.raises(UserError, match="'us/nxtp' cannot be read: not found"):
         wandb_records("us/nxtp")
