@@ -192,7 +192,7 @@ def _grid(items: list[GridItem], top: int) -> np.ndarray:
 
 
 def has_key() -> bool:
-    """Whether a W&B key is at hand: in the environment, W&B's settings or .netrc. It is neither asked for nor checked."""
+    """Whether a W&B key is at hand: in the environment, W&B's settings or .netrc. It is not asked for, nor checked."""
     import wandb
 
     if os.environ.get("WANDB_MODE") == "offline":  # the client would only say that it cannot tell

@@ -136,7 +136,7 @@ def shown(value: Value | None) -> str:
 
 
 def cells(table: list[Row], spec: Spec) -> tuple[list[str], list[list[str]]]:
-    """Header and body, without columns that are blank throughout.
+    """Header and body, without columns that are blank throughout, or sizes where all rows are full.
 
     A published value that fits a row stands there; others are rows of size paper.
     """
@@ -166,7 +166,7 @@ def cells(table: list[Row], spec: Spec) -> tuple[list[str], list[list[str]]]:
         for metric in spec.metrics:
             row += [""] + (["; ".join(values.get(metric, []))] if metric in published else [])
         body.append(row)
-    filled = [i for i in range(len(header)) if any(row[i] for row in body)]
+    filled = [i for i in range(len(header)) if any(row[i] not in ("", "full" if i == 0 else "") for row in body)]
     return [header[i] for i in filled], [[row[i] for i in filled] for row in body]
 
 
