@@ -14,12 +14,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from nxtp.errors import UserError
 
 FORMAT = 2
 FILE = "run.json"
+SILENT_S = 600  # a run elsewhere that has not written its record for so long is taken for killed
 _LIBRARIES = (
     "nxtp",
     "torch",
@@ -146,3 +148,15 @@ def cpu_name() -> str:
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
+
+
+def is_alive(record: dict[str, Any]) -> bool:
+    """Whether the process that writes the record of a running run is still there."""
+    process, updated = record.get("process") or {}, record.get("updated") or record.get("started")
+    written = datetime.fromisoformat(updated).timestamp() if updated else time.time()
+    if process.get("host") == platform.node():
+        try:  # a process that began later only has its number
+            return psutil.Process(process["pid"]).create_time() <= written + 1
+        except psutil.NoSuchProcess:
+            return False
+    return time.time() - written < SILENT_S

@@ -4,28 +4,23 @@ from __future__ import annotations
 
 import importlib
 import json
-import platform
 import sys
-import time
 from collections import Counter
 from dataclasses import asdict, dataclass
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import click
-import psutil
 from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from nxtp.errors import UserError, nearest
-from nxtp.record import FILE, read_record
+from nxtp.record import FILE, is_alive, read_record
 from nxtp.sweep import Sweep
 
 STYLES = {"finished": "green", "running": "cyan", "failed": "bold red", "killed": "red", "interrupted": "yellow"}
-SILENT_S = 600  # a run elsewhere that has not written its record for so long is taken for killed
 
 
 @dataclass
@@ -77,18 +72,6 @@ def _state(name: str, record: dict[str, Any] | None, is_there: bool) -> RunState
     )
 
 
-def is_alive(record: dict[str, Any]) -> bool:
-    """Whether the process that writes the record of a running run is still there."""
-    process, updated = record.get("process") or {}, record.get("updated") or record.get("started")
-    written = datetime.fromisoformat(updated).timestamp() if updated else time.time()
-    if process.get("host") == platform.node():
-        try:  # a process that began later only has its number
-            return psutil.Process(process["pid"]).create_time() <= written + 1
-        except psutil.NoSuchProcess:
-            return False
-    return time.time() - written < SILENT_S
-
-
 def print_states(runs: list[RunState], console: Console) -> None:
     table = Table(title=", ".join(f"{n} {state}" for state, n in Counter(r.state for r in runs).items()))
     monitor = next((r.monitor for r in runs if r.monitor), "metric")
@@ -131,7 +114,7 @@ class Sweeps(click.Group):
 
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
         if name == "search":
-            return importlib.import_module("nxtp.search").search
+            return importlib.import_module("nxtp.search.command").search
         return super().get_command(ctx, name)
 
 

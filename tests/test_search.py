@@ -12,12 +12,12 @@ import pytest
 from click.testing import CliRunner
 from helpers import TINY_OVERRIDES, write_shards
 
-from nxtp import search_trials
 from nxtp.errors import UserError
 from nxtp.record import RunRecord, read_record
-from nxtp.search import make_plan, require, search
-from nxtp.search_space import split
-from nxtp.search_trials import Plan, Search
+from nxtp.search import trials as search_trials
+from nxtp.search.command import make_plan, require, search
+from nxtp.search.space import split
+from nxtp.search.trials import Plan, Search
 from nxtp.sweep import parse
 
 METRIC = "val/recall@10"
@@ -102,7 +102,7 @@ def test_the_plan_is_that_of_the_configuration():
 
 
 def test_without_optuna_its_extra_is_named(monkeypatch):
-    monkeypatch.delitem(sys.modules, "nxtp.search_trials")
+    monkeypatch.delitem(sys.modules, "nxtp.search.trials")
     monkeypatch.setitem(sys.modules, "optuna", None)
     done = CliRunner().invoke(search, ["--trials", "2", "name=x", "optim.lr=interval(0,1)"])
     assert str(done.exception) == "nxtp sweep search needs Optuna: pip install 'nxtp[search]'"

@@ -25,11 +25,10 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 
 from nxtp.errors import UserError
 from nxtp.record import FILE as RECORD
-from nxtp.record import read_record, write_json
+from nxtp.record import is_alive, read_record, write_json
 from nxtp.resume import differences
-from nxtp.search_space import Axis
+from nxtp.search.space import Axis
 from nxtp.sweep import LOG, file_name, forwarding, output, start
-from nxtp.sweep_commands import is_alive
 
 FORMAT = 1
 FILE = "search.json"

@@ -18,7 +18,7 @@ from nxtp.config import composed, explain, to_dataclass
 from nxtp.errors import UserError, nearest
 
 if TYPE_CHECKING:
-    from nxtp.search_trials import Plan, Search
+    from nxtp.search.trials import Plan, Search
 
 SHOWN = 10  # best trials
 
@@ -49,7 +49,7 @@ def search(
     The same command again continues. Exit code 1 if no trial has finished, or some were killed.
     """
     try:
-        from nxtp.search_trials import Search
+        from nxtp.search.trials import Search
     except ModuleNotFoundError as error:
         if error.name != "optuna":
             raise
@@ -68,8 +68,8 @@ def make_plan(overrides: Sequence[str], metric: str | None = None, direction: st
     Raises:
         UserError: a range, a key, a value or a metric that is wrong; nothing has been started.
     """
-    from nxtp.search_space import split
-    from nxtp.search_trials import Plan
+    from nxtp.search.space import split
+    from nxtp.search.trials import Plan
 
     axes, fixed = split(overrides)
     tries = [axis.tries for axis in axes]

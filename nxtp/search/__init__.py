@@ -1,0 +1,1 @@
+"""`nxtp sweep search`: Optuna in place of a grid."""
