@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from nxtp.ranking import RankingConfig, rank, ranking_config
 from nxtp.running_text import RunningTextConfig
 from nxtp.samplers import SamplerConfig, sample, sampler_config
 from nxtp.tokens import LabelTokenizer
+from nxtp.vocabulary import Classes, Vocabulary, class_log_probs
 from nxtp.weights import write_module
 
 log = logging.getLogger("nxtp")
@@ -73,6 +74,7 @@ class Recognizer:
         batch_size: int = 64,
         sampler: str | Mapping[str, Any] | SamplerConfig = "one_shot",
         ranking: str | Mapping[str, Any] | RankingConfig = "prob",
+        allowed: Classes | Vocabulary | None = None,
     ):
         """Ranked labels with their probabilities.
 
@@ -84,6 +86,7 @@ class Recognizer:
             sampler: one_shot, exact, greedy, beam, or ``{"name": …}`` with settings; see :mod:`nxtp.samplers`.
             ranking: prob, ppl, sim_mean, sim_max, clip, none, or ``{"name": …}`` with settings; see
                 :class:`nxtp.ranking.RankingConfig`. Other rankings than prob give their own scores.
+            allowed: the only labels that one-shot sampling may write; :meth:`classify` gives the probability of each.
 
         Returns:
             ``[(label, probability), …]``, most probable first, for one image; a list of those for a list.
@@ -93,13 +96,62 @@ class Recognizer:
             UserError: an unknown sampler, ranking or setting.
             ValueError: ``top_k`` below 1.
         """
+        only = None if allowed is None else self.vocabulary(allowed)
+        return self._each(images, batch_size, lambda pixels: self.predict_pixels(pixels, top_k, sampler, ranking, only))
+
+    def classify(
+        self,
+        images: ImageLike | Sequence[ImageLike],
+        labels: Classes | Vocabulary,
+        top_k: int | None = None,
+        batch_size: int = 16,
+    ):
+        """The given labels with the probability of each under the model, most probable first.
+
+        Exact: what scoring each label alone gives (:mod:`nxtp.vocabulary`). The probabilities are those among all
+        labels that the model could write, so they do not add up to 1.
+
+        Args:
+            images, batch_size: as in :meth:`predict`.
+            labels: each a text, or several names of one thing: their probabilities are added, the first is given.
+                :meth:`vocabulary` prepares them once for many calls.
+            top_k: so many of them; None: all.
+
+        Returns:
+            ``[(label, probability), …]`` for one image; a list of those for a list.
+
+        Raises:
+            ImageError: an image that cannot be read; names it.
+            UserError: no labels, or one without tokens.
+        """
+        known = self.vocabulary(labels)
+        return self._each(images, batch_size, lambda pixels: self.classify_pixels(pixels, known, top_k))
+
+    def vocabulary(self, labels: Classes | Vocabulary) -> Vocabulary:
+        """Labels as this model's tokens."""
+        return labels if isinstance(labels, Vocabulary) else Vocabulary(labels, self.tokenizer)
+
+    def _each(self, images: ImageLike | Sequence[ImageLike], batch_size: int, of: Callable[[Tensor], list[Labels]]):
+        """``of`` batches of pixels; one result for one image, a list for a list."""
         single = not isinstance(images, (list, tuple))
         every = [images] if single else list(images)
         result: list[Labels] = []
         for start in range(0, len(every), batch_size):
-            pixels = torch.stack([self.transform(image) for image in every[start : start + batch_size]])
-            result += self.predict_pixels(pixels, top_k, sampler, ranking)
+            result += of(torch.stack([self.transform(image) for image in every[start : start + batch_size]]))
         return result[0] if single else result
+
+    def classify_pixels(self, images: Tensor, labels: Vocabulary, top_k: int | None = None) -> list[Labels]:
+        """Labels of uint8 [B, 3, S, S], S = ``image_size``, on any device."""
+        if top_k is not None and top_k < 1:
+            raise ValueError(f"top_k is {top_k}: at least 1, please")
+        if len(images) == 0:
+            return []
+        log_probs_BC = class_log_probs(self.model, images.to(self.device), labels, prompt=self.tokenizer.prompt_ids)
+        count = len(labels.classes) if top_k is None else min(top_k, len(labels.classes))
+        best = log_probs_BC.sort(dim=1, descending=True, stable=True)
+        names = [classes[0] for classes in labels.classes]
+        rows = zip(best.values[:, :count].exp().tolist(), best.indices[:, :count].tolist(), strict=True)
+        return [[(names[c], p) for p, c in zip(*row, strict=True)] for row in rows]
 
     def predict_pixels(
         self,
@@ -107,6 +159,7 @@ class Recognizer:
         top_k: int = 10,
         sampler: str | Mapping[str, Any] | SamplerConfig = "one_shot",
         ranking: str | Mapping[str, Any] | RankingConfig = "prob",
+        allowed: Vocabulary | None = None,
     ) -> list[Labels]:
         """Labels of uint8 [B, 3, S, S], S = ``image_size``, on any device."""
         if top_k < 1:
@@ -119,7 +172,8 @@ class Recognizer:
         if isinstance(config, RunningTextConfig) and self.provenance.get("objective") == "matched" and not self._told:
             log.warning("Greedy and beam search write running text, which a model of objective 'matched' never saw.")
             self._told = True
-        samples = sample(self.model, images, config, tokenizer=self.tokenizer, top_k=top_k)
+        only = None if allowed is None else allowed.allowed
+        samples = sample(self.model, images, config, tokenizer=self.tokenizer, top_k=top_k, allowed=only)
         if samples.complete_B is not None and not samples.complete_B.all():
             log.warning(
                 "Exact search gave up on %d of %d images after max_expansions: their labels are the best it found.",
@@ -213,6 +267,6 @@ def rebuildable(config: ModelConfig, model: Model) -> ModelConfig:
     return replace(
         config,
         encoder=replace(config.encoder, pretrained=None),
-        decoder=replace(config.decoder, source=None, config=architecture, depth=None, blocks=None),
+        decoder=replace(config.decoder, source=None, config=architecture, depth=None, keep="first", blocks=None),
         tokenizer=None,
     )

@@ -15,6 +15,7 @@ from nxtp.model import Model
 from nxtp.running_text import BeamConfig, GreedyConfig, beam, greedy, split_labels
 from nxtp.sampling import MAX_LABEL_TOKENS, Samples, one_shot
 from nxtp.tokens import LabelTokenizer
+from nxtp.vocabulary import Allowed
 
 
 @dataclass
@@ -52,20 +53,34 @@ def sampler_config(choice: str | Mapping[str, Any] | SamplerConfig = "one_shot")
     return to_dataclass(SAMPLERS[name], settings, "sampler")
 
 
-def sample(model: Model, images: Tensor, config: SamplerConfig, *, tokenizer: LabelTokenizer, top_k: int) -> Samples:
+def sample(
+    model: Model,
+    images: Tensor,
+    config: SamplerConfig,
+    *,
+    tokenizer: LabelTokenizer,
+    top_k: int,
+    allowed: Allowed | None = None,
+) -> Samples:
     """Labels of a batch by any sampler.
 
     Args:
         images: uint8 [B, 3, S, S], or normalised floating point.
         top_k: labels an image, of one-shot and exact search; greedy and beam search write as many as their text holds.
+        allowed: the only labels that may come out, of one-shot sampling.
+
+    Raises:
+        UserError: another sampler is to be held to the allowed labels.
     """
+    if allowed is not None and not isinstance(config, OneShotConfig):
+        raise UserError("Only one-shot sampling can be held to given labels; classify gives their exact order.")
     common = {
         "prompt": tokenizer.prompt_ids,
         "delimiter": tokenizer.delimiter_id,
         "never_first": never_first(model, tokenizer),
     }
     if isinstance(config, OneShotConfig):
-        settings = {"max_tokens": config.max_tokens, "temperature": config.temperature}
+        settings = {"max_tokens": config.max_tokens, "temperature": config.temperature, "allowed": allowed}
         return one_shot(model, images, top_k=top_k, **settings, **common)
     if isinstance(config, ExactConfig):
         return exact(model, images, config, top_k=top_k, **common)

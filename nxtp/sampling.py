@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -11,6 +12,9 @@ from transformers import DynamicCache
 
 from nxtp.layout import branch_mask
 from nxtp.model import Model
+
+if TYPE_CHECKING:
+    from nxtp.vocabulary import Allowed
 
 MAX_LABEL_TOKENS = 19  # as published: a label without a delimiter by then is cut there
 
@@ -71,6 +75,7 @@ def one_shot(
     max_tokens: int = MAX_LABEL_TOKENS,
     never_first: Sequence[int] = (),
     temperature: float = 1.0,
+    allowed: Allowed | None = None,
 ) -> Samples:
     """The ``top_k`` likeliest first tokens, each continued greedily on its own until its delimiter.
 
@@ -86,10 +91,15 @@ def one_shot(
         max_tokens: a label is cut there; its delimiter's probability then does not enter.
         never_first: ids that no label may start with (the delimiter, special tokens).
         temperature: logits are divided by it: the same labels, other probabilities.
+        allowed: the only labels that may come out, however long; their tokens' probabilities stay those among all.
     """
     logits_BV, cache = model.prefill(images, prompt)
     prefix = model.num_image_tokens + 1 + len(prompt)
+    if allowed is not None:
+        max_tokens = allowed.longest + 1
+        never_first = sorted(set(range(logits_BV.shape[-1])) - set(allowed.first.tolist()))
     probs, tokens = first_tokens(logits_BV, top_k, never_first, temperature)
+    nodes_BA = allowed.start(tokens) if allowed is not None else None
     batch, branches = tokens.shape
 
     tokens_BKL = torch.full((batch, branches, max_tokens + 1), delimiter, device=tokens.device)
@@ -107,8 +117,14 @@ def one_shot(
             keep_BA = running_BA.int().argsort(dim=1, descending=True, stable=True)[:, :needed]
             _keep_branches(cache, keep_BA, prefix, steps=step - 1)
             active_BA, current_BA, running_BA = (t.gather(1, keep_BA) for t in (active_BA, current_BA, running_BA))
+            if allowed is not None:
+                nodes_BA = nodes_BA.gather(1, keep_BA.cpu())
         mask = branch_mask(prefix, active_BA.shape[1], step, device=tokens.device)
-        prob_BA, current_BA = likeliest_(model.step(current_BA, prefix + step - 1, mask, cache), temperature)
+        logits_BAV = model.step(current_BA, prefix + step - 1, mask, cache)
+        if allowed is None:
+            prob_BA, current_BA = likeliest_(logits_BAV, temperature)
+        else:
+            prob_BA, current_BA, nodes_BA = allowed.likeliest(logits_BAV.div_(temperature), nodes_BA)
         current_BA = current_BA.where(running_BA, delimiter)
         tokens_BKL[:, :, step].scatter_(1, active_BA, current_BA)
         probs_BKL[:, :, step].scatter_(1, active_BA, prob_BA.where(running_BA, 1.0))
