@@ -20,6 +20,7 @@ class Commands(click.Group):
 
     lazy = {  # noqa: RUF012
         "bench": "nxtp.bench:bench",
+        "classify": "nxtp.predict:classify",
         "convert": "nxtp.convert:convert",
         "data": "nxtp.data_commands:data",
         "export": "nxtp.export:export",
@@ -55,6 +56,7 @@ SUMMARIES = {
     "report": "Run records → table and plot: nxtp report STUDY, nxtp report runs/mysweep",
     "evaluate": "Metrics of a model directory on shards: nxtp evaluate model=DIR data=scenes",
     "predict": "Labels of images: nxtp predict IMAGE… --model DIR --top-k 20",
+    "classify": "The probability of each given label: nxtp classify IMAGE… --model DIR --labels FILE|imagenet1k",
     "describe": "Parameters, tokens, FLOPs and memory a rank of a configuration: nxtp describe experiment=demo",
     "features": "A frozen encoder's features, computed once: nxtp features data.train=SHARDS data.features=DIR …",
     "data": "Look at shards, and check them: nxtp data show SHARDS, nxtp data verify DIR",

@@ -27,6 +27,7 @@ from nxtp.recognizer import Recognizer
 from nxtp.record import FILE, RunRecord, read_record, write_json
 from nxtp.show import GridItem, save_grid
 from nxtp.sources import DataConfig, warn_if_nouns_differ
+from nxtp.vocabulary import Vocabulary, read_classes
 
 log = logging.getLogger("nxtp")
 
@@ -77,6 +78,7 @@ def evaluate_sets(cfg: DictConfig, out: Path, record: RunRecord) -> dict[str, fl
     record.parameters = {"model": sum(p.numel() for p in recognizer.model.parameters())}
     record.monitor = f"{next(iter(config.val))}/recall@{cfg.top_k}"
     embedder = label_embedder(cfg.semantic, recognizer.device) if cfg.semantic else None
+    vocabulary = recognizer.vocabulary(read_classes(cfg.vocabulary)) if cfg.vocabulary else None
 
     metrics: dict[str, float] = {}
     skipped: Counter = Counter()
@@ -86,7 +88,7 @@ def evaluate_sets(cfg: DictConfig, out: Path, record: RunRecord) -> dict[str, fl
         for name, spec in config.val.items():
             loader = data.loader(name, spec, training=False)
             warn_if_nouns_differ(name, spec, config.nouns, recognizer.provenance.get("nouns"))
-            values, shown, faults = evaluate_set(recognizer, loader, cfg, name, embedder, lines, console)
+            values, shown, faults = evaluate_set(recognizer, loader, cfg, name, embedder, vocabulary, lines, console)
             metrics.update({f"{name}/{key}": value for key, value in values.items()})
             skipped.update(faults)
             if cfg.grid and shown:
@@ -109,6 +111,7 @@ def evaluate_set(
     cfg: DictConfig,
     name: str,
     embedder: CachedEmbedder | None,
+    vocabulary: Vocabulary | None,
     lines,
     console: Console,
 ) -> tuple[dict[str, float], list[GridItem], Counter]:
@@ -124,9 +127,10 @@ def evaluate_set(
         task = progress.add_task(name, total=loader.sampler.total)
         for batch in loader:
             begin = time.perf_counter()
-            predicted = (
-                recognizer.predict_pixels(batch.images, cfg.top_k, cfg.sampler, cfg.ranking) if len(batch) else []
-            )
+            if vocabulary is not None:
+                predicted = recognizer.classify_pixels(batch.images, vocabulary, cfg.top_k)
+            else:
+                predicted = recognizer.predict_pixels(batch.images, cfg.top_k, cfg.sampler, cfg.ranking)
             seconds += time.perf_counter() - begin
             labels = [[label for label, _ in image] for image in predicted]
             exact.update(labels, batch.labels)

@@ -1,46 +1,113 @@
-"""`nxtp predict`: images and directories → labels with probability bars, or one JSON object a line."""
+"""`nxtp predict`, `nxtp classify`: images and directories → labels with probability bars, or one JSON object a line."""
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from nxtp.images import ImageError
+    from nxtp.recognizer import Labels, Recognizer
+
 _GRID_PIXELS = 256  # a picture's shorter side in the grid, at least
+_COMMON = (
+    click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path)),
+    click.option("--model", required=True, help="A model directory or hub name."),
+    click.option("--top-k", type=click.IntRange(min=1), default=10, show_default=True, help="Labels an image."),
+    click.option("--json", "as_json", is_flag=True, help="One JSON object an image, a line each, on standard output."),
+    click.option(
+        "--grid", type=click.Path(path_type=Path, dir_okay=False), help="Also save a picture of the first 12."
+    ),
+    click.option("--batch-size", type=click.IntRange(min=1), default=32, show_default=True, help="Images at once."),
+    click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, …"),
+)
+
+
+def _of_images(command: Callable) -> Callable:
+    for decorate in reversed(_COMMON):
+        command = decorate(command)
+    return command
 
 
 @click.command()
-@click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("--model", required=True, help="A model directory or hub name.")
-@click.option("--top-k", type=click.IntRange(min=1), default=10, show_default=True, help="Labels an image.")
+@_of_images
 @click.option("--sampler", default="one_shot", show_default=True, help="one_shot, exact, greedy or beam.")
 @click.option("--ranking", default="prob", show_default=True, help="prob, ppl, sim_mean, sim_max, clip or none.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object an image, a line each, on standard output.")
-@click.option("--grid", type=click.Path(path_type=Path, dir_okay=False), help="Also save a picture of the first 12.")
-@click.option("--batch-size", type=click.IntRange(min=1), default=32, show_default=True, help="Images at once.")
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, …")
-def predict(images, model, top_k, sampler, ranking, as_json, grid, batch_size, device):
+@click.option("--allowed", help="Only labels of this file (a label a line) or of imagenet1k may come out.")
+def predict(images, model, top_k, as_json, grid, batch_size, device, sampler, ranking, allowed):
     """Labels of IMAGES (files and directories), most probable first.
 
     A file that cannot be read is told in a line, the others are done, and the exit code is 1.
     """
+    from nxtp.ranking import ranking_config
+    from nxtp.recognizer import Recognizer
+    from nxtp.samplers import sampler_config
+    from nxtp.vocabulary import read_classes
+
+    how = sampler_config(sampler), ranking_config(ranking)
+    classes = read_classes(allowed) if allowed else None
+    recognizer = Recognizer.from_pretrained(model, device=device)
+    only = recognizer.vocabulary(classes) if classes else None
+    score = "probability" if ranking == "prob" else "score"
+
+    def label(pixels: Tensor) -> list[Labels]:
+        return recognizer.predict_pixels(pixels, top_k, *how, only)
+
+    _answer(images, recognizer, label, score, as_json, grid, batch_size)
+
+
+@click.command()
+@_of_images
+@click.option("--labels", required=True, help="A file, a class a line, its names separated by commas; or imagenet1k.")
+def classify(images, model, top_k, as_json, grid, batch_size, device, labels):
+    """The given labels' probabilities for each of IMAGES (files and directories), most probable first.
+
+    \b
+    nxtp classify photo.jpg --model DIR --labels animals.txt
+    nxtp classify pictures/ --model DIR --labels imagenet1k --top-k 5 --json
+
+    imagenet1k takes all names of its 1,000 classes, imagenet1k:first their first, imagenet1k:clip CLIP's. A file that
+    cannot be read is told in a line, the others are done, and the exit code is 1.
+    """
+    from nxtp.recognizer import Recognizer
+    from nxtp.vocabulary import read_classes
+
+    classes = read_classes(labels)
+    recognizer = Recognizer.from_pretrained(model, device=device)
+    known = recognizer.vocabulary(classes)
+
+    def label(pixels: Tensor) -> list[Labels]:
+        return recognizer.classify_pixels(pixels, known, top_k)
+
+    _answer(images, recognizer, label, "probability", as_json, grid, batch_size)
+
+
+def _answer(
+    images: Sequence[Path],
+    recognizer: Recognizer,
+    label: Callable[[Tensor], list[Labels]],
+    score: str,
+    as_json: bool,
+    grid: Path | None,
+    batch_size: int,
+) -> None:
+    """Print ``label``'s answers, and end the process with the exit code."""
     import torch
     from rich.console import Console
 
     from nxtp.images import ImageError, find_images, load_image, printable
     from nxtp.pixels import to_pixels
-    from nxtp.ranking import ranking_config
-    from nxtp.recognizer import Recognizer, batches
-    from nxtp.samplers import sampler_config
+    from nxtp.recognizer import batches
     from nxtp.show import GridItem, print_labels, save_grid
 
-    how = sampler_config(sampler), ranking_config(ranking)
-    score = "probability" if ranking == "prob" else "score"
-    recognizer = Recognizer.from_pretrained(model, device=device)
     found, problems = find_images(images)
     shown: list[GridItem] = []
     console = Console()
@@ -65,14 +132,14 @@ def predict(images, model, top_k, sampler, ranking, as_json, grid, batch_size, d
         for paths in batches(found, batch_size):
             loaded = list(pool.map(pixels_of, paths))
             good = [pixels for pixels in loaded if not isinstance(pixels, ImageError)]
-            predicted = iter(recognizer.predict_pixels(torch.stack(good), top_k, *how) if good else [])
+            predicted = iter(label(torch.stack(good)) if good else [])
             for path, pixels in zip(paths, loaded, strict=True):
                 if isinstance(pixels, ImageError):
                     report(pixels)
                     continue
                 ranked = next(predicted)
                 if as_json:
-                    rows = [{"label": label, score: value} for label, value in ranked]
+                    rows = [{"label": name, score: value} for name, value in ranked]
                     _echo_json({"image": str(path), "labels": rows})
                 else:
                     print_labels(console, printable(path), ranked)

@@ -8,10 +8,12 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from helpers import jpeg
+from helpers import jpeg, write_shards
 from PIL import Image
 from test_recognizer import recognizer
 from test_train import run_nxtp
+
+from nxtp.recognizer import Recognizer
 
 ROOT = Path(__file__).parent.parent
 
@@ -81,6 +83,40 @@ def test_predict_shows_bars_and_saves_a_grid(place):
     assert Image.open(place / "grid.png").width > 400
 
 
+def test_classify_gives_each_labels_probability(place):
+    (place / "labels.txt").write_text("rose, lemon\nleaf\nhot dog\n")
+    arguments = ("pictures", "text.jpg", "--model", "model", "--labels", "labels.txt")
+    done = run_nxtp("classify", *arguments, "--json", "--batch-size", "2", cwd=place)
+    assert done.returncode == 1, "one file is no picture"
+    rows = [row for row in map(json.loads, done.stdout.splitlines()) if "labels" in row]
+    model = Recognizer.from_pretrained(place / "model", device="cpu")
+    assert len(rows) == 4
+    for row in rows:
+        expected = model.classify(place / row["image"], [["rose", "lemon"], "leaf", "hot dog"])
+        assert [label["label"] for label in row["labels"]] == [label for label, _ in expected]
+        found = [label["probability"] for label in row["labels"]]
+        assert found == pytest.approx([probability for _, probability in expected], rel=1e-4)
+    done = run_nxtp("predict", "pictures", "--model", "model", "--allowed", "labels.txt", "--json", cwd=place)
+    written = {label["label"] for row in map(json.loads, done.stdout.splitlines()) for label in row["labels"]}
+    assert written <= {"rose", "lemon", "leaf", "hot dog"}
+    assert written
+
+
+def test_evaluate_of_a_closed_vocabulary(place):
+    write_shards(place / "val", [6], labels=True)
+    (place / "classes.txt").write_text("rose\nlemon\nleaf\nocean\ngravel, stone\n")
+    arguments = ("model=model", "+data.val.v=val", "data.workers=0", "semantic=null", "grid=0", "out=closed")
+    done = run_nxtp("evaluate", *arguments, "vocabulary=classes.txt", "top_k=5", cwd=place)
+    assert done.returncode == 0, done.stderr
+    metrics = json.loads((place / "closed" / "metrics.json").read_text())
+    rows = [json.loads(line) for line in (place / "closed" / "predictions.jsonl").read_text().splitlines()]
+    ranked = [[label for label, _ in row["predictions"]] for row in rows]
+    assert all(sorted(labels) == ["gravel", "leaf", "lemon", "ocean", "rose"] for labels in ranked)
+    right = [labels[0] in row["labels"] for labels, row in zip(ranked, rows, strict=True)]
+    assert metrics["v/hit@1"] == pytest.approx(sum(right) / 6)
+    assert metrics["v/hit@5"] == 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
@@ -88,6 +124,8 @@ def test_predict_shows_bars_and_saves_a_grid(place):
         (["predict", "x", "--modle", "m"], "'--model'"),
         (["predict", "pictures", "--model", "modle"], "No model directory 'modle'"),
         (["predict", "pictures", "--model", "model", "--top-k", "0"], "--top-k"),
+        (["classify", "pictures", "--model", "model", "--labels", "labls.txt"], "'labls.txt' cannot be read"),
+        (["classify", "pictures", "--model", "model", "--labels", "imagenet1k:frist"], "Did you mean 'first'"),
         (["train", "experiment=dmo"], "Did you mean 'demo'"),
         (["evaluate", "model=nowhere", "+data.val.v=x"], "No model directory 'nowhere'"),
         (["parity", "nowhere"], "nowhere"),
