@@ -63,7 +63,7 @@ SUMMARIES = {
     "convert": "Published checkpoints in and out: nxtp convert CKPT --llama DIR --clip openai --to DIR",
     "export": "A checkpoint, whole or sharded → a model directory: nxtp export CKPT --to DIR",
     "parity": "Check against recorded numbers of the published implementation: nxtp parity DIR",
-    "bench": "Ours beside the published way of computing it: nxtp bench train|predict|data|metric|padding|plan",
+    "bench": "Ours beside the published way of computing it: nxtp bench train|predict|closed|data|metric|…",
 }
 
 

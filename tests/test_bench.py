@@ -54,6 +54,17 @@ def test_predict_prints_a_table_and_one_object_last():
     assert numbers["difference"] < TOLERANCE
 
 
+def test_closed_prints_a_table_and_one_object_last(tmp_path):
+    (tmp_path / "labels.txt").write_text("coffee\ncoffee table\ntable, desk\n")
+    labels = str(tmp_path / "labels.txt")
+    numbers, output = run("closed", "--size", "tiny", "--repeats", "1", "--steps", "2", "--labels", labels)
+    assert "3 labels" in output
+    assert (numbers["labels"], numbers["names"]) == (3, 4)
+    assert numbers["nodes"] < numbers["tokens"]
+    assert numbers["ratio"] == pytest.approx(numbers["seconds"]["classify"] / numbers["seconds"]["predict"])
+    assert numbers["difference"] < TOLERANCE
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("command", "precision"), [("train", "bf16-mixed"), ("predict", "bf16-true")])
 def test_narrow_types_are_measured_and_float32_is_compared(command, precision):

@@ -1,4 +1,4 @@
-"""`nxtp bench train|predict|static|data|metric|padding`: ours beside the published way, the same inputs, in one run.
+"""`nxtp bench WHAT`: ours beside the published way, the same inputs, in one run.
 
 For models each way lives in a fresh process that builds the same seeded model. The parent first has both compute the
 same thing and compares the results, then asks them for one measurement each in turn (A B A B …); ratios are medians
@@ -15,6 +15,7 @@ from typing import Any
 import click
 from rich.console import Console
 
+from nxtp.bench.closed import closed_table, measure_closed
 from nxtp.bench.data import data_table, measure_data
 from nxtp.bench.measure import measure_predict, measure_train, predict_table, train_table
 from nxtp.bench.metric import measure_metric, metric_table
@@ -90,6 +91,21 @@ def train(**options: Any) -> None:
 def predict(**options: Any) -> None:
     """Seconds an image for 1, 20 and 100 labels, ours and published, and our images/s in batches."""
     _report(measure_predict, predict_table, **options)
+
+
+@bench.command()
+@_common
+@click.option("--labels", default="imagenet1k:first", show_default=True, help="As of nxtp classify.")
+@click.option(
+    "--steps",
+    type=click.IntRange(1),
+    default=3,
+    show_default=True,
+    help="Decoding steps of the prediction after a first token.",
+)
+def closed(**options: Any) -> None:
+    """The probability of a thousand given labels, beside a top-20 prediction."""
+    _report(measure_closed, closed_table, **options)
 
 
 @bench.command()
