@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from nxtp.images import ImageError
     from nxtp.recognizer import Labels, Recognizer
+    from nxtp.show import AttentionItem
 
 _GRID_PIXELS = 256  # a picture's shorter side in the grid, at least
 _COMMON = (
@@ -26,6 +27,11 @@ _COMMON = (
     click.option(
         "--grid", type=click.Path(path_type=Path, dir_okay=False), help="Also save a picture of the first 12."
     ),
+    click.option(
+        "--attention", type=click.Path(path_type=Path, dir_okay=False), help="Save where the first 6's labels look."
+    ),
+    click.option("--block", type=int, help="Attention of this decoder block; else the mean over all."),
+    click.option("--head", type=int, help="Attention of this head; else the mean over all."),
     click.option("--batch-size", type=click.IntRange(min=1), default=32, show_default=True, help="Images at once."),
     click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, …"),
 )
@@ -42,7 +48,7 @@ def _of_images(command: Callable) -> Callable:
 @click.option("--sampler", default="one_shot", show_default=True, help="one_shot, exact, greedy or beam.")
 @click.option("--ranking", default="prob", show_default=True, help="prob, ppl, sim_mean, sim_max, clip or none.")
 @click.option("--allowed", help="Only labels of this file (a label a line) or of imagenet1k may come out.")
-def predict(images, model, top_k, as_json, grid, batch_size, device, sampler, ranking, allowed):
+def predict(images, model, top_k, device, sampler, ranking, allowed, **shown):
     """Labels of IMAGES (files and directories), most probable first.
 
     A file that cannot be read is told in a line, the others are done, and the exit code is 1.
@@ -61,13 +67,13 @@ def predict(images, model, top_k, as_json, grid, batch_size, device, sampler, ra
     def label(pixels: Tensor) -> list[Labels]:
         return recognizer.predict_pixels(pixels, top_k, *how, only)
 
-    _answer(images, recognizer, label, score, as_json, grid, batch_size)
+    _answer(images, recognizer, label, score, **shown)
 
 
 @click.command()
 @_of_images
 @click.option("--labels", required=True, help="A file, a class a line, its names separated by commas; or imagenet1k.")
-def classify(images, model, top_k, as_json, grid, batch_size, device, labels):
+def classify(images, model, top_k, device, labels, **shown):
     """The given labels' probabilities for each of IMAGES (files and directories), most probable first.
 
     \b
@@ -87,7 +93,7 @@ def classify(images, model, top_k, as_json, grid, batch_size, device, labels):
     def label(pixels: Tensor) -> list[Labels]:
         return recognizer.classify_pixels(pixels, known, top_k)
 
-    _answer(images, recognizer, label, "probability", as_json, grid, batch_size)
+    _answer(images, recognizer, label, "probability", **shown)
 
 
 def _answer(
@@ -95,8 +101,12 @@ def _answer(
     recognizer: Recognizer,
     label: Callable[[Tensor], list[Labels]],
     score: str,
+    *,
     as_json: bool,
     grid: Path | None,
+    attention: Path | None,
+    block: int | None,
+    head: int | None,
     batch_size: int,
 ) -> None:
     """Print ``label``'s answers, and end the process with the exit code."""
@@ -106,10 +116,11 @@ def _answer(
     from nxtp.images import ImageError, find_images, load_image, printable
     from nxtp.pixels import to_pixels
     from nxtp.recognizer import batches
-    from nxtp.show import GridItem, print_labels, save_grid
+    from nxtp.show import GridItem, print_labels, save_attention, save_grid
 
     found, problems = find_images(images)
     shown: list[GridItem] = []
+    looked: list[AttentionItem] = []
     console = Console()
     failed = 0
 
@@ -147,10 +158,30 @@ def _answer(
                     picture = load_image(path, near=_GRID_PIXELS)
                     picture.thumbnail((2 * _GRID_PIXELS, 2 * _GRID_PIXELS))
                     shown.append(GridItem(picture, [], ranked))
+                if attention and len(looked) < 6:
+                    looked.append(_look(recognizer, path, ranked, block, head))
     if grid and shown:
         save_grid(grid, shown)
         click.echo(f"Picture: {grid}", err=True)
+    if attention and looked:
+        save_attention(attention, looked)
+        click.echo(f"Picture: {attention}", err=True)
     sys.exit(1 if failed else 0)
+
+
+def _look(recognizer: Recognizer, path: Path, ranked: Labels, block: int | None, head: int | None) -> AttentionItem:
+    """The part of a picture that the model sees, and where its first labels look."""
+    from PIL import Image
+
+    from nxtp.attention import average
+    from nxtp.images import load_image
+    from nxtp.pixels import to_pixels
+    from nxtp.show import AttentionItem
+
+    pixels = to_pixels(load_image(path, near=_GRID_PIXELS), _GRID_PIXELS)
+    labels = [label for label, _ in ranked[:5]]
+    maps = [(label, average(recognizer.attention(path, label), block, head).numpy()) for label in labels]
+    return AttentionItem(Image.fromarray(pixels.permute(1, 2, 0).numpy()), maps)
 
 
 def _echo_json(row: dict[str, Any]) -> None:

@@ -15,9 +15,11 @@ from torch import Tensor
 from transformers.initialization import no_init_weights
 
 from nxtp import model_dir
+from nxtp.attention import label_attention, patch_attention
 from nxtp.clip import ClipSimilarity
 from nxtp.config import to_dataclass
 from nxtp.decoder import plain_config
+from nxtp.errors import UserError
 from nxtp.images import load_image
 from nxtp.model import Model, ModelConfig
 from nxtp.model_dir import CONFIG, HEAD, WEIGHTS, load_weights, write_model_dir
@@ -195,6 +197,26 @@ class Recognizer:
         if isinstance(image, np.ndarray):
             image = Image.fromarray(np.ascontiguousarray(image))
         return to_pixels(load_image(image, near=self.image_size), self.image_size)
+
+    def attention(self, image: ImageLike, label: str) -> Tensor:
+        """Where the model looks when it reads a label of its own: float32 [blocks, heads, tokens, rows, columns].
+
+        Of each decoder block and head each token's weights on the grid of patches; :func:`nxtp.attention.average` makes
+        one map of them. Any label will do, given or predicted.
+
+        Raises:
+            ImageError: an image that cannot be read.
+            UserError: a label without tokens, or a tower whose tokens are no square grid.
+        """
+        (ids,) = self.tokenizer.encode_labels([label])
+        if not ids:
+            raise UserError(f"The label '{label}' has no tokens.")
+        where = {"prompt": self.tokenizer.prompt_ids, "delimiter": self.tokenizer.delimiter_id}
+        return label_attention(self.model, self.transform(image).to(self.device), ids, **where)
+
+    def patch_attention(self, image: ImageLike) -> Tensor:
+        """Attention of image tokens onto each other in the decoder: float32 [blocks, heads, N, N], row onto column."""
+        return patch_attention(self.model, self.transform(image).to(self.device), prompt=self.tokenizer.prompt_ids)
 
     # Keeping it
 

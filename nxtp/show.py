@@ -9,6 +9,7 @@ from pathlib import Path
 from textwrap import wrap
 from typing import BinaryIO, NamedTuple
 
+import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
@@ -35,6 +36,13 @@ class GridItem(NamedTuple):
     image: Image.Image
     truth: Sequence[str]
     predictions: Sequence[tuple[str, float]]
+
+
+class AttentionItem(NamedTuple):
+    """One row: a square image, and for each label its attention [rows, columns] on it."""
+
+    image: Image.Image
+    maps: Sequence[tuple[str, np.ndarray]]
 
 
 class SheetItem(NamedTuple):
@@ -92,6 +100,29 @@ def save_grid(
         weight="bold",
     )
     figure.text(0.985, 1 - 0.3 / height, legend, fontsize=11, color="#555555", ha="right")
+    _save(figure, path)
+
+
+def save_attention(path: Path | str | BinaryIO, items: Sequence[AttentionItem], *, title: str = "") -> None:
+    """A PNG: a row each image, first as it is, then with each label's attention laid over it."""
+    columns = 1 + max(len(item.maps) for item in items)
+    figure = Figure(figsize=(2.1 * columns, 2.35 * len(items) + 0.6), dpi=100, facecolor="white")
+    FigureCanvasAgg(figure)
+    height = figure.get_figheight()
+    outer = {"left": 0.01, "right": 0.99, "top": 1 - 0.75 / height, "bottom": 0.05 / height, "wspace": 0.05}
+    grid = figure.add_gridspec(len(items), columns, hspace=0.2, **outer)
+    for row, item in enumerate(items):
+        width, tall = item.image.size
+        for column, (label, weights) in enumerate([("", None), *item.maps]):
+            axes = figure.add_subplot(grid[row, column])
+            axes.imshow(item.image, interpolation="antialiased")
+            if weights is not None:
+                shares = weights / max(float(weights.max()), 1e-12)
+                extent = (-0.5, width - 0.5, tall - 0.5, -0.5)
+                axes.imshow(shares, cmap="inferno", alpha=0.6, extent=extent, interpolation="nearest", vmin=0, vmax=1)
+            axes.set_axis_off()
+            axes.set_title(_short(label, 24), fontsize=9.5, color="#333333", pad=3, parse_math=False)
+    figure.text(0.012, 1 - 0.32 / height, title or "Where each label looks", fontproperties=_TITLE, parse_math=False)
     _save(figure, path)
 
 

@@ -77,8 +77,10 @@ def test_predict_takes_names_that_are_not_text(place):
 
 
 def test_predict_shows_bars_and_saves_a_grid(place):
-    done = run_nxtp("predict", "pictures/0.jpg", "--model", "model", "--top-k", "3", "--grid", "grid.png", cwd=place)
+    pictures = ("--grid", "grid.png", "--attention", "looks.png", "--block", "-1")
+    done = run_nxtp("predict", "pictures/0.jpg", "--model", "model", "--top-k", "3", *pictures, cwd=place)
     assert done.returncode == 0, done.stderr
+    assert Image.open(place / "looks.png").width >= 2 * 210, "the picture, and at least one label"
     assert "pictures/0.jpg" in done.stdout
     assert Image.open(place / "grid.png").width > 400
 
@@ -122,6 +124,7 @@ def test_evaluate_of_a_closed_vocabulary(place):
     [
         (["predct"], "Did you mean 'predict'"),
         (["predict", "x", "--modle", "m"], "'--model'"),
+        (["predict", "pictures", "--model", "model", "--attention", "x.png", "--head", "9"], "head is 9: there are 4"),
         (["predict", "pictures", "--model", "modle"], "No model directory 'modle'"),
         (["predict", "pictures", "--model", "model", "--top-k", "0"], "--top-k"),
         (["classify", "pictures", "--model", "model", "--labels", "labls.txt"], "'labls.txt' cannot be read"),
