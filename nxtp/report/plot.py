@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
 from nxtp.report.spec import Plot, Spec
 from nxtp.report.tables import Line, Row, lines, number, order
@@ -103,6 +104,9 @@ def _panel(axes: Axes, drawn: list[Line], metric: str, spec: Spec, plot: Plot) -
         axes.set_xticks(range(len(xs)), xs)
     elif plot.log_x and all(number(x) > 0 for x in xs):
         axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axes.xaxis.set_minor_formatter(NullFormatter())
     if numeric and plot.x in spec.columns and len(xs) <= 8:
         axes.set_xticks([number(x) for x in xs], xs)
         axes.set_xticks([], minor=True)
