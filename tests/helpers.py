@@ -7,7 +7,9 @@ import io
 import multiprocessing
 import os
 import socket
+import subprocess
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -115,13 +117,12 @@ def serving(root: Path, stall: tuple[str, ...] = ()) -> Iterator[tuple[str, type
 # Commands as fresh processes, forked from one that has imported the libraries: a second each instead of ten.
 
 _forks = multiprocessing.get_context("forkserver")
-_forks.set_forkserver_preload(["nxtp.cli", "nxtp.train", "nxtp.evaluate", "nxtp.predict"])
+_forks.set_forkserver_preload(["nxtp.cli", "nxtp.train", "nxtp.evaluate", "nxtp.predict", "textblob", "lemminflect"])
 
 
-def _nxtp(arguments: list[str], cwd: str, log: str, environment: dict[str, str]) -> None:
-    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(file, 1)
-    os.dup2(file, 2)
+def _nxtp(arguments: list[str], cwd: str, out: str, error: str, environment: dict[str, str]) -> None:
+    for number, path in ((1, out), (2, error)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     os.chdir(cwd)
     os.environ.update(environment)
     sys.path[:0] = [cwd]
@@ -186,10 +187,33 @@ def start_nxtp(*arguments: str, cwd: Path, ranks: int = 1, **environment: str) -
     processes = []
     for rank in range(ranks):
         own = {**environment, "LOCAL_RANK": str(rank)} if ranks > 1 else environment
-        process = _forks.Process(target=_nxtp, args=(list(arguments), str(cwd), str(log), own))
+        process = _forks.Process(target=_nxtp, args=(list(arguments), str(cwd), str(log), str(log), own))
         process.start()
         processes.append(process)
     return Command(processes, log)
+
+
+def run_nxtp(*arguments: str, cwd: Path, fresh: bool = False, **environment: str) -> subprocess.CompletedProcess:
+    """`nxtp …` in ``cwd`` to its end, with what it printed.
+
+    Args:
+        fresh: by an interpreter of its own, as a user starts it: for runs that start further processes themselves.
+    """
+    environment = {"WANDB_MODE": "offline", **environment}
+    if fresh:
+        command = [sys.executable, "-m", "nxtp", *arguments]
+        every = os.environ | environment
+        return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300, env=every)
+    with tempfile.TemporaryDirectory() as directory:
+        logs = [Path(directory, name) for name in ("out", "error")]
+        process = _forks.Process(target=_nxtp, args=(list(arguments), str(cwd), *map(str, logs), environment))
+        process.start()
+        process.join(300)
+        if process.is_alive():
+            process.kill()
+            raise AssertionError("it hangs")
+        printed = [log.read_text() if log.exists() else "" for log in logs]
+    return subprocess.CompletedProcess(list(arguments), process.exitcode, *printed)
 
 
 def nxtp_runs(*arguments: str, cwd: Path, ranks: int = 1, code: int = 0, **environment: str) -> str:

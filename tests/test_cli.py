@@ -8,10 +8,9 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from helpers import jpeg, write_shards
+from helpers import jpeg, run_nxtp, write_shards
 from PIL import Image
 from test_recognizer import recognizer
-from test_train import run_nxtp
 
 from nxtp.recognizer import Recognizer
 

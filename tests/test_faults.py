@@ -4,8 +4,6 @@ import io
 import json
 import os
 import struct
-import subprocess
-import sys
 import tarfile
 import zlib
 from collections import Counter
@@ -13,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import TINY_OVERRIDES, jpeg, serving
+from helpers import TINY_OVERRIDES, jpeg, run_nxtp, serving
 
 from nxtp.shards import write_manifest, write_shard
 
@@ -140,19 +138,13 @@ def test_training_sees_exactly_the_undamaged_samples(tmp_path, damaged):
     _, remote, sound, counts = damaged
     (tmp_path / "watch.py").write_text(WATCH)
     with serving(remote, stall=("stall.tar",)) as (url, _):
-        done = subprocess.run(
-            [
-                *(sys.executable, "-m", "nxtp", "train", "name=r", *TINY_OVERRIDES, "export=last", "seed=4"),
-                f"data.train=[train, {url}/stall.tar]",
-                *("data.cache_dir=cache", "data.stall_timeout=0.5", "data.fault_limit=1", "data.window=0"),
-                *("data.batch_size=8", "data.workers=0", "trainer.max_epochs=1"),
-                "+callbacks.watch._target_=watch.Watch",
-            ],
+        done = run_nxtp(
+            *("train", "name=r", *TINY_OVERRIDES, "export=last", "seed=4"),
+            f"data.train=[train, {url}/stall.tar]",
+            *("data.cache_dir=cache", "data.stall_timeout=0.5", "data.fault_limit=1", "data.window=0"),
+            *("data.batch_size=8", "data.workers=0", "trainer.max_epochs=1"),
+            "+callbacks.watch._target_=watch.Watch",
             cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            timeout=300,
-            env={**os.environ, "PYTHONPATH": str(tmp_path)},
         )
     assert done.returncode == 0, done.stderr[-3000:]
     record = json.loads((tmp_path / "runs" / "r" / "run.json").read_text())
@@ -168,14 +160,12 @@ def test_training_sees_exactly_the_undamaged_samples(tmp_path, damaged):
 def test_a_bounded_share_only(tmp_path):
     bad = [(f"bad-{n}", {"jpg": b"nothing", "txt": b"a leaf"}) for n in range(60)]
     write_tar(tmp_path / "train" / "a.tar", [(f"good-{n}", content("", n)) for n in range(340)] + bad)
-    command = [sys.executable, "-m", "nxtp", "train", *TINY_OVERRIDES, "data.train=train", "trainer.max_epochs=1"]
+    command = ["train", *TINY_OVERRIDES, "data.train=train", "trainer.max_epochs=1"]
     command += ["data.batch_size=20", "export=last"]
-    refused = subprocess.run([*command, "name=a"], cwd=tmp_path, capture_output=True, text=True, timeout=200)
+    refused = run_nxtp(*command, "name=a", cwd=tmp_path)
     assert refused.returncode == 1
     assert "more than data.fault_limit = 0.1" in refused.stderr.splitlines()[-1]
-    allowed = subprocess.run(
-        [*command, "name=b", "data.fault_limit=0.5"], cwd=tmp_path, capture_output=True, text=True, timeout=200
-    )
+    allowed = run_nxtp(*command, "name=b", "data.fault_limit=0.5", cwd=tmp_path)
     assert allowed.returncode == 0, allowed.stderr[-2000:]
     assert "60 × bad image" in allowed.stderr
     assert io.StringIO(allowed.stderr).read().count("Traceback") == 0

@@ -164,7 +164,7 @@ def test_killed_in_the_middle_of_a_save(root):
     [
         ("one", signal.SIGINT, "all"),
         ("ddp", signal.SIGTERM, "first"),
-        ("fsdp", signal.SIGUSR1, "all"),
+        pytest.param("fsdp", signal.SIGUSR1, "all", marks=pytest.mark.slow),
         pytest.param("fsdp", signal.SIGTERM, "first", marks=pytest.mark.slow),
         pytest.param("one", signal.SIGTERM, "all", marks=pytest.mark.slow),
     ],
@@ -252,7 +252,7 @@ class Full(L.Callback):
 """
 
 
-@pytest.mark.parametrize("strategy", ["one", "fsdp"])
+@pytest.mark.parametrize("strategy", ["one", pytest.param("fsdp", marks=pytest.mark.slow)])
 def test_a_disk_that_is_full_leaves_the_checkpoint_before(root, strategy):
     wait = {"one": "checkpoint_io.wait()", "fsdp": "_checkpoints.wait()"}[strategy]
     (root / f"full_{strategy}.py").write_text(DISK_FULL.format(wait=wait))

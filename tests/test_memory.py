@@ -6,9 +6,8 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from helpers import TINY_OVERRIDES
+from helpers import TINY_OVERRIDES, run_nxtp
 from omegaconf import OmegaConf
-from test_train import run_nxtp
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, profile, record_function

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import run_nxtp
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaTokenizerFast
 
@@ -396,16 +397,15 @@ def test_written_tensor_by_tensor_as_the_library_writes_it(tmp_path):
 
 def test_the_command(place, tmp_path):
     place, _, _ = place
-    nxtp = [sys.executable, "-m", "nxtp"]
     arguments = ["--llama", place / "llama", "--clip", place / "clip.pt", "--to", tmp_path / "model"]
-    done = subprocess.run([*nxtp, "convert", place / "release.pth", *arguments], capture_output=True, text=True)
+    convert = ["convert", *map(str, [place / "release.pth", *arguments])]
+    done = run_nxtp(*convert, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "29 from CLIP" in " ".join(done.stderr.split())
-    again = subprocess.run([*nxtp, "convert", place / "release.pth", *arguments], capture_output=True, text=True)
+    again = run_nxtp(*convert, cwd=tmp_path)
     assert again.returncode == 1
     assert "--overwrite" in again.stderr
-    out = ["convert", tmp_path / "model", "--to-release", tmp_path / "out.pth"]
-    done = subprocess.run([*nxtp, *out], capture_output=True, text=True)
+    done = run_nxtp("convert", str(tmp_path / "model"), "--to-release", str(tmp_path / "out.pth"), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert torch.load(tmp_path / "out.pth", weights_only=True)["global_step"] == 21360
 

@@ -8,9 +8,9 @@ from types import SimpleNamespace
 import lightning as L
 import pytest
 import torch
-from helpers import TINY_OVERRIDES, tiny_config, write_shards
+from helpers import TINY_OVERRIDES, run_nxtp, tiny_config, write_shards
 from lightning.pytorch.loggers import CSVLogger
-from test_train import PERF, WORDS, run_nxtp
+from test_train import PERF, WORDS
 
 from nxtp import throughput
 from nxtp.data import Batch, ShardData
@@ -220,12 +220,13 @@ def test_a_real_run_logs_what_its_batches_held(tmp_path):
     assert bar.get_metrics(trainer, module)["speed"] == speed.line != ""
 
 
+@pytest.mark.slow
 def test_two_processes_log_together(tmp_path):
     write_shards(tmp_path / "train", [32, 32])
     two = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", "trainer.precision=32-true"]
     steps = ["data.batch_size=4", "trainer.max_steps=3", "trainer.log_every_n_steps=1"]
     command = ["train", "name=two", "data.train=train", "data.workers=1", "trainer.accumulate_grad_batches=2"]
-    done = run_nxtp(*command, *TINY_OVERRIDES, *two, *steps, cwd=tmp_path)
+    done = run_nxtp(*command, *TINY_OVERRIDES, *two, *steps, cwd=tmp_path, fresh=True)
     assert done.returncode == 0, done.stderr[-3000:]
     rows = list(csv.DictReader((tmp_path / "runs" / "two" / "csv" / "version_0" / "metrics.csv").open()))
     rows = [row for row in rows if row.get("perf/images_per_s")]

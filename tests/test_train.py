@@ -2,15 +2,12 @@
 
 import csv
 import json
-import os
-import subprocess
-import sys
 from collections import Counter
 
 import lightning as L
 import pytest
 import torch
-from helpers import TINY_OVERRIDES, jpeg, sample, tiny_config, write_shards
+from helpers import TINY_OVERRIDES, jpeg, run_nxtp, sample, tiny_config, write_shards
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from nxtp.data import Batch, ShardData
@@ -26,17 +23,6 @@ from nxtp.tokens import train_tokenizer
 
 PERF = [f"perf/{n}" for n in ("images_per_s", "tokens_per_s", "data_wait", "padding", "tflops", "peak_memory_gb")]
 WORDS = ["rose", "lemon", "leaf", "ocean", "stone"]
-
-
-def run_nxtp(*arguments: str, cwd, **environment: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-m", "nxtp", *arguments],
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, "WANDB_MODE": "offline", **environment},
-    )
 
 
 def fit(tmp_path, shards, *, objective="matched", steps=20, trains=None, **trainer):
@@ -247,6 +233,7 @@ class Die(L.Callback):
 """
 
 
+@pytest.mark.slow
 def test_a_killed_run_continues_as_if_nothing_had_happened(workplace):
     """Killed at step 8, its last checkpoint at step 6, in mid-epoch: the weights of a run that never stopped."""
     root, command, _ = workplace
@@ -283,7 +270,8 @@ class Keep(L.Callback):
 """
 
 
-@pytest.mark.parametrize(("before", "after"), [(2, 1), pytest.param(1, 2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
 def test_another_number_of_ranks_continues_the_epoch(workplace, before, after):
     """Killed in mid-epoch on some ranks, continued on others: every sample of the epoch once."""
     root, command, _ = workplace
@@ -298,7 +286,7 @@ def test_another_number_of_ranks_continues_the_epoch(workplace, before, after):
     for ranks, die_at, status in ((before, steps[before] // 2, 9), (after, -1, 0)):
         keep = [f"+callbacks.keep.path={name}.jsonl", f"+callbacks.keep.die_at={die_at}"]
         precision = "trainer.precision=32-true"
-        done = run_nxtp(*short, *keep, *strategies[ranks], precision, cwd=root, PYTHONPATH=str(root))
+        done = run_nxtp(*short, *keep, *strategies[ranks], precision, cwd=root, fresh=True, PYTHONPATH=str(root))
         assert done.returncode == status, done.stderr[-3000:]
     rows = [json.loads(line) for path in root.glob(f"{name}.jsonl.*") for line in path.read_text().splitlines()]
     assert sorted(key for _, _, keys in rows for key in keys) == [f"{i:06d}" for i in range(64)]
@@ -317,7 +305,7 @@ def test_all_bad_shards_are_an_error_in_one_line(tmp_path):
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("logger", ["wandb", "tensorboard"])
+@pytest.mark.parametrize("logger", [pytest.param("wandb", marks=pytest.mark.slow), "tensorboard"])
 def test_other_loggers_write_what_csv_writes(workplace, logger):
     root, command, _ = workplace
     short = [a for a in command if not a.startswith("name=")]
@@ -350,7 +338,7 @@ def test_two_processes_train_one_run(workplace):
     root, command, _ = workplace
     short = [a for a in command if not a.startswith(("name=", "trainer."))]
     two = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", "trainer.precision=32-true"]
-    done = run_nxtp(*short, "name=two", *two, "trainer.max_steps=3", cwd=root)
+    done = run_nxtp(*short, "name=two", *two, "trainer.max_steps=3", cwd=root, fresh=True)
     assert done.returncode == 0, done.stderr[-3000:]
     record = json.loads((root / "runs" / "two" / "run.json").read_text())
     assert record["status"] == "finished"
