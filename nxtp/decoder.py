@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedConfig
 from transformers.utils.hub import cached_file
 
-from nxtp.errors import UserError, nearest, require_directory_or_hub_name
+from nxtp.errors import UserError, nearest
+from nxtp.hub import require_source
 from nxtp.weights import SafetensorsFiles, assign
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -159,7 +160,7 @@ def resolve(config: DecoderConfig, vocab_size: int | None = None) -> tuple[PreTr
     if vocab_size is not None:
         fields.setdefault("vocab_size", vocab_size)
     if config.source is not None:
-        require_directory_or_hub_name(config.source, "model.decoder.source")
+        require_source(config.source, "model.decoder.source")
     if config.source is not None and "model_type" not in fields:
         try:
             full = AutoConfig.from_pretrained(config.source, trust_remote_code=False, **fields)
@@ -208,7 +209,10 @@ def resolve(config: DecoderConfig, vocab_size: int | None = None) -> tuple[PreTr
 
 
 def choose_blocks(count: int, depth: int, keep: str) -> list[int]:
-    """``depth`` of ``count`` blocks, in order.
+    """The numbers of ``depth`` of ``count`` blocks, in order.
+
+    Raises:
+        UserError: no such way to keep them.
 
     >>> [choose_blocks(8, 4, keep) for keep in KEEP]
     [[0, 1, 2, 3], [4, 5, 6, 7], [0, 1, 6, 7], [0, 2, 4, 6]]

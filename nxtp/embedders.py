@@ -17,6 +17,7 @@ from transformers.utils import logging as transformers_logging
 
 from nxtp.clip import Clip
 from nxtp.errors import UserError
+from nxtp.hub import is_path
 
 PACKAGED = "packaged"
 CLIP_PREFIX = "clip:"
@@ -174,7 +175,7 @@ def _load_encoder(source: str | Path):
         where = Path(spec.submodule_search_locations[0]) / "model"
     local = where.is_dir()
     if not local:
-        looks_like_a_path = isinstance(source, Path) or str(source).count("/") != 1 or str(source)[0] in "./~"
+        looks_like_a_path = isinstance(source, Path) or "/" not in source or is_path(source)
         if looks_like_a_path:
             raise UserError(
                 f"No sentence encoder at '{source}': pass a directory with config.json and model.safetensors, "

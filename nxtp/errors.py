@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from difflib import get_close_matches
-from pathlib import Path
 
 
 class UserError(Exception):
@@ -27,14 +26,3 @@ def at_least(name: str, value: float, lowest: float) -> None:
     """
     if not value >= lowest:
         raise UserError(f"{name} is {value}: at least {lowest}, please.")
-
-
-def require_directory_or_hub_name(source: str | Path, setting: str) -> None:
-    """
-    Raises:
-        UserError: ``source`` is a path that is not there: a hub name has one slash, and no directory before it here.
-    """
-    path = Path(source)
-    written_as_path = path.is_absolute() or str(source).startswith((".", "~")) or len(path.parts) > 2
-    if not path.exists() and (written_as_path or (len(path.parts) == 2 and path.parent.is_dir())):
-        raise UserError(f"{setting}: no '{source}' here.")

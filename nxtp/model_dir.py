@@ -17,6 +17,7 @@ import yaml
 import nxtp
 from nxtp import decoder
 from nxtp.errors import UserError
+from nxtp.hub import is_path
 from nxtp.model import Model, ModelConfig
 from nxtp.tokens import FILES as TOKENIZER_FILES
 from nxtp.tokens import LabelTokenizer
@@ -81,7 +82,7 @@ def locate(source: str | Path) -> Path:
     directory = Path(source)
     if directory.is_dir():
         return directory
-    if directory.exists() or str(source).count("/") != 1 or str(source).startswith((".", "/", "~")):
+    if directory.exists() or "/" not in str(source) or is_path(source):
         raise UserError(f"No model directory '{source}'.")
     from huggingface_hub import snapshot_download
 

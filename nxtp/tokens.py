@@ -12,7 +12,8 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, LlamaTokenizerFast, PreTrainedTokenizerFast
 
-from nxtp.errors import UserError, require_directory_or_hub_name
+from nxtp.errors import UserError
+from nxtp.hub import require_source
 
 PROMPT = "The objects in the image are"  # the published evaluation prompt
 DELIMITER = ","
@@ -105,7 +106,7 @@ class LabelTokenizer:
         Raises:
             UserError: nothing usable is there.
         """
-        require_directory_or_hub_name(source, "tokenizer")
+        require_source(source, "tokenizer")
         try:
             path = Path(source)
             pieces = path if path.suffix == ".model" else path / "tokenizer.model"

@@ -12,6 +12,7 @@ from torchvision.transforms import CenterCrop, Compose, InterpolationMode, PILTo
 
 import nxtp
 from nxtp.errors import UserError
+from nxtp.hub import is_path
 from nxtp.images import ImageError
 from nxtp.layout import lay_out
 from nxtp.model import Model
@@ -229,3 +230,14 @@ def test_unverified_loading_still_refuses_what_it_cannot_read(damaged):
     (damaged / "model.safetensors").write_bytes(b"123")
     with pytest.raises(UserError, match="cannot be read"):
         Recognizer.from_pretrained(damaged, device="cpu", verify=False)
+
+
+def test_what_can_only_be_a_path_is_not_asked_of_the_hub(tmp_path, monkeypatch):
+    (tmp_path / "runs").mkdir()
+    monkeypatch.chdir(tmp_path)
+    paths = ("./lm", "../lm", "~/lm", "/lm", "a/b/c", "runs/lm")
+    assert all(map(is_path, paths))
+    assert not any(map(is_path, ("meta-llama/Llama-2-7b-hf", "gpt2")))
+    for source in (*paths, "gpt2"):
+        with pytest.raises(UserError, match="^No model directory"):
+            Recognizer.from_pretrained(source)
