@@ -54,6 +54,11 @@ def patch_attention(model: Model, image: Tensor, *, prompt: Sequence[int]) -> Te
 
 
 def grid_side(count: int) -> int:
+    """Patches a side of a square grid of ``count``.
+
+    Raises:
+        UserError: it is none.
+    """
     side = math.isqrt(count)
     if side * side != count:
         raise UserError(f"The encoder's {count} image tokens are no square grid: where they lie is not known.")
@@ -62,7 +67,11 @@ def grid_side(count: int) -> int:
 
 def average(weights: Tensor, block: int | None = None, head: int | None = None) -> Tensor:
     """One map [rows, columns] of what :func:`label_attention` gives: the mean over tokens, and over blocks and heads or
-    of the one that is named (a negative number counts from the end)."""
+    of the one that is named (a negative number counts from the end).
+
+    Raises:
+        UserError: no such block or head.
+    """
     for name, number, size in (("block", block, weights.shape[0]), ("head", head, weights.shape[1])):
         if number is not None and not -size <= number < size:
             raise UserError(f"{name} is {number}: there are {size}, from 0 on.")

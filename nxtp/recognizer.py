@@ -130,7 +130,11 @@ class Recognizer:
         return self._each(images, batch_size, lambda pixels: self.classify_pixels(pixels, known, top_k))
 
     def vocabulary(self, labels: Classes | Vocabulary) -> Vocabulary:
-        """Labels as this model's tokens."""
+        """Labels as this model's tokens, for many calls.
+
+        Raises:
+            UserError: no labels, or one without tokens.
+        """
         return labels if isinstance(labels, Vocabulary) else Vocabulary(labels, self.tokenizer)
 
     def _each(self, images: ImageLike | Sequence[ImageLike], batch_size: int, of: Callable[[Tensor], list[Labels]]):
@@ -138,8 +142,8 @@ class Recognizer:
         single = not isinstance(images, (list, tuple))
         every = [images] if single else list(images)
         result: list[Labels] = []
-        for start in range(0, len(every), batch_size):
-            result += of(torch.stack([self.transform(image) for image in every[start : start + batch_size]]))
+        for some in batches(every, batch_size):
+            result += of(torch.stack([self.transform(image) for image in some]))
         return result[0] if single else result
 
     def classify_pixels(self, images: Tensor, labels: Vocabulary, top_k: int | None = None) -> list[Labels]:
@@ -215,7 +219,11 @@ class Recognizer:
         return label_attention(self.model, self.transform(image).to(self.device), ids, **where)
 
     def patch_attention(self, image: ImageLike) -> Tensor:
-        """Attention of image tokens onto each other in the decoder: float32 [blocks, heads, N, N], row onto column."""
+        """Attention of image tokens onto each other in the decoder: float32 [blocks, heads, N, N], row onto column.
+
+        Raises:
+            ImageError: an image that cannot be read.
+        """
         return patch_attention(self.model, self.transform(image).to(self.device), prompt=self.tokenizer.prompt_ids)
 
     # Keeping it

@@ -101,20 +101,20 @@ class Tree:
     def ancestors(self, begin: int, end: int) -> Tensor:
         """bool [m, m] of a range that :meth:`rows` gives: each node's path, itself included."""
         paths = torch.eye(end - begin, dtype=torch.bool)
-        for node in range(begin, end):
-            parent = int(self.parents_M[node])
-            if parent >= 0:
-                paths[node - begin] |= paths[parent - begin]
+        parents, depths = self.parents_M[begin:end] - begin, self.depths_M[begin:end]
+        for depth in range(1, int(depths.max()) + 1):
+            nodes = torch.nonzero(depths == depth)[:, 0]
+            paths[nodes] |= paths[parents[nodes]]
         return paths
 
 
 class Vocabulary:
     """Classes by their names, as token sequences of one tokenizer.
 
+    A name that several classes share counts for each of them.
+
     Args:
         classes: each a label, or several names of one thing, the first of which it is called by.
-
-    A name that several classes share counts for each of them.
 
     Raises:
         UserError: no class, or a name without tokens.
@@ -206,34 +206,29 @@ def name_log_probs(model: Model, images: Tensor, vocabulary: Vocabulary, *, prom
     first_BV = first_BV.log_softmax(dim=-1)
     device, batch = first_BV.device, len(images)
     prefix = model.num_image_tokens + 1 + len(prompt)
-    tokens, depths = tree.tokens_M.to(device), tree.depths_M.to(device)
-    own_BM = first_BV.new_empty(batch, len(tree))  # each node's own, given what stands before it
+    tokens, parents, depths, last = (t.to(device) for t in (tree.tokens_M, tree.parents_M, tree.depths_M, tree.ends_S))
+    path_BM = first_BV.new_empty(batch, len(tree))  # first each node's own, given what stands before it
     ends_BM = first_BV.new_empty(batch, len(tree))  # its delimiter's behind it
-    roots = tree.depths_M == 0
-    own_BM[:, roots.to(device)] = first_BV[:, tokens[roots.to(device)]]
+    path_BM[:, depths == 0] = first_BV[:, tokens[depths == 0]]
 
     decoder = model.decoder
+    block = max(1, _LOGITS // (batch * decoder.vocab_size))
     for begin, end in tree.rows(_ROW):
-        paths = tree.ancestors(begin, end)
-        mask = torch.cat([paths.new_ones(end - begin, prefix), paths], dim=1)[None, None].to(device)
+        paths = tree.ancestors(begin, end).to(device)
+        mask = torch.cat([paths.new_ones(end - begin, prefix), paths], dim=1)[None, None]
         embedded = decoder.embed(tokens[begin:end].expand(batch, -1))
         hidden_BmD = decoder(embedded, prefix + depths[begin:end][None], mask, cache)
         cache.crop(begin - end)
-        for low, high in _blocks(begin, end, max(1, _LOGITS // (batch * decoder.vocab_size))):
+        for low in range(begin, end, block):
+            high = min(low + block, end)
             logits = decoder.logits(hidden_BmD[:, low - begin : high - begin])
             log_z = logits.logsumexp(dim=-1)
             ends_BM[:, low:high] = logits[..., delimiter] - log_z
-            children = torch.nonzero((tree.parents_M >= low) & (tree.parents_M < high))[:, 0].to(device)
-            parents = tree.parents_M.to(device)[children] - low
-            own_BM[:, children] = logits[:, parents, tokens[children]] - log_z[:, parents]
+            children = torch.nonzero((parents >= low) & (parents < high))[:, 0]
+            behind = parents[children] - low
+            path_BM[:, children] = logits[:, behind, tokens[children]] - log_z[:, behind]
 
-    path_BM = own_BM.clone()
     for depth in range(1, int(tree.depths_M.max()) + 1):
-        nodes = torch.nonzero(tree.depths_M == depth)[:, 0]
-        path_BM[:, nodes.to(device)] += path_BM[:, tree.parents_M[nodes].to(device)]
-    return (path_BM + ends_BM)[:, tree.ends_S.to(device)]
-
-
-def _blocks(begin: int, end: int, size: int) -> Iterator[tuple[int, int]]:
-    for low in range(begin, end, size):
-        yield low, min(low + size, end)
+        nodes = torch.nonzero(depths == depth)[:, 0]
+        path_BM[:, nodes] += path_BM[:, parents[nodes]]
+    return (path_BM + ends_BM)[:, last]

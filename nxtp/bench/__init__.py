@@ -82,11 +82,14 @@ def train(**options: Any) -> None:
     _report(measure_train, train_table, **options)
 
 
-@bench.command()
-@_common
-@click.option(
+_steps = click.option(
     "--steps", type=click.IntRange(1), default=3, show_default=True, help="Decoding steps after a label's first token."
 )
+
+
+@bench.command()
+@_common
+@_steps
 @click.option("--batch", type=click.IntRange(1), default=64, show_default=True, help="Images, for the throughput.")
 def predict(**options: Any) -> None:
     """Seconds an image for 1, 20 and 100 labels, ours and published, and our images/s in batches."""
@@ -96,13 +99,7 @@ def predict(**options: Any) -> None:
 @bench.command()
 @_common
 @click.option("--labels", default="imagenet1k:first", show_default=True, help="As of nxtp classify.")
-@click.option(
-    "--steps",
-    type=click.IntRange(1),
-    default=3,
-    show_default=True,
-    help="Decoding steps of the prediction after a first token.",
-)
+@_steps
 def closed(**options: Any) -> None:
     """The probability of a thousand given labels, beside a top-20 prediction."""
     _report(measure_closed, closed_table, **options)

@@ -166,7 +166,8 @@ def cells(table: list[Row], spec: Spec) -> tuple[list[str], list[list[str]]]:
         for metric in spec.metrics:
             row += [""] + (["; ".join(values.get(metric, []))] if metric in published else [])
         body.append(row)
-    filled = [i for i in range(len(header)) if any(row[i] not in ("", "full" if i == 0 else "") for row in body)]
+    says_nothing = [{"", "full"}, *[{""}] * (len(header) - 1)]
+    filled = [i for i, nothing in enumerate(says_nothing) if any(row[i] not in nothing for row in body)]
     return [header[i] for i in filled], [[row[i] for i in filled] for row in body]
 
 
