@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from nxtp.pixels import to_pixels
 from nxtp.ranking import RankingConfig, rank, ranking_config
 from nxtp.running_text import RunningTextConfig
 from nxtp.samplers import SamplerConfig, sample, sampler_config
+from nxtp.stream import WORKERS, Answer, Source, answers, batches
 from nxtp.tokens import LabelTokenizer
 from nxtp.vocabulary import Classes, Vocabulary, class_log_probs
 from nxtp.weights import write_module
@@ -101,6 +102,103 @@ class Recognizer:
         only = None if allowed is None else self.vocabulary(allowed)
         return self._each(images, batch_size, lambda pixels: self.predict_pixels(pixels, top_k, sampler, ranking, only))
 
+    def predict_batches(
+        self,
+        source: str | Path | Iterable[ImageLike | tuple[str, ImageLike]],
+        top_k: int = 10,
+        batch_size: int = 64,
+        sampler: str | Mapping[str, Any] | SamplerConfig = "one_shot",
+        ranking: str | Mapping[str, Any] | RankingConfig = "prob",
+        allowed: Classes | Vocabulary | None = None,
+        workers: int = WORKERS,
+        cache_dir: str | None = None,
+    ) -> Iterator[Answer]:
+        """:meth:`predict` for any number of images, read and decoded beside the model, two batches in memory.
+
+        Args:
+            source: a directory of images, one of shards, a shard, a glob or brace expression or URL of shards; or any
+                iterable of images or (name, image) pairs.
+            top_k, sampler, ranking, allowed: as in :meth:`predict`.
+            batch_size: images computed together.
+            workers: threads that decode.
+            cache_dir: where remote shards are kept.
+
+        Returns:
+            An iterator of :class:`nxtp.stream.Answer` in the source's order. An image that cannot be used has an
+            ``error`` in place of ``labels``; the others are done.
+
+        Raises:
+            UserError: at once, where shards are missing, or a sampler, ranking or setting is unknown.
+        """
+        how = sampler_config(sampler), ranking_config(ranking)
+        only = None if allowed is None else self.vocabulary(allowed)
+        found = Source.of(source, cache_dir)
+
+        def label(pixels: Tensor) -> list[Labels]:
+            return self.predict_pixels(pixels, top_k, *how, only)
+
+        return answers(found, label, self.transform, batch_size, workers)
+
+    def classify_batches(
+        self,
+        source: str | Path | Iterable[ImageLike | tuple[str, ImageLike]],
+        labels: Classes | Vocabulary,
+        top_k: int | None = None,
+        batch_size: int = 16,
+        workers: int = WORKERS,
+        cache_dir: str | None = None,
+    ) -> Iterator[Answer]:
+        """:meth:`classify` for any number of images, as :meth:`predict_batches`.
+
+        Raises:
+            UserError: at once, where shards are missing, or a label has no tokens.
+        """
+        known = self.vocabulary(labels)
+        found = Source.of(source, cache_dir)
+
+        def label(pixels: Tensor) -> list[Labels]:
+            return self.classify_pixels(pixels, known, top_k)
+
+        return answers(found, label, self.transform, batch_size, workers)
+
+    @torch.inference_mode()
+    def embed(
+        self,
+        images: ImageLike | Sequence[ImageLike],
+        space: str = "encoder",
+        pool: bool = True,
+        batch_size: int = 64,
+    ) -> Tensor:
+        """Images as vectors, for search, clustering or probes.
+
+        Args:
+            images: as in :meth:`predict`.
+            space: encoder, the image tower's tokens [N, D_encoder]; or decoder, these projected into the language
+                model's embedding space [N, D].
+            pool: the mean of an image's N tokens; False: each token, row by row of the grid.
+            batch_size: images computed together.
+
+        Returns:
+            float32 on the CPU, not normalised: [D] of one image, [B, D] of a list; without pooling [N, D], [B, N, D].
+
+        Raises:
+            ImageError: an image that cannot be read; names it.
+            ValueError: an unknown space.
+        """
+        if space not in ("encoder", "decoder"):
+            raise ValueError(f"space is '{space}': encoder or decoder, please")
+        tokens_of = self.model.encoder if space == "encoder" else self.model.encode
+
+        def vectors(pixels: Tensor) -> list[Tensor]:
+            tokens_BND = tokens_of(pixels.to(self.device)).float().cpu()
+            return list(tokens_BND.mean(dim=1) if pool else tokens_BND)
+
+        found = self._each(images, batch_size, vectors)
+        if isinstance(found, Tensor):
+            return found
+        blank = torch.zeros(1, 3, self.image_size, self.image_size, dtype=torch.uint8)
+        return torch.stack(found or vectors(blank))[: len(found)]
+
     def classify(
         self,
         images: ImageLike | Sequence[ImageLike],
@@ -137,11 +235,11 @@ class Recognizer:
         """
         return labels if isinstance(labels, Vocabulary) else Vocabulary(labels, self.tokenizer)
 
-    def _each(self, images: ImageLike | Sequence[ImageLike], batch_size: int, of: Callable[[Tensor], list[Labels]]):
+    def _each(self, images: ImageLike | Sequence[ImageLike], batch_size: int, of: Callable[[Tensor], list[Any]]):
         """``of`` batches of pixels; one result for one image, a list for a list."""
         single = not isinstance(images, (list, tuple))
         every = [images] if single else list(images)
-        result: list[Labels] = []
+        result: list[Any] = []
         for some in batches(every, batch_size):
             result += of(torch.stack([self.transform(image) for image in some]))
         return result[0] if single else result
@@ -283,12 +381,6 @@ class Recognizer:
         if str(device) == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         return cls(model.to(device=device, dtype=dtype), tokenizer, config, content.get("provenance"))
-
-
-def batches(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
-    """Consecutive runs of at most ``size``."""
-    for start in range(0, len(items), size):
-        yield items[start : start + size]
 
 
 def rebuildable(config: ModelConfig, model: Model) -> ModelConfig:

@@ -120,6 +120,14 @@ class ShardSet:
         """The URL of the shard that holds ``position``."""
         return self.urls[self._locate(position)[0]]
 
+    def key_of(self, position: int) -> str:
+        """The key at ``position``; its number in the shard, in brackets, where the shard can no longer be read."""
+        number, row = self._locate(position)
+        try:
+            return str(self._index(number).keys[row])
+        except (SampleFault, IndexError):
+            return f"[{row}]"
+
     def prefetch(self, numbers: Iterable[int]) -> None:
         """Fetch the remote ones among the shards ``numbers``; failures are told when a sample is read."""
         for number in numbers:
