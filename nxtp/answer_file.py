@@ -171,8 +171,9 @@ class AnswerFile:
         import pyarrow.parquet
 
         pair = pyarrow.struct([("label", pyarrow.string()), (self.score, pyarrow.float32())])
-        texts = [(name, pyarrow.string()) for name in ("image", "shard", "error")]
-        schema = pyarrow.schema([*texts, ("labels", pyarrow.list_(pair))])
+        text = pyarrow.string()
+        columns = {"image": text, "shard": text, "labels": pyarrow.list_(pair), "error": text}
+        schema = pyarrow.schema(list(columns.items()))
         with pyarrow.parquet.ParquetWriter(out, schema) as writer:
             rows: list[dict[str, Any]] = []
             for line in self._rows():

@@ -1,10 +1,35 @@
-"""Names that stand for a directory here, or for a repository of the hub."""
+"""The hub: names that stand for a directory here or a repository there, and the card of a model that is pushed."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from nxtp.errors import UserError
+
+PAPER = "https://arxiv.org/abs/2312.02142"
+CARD = """---
+{{ card_data }}
+---
+
+# {{ name }}
+
+Object recognition as next token prediction ([paper]({{ paper_url }})): images in, ranked labels out.
+
+```python
+from nxtp import Recognizer
+
+recognizer = Recognizer.from_pretrained("{{ name }}")
+recognizer.predict("photo.jpg", top_k=5)
+```
+
+`nxtp predict photo.jpg --model {{ name }} --top-k 5`
+
+## Where the weights come from
+
+```yaml
+{{ provenance }}
+```
+"""
 
 
 def is_path(source: str | Path) -> bool:

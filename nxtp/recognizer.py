@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 import torch
+import yaml
+from huggingface_hub import ModelHubMixin
 from PIL import Image
 from torch import Tensor
 from transformers.initialization import no_init_weights
@@ -20,6 +22,7 @@ from nxtp.clip import ClipSimilarity
 from nxtp.config import to_dataclass
 from nxtp.decoder import plain_config
 from nxtp.errors import UserError
+from nxtp.hub import CARD, PAPER
 from nxtp.images import load_image
 from nxtp.model import Model, ModelConfig
 from nxtp.model_dir import CONFIG, HEAD, WEIGHTS, load_weights, write_model_dir
@@ -38,7 +41,7 @@ ImageLike = str | Path | bytes | Image.Image | Tensor | np.ndarray
 Labels = list[tuple[str, float]]
 
 
-class Recognizer:
+class Recognizer(ModelHubMixin, library_name="nxtp", tags=["image-tagging"], paper_url=PAPER, model_card_template=CARD):
     """Images in, ranked labels out.
 
     >>> recognizer = Recognizer.from_pretrained("runs/demo/model")
@@ -326,13 +329,32 @@ class Recognizer:
 
     # Keeping it
 
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """Upload the model directory and a card to the hub; the address of the commit.
+
+        Args:
+            repo_id: "owner/name".
+            options: private, token, branch, create_pr, commit_message, … of ``ModelHubMixin.push_to_hub``.
+        """
+        told = yaml.safe_dump(self.provenance or {"run": "unknown"}, sort_keys=False, allow_unicode=True).strip()
+        card = {"name": repo_id, "provenance": told} | options.pop("model_card_kwargs", {})
+        return super().push_to_hub(repo_id, model_card_kwargs=card, **options)
+
     def save_pretrained(
-        self, directory: str | Path, provenance: dict[str, Any] | None = None, writes: bool = True
+        self,
+        directory: str | Path,
+        provenance: dict[str, Any] | None = None,
+        writes: bool = True,
+        *,
+        config: None = None,
+        model_card_kwargs: dict[str, Any] | None = None,
     ) -> Path:
         """Write a model directory: aside first, then in one rename, over what was there.
 
         Args:
+            provenance: in place of the model's own.
             writes: False on the ranks that only give their parts of a sharded model.
+            config, model_card_kwargs: what :meth:`push_to_hub` passes: with the latter a card is written too.
         """
         directory = Path(directory)
         left_out = [HEAD] if self.model.decoder.lm.config.tie_word_embeddings else []
@@ -346,6 +368,8 @@ class Recognizer:
             rebuildable(self.config, self.model),
             provenance if provenance is not None else self.provenance,
         )
+        if model_card_kwargs is not None:
+            self.generate_model_card(**model_card_kwargs).save(directory / "README.md")
         return directory
 
     @classmethod

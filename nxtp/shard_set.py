@@ -87,7 +87,9 @@ class ShardSet:
         self.cache, self.store = cache, store or IndexStore()
         remote = [url for url in self.urls if is_remote(url)]
         if remote and cache is None:
-            raise UserError(f"{remote[0]} is remote: set data.cache_dir to the directory that keeps fetched shards.")
+            raise UserError(
+                f"{remote[0]} is remote: name a directory that keeps fetched shards (data.cache_dir, --cache-dir)."
+            )
         unknown = [url for url in remote if self.store.head(_name(url), None) is None]
         counts = cache.counts(unknown) if unknown else {}
         # Processes that begin together share the work: each starts elsewhere and takes over what others have stored.

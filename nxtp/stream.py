@@ -14,10 +14,12 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import torch
 from torch import Tensor
 
+from nxtp.errors import UserError
 from nxtp.images import ImageError, find_images
-from nxtp.shard_set import SampleFault
+from nxtp.remote import RemoteCache
+from nxtp.shard_set import SampleFault, ShardSet
 from nxtp.shards import expand_shards, is_remote
-from nxtp.sources import DataConfig, open_set
+from nxtp.wording import describe
 
 if TYPE_CHECKING:
     from nxtp.recognizer import Labels
@@ -175,8 +177,9 @@ def _files(paths: Iterable[str | Path]) -> Source:
 
 def _shards(spec: str | list[str], cache_dir: str | None) -> Source:
     """The images of shards in order, and before them what is wrong with the shards as a whole."""
-    expand_shards(spec)  # tells what is missing before anything is read
-    shards = open_set("shards", spec, DataConfig(cache_dir=cache_dir)).shards
+    shards = ShardSet(expand_shards(spec), None if cache_dir is None else RemoteCache(cache_dir))
+    if not len(shards):
+        raise UserError(f"No image in the shards of {spec}{describe(shards.faults, ' ({})')}.")
 
     def read(position: int) -> bytes:
         try:

@@ -116,11 +116,11 @@ def serving(root: Path, stall: tuple[str, ...] = ()) -> Iterator[tuple[str, type
 
 # Commands as fresh processes, forked from one that has imported the libraries: a second each instead of ten.
 
-_forks = multiprocessing.get_context("forkserver")
-_forks.set_forkserver_preload(["nxtp.cli", "nxtp.train", "nxtp.evaluate", "nxtp.predict", "textblob", "lemminflect"])
+forks = multiprocessing.get_context("forkserver")
+forks.set_forkserver_preload(["nxtp.cli", "nxtp.train", "nxtp.evaluate", "nxtp.predict", "textblob", "lemminflect"])
 
 
-def _nxtp(arguments: list[str], cwd: str, out: str, error: str, environment: dict[str, str]) -> None:
+def nxtp_here(arguments: list[str], cwd: str, out: str, error: str, environment: dict[str, str]) -> None:
     for number, path in ((1, out), (2, error)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     os.chdir(cwd)
@@ -187,7 +187,7 @@ def start_nxtp(*arguments: str, cwd: Path, ranks: int = 1, **environment: str) -
     processes = []
     for rank in range(ranks):
         own = {**environment, "LOCAL_RANK": str(rank)} if ranks > 1 else environment
-        process = _forks.Process(target=_nxtp, args=(list(arguments), str(cwd), str(log), str(log), own))
+        process = forks.Process(target=nxtp_here, args=(list(arguments), str(cwd), str(log), str(log), own))
         process.start()
         processes.append(process)
     return Command(processes, log)
@@ -206,7 +206,7 @@ def run_nxtp(*arguments: str, cwd: Path, fresh: bool = False, **environment: str
         return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300, env=every)
     with tempfile.TemporaryDirectory() as directory:
         logs = [Path(directory, name) for name in ("out", "error")]
-        process = _forks.Process(target=_nxtp, args=(list(arguments), str(cwd), *map(str, logs), environment))
+        process = forks.Process(target=nxtp_here, args=(list(arguments), str(cwd), *map(str, logs), environment))
         process.start()
         process.join(300)
         if process.is_alive():
