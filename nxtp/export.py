@@ -1,4 +1,4 @@
-"""`nxtp export`: a checkpoint, of one process or of many ranks → a model directory, one tensor at a time."""
+"""`nxtp export`: a checkpoint, of one process or of many ranks → a model directory; a model directory → ONNX graphs."""
 
 from __future__ import annotations
 
@@ -8,29 +8,57 @@ from typing import Any
 
 import click
 
+from nxtp.errors import UserError
+
+_A_DIRECTORY = click.Path(path_type=Path, file_okay=False)
+
 
 @click.command()
-@click.argument("checkpoint", type=click.Path(path_type=Path))
-@click.option("--to", type=click.Path(path_type=Path, file_okay=False), required=True, help="The model directory.")
+@click.argument("source", type=click.Path(path_type=Path))
+@click.option("--to", type=_A_DIRECTORY, help="The model directory to make of a checkpoint.")
+@click.option("--onnx", type=_A_DIRECTORY, help="The directory of ONNX graphs to make of a model directory.")
+@click.option("--int8", is_flag=True, help="With --onnx: weights as 8-bit numbers.")
 @click.option("--overwrite", is_flag=True, help="Replace what stands there.")
-def export(checkpoint: Path, to: Path, overwrite: bool) -> None:
-    """Make a model directory of CHECKPOINT (a file, or a directory of shards) on one process.
+def export(source: Path, to: Path | None, onnx: Path | None, int8: bool, overwrite: bool) -> None:
+    """Make a model directory of a checkpoint SOURCE (a file, or a directory of shards), or ONNX graphs of a model.
 
     \b
     nxtp export runs/demo/checkpoints/last.ckpt --to models/demo
+    nxtp export models/demo --onnx models/demo-onnx
+    python -m nxtp.onnx models/demo-onnx photo.jpg
     """
+    from rich.console import Console
+
+    if (to is None) == (onnx is None):
+        raise UserError("Say --to DIR for a model directory, or --onnx DIR for ONNX graphs.")
+    if int8 and onnx is None:
+        raise UserError("--int8 goes with --onnx.")
+    target = to or onnx
+    if target.exists() and not overwrite:
+        raise UserError(f"'{target}' exists: choose another name, or say --overwrite.")
+    made = _model_directory(source, target) if to else _graphs(source, target, int8)
+    Console(stderr=True).print(f"{target}: {made}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _model_directory(checkpoint: Path, to: Path) -> str:
     from rich.console import Console
     from rich.progress import track
 
-    from nxtp.errors import UserError
-
-    if to.exists() and not overwrite:
-        raise UserError(f"'{to}' exists: choose another name, or say --overwrite.")
     console = Console(stderr=True)
     count = export_checkpoint(
         checkpoint, to, track=lambda names: track(names, description="Writing", console=console, transient=True)
     )
-    console.print(f"{to}: {count} tensors", highlight=False, soft_wrap=True)
+    return f"{count} tensors"
+
+
+def _graphs(source: Path, onnx: Path, int8: bool) -> str:
+    from nxtp.onnx.export import export_onnx, require_onnx
+    from nxtp.recognizer import Recognizer
+
+    require_onnx()
+    config = export_onnx(Recognizer.from_pretrained(source, device="cpu"), onnx, int8)
+    size = sum(path.stat().st_size for path in onnx.iterdir())
+    return f"ONNX graphs with {config.weights} weights, {size / 1e6:,.1f} MB"
 
 
 def export_checkpoint(checkpoint: Path, to: Path, track: Any = iter) -> int:
@@ -41,7 +69,6 @@ def export_checkpoint(checkpoint: Path, to: Path, track: Any = iter) -> int:
     """
     from nxtp.checkpoint import CheckpointWeights
     from nxtp.config import to_dataclass
-    from nxtp.errors import UserError
     from nxtp.model import ModelConfig
     from nxtp.model_dir import HEAD, write_model_dir
     from nxtp.tokens import FILES, LabelTokenizer

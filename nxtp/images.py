@@ -20,6 +20,7 @@ from nxtp.errors import UserError
 
 MAX_PIXELS = 178_000_000  # just below what Pillow itself refuses; 0.5 GB as RGB
 _LARGE = 16_000_000  # pixels; such images are decoded one after another: threads must not multiply their memory
+_LONGEST = 8  # times the short side
 SUFFIXES = frozenset(
     f".{name}"
     for name in (
@@ -106,6 +107,15 @@ def load_image(
         raise ImageError(name, str(refused)) from None
     except Exception as error:  # on damaged files Pillow's decoders raise nearly any type
         raise ImageError(name, _reason(error)) from error
+
+
+def middle_of_strip(image: Image.Image) -> Image.Image:
+    """Of an image longer than eight times its short side the middle: all that a square cut from its centre needs."""
+    longest = _LONGEST * min(image.size)
+    if max(image.size) <= longest:
+        return image
+    left, top = (max(0, side - longest) // 2 for side in image.size)
+    return image.crop((left, top, image.width - left, image.height - top))
 
 
 def find_images(paths: Iterable[str | Path]) -> tuple[list[Path], list[ImageError]]:

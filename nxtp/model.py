@@ -102,8 +102,12 @@ class Model(nn.Module):
 
     def embed(self, image_tokens_BND: Tensor, tokens_BU: Tensor) -> Tensor:
         """image tokens · ``<|image|>`` · text, [B, N + 1 + U, D]."""
+        return torch.cat([self.marked(image_tokens_BND), self.decoder.embed(tokens_BU)], dim=1)
+
+    def marked(self, image_tokens_BND: Tensor) -> Tensor:
+        """image tokens · ``<|image|>``, [B, N + 1, D]."""
         marker = self.image_token.to(image_tokens_BND.dtype).expand(image_tokens_BND.shape[0], 1, -1)
-        return torch.cat([image_tokens_BND, marker, self.decoder.embed(tokens_BU)], dim=1)
+        return torch.cat([image_tokens_BND, marker], dim=1)
 
     def prefill(self, images: Tensor, prompt: Sequence[int]) -> tuple[Tensor, DynamicCache]:
         """Run the prefix once.

@@ -8,7 +8,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-_LONGEST = 8  # times the short side; of a longer strip only the middle is resized
+from nxtp.images import middle_of_strip
 
 
 def to_pixels(image: Image.Image, size: int) -> Tensor:
@@ -18,10 +18,7 @@ def to_pixels(image: Image.Image, size: int) -> Tensor:
     in 200 differs by one level. The mean and standard deviation are applied by the encoder. An image of size × size
     comes out unchanged.
     """
-    short = min(image.size)
-    if max(image.size) > _LONGEST * short:
-        left, top = (max(0, side - _LONGEST * short) // 2 for side in image.size)
-        image = image.crop((left, top, image.width - left, image.height - top))
+    image, short = middle_of_strip(image), min(image.size)
     pixels = torch.from_numpy(np.array(image, dtype=np.uint8)).permute(2, 0, 1)
     if image.size != (size, size):
         height, width = (int(size * side / short) for side in pixels.shape[1:])

@@ -160,6 +160,23 @@ def padding(**options: Any) -> None:
     _report(measure_padding, padding_table, **options)
 
 
+@bench.command(name="export")
+@click.option("--json", is_flag=True, help="Print one JSON object as the last line.")
+@click.option("--model", required=True, help="A model directory.")
+@click.option("--data", required=True, help="Shards with labels or captions: a directory, glob or brace expression.")
+@click.option("--images", type=click.IntRange(1), default=500, show_default=True, help="The first of the shards.")
+@click.option("--repeats", type=click.IntRange(1), default=3, show_default=True, help="Rounds; medians are shown.")
+@click.option("--aoti", is_flag=True, help="Also AOTInductor; compiles for a minute.")
+def exported(**options: Any) -> None:
+    """A model as it is, with int8 weights and as ONNX graphs: size, speed, recall."""
+    from nxtp.onnx.export import require_onnx
+
+    require_onnx()
+    from nxtp.bench.exported import exported_table, measure_exported
+
+    _report(measure_exported, exported_table, **options)
+
+
 def _numbers(context: click.Context, parameter: click.Parameter, value: str) -> list[int]:
     try:
         numbers = [int(part) for part in value.split(",")]

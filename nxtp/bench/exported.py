@@ -1,0 +1,197 @@
+"""`nxtp bench export`: a model as it is, with int8 weights and as ONNX graphs: size, time and quality side by side."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+from rich.table import Table
+
+from nxtp.bench.processes import machine_description, machine_line
+from nxtp.labels import noun_backend
+from nxtp.metrics import ExactMatch
+from nxtp.onnx.export import DecoderGraph, EncoderGraph, decoder_inputs, encoder_inputs, export_onnx, runner_config
+from nxtp.onnx.runner import OnnxRecognizer
+from nxtp.recognizer import Labels, Recognizer
+from nxtp.shard_set import SampleFault, ShardSet
+from nxtp.shards import expand_shards
+from nxtp.sources import labels_of
+
+TOP_K, BATCH, ALONE = 10, 8, 50  # labels, images a batch, images timed one by one
+
+Predict = Callable[[np.ndarray], list[Labels]]
+
+
+class CompiledRecognizer(OnnxRecognizer):
+    """The same graphs compiled ahead of time by torch (AOTInductor) in place of onnxruntime's sessions."""
+
+    def __init__(self, directory: Path, recognizer: Recognizer, out: Path):
+        super().__init__(directory)
+        config = runner_config(recognizer, "float32")
+        graphs = ((EncoderGraph, encoder_inputs(config)), (DecoderGraph, decoder_inputs(config)))
+        self.compiled = []
+        with torch.no_grad():
+            for graph, inputs in graphs:
+                examples, axes = zip(*inputs.values(), strict=True)
+                exported = torch.export.export(graph(recognizer.model).eval(), examples, dynamic_shapes=axes)
+                path = str(out / f"{graph.__name__}.pt2")
+                torch._inductor.aoti_compile_and_package(exported, package_path=path)
+                self.compiled.append(torch._inductor.aoti_load_package(path))
+
+    def _encode(self, pixels: np.ndarray) -> np.ndarray:
+        return self.compiled[0](torch.from_numpy(pixels)).numpy()
+
+    def _decode(self, *inputs: np.ndarray) -> list[np.ndarray]:
+        given = [torch.from_numpy(np.ascontiguousarray(each)) for each in inputs]
+        return [each.numpy() for each in self.compiled[1](*given)]
+
+
+def measure_exported(model: str, data: str, images: int = 500, repeats: int = 3, aoti: bool = False) -> dict[str, Any]:
+    """Recall, difference, size and seconds of each way, on a CPU.
+
+    Args:
+        model: a model directory.
+        data: shards with labels or captions; the first ``images`` of them are used.
+        repeats: rounds of timing, in which the ways take turns; medians are given.
+        aoti: compile the graphs ahead of time, too; needs a C++ compiler.
+
+    Returns:
+        ``rows``: of each way megabytes, milliseconds an image alone, images/s in batches, recall@10, and the largest
+        difference of a probability from the model as it is.
+
+    Raises:
+        UserError: no such model or shards.
+    """
+    recognizer = Recognizer.from_pretrained(model, device="cpu")
+    pixels, truth = _samples(data, images, recognizer)
+    with tempfile.TemporaryDirectory() as directory:
+        ways: dict[str, tuple[Predict, float]] = {
+            "PyTorch": (_of_torch(recognizer), _megabytes(recognizer)),
+        }
+        if find_spec("torchao"):
+            narrow = Recognizer.from_pretrained(model, device="cpu").to_int8()
+            ways["PyTorch int8"] = (_of_torch(narrow), _megabytes(narrow))
+        for name, int8 in (("ONNX", False), ("ONNX int8", True)):
+            out = Path(directory, name)
+            export_onnx(recognizer, out, int8)
+            size = sum(path.stat().st_size for path in out.iterdir()) / 1e6
+            ways[name] = (_of_runner(OnnxRecognizer(out, torch.get_num_threads())), size)
+        if aoti:
+            compiled = CompiledRecognizer(Path(directory, "ONNX"), recognizer, Path(directory))
+            size = sum(path.stat().st_size for path in Path(directory).glob("*.pt2")) / 1e6
+            ways["AOTInductor"] = (_of_runner(compiled), size)
+        rows = {name: _quality(predict, pixels, truth) | {"megabytes": size} for name, (predict, size) in ways.items()}
+        reference = rows["PyTorch"]["labels"]
+        for row in rows.values():
+            row["difference"] = _difference(row.pop("labels") if row is not rows["PyTorch"] else reference, reference)
+        rows["PyTorch"].pop("labels", None)
+        _time({name: predict for name, (predict, _) in ways.items()}, rows, pixels, repeats)
+    return {
+        "rows": rows,
+        "images": len(pixels),
+        "repeats": repeats,
+        "parameters": sum(parameter.numel() for parameter in recognizer.model.parameters()),
+        "machine": machine_description("cpu"),
+    }
+
+
+def _samples(data: str, count: int, recognizer: Recognizer) -> tuple[np.ndarray, list[list[str]]]:
+    shards, nouns = ShardSet(expand_shards(data)), noun_backend()
+    pixels, truth = [], []
+    for position in range(len(shards)):
+        try:
+            raw = shards.read(position)
+            truth.append(labels_of(raw, nouns))
+        except SampleFault:
+            continue
+        pixels.append(recognizer.transform(raw.image).numpy())
+        if len(pixels) == count:
+            break
+    return np.stack(pixels), truth
+
+
+def _of_torch(recognizer: Recognizer) -> Predict:
+    return lambda pixels: recognizer.predict_pixels(torch.from_numpy(pixels), TOP_K)
+
+
+def _of_runner(runner: OnnxRecognizer) -> Predict:
+    return lambda pixels: runner.predict_pixels(pixels, TOP_K)
+
+
+def _megabytes(recognizer: Recognizer) -> float:
+    """Of parameters as they are held."""
+    from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+    def held(tensor: torch.Tensor) -> int:
+        if is_traceable_wrapper_subclass(tensor):
+            return sum(held(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
+        return tensor.numel() * tensor.element_size()
+
+    return sum(held(parameter.data) for parameter in recognizer.model.parameters()) / 1e6
+
+
+def _quality(predict: Predict, pixels: np.ndarray, truth: list[list[str]]) -> dict[str, Any]:
+    labels = [image for start in range(0, len(pixels), BATCH) for image in predict(pixels[start : start + BATCH])]
+    metric = ExactMatch(top_k=TOP_K)
+    metric.update([[label for label, _ in image] for image in labels], truth)
+    return {"labels": labels, "recall": float(metric.compute()[f"recall@{TOP_K}"])}
+
+
+def _difference(labels: list[Labels], reference: list[Labels]) -> float:
+    return max(
+        abs(dict(image).get(label, 0.0) - probability)
+        for image, expected in zip(labels, reference, strict=True)
+        for label, probability in expected
+    )
+
+
+def _time(ways: dict[str, Predict], rows: dict[str, dict[str, Any]], pixels: np.ndarray, repeats: int) -> None:
+    alone: dict[str, list[float]] = {name: [] for name in ways}
+    batched: dict[str, list[float]] = {name: [] for name in ways}
+    single = pixels[: min(ALONE, len(pixels))]
+    for turn in range(repeats + 1):
+        for name, predict in ways.items():
+            begin = time.perf_counter()
+            for image in single:
+                predict(image[None])
+            middle = time.perf_counter()
+            for start in range(0, len(pixels), BATCH):
+                predict(pixels[start : start + BATCH])
+            if turn:  # the first is not counted
+                alone[name].append((middle - begin) / len(single))
+                batched[name].append((time.perf_counter() - middle) / len(pixels))
+    for name, row in rows.items():
+        row["alone_ms"], row["images_per_s"] = 1e3 * median(alone[name]), 1 / median(batched[name])
+
+
+def exported_table(result: dict[str, Any]) -> Table:
+    table = Table(title="A model as it is, and exported", caption_justify="left")
+    table.add_column(no_wrap=True)
+    columns = ("MB", "ms alone", "", "images/s", "", "recall", "differs")
+    for column in columns:
+        table.add_column(column, justify="right")
+    first = result["rows"]["PyTorch"]
+    for name, row in result["rows"].items():
+        table.add_row(
+            name,
+            f"{row['megabytes']:,.1f}",
+            f"{row['alone_ms']:,.1f}",
+            f"{first['alone_ms'] / row['alone_ms']:.1f}×",
+            f"{row['images_per_s']:,.0f}",
+            f"{row['images_per_s'] / first['images_per_s']:.1f}×",
+            f"{row['recall']:.3f}",
+            f"{row['difference']:.0e}" if row["difference"] else "",
+        )
+    table.caption = (
+        f"{result['parameters'] / 1e6:,.1f} M parameters. One image alone, and batches of {BATCH}; × is the gain in speed, "
+        f"medians of {result['repeats']} rounds. Recall@{TOP_K} of {result['images']:,} images; the largest difference of "
+        f"a probability. {machine_line(result['machine'])}"
+    )
+    return table
