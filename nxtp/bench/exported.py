@@ -190,8 +190,8 @@ def exported_table(result: dict[str, Any]) -> Table:
             f"{row['difference']:.0e}" if row["difference"] else "",
         )
     table.caption = (
-        f"{result['parameters'] / 1e6:,.1f} M parameters. One image alone, and batches of {BATCH}; × is the gain in speed, "
-        f"medians of {result['repeats']} rounds. Recall@{TOP_K} of {result['images']:,} images; the largest difference of "
-        f"a probability. {machine_line(result['machine'])}"
+        f"{result['parameters'] / 1e6:,.1f} M parameters; an image alone, and batches of {BATCH}; × is the gain in "
+        f"speed, medians of {result['repeats']} rounds; recall@{TOP_K} of {result['images']:,} images, and the largest "
+        f"difference of a probability. {machine_line(result['machine'])}"
     )
     return table
