@@ -19,6 +19,7 @@ class Commands(click.Group):
     """A group whose unknown commands name the nearest known one, and whose lazy commands are imported late."""
 
     lazy = {  # noqa: RUF012
+        "app": "nxtp.app.command:app",
         "bench": "nxtp.bench:bench",
         "classify": "nxtp.predict:classify",
         "convert": "nxtp.convert:convert",
@@ -61,7 +62,8 @@ SUMMARIES = {
     "features": "A frozen encoder's features, computed once: nxtp features data.train=SHARDS data.features=DIR …",
     "data": "Look at shards, and check them: nxtp data show SHARDS, nxtp data verify DIR",
     "convert": "Published checkpoints in and out: nxtp convert CKPT --llama DIR --clip openai --to DIR",
-    "export": "A checkpoint, whole or sharded → a model directory: nxtp export CKPT --to DIR",
+    "app": "A page to try a model in a browser: nxtp app DIR",
+    "export": "A checkpoint → a model directory, or that → ONNX: nxtp export CKPT --to DIR, nxtp export DIR --onnx OUT",
     "parity": "Check against recorded numbers of the published implementation: nxtp parity DIR",
     "bench": "Ours beside the published way of computing it: nxtp bench train|predict|closed|data|metric|…",
 }

@@ -10,6 +10,7 @@ from textwrap import wrap
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
@@ -103,6 +104,13 @@ def save_grid(
     _save(figure, path)
 
 
+def overlaid(image: Image.Image, weights: np.ndarray) -> Image.Image:
+    """An image under its attention [rows, columns], the highest brightest; patches as they are, not smoothed."""
+    shares = weights / max(float(weights.max()), 1e-12)
+    heat = Image.fromarray((colormaps["inferno"](shares)[..., :3] * 255).astype(np.uint8))
+    return Image.blend(image, heat.resize(image.size, Image.Resampling.NEAREST), 0.6)
+
+
 def save_attention(path: Path | str | BinaryIO, items: Sequence[AttentionItem], *, title: str = "") -> None:
     """A PNG: a row each image, first as it is, then with each label's attention laid over it."""
     columns = 1 + max(len(item.maps) for item in items)
@@ -112,14 +120,9 @@ def save_attention(path: Path | str | BinaryIO, items: Sequence[AttentionItem], 
     outer = {"left": 0.01, "right": 0.99, "top": 1 - 0.75 / height, "bottom": 0.05 / height, "wspace": 0.05}
     grid = figure.add_gridspec(len(items), columns, hspace=0.2, **outer)
     for row, item in enumerate(items):
-        width, tall = item.image.size
         for column, (label, weights) in enumerate([("", None), *item.maps]):
             axes = figure.add_subplot(grid[row, column])
-            axes.imshow(item.image, interpolation="antialiased")
-            if weights is not None:
-                shares = weights / max(float(weights.max()), 1e-12)
-                extent = (-0.5, width - 0.5, tall - 0.5, -0.5)
-                axes.imshow(shares, cmap="inferno", alpha=0.6, extent=extent, interpolation="nearest", vmin=0, vmax=1)
+            axes.imshow(item.image if weights is None else overlaid(item.image, weights), interpolation="antialiased")
             axes.set_axis_off()
             axes.set_title(_short(label, 24), fontsize=9.5, color="#333333", pad=3, parse_math=False)
     figure.text(0.012, 1 - 0.32 / height, title or "Where each label looks", fontproperties=_TITLE, parse_math=False)

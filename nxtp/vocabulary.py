@@ -9,7 +9,7 @@ it does not depend on which other labels are given, and the given ones do not ad
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -47,9 +47,15 @@ def read_classes(source: str | Path) -> list[list[str]]:
         raise UserError(
             f"Labels in '{source}' cannot be read: {reason}. A class a line, please, or {IMAGENET}."
         ) from error
-    classes = [[name.strip() for name in line.split(",") if name.strip()] for line in lines]
-    if not any(classes):
+    classes = classes_of_lines(lines)
+    if not classes:
         raise UserError(f"'{source}' holds no label: a class a line, its names separated by commas, please.")
+    return classes
+
+
+def classes_of_lines(lines: Iterable[str]) -> list[list[str]]:
+    """Classes as people write them: one a line, its names separated by commas; empty lines are passed over."""
+    classes = ([name.strip() for name in line.split(",") if name.strip()] for line in lines)
     return [names for names in classes if names]
 
 

@@ -1,0 +1,77 @@
+"""`nxtp app`: the page behind a server on this machine."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import socket
+import tempfile
+from importlib.util import find_spec
+from pathlib import Path
+
+import click
+
+from nxtp.errors import UserError
+
+EXAMPLES = Path("data/shards/demo/examples")  # what make demo leaves
+
+
+@click.command()
+@click.argument("model")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to serve at; 0.0.0.0: to the network.")
+@click.option("--port", type=click.IntRange(1, 65535), default=7860, show_default=True)
+@click.option("--examples", type=click.Path(path_type=Path, file_okay=False, exists=True), help="A folder of images.")
+@click.option("--max-mb", type=click.IntRange(1, 1000), default=20, show_default=True, help="Of an uploaded image.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, …")
+def app(model: str, host: str, port: int, examples: Path | None, max_mb: int, device: str) -> None:
+    """Try MODEL (a directory or hub name) in a browser: drop an image, see labels, click one to see where it looks.
+
+    \b
+    nxtp app runs/demo/model
+    nxtp app runs/demo/model --examples pictures --port 8000
+
+    Example images: --examples, or those that make demo left in data/shards/demo/examples.
+    """
+    if find_spec("gradio") is None:
+        raise UserError("The page needs gradio: pip install 'nxtp[app]'.")
+    listener = _listen(host, port)
+    if not _is_local(host):
+        click.secho(f"Whoever reaches {host}:{port} on the network can use this page.", fg="yellow", err=True)
+    with tempfile.TemporaryDirectory(prefix="nxtp-app-") as uploads, listener:
+        # Before the first import: gradio keeps uploads there, asks its makers for updates, and reads its settings once.
+        os.environ |= {"GRADIO_TEMP_DIR": uploads, "GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1"}
+        import uvicorn
+
+        from nxtp.app.page import served_page
+        from nxtp.recognizer import Recognizer
+
+        recognizer = Recognizer.from_pretrained(model, device=device)
+        folder = examples or (EXAMPLES if EXAMPLES.is_dir() else None)
+        page = served_page(recognizer, Path(uploads), folder, max_bytes=max_mb << 20)
+        click.echo(f"http://{'localhost' if _is_local(host) else host}:{port}   (stop with Ctrl-C)")
+        settings = uvicorn.Config(page, log_level="warning", timeout_graceful_shutdown=2)
+        uvicorn.Server(settings).run(sockets=[listener])
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """
+    Raises:
+        UserError: the port is taken, or the address is not this machine's.
+    """
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        listener = socket.socket(family)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+    except OSError as error:
+        raise UserError(
+            f"{host}:{port} cannot be served at: {error.strerror}; choose another --port or --host."
+        ) from error
+    return listener
+
+
+def _is_local(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

@@ -1,0 +1,222 @@
+"""The page: an image, its labels as bars, and where a label looks."""
+
+from __future__ import annotations
+
+import time
+from html import escape
+from pathlib import Path
+from threading import Lock
+
+import gradio as gr
+import numpy as np
+from fastapi import FastAPI
+from PIL import Image
+
+from nxtp.app.guard import UploadGuard
+from nxtp.attention import average
+from nxtp.errors import UserError
+from nxtp.images import find_images, load_image
+from nxtp.pixels import to_pixels
+from nxtp.recognizer import Labels, Recognizer
+from nxtp.show import overlaid
+from nxtp.vocabulary import classes_of_lines
+
+MOST_LABELS, MOST_CLASSES, MOST_CHARACTERS, MOST_EXAMPLES = 30, 2000, 50_000, 12
+WAITING = 64  # requests in the queue; more are told that it is full
+SHOWN_PIXELS = 448  # a side of the picture of where a label looks
+TITLE = "# What is in this image?\nLabels, written token by token and ranked by probability."
+OPEN, CLOSED = "Any label", "Only these"
+
+STYLE = """
+.gradio-container { max-width: 1040px !important; margin: 0 auto !important; }
+#title h1 { font-size: 1.5rem; margin: 0; } #title p { margin: .2rem 0 0; opacity: .75; }
+#labels .row { display: grid; grid-template-columns: minmax(6rem, 11rem) 1fr 4.5rem; gap: .75rem; align-items: center;
+  width: 100%; padding: .35rem .6rem; border: 1px solid transparent; border-radius: 8px; background: none;
+  font: inherit; color: inherit; text-align: left; cursor: pointer; }
+#labels .row:hover { background: var(--background-fill-secondary); }
+#labels .row:focus-visible { outline: 2px solid #0072b2; outline-offset: 1px; }
+#labels .row.chosen { border-color: #d55e00; }
+#labels .name { overflow-wrap: anywhere; }
+#labels .track { height: .8rem; border-radius: 4px; background: var(--background-fill-secondary); overflow: hidden; }
+#labels .bar { display: block; height: 100%; background: #0072b2; border-radius: 4px; min-width: 1px; }
+#labels .chosen .bar { background: #d55e00; }
+#labels .value { text-align: right; font-variant-numeric: tabular-nums; }
+#labels .told { opacity: .75; padding: .35rem .6rem; margin: 0; }
+#labels .error { color: #b3261e; opacity: 1; } .dark #labels .error { color: #ffb4ab; }
+footer { display: none !important; }
+"""
+CLICKED = """
+element.addEventListener('click', (event) => {
+  const row = event.target.closest('.row');
+  if (!row) return;
+  element.querySelectorAll('.row').forEach((each) => {
+    each.classList.toggle('chosen', each === row);
+    each.setAttribute('aria-pressed', each === row);
+  });
+  trigger('click', {label: row.dataset.label});
+});
+"""
+
+
+class ImageFile(gr.Image):
+    """gradio's image component, whose file reaches us as it was uploaded: :func:`nxtp.images.load_image` judges it."""
+
+    is_template = True
+
+    def preprocess(self, payload) -> str | None:
+        return payload and payload.path
+
+
+class Answers:
+    """What the page asks the model; one request at a time."""
+
+    def __init__(self, recognizer: Recognizer):
+        self.recognizer = recognizer
+        self._lock = Lock()
+
+    def labels(self, path: str | None, count: float, mode: str, typed: str) -> str:
+        """Labels as HTML, or why there are none."""
+        if path is None:
+            return _told("Drop an image, or choose one of the examples.")
+        count = int(min(max(count, 1), MOST_LABELS))
+        try:
+            classes = _classes(typed or "") if mode == CLOSED else None
+            with self._lock:
+                begin = time.perf_counter()
+                pixels = self._pixels(path)
+                if classes is None:
+                    (labels,) = self.recognizer.predict_pixels(pixels, count)
+                else:
+                    known = self.recognizer.vocabulary(classes)
+                    (labels,) = self.recognizer.classify_pixels(pixels, known, count)
+                seconds = time.perf_counter() - begin
+        except UserError as error:
+            return _told(_reason(error), "error")
+        return _rows(labels, seconds)
+
+    def look(self, path: str | None, label: str) -> tuple[Image.Image | None, str]:
+        """The picture of where a label looks, and its caption."""
+        if path is None:
+            return None, ""
+        try:
+            with self._lock:
+                image = to_pixels(load_image(path, near=SHOWN_PIXELS), SHOWN_PIXELS).permute(1, 2, 0).numpy()
+                weights = average(self.recognizer.attention(path, label[:MOST_CHARACTERS]))
+        except UserError as error:
+            raise gr.Error(_reason(error), print_exception=False) from None
+        return overlaid(Image.fromarray(np.ascontiguousarray(image)), weights.numpy()), f"Where “{label}” looks"
+
+    def _pixels(self, path: str):
+        return self.recognizer.transform(path)[None]
+
+
+def _classes(typed: str) -> list[list[str]]:
+    """
+    Raises:
+        UserError: nothing is typed, or too much.
+    """
+    if len(typed) > MOST_CHARACTERS:
+        raise UserError(f"The list is too long: at most {MOST_CHARACTERS:,} characters.")
+    classes = classes_of_lines(typed.splitlines())
+    if not classes:
+        raise UserError("Type the labels: one a line, other names of the same thing behind it, after commas.")
+    if len(classes) > MOST_CLASSES:
+        raise UserError(f"{len(classes):,} labels are too many: at most {MOST_CLASSES:,}.")
+    return classes
+
+
+def _reason(error: UserError) -> str:
+    """One line without the path of a file on this machine."""
+    return getattr(error, "reason", None) or str(error)
+
+
+def _told(text: str, kind: str = "") -> str:
+    role = ' role="alert"' if kind == "error" else ""
+    return f'<p class="told {kind}"{role}>{escape(text)}</p>'
+
+
+def _rows(labels: Labels, seconds: float) -> str:
+    """Labels as buttons with bars. Everything that a model or a user wrote is escaped."""
+    rows = []
+    for label, probability in labels:
+        text = escape(label)
+        value = f"{100 * probability:.1f} %" if probability >= 0.0005 else f"{probability:.0e}"
+        rows.append(
+            f'<button type="button" class="row" data-label="{text}" aria-pressed="false">'
+            f'<span class="name">{text}</span>'
+            f'<span class="track"><span class="bar" style="width:{100 * probability:.2f}%"></span></span>'
+            f'<span class="value">{value}</span></button>'
+        )
+    found = (
+        f"{len(labels)} label{'s' * (len(labels) != 1)} in {1e3 * seconds:,.0f} ms. Choose one to see where it looks."
+    )
+    return f'<div>{"".join(rows)}</div><p class="told" id="latency">{found}</p>'
+
+
+def make_page(recognizer: Recognizer, examples: Path | None = None) -> gr.Blocks:
+    """The page, not yet served.
+
+    Args:
+        examples: a folder whose first images are offered.
+    """
+    answers = Answers(recognizer)
+    pictures = find_images([examples])[0][:MOST_EXAMPLES] if examples else []
+    with gr.Blocks(title="nxtp", analytics_enabled=False, delete_cache=(3600, 3600)) as page:
+        gr.Markdown(
+            "# What is in this image?\nLabels, written token by token and ranked by probability.", elem_id="title"
+        )
+        with gr.Row():
+            with gr.Column(scale=5, min_width=300):
+                image = ImageFile(
+                    label="Image", type="filepath", sources=["upload", "clipboard"], elem_id="image", height=340,
+                    buttons=[],
+                )  # fmt: skip
+                if pictures:
+                    gr.Examples(
+                        [[str(path)] for path in pictures], [image], label="Examples", examples_per_page=MOST_EXAMPLES
+                    )
+                count = gr.Slider(1, MOST_LABELS, value=8, step=1, label="Number of labels", elem_id="count")
+                mode = gr.Radio([OPEN, CLOSED], value=OPEN, label="Vocabulary", elem_id="mode")
+                typed = gr.Textbox(
+                    label="Labels, one a line; other names of the same thing after commas", lines=5, max_lines=12,
+                    max_length=MOST_CHARACTERS, placeholder="dog, puppy\ncat\nbicycle, bike", visible=False,
+                    elem_id="typed",
+                )  # fmt: skip
+            with gr.Column(scale=6, min_width=300):
+                labels = gr.HTML(answers.labels(None, 1, OPEN, ""), elem_id="labels", js_on_load=CLICKED)
+                caption = gr.Markdown(elem_id="caption")
+                look = gr.Image(
+                    label="Where it looks", interactive=False, visible=False, elem_id="look", height=340, format="png",
+                    buttons=[],
+                )  # fmt: skip
+        asked = {"inputs": [image, count, mode, typed], "outputs": [labels], "show_progress": "minimal"}
+        options = {"concurrency_id": "model", "concurrency_limit": 1, "api_name": False}
+        gr.on(
+            [image.change, count.release, mode.change], answers.labels, **asked, trigger_mode="always_last", **options
+        )
+        gr.on([typed.blur, typed.submit], answers.labels, **asked, trigger_mode="always_last", **options)
+        mode.change(lambda chosen: gr.update(visible=chosen == CLOSED), mode, typed, queue=False, api_name=False)
+        image.change(lambda: (gr.update(visible=False), ""), None, [look, caption], queue=False, api_name=False)
+
+        def show(path: str | None, event: gr.EventData):
+            picture, words = answers.look(path, str(event.label))
+            return gr.update(value=picture, visible=picture is not None), words
+
+        labels.click(show, image, [look, caption], **options)
+    page.queue(max_size=WAITING, default_concurrency_limit=1)
+    return page
+
+
+def served_page(recognizer: Recognizer, uploads: Path, examples: Path | None, max_bytes: int) -> UploadGuard:
+    """The page as an ASGI application, with its limits.
+
+    Args:
+        uploads: gradio's directory of files.
+        max_bytes: of an uploaded image.
+    """
+    inner = gr.mount_gradio_app(
+        FastAPI(docs_url=None, redoc_url=None, openapi_url=None), make_page(recognizer, examples), path="/",
+        max_file_size=max_bytes, ssr_mode=False, pwa=False, footer_links=[], run_history=False, css=STYLE,
+        enable_monitoring=False, mcp_server=False, theme=gr.themes.Default(font=["system-ui", "sans-serif"]),
+    )  # fmt: skip
+    return UploadGuard(inner, uploads, max_bytes)
