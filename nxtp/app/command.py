@@ -34,40 +34,39 @@ def app(model: str, host: str, port: int, examples: Path | None, max_mb: int, de
     """
     if find_spec("gradio") is None:
         raise UserError("The page needs gradio: pip install 'nxtp[app]'.")
-    listener = _listen(host, port)
+    _check_free(host, port)
     if not _is_local(host):
         click.secho(f"Whoever reaches {host}:{port} on the network can use this page.", fg="yellow", err=True)
-    with tempfile.TemporaryDirectory(prefix="nxtp-app-") as uploads, listener:
-        # Before the first import: gradio keeps uploads there, asks its makers for updates, and reads its settings once.
+    from nxtp.recognizer import Recognizer
+
+    recognizer = Recognizer.from_pretrained(model, device=device)
+    with tempfile.TemporaryDirectory(prefix="nxtp-app-") as uploads:
+        # Before gradio is imported: it keeps uploads there, asks its makers for updates, and reads its settings once.
         os.environ |= {"GRADIO_TEMP_DIR": uploads, "GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1"}
-        import uvicorn
+        from nxtp.app.page import launch, make_page
 
-        from nxtp.app.page import served_page
-        from nxtp.recognizer import Recognizer
-
-        recognizer = Recognizer.from_pretrained(model, device=device)
-        folder = examples or (EXAMPLES if EXAMPLES.is_dir() else None)
-        page = served_page(recognizer, Path(uploads), folder, max_bytes=max_mb << 20)
-        click.echo(f"http://{'localhost' if _is_local(host) else host}:{port}   (stop with Ctrl-C)")
-        settings = uvicorn.Config(page, log_level="warning", timeout_graceful_shutdown=2)
-        uvicorn.Server(settings).run(sockets=[listener])
+        page = make_page(recognizer, examples or (EXAMPLES if EXAMPLES.is_dir() else None))
+        address = launch(page, Path(uploads), host, port, max_mb << 20)
+        click.echo(f"{address}   (stop with Ctrl-C)")
+        try:
+            page.block_thread()
+        finally:
+            page.close(verbose=False)
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def _check_free(host: str, port: int) -> None:
     """
     Raises:
         UserError: the port is taken, or the address is not this machine's.
     """
     try:
-        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        listener = socket.socket(family)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind((host, port))
+        family, kind, *_, where = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind) as trial:
+            trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            trial.bind(where)
     except OSError as error:
-        raise UserError(
-            f"{host}:{port} cannot be served at: {error.strerror}; choose another --port or --host."
-        ) from error
-    return listener
+        advice = "choose another --port or --host"
+        raise UserError(f"{host}:{port} cannot be served at ({error.strerror}): {advice}.") from error
 
 
 def _is_local(host: str) -> bool:

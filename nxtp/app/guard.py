@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 from starlette.responses import PlainTextResponse
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 UPLOAD = "/gradio_api/upload"
 _OVERHEAD = 1 << 16  # of a form around a file
@@ -19,11 +19,13 @@ class UploadGuard:
     Args:
         directory: where uploads are kept, one folder each; the oldest beyond ``kept`` are deleted.
         max_bytes: of an upload; a longer one is refused (413), by its announced length or when it has become too long.
+        kept: uploads that are kept.
         at_once: uploads that may run at a time; others are refused (429).
     """
 
-    def __init__(self, app: ASGIApp, directory: Path, max_bytes: int, at_once: int = 16, kept: int = 200):
+    def __init__(self, app: ASGIApp, directory: Path, max_bytes: int, kept: int, at_once: int = 16):
         self.app, self.directory, self.max_bytes, self.kept = app, directory, max_bytes, kept
+        self._ours = set(directory.iterdir())  # example images
         self._free = asyncio.Semaphore(at_once)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -35,25 +37,38 @@ class UploadGuard:
             return await _refusal(413, f"too large: at most {self.max_bytes >> 20} MB")(scope, receive, send)
         if self._free.locked():
             return await _refusal(429, "too many uploads at a time: try again")(scope, receive, send)
-        received = 0
+        received, answered = 0, False
 
-        async def bounded() -> dict:
+        async def bounded() -> Message:
             nonlocal received
             message = await receive()
             received += len(message.get("body", b""))
-            if received > limit:  # a length that was not announced, or a lie
+            if received > limit:  # its length was not announced, or it was a lie
                 return {"type": "http.disconnect"}
             return message
 
+        async def noting(message: Message) -> None:
+            nonlocal answered
+            answered = True
+            await send(message)
+
         async with self._free:
-            await self.app(scope, bounded, send)
             self._tidy()
+            try:
+                await self.app(scope, bounded, noting)
+            except Exception:
+                if received <= limit or answered:
+                    raise
+                await _refusal(413, f"too large: at most {self.max_bytes >> 20} MB")(scope, receive, send)
 
     def _tidy(self) -> None:
-        """Delete the oldest uploads beyond ``kept``."""
-        folders = sorted((path for path in self.directory.iterdir() if path.is_dir()), key=_age)
-        for folder in folders[: -self.kept]:
-            shutil.rmtree(folder, ignore_errors=True)
+        """Delete the oldest uploads, so that with the next one ``kept`` are left."""
+        found = sorted((path for path in self.directory.iterdir() if path not in self._ours), key=_age)
+        for path in found[: max(0, len(found) - self.kept + 1)]:
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:  # left by an upload that broke off
+                path.unlink(missing_ok=True)
 
 
 def _age(path: Path) -> float:

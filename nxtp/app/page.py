@@ -8,9 +8,8 @@ from pathlib import Path
 from threading import Lock
 
 import gradio as gr
-import numpy as np
-from fastapi import FastAPI
 from PIL import Image
+from starlette.middleware import Middleware
 
 from nxtp.app.guard import UploadGuard
 from nxtp.attention import average
@@ -29,21 +28,31 @@ OPEN, CLOSED = "Any label", "Only these"
 
 STYLE = """
 .gradio-container { max-width: 1040px !important; margin: 0 auto !important; }
-#title h1 { font-size: 1.5rem; margin: 0; } #title p { margin: .2rem 0 0; opacity: .75; }
-#labels .row { display: grid; grid-template-columns: minmax(6rem, 11rem) 1fr 4.5rem; gap: .75rem; align-items: center;
-  width: 100%; padding: .35rem .6rem; border: 1px solid transparent; border-radius: 8px; background: none;
-  font: inherit; color: inherit; text-align: left; cursor: pointer; }
+#title h1 { font-size: 1.5rem; margin: 0; }
+#title p { margin: .2rem 0 0; opacity: .75; }
+#body { display: grid; grid-template-columns: minmax(0, 5fr) minmax(0, 6fr); gap: 1rem 1.5rem; align-items: start; }
+#result { grid-column: 2; grid-row: 1 / span 2; }
+#image img, #look img { width: 100%; height: 100%; object-fit: contain; }
+#labels .row { display: grid; grid-template-columns: minmax(0, 10rem) minmax(3rem, 1fr) 4rem; gap: .75rem;
+  align-items: center; width: 100%; padding: .35rem .6rem; border: 1px solid transparent; border-radius: 8px;
+  background: none; font: inherit; color: inherit; text-align: left; cursor: pointer; }
 #labels .row:hover { background: var(--background-fill-secondary); }
 #labels .row:focus-visible { outline: 2px solid #0072b2; outline-offset: 1px; }
 #labels .row.chosen { border-color: #d55e00; }
 #labels .name { overflow-wrap: anywhere; }
-#labels .track { height: .8rem; border-radius: 4px; background: var(--background-fill-secondary); overflow: hidden; }
-#labels .bar { display: block; height: 100%; background: #0072b2; border-radius: 4px; min-width: 1px; }
+#labels .track { height: .8rem; border-radius: 4px; background: var(--border-color-primary); overflow: hidden; }
+#labels .bar { display: block; height: 100%; background: #0072b2; min-width: 1px; }
 #labels .chosen .bar { background: #d55e00; }
 #labels .value { text-align: right; font-variant-numeric: tabular-nums; }
 #labels .told { opacity: .75; padding: .35rem .6rem; margin: 0; }
-#labels .error { color: #b3261e; opacity: 1; } .dark #labels .error { color: #ffb4ab; }
+#labels .error { color: #b3261e; opacity: 1; }
+.dark #labels .error { color: #ffb4ab; }
 footer { display: none !important; }
+@media (max-width: 700px) {
+  #body { grid-template-columns: minmax(0, 1fr); }
+  #result { grid-column: 1; grid-row: auto; }
+  #labels .row { grid-template-columns: minmax(0, 7rem) minmax(3rem, 1fr) 4rem; padding: .5rem 0; }
+}
 """
 CLICKED = """
 element.addEventListener('click', (event) => {
@@ -56,15 +65,6 @@ element.addEventListener('click', (event) => {
   trigger('click', {label: row.dataset.label});
 });
 """
-
-
-class ImageFile(gr.Image):
-    """gradio's image component, whose file reaches us as it was uploaded: :func:`nxtp.images.load_image` judges it."""
-
-    is_template = True
-
-    def preprocess(self, payload) -> str | None:
-        return payload and payload.path
 
 
 class Answers:
@@ -83,7 +83,7 @@ class Answers:
             classes = _classes(typed or "") if mode == CLOSED else None
             with self._lock:
                 begin = time.perf_counter()
-                pixels = self._pixels(path)
+                pixels = self.recognizer.transform(path)[None]
                 if classes is None:
                     (labels,) = self.recognizer.predict_pixels(pixels, count)
                 else:
@@ -94,20 +94,21 @@ class Answers:
             return _told(_reason(error), "error")
         return _rows(labels, seconds)
 
-    def look(self, path: str | None, label: str) -> tuple[Image.Image | None, str]:
-        """The picture of where a label looks, and its caption."""
-        if path is None:
-            return None, ""
+    def look(self, path: str | None, label: str) -> Image.Image:
+        """The picture of where a label looks.
+
+        Raises:
+            gr.Error: there is no image, or it cannot be read: shown by the page.
+        """
         try:
+            if path is None or len(label) > MOST_CHARACTERS:
+                raise UserError("There is no such label here.")
             with self._lock:
-                image = to_pixels(load_image(path, near=SHOWN_PIXELS), SHOWN_PIXELS).permute(1, 2, 0).numpy()
-                weights = average(self.recognizer.attention(path, label[:MOST_CHARACTERS]))
+                pixels = to_pixels(load_image(path, near=SHOWN_PIXELS), SHOWN_PIXELS)
+                weights = average(self.recognizer.attention(path, label))
         except UserError as error:
             raise gr.Error(_reason(error), print_exception=False) from None
-        return overlaid(Image.fromarray(np.ascontiguousarray(image)), weights.numpy()), f"Where “{label}” looks"
-
-    def _pixels(self, path: str):
-        return self.recognizer.transform(path)[None]
+        return overlaid(Image.fromarray(pixels.permute(1, 2, 0).numpy()), weights.numpy())
 
 
 def _classes(typed: str) -> list[list[str]]:
@@ -140,7 +141,7 @@ def _rows(labels: Labels, seconds: float) -> str:
     rows = []
     for label, probability in labels:
         text = escape(label)
-        value = f"{100 * probability:.1f} %" if probability >= 0.0005 else f"{probability:.0e}"
+        value = f"{100 * probability:.1f} %" if probability >= 0.0005 or probability == 0 else f"{probability:.0e}"
         rows.append(
             f'<button type="button" class="row" data-label="{text}" aria-pressed="false">'
             f'<span class="name">{text}</span>'
@@ -165,16 +166,23 @@ def make_page(recognizer: Recognizer, examples: Path | None = None) -> gr.Blocks
         gr.Markdown(
             "# What is in this image?\nLabels, written token by token and ranked by probability.", elem_id="title"
         )
-        with gr.Row():
-            with gr.Column(scale=5, min_width=300):
-                image = ImageFile(
+        with gr.Row(elem_id="body"):
+            with gr.Column(min_width=0):
+                image = gr.Image(
                     label="Image", type="filepath", sources=["upload", "clipboard"], elem_id="image", height=340,
                     buttons=[],
                 )  # fmt: skip
+                # The file as it was uploaded, not as gradio decodes it: load_image judges it. (A subclass would have
+                # gradio write a stub file beside this module.)
+                image.preprocess = lambda payload: payload and payload.path
                 if pictures:
                     gr.Examples(
                         [[str(path)] for path in pictures], [image], label="Examples", examples_per_page=MOST_EXAMPLES
                     )
+            with gr.Column(min_width=0, elem_id="result"):
+                labels = gr.HTML(answers.labels(None, 1, OPEN, ""), elem_id="labels", js_on_load=CLICKED)
+                look = gr.Image(interactive=False, visible=False, elem_id="look", height=340, format="png", buttons=[])
+            with gr.Column(min_width=0):
                 count = gr.Slider(1, MOST_LABELS, value=8, step=1, label="Number of labels", elem_id="count")
                 mode = gr.Radio([OPEN, CLOSED], value=OPEN, label="Vocabulary", elem_id="mode")
                 typed = gr.Textbox(
@@ -182,41 +190,40 @@ def make_page(recognizer: Recognizer, examples: Path | None = None) -> gr.Blocks
                     max_length=MOST_CHARACTERS, placeholder="dog, puppy\ncat\nbicycle, bike", visible=False,
                     elem_id="typed",
                 )  # fmt: skip
-            with gr.Column(scale=6, min_width=300):
-                labels = gr.HTML(answers.labels(None, 1, OPEN, ""), elem_id="labels", js_on_load=CLICKED)
-                caption = gr.Markdown(elem_id="caption")
-                look = gr.Image(
-                    label="Where it looks", interactive=False, visible=False, elem_id="look", height=340, format="png",
-                    buttons=[],
-                )  # fmt: skip
-        asked = {"inputs": [image, count, mode, typed], "outputs": [labels], "show_progress": "minimal"}
-        options = {"concurrency_id": "model", "concurrency_limit": 1, "api_name": False}
-        gr.on(
-            [image.change, count.release, mode.change], answers.labels, **asked, trigger_mode="always_last", **options
-        )
-        gr.on([typed.blur, typed.submit], answers.labels, **asked, trigger_mode="always_last", **options)
+        options = {
+            "concurrency_id": "model", "concurrency_limit": 1, "api_name": False, "trigger_mode": "always_last",
+            "show_progress": "minimal",
+        }  # fmt: skip
+        asking = [image.change, count.release, mode.change, typed.blur, typed.submit]
+        gr.on(asking, answers.labels, [image, count, mode, typed], labels, **options)
         mode.change(lambda chosen: gr.update(visible=chosen == CLOSED), mode, typed, queue=False, api_name=False)
-        image.change(lambda: (gr.update(visible=False), ""), None, [look, caption], queue=False, api_name=False)
+        image.change(lambda: gr.update(visible=False), None, look, queue=False, api_name=False)
 
         def show(path: str | None, event: gr.EventData):
-            picture, words = answers.look(path, str(event.label))
-            return gr.update(value=picture, visible=picture is not None), words
+            label = str(event.label)
+            return gr.update(value=answers.look(path, label), label=f"Where “{label}” looks", visible=True)
 
-        labels.click(show, image, [look, caption], **options)
+        labels.click(show, image, look, **options)
     page.queue(max_size=WAITING, default_concurrency_limit=1)
     return page
 
 
-def served_page(recognizer: Recognizer, uploads: Path, examples: Path | None, max_bytes: int) -> UploadGuard:
-    """The page as an ASGI application, with its limits.
+def launch(page: gr.Blocks, uploads: Path, host: str, port: int, max_bytes: int, kept: int = 200) -> str:
+    """Serve the page from a thread, within limits; its address.
+
+    By gradio's own launch, not mounted in another application: only then does gradio refuse paths that no one uploaded.
 
     Args:
-        uploads: gradio's directory of files.
+        uploads: gradio's directory of files (GRADIO_TEMP_DIR).
         max_bytes: of an uploaded image.
+        kept: uploads that are kept.
     """
-    inner = gr.mount_gradio_app(
-        FastAPI(docs_url=None, redoc_url=None, openapi_url=None), make_page(recognizer, examples), path="/",
-        max_file_size=max_bytes, ssr_mode=False, pwa=False, footer_links=[], run_history=False, css=STYLE,
-        enable_monitoring=False, mcp_server=False, theme=gr.themes.Default(font=["system-ui", "sans-serif"]),
+    guard = Middleware(UploadGuard, directory=uploads, max_bytes=max_bytes, kept=kept)
+    closed = {"docs_url": None, "redoc_url": None, "openapi_url": None}
+    _, address, _ = page.launch(
+        server_name=host, server_port=port, max_file_size=max_bytes, app_kwargs={"middleware": [guard], **closed},
+        quiet=True, prevent_thread_lock=True, share=False, inbrowser=False, ssr_mode=False, pwa=False, footer_links=[],
+        run_history=False, enable_monitoring=False, mcp_server=False, css=STYLE,
+        theme=gr.themes.Default(primary_hue="blue", font=["system-ui", "sans-serif"]),
     )  # fmt: skip
-    return UploadGuard(inner, uploads, max_bytes)
+    return address.rstrip("/")
