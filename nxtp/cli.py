@@ -27,6 +27,7 @@ class Commands(click.Group):
         "export": "nxtp.export:export",
         "predict": "nxtp.predict:predict",
         "report": "nxtp.report.command:report",
+        "serve": "nxtp.serving:serve",
         "sweep": "nxtp.sweep_commands:sweep",
     }
 
@@ -63,6 +64,7 @@ SUMMARIES = {
     "data": "Look at shards, and check them: nxtp data show SHARDS, nxtp data verify DIR",
     "convert": "Published checkpoints in and out: nxtp convert CKPT --llama DIR --clip openai --to DIR",
     "app": "A page to try a model in a browser: nxtp app DIR",
+    "serve": "Answer HTTP requests, batched: nxtp serve DIR",
     "export": "A checkpoint → a model directory, or that → ONNX: nxtp export CKPT --to DIR, nxtp export DIR --onnx OUT",
     "parity": "Check against recorded numbers of the published implementation: nxtp parity DIR",
     "bench": "Ours beside the published way of computing it: nxtp bench train|predict|closed|data|metric|…",
