@@ -37,7 +37,12 @@ class Commands(click.Group):
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
         if name in self.lazy:
             module, attribute = self.lazy[name].split(":")
-            return getattr(importlib.import_module(module), attribute)
+            try:
+                return getattr(importlib.import_module(module), attribute)
+            except ModuleNotFoundError as error:
+                if name not in EXTRAS or (error.name or "").startswith("nxtp"):
+                    raise
+                raise UserError(f"nxtp {name} needs {error.name}: pip install 'nxtp[{EXTRAS[name]}]'.") from None
         return super().get_command(ctx, name)
 
     def resolve_command(self, ctx: click.Context, args: list[str]):
@@ -52,6 +57,7 @@ class Commands(click.Group):
             formatter.write_dl(rows)
 
 
+EXTRAS = {"serve": "serve"}  # commands whose modules need what is not always installed
 SUMMARIES = {
     "train": "Train a model, or with -m a sweep of them: nxtp train experiment=demo",
     "sweep": "How a sweep stands, or a search in place of a grid: nxtp sweep status STUDY",

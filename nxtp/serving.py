@@ -2,6 +2,8 @@
 
 # No postponed annotations here: LitServe reads those of decode_request and encode_response as an HTTP endpoint's.
 
+import os
+import signal
 from collections.abc import Sequence
 from typing import Annotated, Any
 
@@ -74,17 +76,22 @@ class LabelAPI(litserve.LitAPI):
         return {"labels": [{"label": label, "probability": probability} for label, probability in output]}
 
     def _labels(self, inputs: Sequence[tuple[Tensor, int] | Refused]) -> list[Labels | Refused]:
-        good = [each for each in inputs if not isinstance(each, Refused)]
-        found = iter(self._predict(*zip(*good, strict=True)) if good else [])
-        return [each if isinstance(each, Refused) else next(found) for each in inputs]
+        """Those that ask for the same number of labels together: of more labels the first are others."""
+        found: list[Labels | Refused] = list(inputs)
+        of_count: dict[int, list[int]] = {}
+        for place, each in enumerate(inputs):
+            if not isinstance(each, Refused):
+                of_count.setdefault(each[1], []).append(place)
+        for count, places in of_count.items():
+            pixels = torch.stack([inputs[place][0] for place in places])
+            for place, labels in zip(places, self._predict(pixels, count), strict=True):
+                found[place] = labels
+        return found
 
-    def _predict(self, pixels: Sequence[Tensor], counts: Sequence[int]) -> list[Labels]:
-        images = torch.stack(list(pixels))
+    def _predict(self, pixels: Tensor, count: int) -> list[Labels]:
         if self.known:
-            labels = self.recognizer.classify_pixels(images, self.known, max(counts))
-        else:
-            labels = self.recognizer.predict_pixels(images, max(counts))
-        return [image[:count] for image, count in zip(labels, counts, strict=True)]
+            return self.recognizer.classify_pixels(pixels, self.known, count)
+        return self.recognizer.predict_pixels(pixels, count)
 
 
 @click.command()
@@ -111,7 +118,18 @@ def serve(model, host, port, labels, batch, wait_ms, max_mb, device) -> None:
         read_classes(labels)
     api = LabelAPI(model, labels, max_batch_size=batch, batch_timeout=wait_ms / 1000)
     server = litserve.LitServer(api, accelerator=device, devices=1, max_payload_size=max_mb << 20)
+    _end_as_on_ctrl_c()
     try:
         server.run(host=host, port=port, num_api_servers=1, generate_client_file=False, log_level="warning")
     except OSError as error:
         raise UserError(f"{host}:{port} cannot be served at ({error.strerror}): choose another --port.") from error
+
+
+def _end_as_on_ctrl_c() -> None:
+    """On SIGTERM, too: only then does LitServe end its other processes. These, which inherit the handler, just end."""
+    ours = os.getpid()
+
+    def end(*_: Any) -> None:
+        raise KeyboardInterrupt if os.getpid() == ours else SystemExit(0)
+
+    signal.signal(signal.SIGTERM, end)

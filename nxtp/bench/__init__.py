@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json as json_module
 from dataclasses import replace
+from importlib.util import find_spec
 from typing import Any
 
 import click
@@ -23,6 +24,7 @@ from nxtp.bench.padding import measure_padding, padding_table
 from nxtp.bench.plan import H100, measure_plan, plan_table
 from nxtp.bench.static import measure_static, static_table
 from nxtp.bench.workers import SIZES
+from nxtp.errors import UserError
 
 PRECISIONS = ("32-true", "bf16-mixed", "bf16-true")
 
@@ -175,6 +177,23 @@ def exported(**options: Any) -> None:
     from nxtp.bench.exported import exported_table, measure_exported
 
     _report(measure_exported, exported_table, **options)
+
+
+@bench.command()
+@click.option("--json", is_flag=True, help="Print one JSON object as the last line.")
+@click.option("--model", required=True, help="A model directory.")
+@click.option("--data", required=True, help="Images: a folder, or shards.")
+@click.option("--batch", type=click.IntRange(2), default=16, show_default=True, help="Requests labelled together.")
+@click.option("--clients", type=click.IntRange(1), default=32, show_default=True, help="Requests under way at a time.")
+@click.option("--requests", type=click.IntRange(1), default=256, show_default=True, help="Of a round.")
+@click.option("--repeats", type=click.IntRange(1), default=3, show_default=True, help="Rounds; medians are shown.")
+def serve(**options: Any) -> None:
+    """A server that gathers requests into batches, beside one that answers one by one."""
+    if find_spec("litserve") is None:
+        raise UserError("The server needs litserve: pip install 'nxtp[serve]'.")
+    from nxtp.bench.serving import measure_serving, serving_table
+
+    _report(measure_serving, serving_table, **options)
 
 
 def _numbers(context: click.Context, parameter: click.Parameter, value: str) -> list[int]:
