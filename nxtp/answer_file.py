@@ -102,16 +102,8 @@ class AnswerFile:
         self.failed += answer.error is not None
         self._write(row_of(answer, self.score))
 
-    def flush(self) -> None:
-        """Give the rows to the operating system: a killed process keeps them."""
-        try:
-            self._file.flush()
-        except OSError as error:
-            raise UserError(f"'{self.partial}' cannot be written: {error.strerror}.") from error
-
     def finish(self) -> None:
         """Make ``out`` of the rows, in one rename, and remove the partial file."""
-        self.flush()
         try:
             with replacing(self.out) as file:
                 self._copy(file) if self.out.suffix == ".jsonl" else self._to_parquet(file)
@@ -125,8 +117,10 @@ class AnswerFile:
         self._file.close()
 
     def _write(self, row: dict[str, Any]) -> None:
+        """A line, given to the operating system at once: a killed process keeps it."""
         try:
             self._file.write(f"{json_line(row)}\n".encode())
+            self._file.flush()
         except OSError as error:
             raise UserError(f"'{self.partial}' cannot be written: {error.strerror}.") from error
 

@@ -23,8 +23,9 @@ from nxtp.metrics import ExactMatch, SemanticMatch
 from nxtp.model import Loss, Model, ModelConfig
 from nxtp.optim import OptimConfig, build_optimizer, choose_trained
 from nxtp.parallel import ParallelConfig, Sharded, arrange, clip_gradients, data_ranks, gathered
+from nxtp.pretrained import rebuildable
 from nxtp.ranking import RankingConfig, rank
-from nxtp.recognizer import Recognizer, rebuildable
+from nxtp.recognizer import Recognizer
 from nxtp.samplers import never_first
 from nxtp.sampling import one_shot
 from nxtp.tokens import LabelTokenizer

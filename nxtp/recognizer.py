@@ -1,39 +1,28 @@
-"""Recognizer: a trained model as its users keep it — a directory with weights, configuration and tokenizer."""
+"""Recognizer: what a user does with a trained model — predict, classify, embed, look."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import yaml
-from huggingface_hub import ModelHubMixin
 from PIL import Image
 from torch import Tensor
-from transformers.initialization import no_init_weights
 
-from nxtp import model_dir
 from nxtp.attention import label_attention, patch_attention
 from nxtp.clip import ClipSimilarity
-from nxtp.config import to_dataclass
-from nxtp.decoder import plain_config
 from nxtp.errors import UserError
-from nxtp.hub import CARD, PAPER
 from nxtp.images import load_image
-from nxtp.model import Model, ModelConfig
-from nxtp.model_dir import CONFIG, HEAD, WEIGHTS, load_weights, write_model_dir
 from nxtp.pixels import to_pixels
+from nxtp.pretrained import Pretrained
 from nxtp.ranking import RankingConfig, rank, ranking_config
 from nxtp.running_text import RunningTextConfig
 from nxtp.samplers import SamplerConfig, sample, sampler_config
 from nxtp.stream import WORKERS, Answer, Source, answers, batches
-from nxtp.tokens import LabelTokenizer
 from nxtp.vocabulary import Classes, Vocabulary, class_log_probs
-from nxtp.weights import write_module
 
 log = logging.getLogger("nxtp")
 
@@ -41,37 +30,18 @@ ImageLike = str | Path | bytes | Image.Image | Tensor | np.ndarray
 Labels = list[tuple[str, float]]
 
 
-class Recognizer(ModelHubMixin, library_name="nxtp", tags=["image-tagging"], paper_url=PAPER, model_card_template=CARD):
+class Recognizer(Pretrained):
     """Images in, ranked labels out.
 
     >>> recognizer = Recognizer.from_pretrained("runs/demo/model")
     >>> recognizer.predict("photo.jpg", top_k=5)
     [('coffee', 0.91), ('rocket', 0.88), …]
-
-    ``provenance`` says where the weights come from: run, code, objective, noun backend, data.
     """
 
-    def __init__(
-        self,
-        model: Model,
-        tokenizer: LabelTokenizer,
-        config: ModelConfig,
-        provenance: dict[str, Any] | None = None,
-    ):
-        self.model, self.tokenizer, self.config = model.eval(), tokenizer, config
-        self.provenance = provenance or {}
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
         self._clips: dict[str, ClipSimilarity] = {}
-        self._told = self._narrowed = False
-
-    @property
-    def device(self) -> torch.device:
-        return self.model.image_token.device
-
-    @property
-    def image_size(self) -> int:
-        return self.config.encoder.image_size
-
-    # Using it
+        self._told = False
 
     def predict(
         self,
@@ -326,114 +296,3 @@ class Recognizer(ModelHubMixin, library_name="nxtp", tags=["image-tagging"], pap
             ImageError: an image that cannot be read.
         """
         return patch_attention(self.model, self.transform(image).to(self.device), prompt=self.tokenizer.prompt_ids)
-
-    # Keeping it
-
-    def to_int8(self) -> Recognizer:
-        """Hold matrices' weights as 8-bit numbers, a scale a row, from now on: for use only. The same recognizer.
-
-        A quarter of the memory; products are still in floating point.
-
-        Raises:
-            UserError: torchao is not installed.
-        """
-        try:
-            from torchao.quantization import Int8WeightOnlyConfig, quantize_
-        except ImportError:
-            raise UserError("int8 weights need torchao: pip install 'nxtp[8bit]'.") from None
-        quantize_(self.model, Int8WeightOnlyConfig())
-        self._narrowed = True
-        return self
-
-    def push_to_hub(self, repo_id: str, **options: Any) -> str:
-        """Upload the model directory and a card to the hub; the address of the commit.
-
-        Args:
-            repo_id: "owner/name".
-            options: private, token, branch, create_pr, commit_message, … of ``ModelHubMixin.push_to_hub``.
-        """
-        told = yaml.safe_dump(self.provenance or {"run": "unknown"}, sort_keys=False, allow_unicode=True).strip()
-        card = {"name": repo_id, "provenance": told} | options.pop("model_card_kwargs", {})
-        return super().push_to_hub(repo_id, model_card_kwargs=card, **options)
-
-    def save_pretrained(
-        self,
-        directory: str | Path,
-        provenance: dict[str, Any] | None = None,
-        writes: bool = True,
-        *,
-        config: None = None,
-        model_card_kwargs: dict[str, Any] | None = None,
-    ) -> Path:
-        """Write a model directory: aside first, then in one rename, over what was there.
-
-        Args:
-            provenance: in place of the model's own.
-            writes: False on the ranks that only give their parts of a sharded model.
-            config, model_card_kwargs: what :meth:`push_to_hub` passes: with the latter a card is written too.
-
-        Raises:
-            UserError: weights are int8.
-        """
-        if self._narrowed:
-            raise UserError("A model with int8 weights is for use only: save the one it was made of.")
-        directory = Path(directory)
-        left_out = [HEAD] if self.model.decoder.lm.config.tie_word_embeddings else []
-        if not writes:
-            write_module(None, self.model, left_out)
-            return directory
-        write_model_dir(
-            directory,
-            lambda path: write_module(path, self.model, left_out),
-            self.tokenizer,
-            rebuildable(self.config, self.model),
-            provenance if provenance is not None else self.provenance,
-        )
-        if model_card_kwargs is not None:
-            self.generate_model_card(**model_card_kwargs).save(directory / "README.md")
-        return directory
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        source: str | Path,
-        *,
-        device: str | torch.device = "auto",
-        dtype: torch.dtype = torch.float32,
-        verify: bool = True,
-    ) -> Recognizer:
-        """Load a model directory, or download one by its hub name ("owner/name").
-
-        Needs no training configuration and no network for a local directory; runs no code from it.
-
-        Args:
-            device: "auto" takes a GPU if there is one.
-            verify: compare the files with the fingerprints in config.yaml.
-
-        Raises:
-            UserError: missing, altered or unknown content; names the file.
-        """
-        directory = model_dir.locate(source)
-        content = model_dir.read_config(directory)
-        if verify:
-            model_dir.verify(directory, content.get("files") or {})
-        config = to_dataclass(ModelConfig, content.get("model"), f"{directory / CONFIG}: model")
-        tokenizer = LabelTokenizer.load(directory, config.prompt)
-        with no_init_weights():  # every number comes from the file
-            model = Model(config, load_pretrained=False)
-        load_weights(model, directory / WEIGHTS)
-        model.requires_grad_(False)
-        if str(device) == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        return cls(model.to(device=device, dtype=dtype), tokenizer, config, content.get("provenance"))
-
-
-def rebuildable(config: ModelConfig, model: Model) -> ModelConfig:
-    """The configuration that builds the same shapes without the sources the weights came from."""
-    architecture = {**plain_config(model.decoder.lm.config), "num_hidden_layers": len(model.decoder.blocks)}
-    return replace(
-        config,
-        encoder=replace(config.encoder, pretrained=None),
-        decoder=replace(config.decoder, source=None, config=architecture, depth=None, keep="first", blocks=None),
-        tokenizer=None,
-    )

@@ -22,6 +22,7 @@ from test_recognizer import recognizer
 
 gradio = pytest.importorskip("gradio")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+pytestmark = pytest.mark.xdist_group("app")  # its fixtures are costly: made once
 MAX_BYTES, KEPT = 1 << 20, 30
 
 

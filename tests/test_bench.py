@@ -31,6 +31,7 @@ def run(*arguments: str) -> tuple[dict, str]:
     return json.loads(last), result.stdout
 
 
+@pytest.mark.slow
 def test_train_prints_a_table_and_one_object_last():
     numbers, output = run("train", "--size", "tiny", "--repeats", "1", "--batch", "2")
     assert "ours / published" in output
@@ -167,6 +168,7 @@ def test_a_child_that_dies_is_a_one_line_error():
         ours.ask("no such method")
 
 
+@pytest.mark.slow
 def test_metric_prints_a_table_and_one_object_last():
     numbers, output = run("metric", "--images", "300", "--plain-images", "2")
     assert "one at a time" in output

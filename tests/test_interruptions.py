@@ -270,8 +270,8 @@ def test_a_disk_that_is_full_leaves_the_checkpoint_before(root, strategy):
 @pytest.mark.parametrize(
     ("first", "then"),
     [
-        ("fsdp", "one"),
         ("one", "fsdp"),
+        pytest.param("fsdp", "one", marks=pytest.mark.slow),
         pytest.param("ddp", "fsdp", marks=pytest.mark.slow),
         pytest.param("fsdp", "ddp", marks=pytest.mark.slow),
     ],

@@ -19,6 +19,7 @@ from nxtp.onnx.pixels import to_pixels as numpy_pixels
 from nxtp.onnx.runner import OnnxRecognizer
 from nxtp.pixels import to_pixels
 
+pytestmark = pytest.mark.xdist_group("onnx")  # its fixtures are costly: made once
 IMAGES = [jpeg(colour, size=40 + i, seed=i) for i, colour in enumerate(COLOURS.values())]
 
 

@@ -370,6 +370,7 @@ def test_a_directory_in_use_is_refused(monkeypatch):
         Search(plan("x=interval(0,1)"))
 
 
+@pytest.mark.slow
 def test_a_search_of_real_runs(here):
     write_shards(here / "train", [16])
     write_shards(here / "val", [9, 4], labels=True)

@@ -22,6 +22,7 @@ pytest.importorskip("litserve")
 from nxtp.recognizer import Recognizer
 from nxtp.serving import LabelAPI, Question, Refused
 
+pytestmark = pytest.mark.xdist_group("serving")  # its fixtures are costly: made once
 IMAGES = [jpeg(colour, seed=i) for i, colour in enumerate([*COLOURS.values()] * 3)]
 
 

@@ -716,7 +716,7 @@ def test_no_command_is_run_that_was_not_given(tmp_path, shard):
 
 
 def test_remote_shards_need_a_cache_and_an_opener(tmp_path, monkeypatch):
-    with pytest.raises(UserError, match=r"set data\.cache_dir"):
+    with pytest.raises(UserError, match=r"data\.cache_dir, --cache-dir"):
         ShardSet(["https://host/a.tar"])
     with pytest.raises(UserError, match=r"ftp9://host/manifest.json cannot be opened"):
         ShardSet(["ftp9://host/a.tar"], RemoteCache(tmp_path))

@@ -74,7 +74,7 @@ def reference(request, root):
     return objective, overrides, train(root, f"{objective}_one", "one", *overrides)
 
 
-OFTEN = ("ddp_accumulated", "fsdp", "tensor_parallel")  # the rest is slow: make test-all
+OFTEN = ("ddp_accumulated", "fsdp")  # the rest is slow: make test-all
 
 
 @pytest.mark.parametrize(

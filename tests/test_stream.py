@@ -173,7 +173,6 @@ def test_a_file_is_taken_up_where_it_was_cut_off(tmp_path):
         file.add(answer(number, "torn" if number == 1 else None))
     with pytest.raises(UserError, match="another process"):
         AnswerFile(out, {"top_k": 3})
-    file.flush()
     file.close()
     whole = partial.read_bytes()
     partial.write_bytes(whole[:-4])  # killed in the middle of a line
@@ -228,7 +227,6 @@ def test_the_command_writes_parquet_of_folders_and_shards(model, pictures, shard
 def killed_after_five(arguments, cwd):
     def add(file, answer):
         usual(file, answer)
-        file.flush()
         if file.count == 5:
             os.kill(os.getpid(), signal.SIGKILL)
 

@@ -236,7 +236,11 @@ SLOW = pytest.mark.slow
 
 @pytest.mark.parametrize(
     ("strategy", "seeds"),
-    [("ddp", [3]), pytest.param("ddp", [3, 4], marks=SLOW), pytest.param("fsdp", [3, 4], marks=SLOW)],
+    [
+        pytest.param("ddp", [3], marks=SLOW),
+        pytest.param("ddp", [3, 4], marks=SLOW),
+        pytest.param("fsdp", [3, 4], marks=SLOW),
+    ],
 )
 @pytest.mark.xdist_group("ranks")
 def test_runs_of_several_processes(here, strategy, seeds):

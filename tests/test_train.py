@@ -305,7 +305,8 @@ def test_all_bad_shards_are_an_error_in_one_line(tmp_path):
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("logger", [pytest.param("wandb", marks=pytest.mark.slow), "tensorboard"])
+@pytest.mark.slow
+@pytest.mark.parametrize("logger", ["wandb", "tensorboard"])
 def test_other_loggers_write_what_csv_writes(workplace, logger):
     root, command, _ = workplace
     short = [a for a in command if not a.startswith("name=")]
@@ -321,7 +322,9 @@ def test_other_loggers_write_what_csv_writes(workplace, logger):
         assert {"train/loss", "val/recall@10", *PERF} <= tags
 
 
-@pytest.mark.parametrize("debug", ["smoke", "overfit", "profile"])
+@pytest.mark.parametrize(
+    "debug", ["smoke", *(pytest.param(way, marks=pytest.mark.slow) for way in ("overfit", "profile"))]
+)
 def test_debug_modes_run(workplace, debug):
     root, command, _ = workplace
     short = [a for a in command if not a.startswith(("name=", "trainer."))]
