@@ -66,7 +66,7 @@ def train(root, name: str, way: str, *overrides: str, tiny=TINY_OVERRIDES, code:
     return told if code else root / "runs" / name
 
 
-@pytest.fixture(scope="module", params=[("matched", "all"), ("published", "mixed")], ids=lambda p: "-".join(p))
+@pytest.fixture(scope="module")
 def reference(request, root):
     """One process with the whole batch: its name, its overrides, its run."""
     objective, parts = request.param
@@ -74,12 +74,17 @@ def reference(request, root):
     return objective, overrides, train(root, f"{objective}_one", "one", *overrides)
 
 
-OFTEN = ("ddp_accumulated", "fsdp")  # the rest is slow: make test-all
+def pairs():
+    """References and ways; most are slow: make test-all."""
+    for objective, parts in (("matched", "all"), ("published", "mixed")):
+        for way in WAYS:
+            often = way in ("ddp_accumulated", "fsdp") or (way == "tensor_parallel" and objective == "matched")
+            if way != "one":
+                marks = [] if often else [pytest.mark.slow]
+                yield pytest.param((objective, parts), way, id=f"{objective}-{parts}-{way}", marks=marks)
 
 
-@pytest.mark.parametrize(
-    "way", [pytest.param(w, marks=[] if w in OFTEN else pytest.mark.slow) for w in WAYS if w != "one"]
-)
+@pytest.mark.parametrize(("reference", "way"), pairs(), indirect=["reference"])
 def test_every_way_of_computing_gives_the_same_run(root, reference, way):
     objective, overrides, one = reference
     run = train(root, f"{objective}_{way}", way, *overrides)

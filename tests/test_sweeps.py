@@ -231,17 +231,8 @@ def test_status_tells_each_runs_state(stand_in):
         states(stand_in / "runs" / "deap")
 
 
-SLOW = pytest.mark.slow
-
-
-@pytest.mark.parametrize(
-    ("strategy", "seeds"),
-    [
-        pytest.param("ddp", [3], marks=SLOW),
-        pytest.param("ddp", [3, 4], marks=SLOW),
-        pytest.param("fsdp", [3, 4], marks=SLOW),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("strategy", "seeds"), [("ddp", [3]), ("ddp", [3, 4]), ("fsdp", [3, 4])])
 @pytest.mark.xdist_group("ranks")
 def test_runs_of_several_processes(here, strategy, seeds):
     """Lightning starts a run's further processes by its command line: of the run, not of the sweep."""
