@@ -84,7 +84,7 @@ def pairs():
                 yield pytest.param((objective, parts), way, id=f"{objective}-{parts}-{way}", marks=marks)
 
 
-@pytest.mark.parametrize(("reference", "way"), pairs(), indirect=["reference"])
+@pytest.mark.parametrize(("reference", "way"), list(pairs()), indirect=["reference"])
 def test_every_way_of_computing_gives_the_same_run(root, reference, way):
     objective, overrides, one = reference
     run = train(root, f"{objective}_{way}", way, *overrides)
