@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from rich.console import Console
     from torch import Tensor
 
-    from nxtp.recognizer import Labels, Recognizer
+    from nxtp.ranking import Labels
+    from nxtp.recognizer import Recognizer
     from nxtp.show import AttentionItem, GridItem
     from nxtp.stream import Answer, Source
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from nxtp.clip import ClipSimilarity
 
 RANKINGS = ("prob", "ppl", "sim_mean", "sim_max", "clip", "none")
-Ranked = list[tuple[str, float]]
+Labels = list[tuple[str, float]]
 
 
 @dataclass
@@ -67,7 +67,7 @@ def rank(
     model: Model | None = None,
     images: Tensor | None = None,
     clip: ClipSimilarity | None = None,
-) -> list[Ranked]:
+) -> list[Labels]:
     """Samples → for each image at most ``top_k`` labels with their scores, best first.
 
     A label that came out several times (other tokens, same text once case and spaces are folded) is merged. Empty

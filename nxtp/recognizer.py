@@ -18,7 +18,7 @@ from nxtp.errors import UserError
 from nxtp.images import load_image
 from nxtp.pixels import to_pixels
 from nxtp.pretrained import Pretrained
-from nxtp.ranking import RankingConfig, rank, ranking_config
+from nxtp.ranking import Labels, RankingConfig, rank, ranking_config
 from nxtp.running_text import RunningTextConfig
 from nxtp.samplers import SamplerConfig, sample, sampler_config
 from nxtp.stream import WORKERS, Answer, Source, answers, batches
@@ -27,7 +27,6 @@ from nxtp.vocabulary import Classes, Vocabulary, class_log_probs
 log = logging.getLogger("nxtp")
 
 ImageLike = str | Path | bytes | Image.Image | Tensor | np.ndarray
-Labels = list[tuple[str, float]]
 
 
 class Recognizer(Pretrained):

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from nxtp.errors import UserError
 from nxtp.images import ImageError
-from nxtp.recognizer import Labels, Recognizer
+from nxtp.ranking import Labels
+from nxtp.recognizer import Recognizer
 from nxtp.vocabulary import read_classes
 
 MOST_LABELS = 100

@@ -22,7 +22,7 @@ from nxtp.shards import expand_shards, is_remote
 from nxtp.wording import describe
 
 if TYPE_CHECKING:
-    from nxtp.recognizer import Labels
+    from nxtp.ranking import Labels
 
 WORKERS = min(8, os.cpu_count() or 1)  # threads that decode: Pillow and torch let the others run meanwhile
 _LONGEST_NAME = 1 << 16  # bytes of a name on a pipe

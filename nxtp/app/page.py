@@ -16,11 +16,13 @@ from nxtp.attention import average
 from nxtp.errors import UserError
 from nxtp.images import find_images, load_image
 from nxtp.pixels import to_pixels
-from nxtp.recognizer import Labels, Recognizer
+from nxtp.ranking import Labels
+from nxtp.recognizer import Recognizer
 from nxtp.show import overlaid
 from nxtp.vocabulary import classes_of_lines
 
 MOST_LABELS, MOST_CLASSES, MOST_CHARACTERS, MOST_EXAMPLES = 30, 2000, 50_000, 12
+LONGEST = 200  # characters of a label
 WAITING = 64  # requests in the queue; more are told that it is full
 SHOWN_PIXELS = 448  # a side of the picture of where a label looks
 TITLE = "# What is in this image?\nLabels, written token by token and ranked by probability."
@@ -101,7 +103,7 @@ class Answers:
             gr.Error: there is no image, or it cannot be read: shown by the page.
         """
         try:
-            if path is None or len(label) > MOST_CHARACTERS:
+            if path is None or len(label) > LONGEST:
                 raise UserError("There is no such label here.")
             with self._lock:
                 pixels = to_pixels(load_image(path, near=SHOWN_PIXELS), SHOWN_PIXELS)
@@ -123,6 +125,8 @@ def _classes(typed: str) -> list[list[str]]:
         raise UserError("Type the labels: one a line, other names of the same thing behind it, after commas.")
     if len(classes) > MOST_CLASSES:
         raise UserError(f"{len(classes):,} labels are too many: at most {MOST_CLASSES:,}.")
+    if any(len(name) > LONGEST for names in classes for name in names):
+        raise UserError(f"A label is too long: at most {LONGEST} characters.")
     return classes
 
 

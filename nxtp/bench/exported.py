@@ -19,7 +19,8 @@ from nxtp.labels import noun_backend
 from nxtp.metrics import ExactMatch
 from nxtp.onnx.export import DecoderGraph, EncoderGraph, decoder_inputs, encoder_inputs, export_onnx, runner_config
 from nxtp.onnx.runner import OnnxRecognizer
-from nxtp.recognizer import Labels, Recognizer
+from nxtp.ranking import Labels
+from nxtp.recognizer import Recognizer
 from nxtp.shard_set import SampleFault, ShardSet
 from nxtp.shards import expand_shards
 from nxtp.sources import labels_of
