@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from nxtp.layout import Layout, Objective, lay_out
-from nxtp.ranking import RANKINGS, Ranked, RankingConfig, rank
+from nxtp.ranking import RANKINGS, Labels, RankingConfig, rank
 from nxtp.recording import RANKED, Recording
 from nxtp.release_names import our_name, to_halves
 from nxtp.running_text import BeamConfig, GreedyConfig, beam, greedy
@@ -73,7 +73,7 @@ class Ours:
         config = GreedyConfig(new_tokens, repetition_penalty=penalty, published=True)
         return greedy(self.model, self.images, config, **common)
 
-    def ranked(self, name: str) -> list[Ranked]:
+    def ranked(self, name: str) -> list[Labels]:
         """Labels with scores by one ranking, spelled as recorded."""
         found = re.search(r"w\{i % (\d+)\}", self.recording.spelling)
         if found is None:
