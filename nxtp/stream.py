@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -23,6 +24,8 @@ from nxtp.wording import describe
 
 if TYPE_CHECKING:
     from nxtp.ranking import Labels
+
+log = logging.getLogger("nxtp")
 
 WORKERS = min(8, os.cpu_count() or 1)  # threads that decode: Pillow and torch let the others run meanwhile
 _LONGEST_NAME = 1 << 16  # bytes of a name on a pipe
@@ -165,7 +168,12 @@ def _holds_shards(what: str) -> bool:
     if is_remote(what) or what.endswith(".tar"):
         return True
     directory = Path(what)
-    return directory.is_dir() and any(directory.glob("*.tar")) and not find_images([directory])[0]
+    if not directory.is_dir() or not any(directory.glob("*.tar")):
+        return False
+    if not find_images([directory])[0]:
+        return True
+    log.warning("%s holds images and shards: its images are taken; name %s/*.tar for the shards.", what, what)
+    return False
 
 
 def _files(paths: Iterable[str | Path]) -> Source:
@@ -179,7 +187,8 @@ def _shards(spec: str | list[str], cache_dir: str | None) -> Source:
     """The images of shards in order, and before them what is wrong with the shards as a whole."""
     shards = ShardSet(expand_shards(spec), None if cache_dir is None else RemoteCache(cache_dir))
     if not len(shards):
-        raise UserError(f"No image in the shards of {spec}{describe(shards.faults, ' ({})')}.")
+        named = spec if isinstance(spec, str) else ", ".join(spec)
+        raise UserError(f"No image in the shards of {named}{describe(shards.faults, ' ({})')}.")
 
     def read(position: int) -> bytes:
         try:

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -84,6 +85,16 @@ def test_damaged_shards_are_told_and_the_rest_is_done(loaded, shards, tmp_path):
         loaded.predict_batches(tmp_path)
     with pytest.raises(UserError, match="No shards"):
         loaded.predict_batches(str(tmp_path / "gone-{0..3}.tar"))
+
+
+def test_a_folder_of_images_and_shards_is_told(pictures, shards, tmp_path, caplog):
+    for path in (pictures / "0.jpg", shards / "part-00000.tar"):
+        shutil.copy(path, tmp_path)
+    assert [item.image for item in Source.of(tmp_path).items] == [str(tmp_path / "0.jpg")]
+    assert "holds images and shards" in caplog.text
+    both = Source.all_of([str(tmp_path), f"{tmp_path}/*.tar"])
+    assert both.count == 5
+    assert len(list(both.items)) == 5
 
 
 def test_an_iterator_is_read_as_it_is_needed(loaded):
