@@ -10,6 +10,7 @@ import torch
 from click.testing import CliRunner
 from helpers import tiny_config, write_shards
 from rich.console import Console
+from test_recognizer import recognizer
 
 from nxtp.bench import bench
 from nxtp.bench.measure import train_table
@@ -258,3 +259,32 @@ def test_static_compiles_prints_a_table_and_one_object_last():
     rows = numbers["rows"]
     assert len(rows) == 9
     assert all(row["seconds"] > 0 for row in rows.values())
+
+
+@pytest.fixture(scope="module")
+def used(tmp_path_factory):
+    """A model directory and shards that are like its training's."""
+    root = tmp_path_factory.mktemp("used")
+    recognizer().save_pretrained(root / "model")
+    write_shards(root / "val", [12], labels=True)
+    return root
+
+
+@pytest.mark.slow
+def test_export_prints_a_table_and_one_object_last(used):
+    given = ("--model", str(used / "model"), "--data", str(used / "val"), "--images", "10", "--repeats", "1")
+    result, printed = run("export", *given)
+    assert {"PyTorch", "ONNX", "ONNX int8"} <= set(result["rows"])
+    assert result["rows"]["PyTorch"]["difference"] == 0
+    assert result["rows"]["ONNX"]["difference"] < 1e-4 < result["rows"]["ONNX int8"]["difference"] < 0.2
+    assert result["images"] == 10
+    assert "recall" in printed
+
+
+@pytest.mark.slow
+def test_serve_prints_a_table_and_one_object_last(used):
+    given = ("--model", str(used / "model"), "--data", str(used / "val"))
+    result, printed = run("serve", *given, "--requests", "12", "--clients", "4", "--repeats", "1")
+    assert result["ratio"] > 0
+    assert all(0 < row["p50"] <= row["p95"] for row in result["rows"].values())
+    assert "one by one" in printed

@@ -124,6 +124,18 @@ def test_bfloat16_gives_the_labels_of_float32(tmp_path):
         assert given != expected
 
 
+def test_int8_weights_are_smaller_nearly_the_same_and_not_saved(saved, tmp_path):
+    pytest.importorskip("torchao")  # not among the development requirements: transformers would import it always
+    wide, narrow = (Recognizer.from_pretrained(saved, device="cpu") for _ in range(2))
+    assert narrow.to_int8() is narrow
+    image = jpeg((200, 40, 60))
+    for ours, theirs in zip(narrow.predict([image], top_k=3), wide.predict([image], top_k=3), strict=True):
+        assert dict(ours).get(theirs[0][0], 0) == pytest.approx(theirs[0][1], abs=0.02)
+        assert ours != theirs
+    with pytest.raises(UserError, match="for use only"):
+        narrow.save_pretrained(tmp_path / "m")
+
+
 def test_bad_arguments(saved, tmp_path):
     model = Recognizer.from_pretrained(saved, device="cpu")
     with pytest.raises(ValueError, match="top_k is 0"):
