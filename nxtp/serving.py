@@ -2,6 +2,7 @@
 
 # No postponed annotations here: LitServe reads those of decode_request and encode_response as an HTTP endpoint's.
 
+import multiprocessing
 import os
 import signal
 from collections.abc import Sequence
@@ -14,8 +15,8 @@ from pydantic import Base64Bytes, BaseModel, Field
 from starlette.responses import JSONResponse
 from torch import Tensor
 
-from nxtp.errors import UserError
 from nxtp.images import ImageError
+from nxtp.ports import check_free
 from nxtp.ranking import Labels
 from nxtp.recognizer import Recognizer
 from nxtp.vocabulary import read_classes
@@ -48,7 +49,9 @@ class LabelAPI(litserve.LitAPI):
         self.source, self.labels = model, labels
 
     def setup(self, device: str) -> None:
-        """Load the model, in the process that runs it."""
+        """Load the model, in the process that runs it; Ctrl-C is the first process's, which ends this one."""
+        if multiprocessing.parent_process() is not None:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
         self.recognizer = Recognizer.from_pretrained(self.source, device=device)
         self.known = self.recognizer.vocabulary(read_classes(self.labels)) if self.labels else None
 
@@ -97,11 +100,14 @@ class LabelAPI(litserve.LitAPI):
 
 @click.command()
 @click.argument("model")
-@click.option("--host", default="127.0.0.1", show_default=True, help="Address to serve at; 0.0.0.0: to the network.")
-@click.option("--port", type=click.IntRange(1, 65535), default=8000, show_default=True)
+@click.option(
+    "--host", type=click.Choice(["127.0.0.1", "0.0.0.0", "::"]), default="127.0.0.1", show_default=True,
+    help="Address to serve at; 0.0.0.0 or :: to the network.",
+)  # fmt: skip
+@click.option("--port", type=click.IntRange(1024, 65535), default=8000, show_default=True)
 @click.option("--labels", help="A closed vocabulary: a file, a class a line, or imagenet1k.")
 @click.option("--batch", type=click.IntRange(1), default=16, show_default=True, help="Requests labelled together.")
-@click.option("--wait-ms", type=click.FloatRange(0), default=10.0, show_default=True, help="A request for others.")
+@click.option("--wait-ms", type=click.FloatRange(1), default=10.0, show_default=True, help="A request for others.")
 @click.option("--max-mb", type=click.IntRange(1), default=20, show_default=True, help="Of a request.")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
 def serve(model, host, port, labels, batch, wait_ms, max_mb, device) -> None:
@@ -114,16 +120,14 @@ def serve(model, host, port, labels, batch, wait_ms, max_mb, device) -> None:
     """
     from nxtp import model_dir
 
+    check_free(host, port)
     model_dir.read_config(model_dir.locate(model))  # told here, not by a process of the server
     if labels:
         read_classes(labels)
     api = LabelAPI(model, labels, max_batch_size=batch, batch_timeout=wait_ms / 1000)
     server = litserve.LitServer(api, accelerator=device, devices=1, max_payload_size=max_mb << 20)
     _end_as_on_ctrl_c()
-    try:
-        server.run(host=host, port=port, num_api_servers=1, generate_client_file=False, log_level="warning")
-    except OSError as error:
-        raise UserError(f"{host}:{port} cannot be served at ({error.strerror}): choose another --port.") from error
+    server.run(host=host, port=port, num_api_servers=1, generate_client_file=False, log_level="warning")
 
 
 def _end_as_on_ctrl_c() -> None:

@@ -149,6 +149,8 @@ def test_a_typed_vocabulary_is_classified_and_escaped(address, model):
     assert "<img" not in shown
     assert "Type the labels" in ask(address, path, 9, "Only these", " \n")
     assert "too many" in ask(address, path, 9, "Only these", "a\n" * 3000)
+    alike = "\n".join("q" * 150 + f"{i:04d}" * 12 for i in range(240))
+    assert "begin alike" in ask(address, path, 9, "Only these", alike)
     assert "A label is too long" in ask(address, path, 9, "Only these", "a" * 201)
     assert 'class="row"' not in ask(address, path, 9, "Only these", "a\n" * 30_000)
 
@@ -168,6 +170,8 @@ def test_no_file_of_the_machine_can_be_read(address, place):
     for name in ("../../evil.jpg", "/tmp/evil.jpg", "..\\evil.jpg", "a\x00b.jpg"):
         found = httpx.post(f"{address}/gradio_api/upload", files={"files": (name, b"x")})
         assert all(Path(path).is_relative_to(place / "uploads") for path in (found.json() if found.is_success else []))
+    for elsewhere in ("file=https://example.org/x.png", "file=HTTP:%2F%2F127.0.0.1:1/x", "proxy=https://example.org"):
+        assert httpx.get(f"{address}/gradio_api/{elsewhere}").status_code == 403, elsewhere
     assert httpx.get(f"{address}/docs").status_code == 404
     config = httpx.get(f"{address}/config").text
     assert str(place / "examples") not in config

@@ -127,5 +127,11 @@ def test_a_closed_vocabulary(place, model):
 
 
 def test_a_missing_model_is_told_in_a_line(place):
-    done = run_nxtp("serve", "nowhere", cwd=place)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        done = run_nxtp("serve", "model", "--port", str(taken.getsockname()[1]), cwd=place)
+    assert done.returncode == 1
+    assert "choose another --port" in done.stderr
+    done = run_nxtp("serve", "nowhere", "--port", "18233", cwd=place)
     assert (done.returncode, done.stderr) == (1, "error: No model directory 'nowhere'.\n")

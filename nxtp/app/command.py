@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ipaddress
 import os
-import socket
 import tempfile
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,6 +11,7 @@ from pathlib import Path
 import click
 
 from nxtp.errors import UserError
+from nxtp.ports import check_free
 
 EXAMPLES = Path("data/shards/demo/examples")  # what make demo leaves
 
@@ -34,7 +34,7 @@ def app(model: str, host: str, port: int, examples: Path | None, max_mb: int, de
     """
     if find_spec("gradio") is None:
         raise UserError("The page needs gradio: pip install 'nxtp[app]'.")
-    _check_free(host, port)
+    check_free(host, port)
     if not _is_local(host):
         click.secho(f"Whoever reaches {host}:{port} on the network can use this page.", fg="yellow", err=True)
     from nxtp.recognizer import Recognizer
@@ -52,21 +52,6 @@ def app(model: str, host: str, port: int, examples: Path | None, max_mb: int, de
             page.block_thread()
         finally:
             page.close(verbose=False)
-
-
-def _check_free(host: str, port: int) -> None:
-    """
-    Raises:
-        UserError: the port is taken, or the address is not this machine's.
-    """
-    try:
-        family, kind, *_, where = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, kind) as trial:
-            trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            trial.bind(where)
-    except OSError as error:
-        advice = "choose another --port or --host"
-        raise UserError(f"{host}:{port} cannot be served at ({error.strerror}): {advice}.") from error
 
 
 def _is_local(host: str) -> bool:

@@ -1,8 +1,9 @@
-"""Limits on uploads, before gradio sees them: size, number at a time, and how many are kept."""
+"""Limits before gradio sees a request: size of uploads, number at a time, how many are kept; nothing is fetched."""
 
 from __future__ import annotations
 
 import asyncio
+import re
 import shutil
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 UPLOAD = "/gradio_api/upload"
+_ELSEWHERE = re.compile(r"/(file=\s*https?:|proxy=)", re.IGNORECASE)  # gradio would fetch it for whoever asks
 _OVERHEAD = 1 << 16  # of a form around a file
 
 
@@ -29,6 +31,8 @@ class UploadGuard:
         self._free = asyncio.Semaphore(at_once)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and _ELSEWHERE.search(scope["path"]):
+            return await _refusal(403, "nothing from elsewhere")(scope, receive, send)
         if scope["type"] != "http" or not scope["path"].rstrip("/").endswith(UPLOAD):
             return await self.app(scope, receive, send)
         limit = self.max_bytes + _OVERHEAD

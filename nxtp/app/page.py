@@ -23,6 +23,7 @@ from nxtp.vocabulary import classes_of_lines
 
 MOST_LABELS, MOST_CLASSES, MOST_CHARACTERS, MOST_EXAMPLES = 30, 2000, 50_000, 12
 LONGEST = 200  # characters of a label
+MOST_ALIKE = 4096  # tokens of labels that begin alike: attention grows with their square
 WAITING = 64  # requests in the queue; more are told that it is full
 SHOWN_PIXELS = 448  # a side of the picture of where a label looks
 TITLE = "# What is in this image?\nLabels, written token by token and ranked by probability."
@@ -90,6 +91,8 @@ class Answers:
                     (labels,) = self.recognizer.predict_pixels(pixels, count)
                 else:
                     known = self.recognizer.vocabulary(classes)
+                    if max(end - begin for begin, end in known.tree.rows(MOST_ALIKE)) > MOST_ALIKE:
+                        raise UserError("Too many labels begin alike: they are computed together.")
                     (labels,) = self.recognizer.classify_pixels(pixels, known, count)
                 seconds = time.perf_counter() - begin
         except UserError as error:
