@@ -1,4 +1,4 @@
-"""Whether an address of this machine can be served at."""
+"""Ports of this machine: a free one, and whether an address can be served at."""
 
 from __future__ import annotations
 
@@ -20,3 +20,10 @@ def check_free(host: str, port: int) -> None:
     except OSError as error:
         advice = "choose another --port or --host"
         raise UserError(f"{host}:{port} cannot be served at ({error.strerror}): {advice}.") from error
+
+
+def free_port() -> int:
+    """A port of 127.0.0.1 that nothing uses now."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]

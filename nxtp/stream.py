@@ -53,17 +53,23 @@ class Item:
 class Answer:
     """One image's labels, or why it has none.
 
-    ``image``, ``shard``  as in :class:`Item`
+    ``item``              where it came from, to read it again
     ``labels``            [(label, probability), …], most probable first; None if the image cannot be used
     ``error``             why it cannot be used; None if it can
-    ``item``              where it came from, to read it again
+    ``image``, ``shard``  the item's
     """
 
-    image: str
-    shard: str | None
+    item: Item
     labels: Labels | None
     error: str | None
-    item: Item = field(repr=False, compare=False)
+
+    @property
+    def image(self) -> str:
+        return self.item.image
+
+    @property
+    def shard(self) -> str | None:
+        return self.item.shard
 
 
 @dataclass(frozen=True)
@@ -87,7 +93,7 @@ class Source:
             UserError: shards that are not there, or hold nothing; remote ones without ``cache_dir``.
         """
         if isinstance(what, str | Path):
-            return _shards(str(what), cache_dir) if _holds_shards(str(what)) else _files([what])
+            return cls.all_of([str(what)], cache_dir)
         return cls(_items_of(what), len(what) if hasattr(what, "__len__") else None)
 
     @classmethod
@@ -148,10 +154,7 @@ def answers(
             good = [pixels for _, pixels in some if isinstance(pixels, Tensor)]
             labelled = iter(label(torch.stack(good)) if good else [])
             for item, pixels in some:
-                if isinstance(pixels, Tensor):
-                    yield Answer(item.image, item.shard, next(labelled), None, item)
-                else:
-                    yield Answer(item.image, item.shard, None, pixels, item)
+                yield Answer(item, next(labelled), None) if isinstance(pixels, Tensor) else Answer(item, None, pixels)
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -183,12 +186,11 @@ def _files(paths: Iterable[str | Path]) -> Source:
     return Source(chain(failing, there), len(found) + len(problems))
 
 
-def _shards(spec: str | list[str], cache_dir: str | None) -> Source:
+def _shards(specs: list[str], cache_dir: str | None) -> Source:
     """The images of shards in order, and before them what is wrong with the shards as a whole."""
-    shards = ShardSet(expand_shards(spec), None if cache_dir is None else RemoteCache(cache_dir))
+    shards = ShardSet(expand_shards(specs), None if cache_dir is None else RemoteCache(cache_dir))
     if not len(shards):
-        named = spec if isinstance(spec, str) else ", ".join(spec)
-        raise UserError(f"No image in the shards of {named}{describe(shards.faults, ' ({})')}.")
+        raise UserError(f"No image in the shards of {', '.join(specs)}{describe(shards.faults, ' ({})')}.")
 
     def read(position: int) -> bytes:
         try:

@@ -26,6 +26,7 @@ from PIL import Image
 from nxtp.decoder import DecoderConfig
 from nxtp.encoder import EncoderConfig
 from nxtp.model import ModelConfig
+from nxtp.ports import free_port
 from nxtp.shards import write_manifest, write_shard
 
 COLOURS = {"rose": (200, 40, 60), "lemon": (220, 200, 40), "leaf": (40, 160, 60), "ocean": (30, 80, 200)}
@@ -179,9 +180,7 @@ def start_nxtp(*arguments: str, cwd: Path, ranks: int = 1, **environment: str) -
     """`nxtp …` in ``cwd``; with several ranks each as a launcher would start it."""
     log = cwd / f"{time.monotonic_ns()}.log"
     if ranks > 1:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = str(free.getsockname()[1])
+        port = str(free_port())
         environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(ranks), "NODE_RANK": "0"}
     environment = {"WANDB_MODE": "offline", "OMP_NUM_THREADS": "1", **environment}
     processes = []
@@ -214,6 +213,18 @@ def run_nxtp(*arguments: str, cwd: Path, fresh: bool = False, **environment: str
             raise AssertionError("it hangs")
         printed = [log.read_text() if log.exists() else "" for log in logs]
     return subprocess.CompletedProcess(list(arguments), process.exitcode, *printed)
+
+
+def tells_a_taken_port_and_a_missing_model(command: str, cwd: Path) -> None:
+    """`nxtp app` and `nxtp serve` say so in a line."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        done = run_nxtp(command, "nowhere", "--port", str(taken.getsockname()[1]), cwd=cwd)
+    assert done.returncode == 1
+    assert "choose another --port" in done.stderr
+    done = run_nxtp(command, "nowhere", "--port", str(free_port()), cwd=cwd)
+    assert (done.returncode, done.stderr) == (1, "error: No model directory 'nowhere'.\n")
 
 
 def nxtp_runs(*arguments: str, cwd: Path, ranks: int = 1, code: int = 0, **environment: str) -> str:

@@ -15,10 +15,12 @@ from pathlib import Path
 import httpx
 import numpy as np
 import pytest
-from helpers import jpeg, run_nxtp, serving
+from helpers import jpeg, serving, tells_a_taken_port_and_a_missing_model
 from PIL import Image
 from test_images import huge_png
 from test_recognizer import recognizer
+
+from nxtp.ports import free_port
 
 gradio = pytest.importorskip("gradio")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -51,10 +53,7 @@ def address(model, place):
         patch.setenv("GRADIO_TEMP_DIR", str(place / "uploads"))
         patch.setenv("GRADIO_ANALYTICS_ENABLED", "False")
         page = make_page(model, place / "examples")
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        yield launch(page, place / "uploads", "127.0.0.1", port, MAX_BYTES, KEPT)
+        yield launch(page, place / "uploads", "127.0.0.1", free_port(), MAX_BYTES, KEPT)
         page.close(verbose=False)
 
 
@@ -211,14 +210,7 @@ def test_a_hundred_requests_at_a_time_leave_it_serving(address):
 
 
 def test_a_taken_port_and_a_missing_model_are_told_in_a_line(place):
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        done = run_nxtp("app", "nowhere", "--port", str(taken.getsockname()[1]), cwd=place)
-    assert done.returncode == 1
-    assert "choose another --port" in done.stderr
-    done = run_nxtp("app", "nowhere", "--port", "18231", cwd=place)
-    assert (done.returncode, done.stderr) == (1, "error: No model directory 'nowhere'.\n")
+    tells_a_taken_port_and_a_missing_model("app", place)
 
 
 # In a browser

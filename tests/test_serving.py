@@ -4,7 +4,6 @@ import base64
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -14,11 +13,12 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
 import pytest
-from helpers import COLOURS, jpeg, run_nxtp
+from helpers import COLOURS, jpeg, tells_a_taken_port_and_a_missing_model
 from test_recognizer import recognizer
 
 pytest.importorskip("litserve")
 
+from nxtp.ports import free_port
 from nxtp.recognizer import Recognizer
 from nxtp.serving import LabelAPI, Question, Refused
 
@@ -53,9 +53,7 @@ def post(port: int, body: bytes) -> tuple[int, dict]:
 
 @pytest.fixture(scope="module")
 def port(place):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        number = free.getsockname()[1]
+    number = free_port()
     options = ("--port", str(number), "--batch", "4", "--wait-ms", "300", "--max-mb", "1", "--device", "cpu")
     quiet = os.environ | {"OMP_NUM_THREADS": "1"}
     with open(place / "log", "w") as log:
@@ -126,12 +124,5 @@ def test_a_closed_vocabulary(place, model):
     (place / "model" / "labels.txt").unlink()
 
 
-def test_a_missing_model_is_told_in_a_line(place):
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        done = run_nxtp("serve", "model", "--port", str(taken.getsockname()[1]), cwd=place)
-    assert done.returncode == 1
-    assert "choose another --port" in done.stderr
-    done = run_nxtp("serve", "nowhere", "--port", "18233", cwd=place)
-    assert (done.returncode, done.stderr) == (1, "error: No model directory 'nowhere'.\n")
+def test_a_taken_port_and_a_missing_model_are_told_in_a_line(place):
+    tells_a_taken_port_and_a_missing_model("serve", place)

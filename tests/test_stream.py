@@ -174,7 +174,7 @@ def test_push_to_hub_uploads_the_model_directory_with_a_card(loaded, monkeypatch
 
 def answer(number, error=None):
     item = Item(f"{number}.jpg", lambda: None)
-    return Answer(item.image, None, None if error else [("rose", 0.5)], error, item)
+    return Answer(item, None if error else [("rose", 0.5)], error)
 
 
 def test_a_file_is_taken_up_where_it_was_cut_off(tmp_path):

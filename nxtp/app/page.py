@@ -20,6 +20,7 @@ from nxtp.ranking import Labels
 from nxtp.recognizer import Recognizer
 from nxtp.show import overlaid
 from nxtp.vocabulary import classes_of_lines
+from nxtp.wording import counted
 
 MOST_LABELS, MOST_CLASSES, MOST_CHARACTERS, MOST_EXAMPLES = 30, 2000, 50_000, 12
 LONGEST = 200  # characters of a label
@@ -91,7 +92,7 @@ class Answers:
                     (labels,) = self.recognizer.predict_pixels(pixels, count)
                 else:
                     known = self.recognizer.vocabulary(classes)
-                    if max(end - begin for begin, end in known.tree.rows(MOST_ALIKE)) > MOST_ALIKE:
+                    if max(last - first for first, last in known.tree.rows(MOST_ALIKE)) > MOST_ALIKE:
                         raise UserError("Too many labels begin alike: they are computed together.")
                     (labels,) = self.recognizer.classify_pixels(pixels, known, count)
                 seconds = time.perf_counter() - begin
@@ -155,9 +156,7 @@ def _rows(labels: Labels, seconds: float) -> str:
             f'<span class="track"><span class="bar" style="width:{100 * probability:.2f}%"></span></span>'
             f'<span class="value">{value}</span></button>'
         )
-    found = (
-        f"{len(labels)} label{'s' * (len(labels) != 1)} in {1e3 * seconds:,.0f} ms. Choose one to see where it looks."
-    )
+    found = f"{counted(len(labels), 'label')} in {1e3 * seconds:,.0f} ms. Choose one to see where it looks."
     return f'<div>{"".join(rows)}</div><p class="told" id="latency">{found}</p>'
 
 

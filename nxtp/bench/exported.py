@@ -91,8 +91,7 @@ def measure_exported(model: str, data: str, images: int = 500, repeats: int = 3,
         rows = {name: _quality(predict, pixels, truth) | {"megabytes": size} for name, (predict, size) in ways.items()}
         reference = rows["PyTorch"]["labels"]
         for row in rows.values():
-            row["difference"] = _difference(row.pop("labels") if row is not rows["PyTorch"] else reference, reference)
-        rows["PyTorch"].pop("labels", None)
+            row["difference"] = _difference(row.pop("labels"), reference)
         _time({name: predict for name, (predict, _) in ways.items()}, rows, pixels, repeats)
     return {
         "rows": rows,

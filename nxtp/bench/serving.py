@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import json
-import socket
 import subprocess
 import sys
 import time
@@ -23,6 +22,7 @@ from nxtp.bench.measure import ratio
 from nxtp.bench.processes import machine_description, machine_line
 from nxtp.errors import UserError
 from nxtp.images import ImageError
+from nxtp.ports import free_port
 from nxtp.recognizer import Recognizer
 from nxtp.stream import Source
 
@@ -105,22 +105,9 @@ def _images(data: str) -> Iterator[bytes]:
 @contextmanager
 def _server(model: str, batch: int) -> Iterator[int]:
     """Its port; it is stopped at the end."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [
-        sys.executable,
-        "-m",
-        "nxtp",
-        "serve",
-        model,
-        "--port",
-        str(port),
-        "--batch",
-        str(batch),
-        "--device",
-        "cpu",
-    ]
+    port = free_port()
+    options = ("--port", str(port), "--batch", str(batch), "--device", "cpu")
+    command = [sys.executable, "-m", "nxtp", "serve", model, *options]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     try:
         _wait(process, port)
