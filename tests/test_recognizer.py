@@ -32,6 +32,16 @@ def recognizer(**decoder) -> Recognizer:
     return Recognizer(Model(config, len(tokenizer)), tokenizer, config, {"run": "test"})
 
 
+def ending_recognizer(**decoder) -> Recognizer:
+    """Random weights hardly ever write a delimiter; these do, after lengths that differ."""
+    made = recognizer(**decoder)
+    torch.manual_seed(3)
+    head = made.model.decoder.lm.lm_head.weight
+    with torch.no_grad():
+        head[made.tokenizer.delimiter_id] = 6 * head.abs().mean() * torch.randn(head.shape[1]).sign()
+    return made
+
+
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     return recognizer().save_pretrained(tmp_path_factory.mktemp("models") / "m")

@@ -15,6 +15,8 @@ import torch
 from rich.table import Table
 
 from nxtp.bench.processes import machine_description, machine_line
+from nxtp.errors import UserError
+from nxtp.images import ImageError
 from nxtp.labels import noun_backend
 from nxtp.metrics import ExactMatch
 from nxtp.onnx.export import DecoderGraph, EncoderGraph, decoder_inputs, encoder_inputs, export_onnx, runner_config
@@ -108,12 +110,15 @@ def _samples(data: str, count: int, recognizer: Recognizer) -> tuple[np.ndarray,
     for position in range(len(shards)):
         try:
             raw = shards.read(position)
-            truth.append(labels_of(raw, nouns))
-        except SampleFault:
+            labels, image = labels_of(raw, nouns), recognizer.transform(raw.image)
+        except (SampleFault, ImageError):
             continue
-        pixels.append(recognizer.transform(raw.image).numpy())
+        truth.append(labels)
+        pixels.append(image.numpy())
         if len(pixels) == count:
             break
+    if not pixels:
+        raise UserError(f"No image with labels in '{data}'.")
     return np.stack(pixels), truth
 
 
