@@ -14,9 +14,9 @@ from pathlib import Path
 import click
 
 from nxtp.errors import UserError
-from nxtp.left_out import LeftOut
-from nxtp.prepare import Item, write_items
-from nxtp.writing_options import Writing, writing_options
+from nxtp.prepare.items import Item, write_items
+from nxtp.prepare.options import Writing, writing_options
+from nxtp.prepare.skipped import LeftOut
 
 
 def coco_items(source: Path, split: str, *, separate: bool = False) -> tuple[list[Item], LeftOut]:

@@ -13,14 +13,14 @@ from typing import Any
 
 import click
 
+from nxtp.data.images import find_images
+from nxtp.data.labels.cleaning import clean_labels
+from nxtp.data.shards.reader import decode_text
 from nxtp.errors import UserError
-from nxtp.images import find_images
-from nxtp.labels import clean_labels
-from nxtp.left_out import LeftOut
-from nxtp.prepare import Item, write_items
-from nxtp.shard_pool import Skip
-from nxtp.shard_set import decode_text
-from nxtp.writing_options import Writing, writing_options
+from nxtp.prepare.items import Item, write_items
+from nxtp.prepare.options import Writing, writing_options
+from nxtp.prepare.shard_pool import Skip
+from nxtp.prepare.skipped import LeftOut
 
 
 def folder_items(source: Path) -> tuple[list[Item], LeftOut]:

@@ -29,11 +29,11 @@ from typing import NamedTuple
 
 import click
 
+from nxtp.data.labels.imagenet import NAMES, SUBSETS, ImageNetClass, by_wnid, imagenet_classes, real_labels, subset
 from nxtp.errors import UserError
-from nxtp.imagenet import NAMES, SUBSETS, ImageNetClass, by_wnid, imagenet_classes, real_labels, subset
-from nxtp.left_out import LeftOut
-from nxtp.prepare import Item, Span, write_items
-from nxtp.writing_options import Writing, writing_options
+from nxtp.prepare.items import Item, Span, write_items
+from nxtp.prepare.options import Writing, writing_options
+from nxtp.prepare.skipped import LeftOut
 
 SETS = ("1k", "v2", "real", "a", "r", "sketch", "objectnet")
 _IMAGE = re.compile(r"\.(jpe?g|png|webp|bmp)$", re.IGNORECASE)

@@ -22,10 +22,9 @@ import click
 from rich.console import Console
 from rich.progress import track
 
-from nxtp.errors import UserError
-from nxtp.shards import ShardInfo, read_manifest, sha256_of, write_manifest
-from nxtp.tar_index import index_shard
-from nxtp.wording import counted
+from nxtp.data.shards.manifest import ShardInfo, read_manifest, sha256_of, write_manifest
+from nxtp.data.shards.tar_index import index_shard
+from nxtp.errors import UserError, counted
 
 
 def describe_shard(path: Path, known: dict[str, ShardInfo], since: float) -> tuple[ShardInfo, Counter]:

@@ -28,10 +28,10 @@ from lemminflect import getInflection
 from PIL import Image
 from rich.console import Console
 
+from nxtp.data.labels.nouns import noun_backend
 from nxtp.errors import UserError
-from nxtp.labels import noun_backend
-from nxtp.set_writer import write_set
-from nxtp.writing_options import Writing
+from nxtp.prepare.options import Writing
+from nxtp.prepare.set_writer import write_set
 
 TABLE = Path(__file__).resolve().parent / "concepts.csv"
 SYNONYMS = TABLE.with_name("synonyms.csv")

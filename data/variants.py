@@ -16,13 +16,14 @@ import click
 import numpy as np
 from PIL import Image, ImageFilter, ImageOps
 
+from nxtp.data.images import ImageError, load_image
+from nxtp.data.shards.manifest import manifest_hash
+from nxtp.data.shards.reader import IndexedShards, SampleFault
+from nxtp.data.shards.urls import expand_shards
 from nxtp.errors import UserError
-from nxtp.images import ImageError, load_image
-from nxtp.set_writer import write_set
-from nxtp.shard_pool import Skip
-from nxtp.shard_set import SampleFault, ShardSet
-from nxtp.shards import expand_shards, manifest_hash
-from nxtp.writing_options import Writing
+from nxtp.prepare.options import Writing
+from nxtp.prepare.set_writer import write_set
+from nxtp.prepare.shard_pool import Skip
 
 KINDS = {
     "noise": (0.15, "standard deviation of Gaussian noise, as a share of the range"),
@@ -43,7 +44,7 @@ def alter(image: Image.Image, kind: str, strength: float, rng: np.random.Generat
     return ImageOps.invert(edges.point(lambda value: min(255, round(3 * strength * value)))).convert("RGB")
 
 
-def altered(position: int, shards: ShardSet, kind: str, strength: float, seed: int) -> dict[str, Any]:
+def altered(position: int, shards: IndexedShards, kind: str, strength: float, seed: int) -> dict[str, Any]:
     """Sample ``position`` of a set, as a shard's sample.
 
     Raises:
@@ -77,7 +78,7 @@ def make_variant(source: Path, out: Path, kind: str, strength: float | None, see
         strength = KINDS[kind][0]
     if strength <= 0:
         raise UserError(f"--strength is {strength:g}: above 0, please ({KINDS[kind][1]}).")
-    shards = ShardSet(expand_shards(str(source)))
+    shards = IndexedShards(expand_shards(str(source)))
     made_by = {"script": "variants", "version": 1, "kind": kind, "strength": strength, "seed": seed}
     made_by |= {"source": source.name, "manifest": manifest_hash(source)}
     items, make = range(len(shards)), partial(altered, shards=shards, kind=kind, strength=strength, seed=seed)

@@ -15,9 +15,9 @@ from typing import Any
 import click
 
 from nxtp.errors import UserError
-from nxtp.left_out import LeftOut
-from nxtp.prepare import Item, write_items
-from nxtp.writing_options import Writing, writing_options
+from nxtp.prepare.items import Item, write_items
+from nxtp.prepare.options import Writing, writing_options
+from nxtp.prepare.skipped import LeftOut
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:

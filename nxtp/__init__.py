@@ -14,7 +14,7 @@ __version__ = "0.1.0"
 
 def __getattr__(name: str):
     if name == "Recognizer":  # imported on first use: `import nxtp` stays light
-        from nxtp.recognizer import Recognizer
+        from nxtp.inference.recognizer import Recognizer
 
         return Recognizer
     raise AttributeError(f"module 'nxtp' has no attribute '{name}'")

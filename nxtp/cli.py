@@ -19,16 +19,16 @@ class Commands(click.Group):
     """A group whose unknown commands name the nearest known one, and whose lazy commands are imported late."""
 
     lazy = {  # noqa: RUF012
-        "app": "nxtp.app.command:app",
-        "bench": "nxtp.bench:bench",
-        "classify": "nxtp.predict:classify",
-        "convert": "nxtp.convert:convert",
-        "data": "nxtp.data_commands:data",
-        "export": "nxtp.export:export",
-        "predict": "nxtp.predict:predict",
-        "report": "nxtp.report.command:report",
-        "serve": "nxtp.serving:serve",
-        "sweep": "nxtp.sweep_commands:sweep",
+        "app": "nxtp.deploy.app.command:app",
+        "bench": "nxtp.bench.command:bench",
+        "classify": "nxtp.inference.predict:classify",
+        "convert": "nxtp.paper.convert:convert",
+        "data": "nxtp.prepare.commands:data",
+        "export": "nxtp.deploy.export:export",
+        "predict": "nxtp.inference.predict:predict",
+        "report": "nxtp.sweep.report.command:report",
+        "serve": "nxtp.deploy.server:serve",
+        "sweep": "nxtp.sweep.commands:sweep",
     }
 
     def list_commands(self, ctx: click.Context) -> list[str]:
@@ -83,26 +83,40 @@ def group() -> None:
     """Object recognition as next token prediction: images in, ranked labels out."""
 
 
-def _hydra_command(name: str, module: str | None = None) -> None:
-    """`train`, `evaluate`, `describe` and `features` pass everything on to Hydra."""
+# Commands whose arguments are Hydra's: what they run, on which configuration of conf/, with which overrides.
+HYDRA_COMMANDS = {
+    "train": ("nxtp.train.command:train", "train", ()),
+    "evaluate": ("nxtp.eval.command:evaluate", "evaluate", ()),
+    "describe": ("nxtp.cost.describe:describe", "train", ("name=describe",)),
+    "features": ("nxtp.data.features.compute:extract", "train", ("name=features",)),
+}
+
+
+def _hydra_command(name: str) -> None:
+    function, config_name, own = HYDRA_COMMANDS[name]
 
     def run(context: click.Context) -> None:
-        sys.exit(importlib.import_module(module or f"nxtp.{name}").main(context.args))
+        from nxtp.config import compose_and_run
+        from nxtp.sweep.sweep import Sweeper
+
+        arguments = [*own, *context.args]
+        if name == "evaluate":  # `model` is a configuration group of training; here it names a directory
+            arguments = [f"model_dir={a.removeprefix('model=')}" if a.startswith("model=") else a for a in arguments]
+        compose_and_run(function, config_name, arguments, None if own else Sweeper(name))
 
     command = click.pass_context(run)
     group.command(name, context_settings=HYDRA, help=SUMMARIES[name], add_help_option=False)(command)
 
 
-for _name in ("train", "evaluate", "describe"):
+for _name in HYDRA_COMMANDS:
     _hydra_command(_name)
-_hydra_command("features", "nxtp.extract")
 
 
 @group.command()
 @click.argument("directory", type=click.Path(path_type=Path))
 def parity(directory: Path) -> None:
     """Check this implementation against the numbers recorded in DIRECTORY; exit code 1 on a miss."""
-    from nxtp.parity import main as run
+    from nxtp.paper.parity import main as run
 
     sys.exit(run(directory))
 

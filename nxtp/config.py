@@ -2,31 +2,30 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 import re
 import sys
 from collections.abc import Callable, Sequence
-from functools import wraps
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import hydra
 from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, MissingConfigException
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationToMissingValueError, MissingMandatoryValue, OmegaConfBaseException
 
 from nxtp.errors import UserError, nearest
-from nxtp.no_secrets import refuse_secrets
-from nxtp.study import GROUP, study_names
-from nxtp.sweep import Sweep, file_name, is_scheduled, name_run, parse, quoted, run_apart
+from nxtp.runs.secrets import refuse_secrets
 
 log = logging.getLogger("nxtp")
 T = TypeVar("T")
 PACKAGE = Path(__file__).resolve().parent
+OTHER_GROUPS: dict[str, Callable[[], list[str]]] = {}  # groups found outside conf/, and what each contains
 
 
 def conf_dir() -> Path:
@@ -35,15 +34,30 @@ def conf_dir() -> Path:
     return inside if inside.is_dir() else PACKAGE.parent / "conf"
 
 
+class Sweeper(Protocol):
+    """What :func:`compose_and_run` needs to sweep a command; nxtp.sweep, which is above this module, provides it."""
+
+    sweep: Any  # None where one run is asked for
+
+    def prepare(self, argv: list[str]) -> list[str]:
+        """Find the sweep that ``argv`` asks for; what Hydra is to be given."""
+
+    def run(self, function: Callable[[DictConfig], Any], cfg: DictConfig) -> Any:
+        """One run of the sweep."""
+
+    def finish(self) -> None:
+        """Raise a UserError if runs of the sweep have failed."""
+
+
 def compose_and_run(
-    function: Callable[[DictConfig], Any], config_name: str, argv: Sequence[str], sweeps: bool = False
+    function: Callable[[DictConfig], Any] | str, config_name: str, argv: Sequence[str], sweeper: Sweeper | None = None
 ) -> Any:
     """Run ``function`` on the configuration composed from conf/, the user's own ./conf and ``argv``.
 
-    ``argv`` is Hydra's: overrides, ``-m`` or ``study=`` for a sweep, ``--help``, ``--cfg job``, …
-
     Args:
-        sweeps: whether the command ``nxtp <config_name>`` can be swept; of a study others see what its runs share.
+        function: a callable, or "module:name" of one, which is imported once the configuration is composed.
+        argv: Hydra's: overrides, ``-m`` or ``study=`` for a sweep, ``--help``, ``--cfg job``, …
+        sweeper: runs the sweep that ``argv`` asks for; without one, what a study's runs share is one run.
 
     Raises:
         UserError: an unknown key, group, option or value, with the nearest known one; or runs of a sweep that failed.
@@ -54,35 +68,29 @@ def compose_and_run(
         argv += ["--config-dir", str(own)]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come here instead of ending the process
     failed: list[UserError] = []
-    sweep = None
 
-    @wraps(function)
+    def call(cfg: DictConfig) -> Any:
+        if isinstance(function, str):
+            module, name = function.split(":")
+            return getattr(importlib.import_module(module), name)(cfg)
+        return function(cfg)
+
     def job(cfg: DictConfig) -> Any:
+        is_multirun = HydraConfig.get().mode is RunMode.MULTIRUN
         try:
             refuse_secrets(OmegaConf.to_container(cfg, resolve=True))
-            if HydraConfig.get().mode is not RunMode.MULTIRUN:
-                return function(cfg)
-            if not is_scheduled():
-                return run_apart(config_name, cfg, sweep.runs if sweep else [])
-            name_run(cfg)
-            return function(cfg)
+            return sweeper.run(call, cfg) if sweeper is not None and is_multirun else call(cfg)
         except UserError as error:  # raised at the end: Hydra would add lines of its own, and end a sweep here
             failed.append(error)
-            if HydraConfig.get().mode is RunMode.MULTIRUN:
+            if is_multirun:
                 log.error("%s", error)
             return None
 
     run = hydra.main(version_base="1.3", config_path=str(shipped), config_name=config_name)(job)
-    os.environ["NXTP_COMMAND"] = config_name  # a distributed launcher starts `nxtp` anew with these arguments
+    os.environ["NXTP_COMMAND"] = config_name  # a distributed launcher starts `nxtp` again with these arguments
     saved = sys.argv
     try:
-        if sweeps:
-            sweep = _sweep(config_name, argv)
-        else:
-            argv = _with_override("hydra.mode=RUN", argv)
-        if sweep is not None:
-            fixed = ",".join(quoted(key) for key in sweep.fixed)
-            argv = _with_override(f"hydra.job.config.override_dirname.exclude_keys=[{fixed}]", argv)
+        argv = sweeper.prepare(argv) if sweeper is not None else with_override("hydra.mode=RUN", argv)
         sys.argv = [sys.argv[0], *argv]
         result = run()
     except (HydraException, OmegaConfBaseException) as error:
@@ -93,36 +101,24 @@ def compose_and_run(
         raise UserError("hydra/launcher=slurm: no srun on this machine: start it on a login node.") from error
     finally:
         sys.argv = saved
-    if sweep is not None:
-        sweep.require_finished()
+    if sweeper is not None and sweeper.sweep is not None:
+        sweeper.finish()
     elif failed:
         raise failed[0]
     return result
 
 
-def _sweep(config_name: str, argv: Sequence[str]) -> Sweep | None:
-    """The sweep that ``argv`` asks for; None if it asks for one run, or for help."""
-    asked = get_args_parser().parse_args(argv)
-    keys = {o.key_or_group: o for o in parse(asked.overrides)}
-    several = asked.multirun or GROUP in keys
-    if not several or any((asked.help, asked.hydra_help, asked.cfg, asked.info)):
-        return None
-    settled = [o.input_line for o in keys.values() if not o.is_sweep_override()]
-    if asked.config_dir:
-        settled.append(f"hydra.searchpath=[study://,{quoted('file://' + os.path.abspath(asked.config_dir))}]")
-    with hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        cfg = hydra.compose(config_name, settled, return_hydra_config=True)
-        if cfg.hydra.mode is RunMode.RUN:
-            return None
-        with open_dict(cfg):
-            task = [o for o in asked.overrides if not o.lstrip("+~").startswith(("hydra.", "hydra/"))]
-            cfg.hydra.overrides.task = task
-        refuse_secrets(OmegaConf.to_container(cfg, resolve=False))
-        refuse_secrets(settled)
-        sweep = Sweep.of(cfg)
-        if sweep.points:  # a misspelt axis is told before Hydra writes anything
-            hydra.compose(config_name, [*settled, *sweep.points[0]])
-    return sweep
+def with_override(override: str, argv: list[str]) -> list[str]:
+    """``argv`` with one more override, beside the others: they must stand together."""
+    given = get_args_parser().parse_args(argv).overrides
+    place = argv.index(given[-1]) + 1 if given else len(argv)
+    return [*argv[:place], override, *argv[place:]]
+
+
+def quoted(text: str) -> str:
+    """A string as Hydra's grammar reads it back."""
+    escaped = str(text).replace("\\", "\\\\").replace("'", "\\'")
+    return f"'{escaped}'"
 
 
 def composed(config_name: str, overrides: Sequence[str]) -> DictConfig:
@@ -143,13 +139,6 @@ def composed(config_name: str, overrides: Sequence[str]) -> DictConfig:
         raise UserError(explain(error)) from error
 
 
-def _with_override(override: str, argv: list[str]) -> list[str]:
-    """``argv`` with one more override, beside the others: they must stand together."""
-    given = get_args_parser().parse_args(argv).overrides
-    place = argv.index(given[-1]) + 1 if given else len(argv)
-    return [*argv[:place], override, *argv[place:]]
-
-
 def explain(error: BaseException) -> str:
     """A configuration error in one line, with the nearest known name where there is one."""
     if isinstance(error, (MissingMandatoryValue, InterpolationToMissingValueError)):
@@ -167,9 +156,10 @@ def explain(error: BaseException) -> str:
         cause = cause.__cause__ or cause.__context__
     text = " ".join(line.strip() for line in str(error).splitlines() if line.strip())
     if isinstance(error, MissingConfigException):
-        if (error.missing_cfg_file or "").startswith(f"{GROUP}/"):
-            study = error.missing_cfg_file.removeprefix(f"{GROUP}/")
-            return f"No study '{study}'.{nearest(study, study_names())} Known: {', '.join(study_names()) or 'none'}."
+        group, _, name = (error.missing_cfg_file or "").partition("/")
+        if group in OTHER_GROUPS:
+            known = OTHER_GROUPS[group]()
+            return f"No {group} '{name}'.{nearest(name, known)} Known: {', '.join(known) or 'none'}."
         missing = (error.missing_cfg_file or "").rsplit("/", 1)[-1]
         return text.split("Config search path")[0].strip() + nearest(missing, error.options or [])
     group = re.search(r"Could not override '([^'@]+)", text)
@@ -198,7 +188,7 @@ def to_dataclass(cls: type[T], node: Any, where: str) -> T:
 
 def _wandb_offline() -> bool:
     """True where no W&B key is at hand: runs are then kept on disk, to be synchronised later."""
-    from nxtp.tracking import has_key
+    from nxtp.runs.secrets import has_key
 
     return not has_key()
 
@@ -214,4 +204,3 @@ def _cpu_precision() -> str:
 # When this module is imported: a launcher's own processes compose a run's configuration anew.
 OmegaConf.register_new_resolver("nxtp.wandb_offline", _wandb_offline, replace=True)
 OmegaConf.register_new_resolver("nxtp.cpu_precision", _cpu_precision, replace=True)
-OmegaConf.register_new_resolver("nxtp.file_name", file_name, replace=True)

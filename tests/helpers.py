@@ -7,12 +7,14 @@ import io
 import multiprocessing
 import os
 import socket
+import struct
 import subprocess
 import sys
 import tempfile
 import threading
 import time
 import traceback
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,13 +23,21 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import open_dict
 from PIL import Image
 
-from nxtp.decoder import DecoderConfig
-from nxtp.encoder import EncoderConfig
-from nxtp.model import ModelConfig
-from nxtp.ports import free_port
-from nxtp.shards import write_manifest, write_shard
+from nxtp.config import conf_dir
+from nxtp.data.shards.manifest import write_manifest
+from nxtp.deploy.ports import free_port
+from nxtp.inference.recognizer import Recognizer
+from nxtp.model.decoder import DecoderConfig
+from nxtp.model.encoder import EncoderConfig
+from nxtp.model.model import Model, ModelConfig
+from nxtp.model.tokenizer import train_tokenizer
+from nxtp.prepare.shard_writer import write_shard
 
 COLOURS = {"rose": (200, 40, 60), "lemon": (220, 200, 40), "leaf": (40, 160, 60), "ocean": (30, 80, 200)}
 
@@ -118,7 +128,9 @@ def serving(root: Path, stall: tuple[str, ...] = ()) -> Iterator[tuple[str, type
 # Commands as fresh processes, forked from one that has imported the libraries: a second each instead of ten.
 
 forks = multiprocessing.get_context("forkserver")
-forks.set_forkserver_preload(["nxtp.cli", "nxtp.train", "nxtp.evaluate", "nxtp.predict", "textblob", "lemminflect"])
+forks.set_forkserver_preload(
+    ["nxtp.cli", "nxtp.train.command", "nxtp.eval.command", "nxtp.inference.recognizer", "textblob", "lemminflect"]
+)
 
 
 def nxtp_here(arguments: list[str], cwd: str, out: str, error: str, environment: dict[str, str]) -> None:
@@ -256,3 +268,46 @@ TINY_OVERRIDES = [
     "model.decoder.depth=2",
     "model.vocab_size=400",
 ]
+
+
+PERF = [f"perf/{n}" for n in ("images_per_s", "tokens_per_s", "data_wait", "padding", "tflops", "peak_memory_gb")]
+WORDS = ["rose", "lemon", "leaf", "ocean", "stone", "hot dog", "sunflower", "mirror"]
+
+
+def recognizer(**decoder) -> Recognizer:
+    """A tiny model of random weights; the same each time."""
+    torch.manual_seed(0)
+    tokenizer = train_tokenizer(WORDS, vocab_size=400)
+    config = tiny_config(**decoder)
+    return Recognizer(Model(config, len(tokenizer)), tokenizer, config, {"run": "test"})
+
+
+def ending_recognizer(**decoder) -> Recognizer:
+    """Random weights hardly ever write a delimiter; these do, after lengths that differ."""
+    made = recognizer(**decoder)
+    torch.manual_seed(3)
+    head = made.model.decoder.lm.lm_head.weight
+    with torch.no_grad():
+        head[made.tokenizer.delimiter_id] = 6 * head.abs().mean() * torch.randn(head.shape[1]).sign()
+    return made
+
+
+def huge_png(width: int, height: int) -> bytes:
+    """The header of a PNG, without pixels: if it were decoded the message would be another."""
+    buffer = io.BytesIO()
+    Image.new("1", (1, 1)).save(buffer, "PNG")
+    data = bytearray(buffer.getvalue())
+    data[16:24] = struct.pack(">II", width, height)
+    data[29:33] = struct.pack(">I", zlib.crc32(bytes(data[12:29])))
+    return bytes(data)
+
+
+def composed(tmp_path, *overrides):
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        cfg = compose("train", ["name=test", f"hydra.run.dir={tmp_path}", *overrides], return_hydra_config=True)
+    with open_dict(cfg):
+        cfg.hydra.runtime.output_dir = str(tmp_path)
+    HydraConfig.instance().set_config(cfg)
+    with open_dict(cfg):
+        del cfg["hydra"]
+    return cfg

@@ -8,11 +8,10 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from helpers import jpeg, run_nxtp, write_shards
+from helpers import jpeg, recognizer, run_nxtp, write_shards
 from PIL import Image
-from test_recognizer import recognizer
 
-from nxtp.recognizer import Recognizer
+from nxtp.inference.recognizer import Recognizer
 
 ROOT = Path(__file__).parent.parent
 

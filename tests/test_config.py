@@ -3,22 +3,21 @@
 from dataclasses import asdict
 
 import pytest
-from helpers import write_shards
-from hydra import compose, initialize_config_dir
-from hydra.core.hydra_config import HydraConfig
+from helpers import composed, write_shards
 from hydra.utils import instantiate
-from omegaconf import OmegaConf, open_dict
+from omegaconf import OmegaConf
 
 from nxtp.config import compose_and_run, conf_dir, to_dataclass
+from nxtp.data.config import DataConfig
 from nxtp.errors import UserError
-from nxtp.layout import Objective
-from nxtp.model import ModelConfig
-from nxtp.module import ValidationConfig
-from nxtp.optim import OptimConfig, TrainsConfig
-from nxtp.perf import count_parameters, meta_model
-from nxtp.ranking import RANKINGS, RankingConfig, ranking_config
-from nxtp.samplers import sampler_config
-from nxtp.sources import DataConfig
+from nxtp.model.flops import count_parameters, meta_model
+from nxtp.model.layout import Objective
+from nxtp.model.model import ModelConfig
+from nxtp.model.trainable import TrainsConfig
+from nxtp.sampling.ranking import RANKINGS, RankingConfig, ranking_config
+from nxtp.sampling.samplers import sampler_config
+from nxtp.train.module import ValidationConfig
+from nxtp.train.optim import OptimConfig
 
 GROUPS = {
     name: sorted(path.stem for path in (conf_dir() / name).glob("*.yaml"))
@@ -39,17 +38,6 @@ GROUPS = {
     )
 }
 CHOICES = [f"{group}={option}" for group, options in GROUPS.items() for option in options]
-
-
-def composed(tmp_path, *overrides):
-    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        cfg = compose("train", ["name=test", f"hydra.run.dir={tmp_path}", *overrides], return_hydra_config=True)
-    with open_dict(cfg):
-        cfg.hydra.runtime.output_dir = str(tmp_path)
-    HydraConfig.instance().set_config(cfg)
-    with open_dict(cfg):
-        del cfg["hydra"]
-    return cfg
 
 
 @pytest.mark.parametrize("choice", CHOICES)

@@ -4,17 +4,17 @@ import logging
 
 import pytest
 import torch
-from helpers import TINY_OVERRIDES, write_shards
+from helpers import TINY_OVERRIDES, composed, write_shards
 from omegaconf import OmegaConf
-from test_config import composed
 
 from nxtp.config import to_dataclass
+from nxtp.data.config import DataConfig
+from nxtp.data.mixture import open_set
 from nxtp.errors import UserError
-from nxtp.model import ModelConfig
-from nxtp.optim import OptimConfig, build_optimizer
-from nxtp.perf import count_parameters, meta_model
-from nxtp.sources import DataConfig, open_set
-from nxtp.train import build
+from nxtp.model.flops import count_parameters, meta_model
+from nxtp.model.model import ModelConfig
+from nxtp.train.command import build
+from nxtp.train.optim import OptimConfig, build_optimizer
 
 RECIPES = ("g3m", "g70m", "in1k")
 

@@ -16,10 +16,10 @@ from rich.progress import track
 from torch.optim.lr_scheduler import OneCycleLR
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from nxtp.data.shards.reader import IndexedShards
+from nxtp.data.shards.urls import expand_shards
 from nxtp.errors import UserError
-from nxtp.shard_set import ShardSet
-from nxtp.shards import expand_shards
-from nxtp.tokens import LabelTokenizer, train_tokenizer
+from nxtp.model.tokenizer import LabelTokenizer, train_tokenizer
 
 ROW = 128  # tokens
 
@@ -84,7 +84,7 @@ def main(shards, out, blocks, width, captions, steps, batch_size, lr, seed):
 
 
 def read_captions(source: Path, limit: int) -> list[str]:
-    shards = ShardSet(expand_shards(str(source)))
+    shards = IndexedShards(expand_shards(str(source)))
     raws = (shards.read(position) for position in range(min(limit, len(shards))))
     texts = [raw.caption for raw in raws if raw.caption]
     if not texts:

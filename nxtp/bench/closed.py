@@ -14,11 +14,11 @@ from nxtp.bench.measure import caption, ratio
 from nxtp.bench.processes import choose_device, machine_description
 from nxtp.bench.workers import SIZES
 from nxtp.errors import UserError
-from nxtp.layout import lay_out
-from nxtp.model import Model
-from nxtp.sampling import one_shot
-from nxtp.tokens import train_tokenizer
-from nxtp.vocabulary import Vocabulary, class_log_probs, name_log_probs, read_classes
+from nxtp.model.layout import lay_out
+from nxtp.model.model import Model
+from nxtp.model.tokenizer import train_tokenizer
+from nxtp.sampling.closed_vocabulary import Vocabulary, class_log_probs, name_log_probs, read_classes
+from nxtp.sampling.one_shot import one_shot
 
 TOP_K, VOCABULARY, COMPARED = 20, 2048, 8
 

@@ -29,15 +29,19 @@ from torchvision.transforms import CenterCrop, Compose, InterpolationMode, PILTo
 
 from nxtp.bench.processes import machine_description
 from nxtp.bench.workers import SIZES
-from nxtp.data import ShardData
+from nxtp.data.config import DataConfig
+from nxtp.data.datamodule import WebDatasetDataModule
+from nxtp.data.images import load_image
+from nxtp.data.labels.from_samples import label_texts
+from nxtp.data.labels.nouns import noun_backend
+from nxtp.data.mixture import open_set
+from nxtp.data.shards.manifest import write_manifest
+from nxtp.data.shards.urls import expand_shards
+from nxtp.data.transforms import to_pixels
 from nxtp.errors import UserError
-from nxtp.images import load_image
-from nxtp.labels import noun_backend
-from nxtp.perf import meta_model, peak_flops, training_flops
-from nxtp.pixels import to_pixels
-from nxtp.shards import expand_shards, write_manifest, write_shard
-from nxtp.sources import DataConfig, label_texts, open_set
-from nxtp.tokens import train_tokenizer
+from nxtp.model.flops import meta_model, peak_flops, training_flops
+from nxtp.model.tokenizer import train_tokenizer
+from nxtp.prepare.shard_writer import write_shard
 
 SHARDS = 4
 PHOTOS = 48  # distinct ones, which are repeated
@@ -85,7 +89,7 @@ def _caption(generator: np.random.Generator) -> str:
     return f"a {first} near the old {second}, seen from a {third} in the morning"
 
 
-def our_batches(data: ShardData) -> Way:
+def our_batches(data: WebDatasetDataModule) -> Way:
     def run() -> Iterator[int]:
         for batch in data.loader("train", data.config.train, training=True):
             yield len(batch)
@@ -123,7 +127,7 @@ def open_clip_batches(urls: Sequence[str], size: int, batch: int) -> Way | None:
     return run
 
 
-def pixel_difference(data: ShardData, size: int) -> float:
+def pixel_difference(data: WebDatasetDataModule, size: int) -> float:
     """Mean absolute difference, in levels of 255, to full decoding and torchvision's Resize and CenterCrop."""
     exact = Compose([Resize(size, InterpolationMode.BICUBIC), CenterCrop(size), PILToTensor()])
     shards = data.open("train", data.config.train).shards
@@ -135,7 +139,7 @@ def pixel_difference(data: ShardData, size: int) -> float:
     return sum(differences) / len(differences)
 
 
-def noun_seconds(data: ShardData) -> float:
+def noun_seconds(data: WebDatasetDataModule) -> float:
     """Seconds to find the nouns of one caption, the first time it is met."""
     shards = data.open("train", data.config.train).shards
     captions = [shards.read(i).caption or "" for i in range(min(len(shards), 512))]
@@ -191,7 +195,7 @@ def _measure(shards: str, index_dir: str, size: int, batch: int, repeats: int) -
     if len(opened) < batch:
         raise UserError(f"{shards} holds {len(opened)} samples, fewer than one batch of {batch}.")
     tokenizer = train_tokenizer(label_texts(opened.shards, config), vocab_size=8192)
-    data = ShardData(config, tokenizer, image_size=size, num_image_tokens=256)
+    data = WebDatasetDataModule(config, tokenizer, image_size=size, num_image_tokens=256)
     urls = expand_shards(shards)
     ways = {
         "ours": our_batches(data),

@@ -15,17 +15,24 @@ import torch
 from rich.table import Table
 
 from nxtp.bench.processes import machine_description, machine_line
+from nxtp.data.images import ImageError
+from nxtp.data.labels.from_samples import labels_of
+from nxtp.data.labels.nouns import noun_backend
+from nxtp.data.shards.reader import IndexedShards, SampleFault
+from nxtp.data.shards.urls import expand_shards
+from nxtp.deploy.onnx.export import (
+    DecoderGraph,
+    EncoderGraph,
+    decoder_inputs,
+    encoder_inputs,
+    export_onnx,
+    runner_config,
+)
+from nxtp.deploy.onnx.runner import OnnxRecognizer
 from nxtp.errors import UserError
-from nxtp.images import ImageError
-from nxtp.labels import noun_backend
-from nxtp.metrics import ExactMatch
-from nxtp.onnx.export import DecoderGraph, EncoderGraph, decoder_inputs, encoder_inputs, export_onnx, runner_config
-from nxtp.onnx.runner import OnnxRecognizer
-from nxtp.ranking import Labels
-from nxtp.recognizer import Recognizer
-from nxtp.shard_set import SampleFault, ShardSet
-from nxtp.shards import expand_shards
-from nxtp.sources import labels_of
+from nxtp.eval.metrics import ExactMatch
+from nxtp.inference.recognizer import Recognizer
+from nxtp.sampling.ranking import Labels
 
 TOP_K, BATCH, ALONE = 10, 8, 50  # labels, images a batch, images timed one by one
 
@@ -105,7 +112,7 @@ def measure_exported(model: str, data: str, images: int = 500, repeats: int = 3,
 
 
 def _samples(data: str, count: int, recognizer: Recognizer) -> tuple[np.ndarray, list[list[str]]]:
-    shards, nouns = ShardSet(expand_shards(data)), noun_backend()
+    shards, nouns = IndexedShards(expand_shards(data)), noun_backend()
     pixels, truth = [], []
     for position in range(len(shards)):
         try:

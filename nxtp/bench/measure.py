@@ -10,8 +10,8 @@ from rich.table import Table
 
 from nxtp.bench.processes import WAYS, assert_equal, children, choose_device, machine_description, machine_line
 from nxtp.bench.workers import SIZES, Predictor, Trainer
-from nxtp.layout import Objective
-from nxtp.perf import compute_dtype, peak_flops
+from nxtp.model.flops import compute_dtype, peak_flops
+from nxtp.model.layout import Objective
 
 COUNTS = (1, 20, 100)  # labels an image in `bench predict`
 

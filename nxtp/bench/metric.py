@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from nxtp.bench.processes import machine_description
-from nxtp.embedders import LabelEmbedder, label_embedder
 from nxtp.errors import UserError
-from nxtp.metrics import Scores, SemanticMatch, semantic_scores
+from nxtp.eval.embedders import LabelEmbedder, label_embedder
+from nxtp.eval.metrics import Scores, SemanticMatch, semantic_scores
 
 VOCABULARY = 8_637  # distinct nouns of the published validation captions
 PREDICTIONS, REFERENCES = 10, 5

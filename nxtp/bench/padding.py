@@ -10,15 +10,17 @@ from hydra import compose, initialize_config_dir
 from rich.table import Table
 
 from nxtp.config import conf_dir, to_dataclass
+from nxtp.data.config import DataConfig
+from nxtp.data.labels.from_samples import label_texts, labels_of
+from nxtp.data.labels.nouns import noun_backend
+from nxtp.data.mixture import open_set
+from nxtp.data.shards.reader import SampleFault
 from nxtp.errors import UserError
-from nxtp.labels import noun_backend
-from nxtp.layout import Layout, lay_out
-from nxtp.model import ModelConfig
-from nxtp.optim import OptimConfig
-from nxtp.perf import Flops, ModelFlops, meta_model
-from nxtp.shard_set import SampleFault
-from nxtp.sources import DataConfig, label_texts, labels_of, open_set
-from nxtp.tokens import train_tokenizer
+from nxtp.model.flops import Flops, ModelFlops, meta_model
+from nxtp.model.layout import Layout, lay_out
+from nxtp.model.model import ModelConfig
+from nxtp.model.tokenizer import train_tokenizer
+from nxtp.train.optim import OptimConfig
 
 PROMPT_TOKENS, DELIMITER = 7, 4
 POOL = 50  # batches among which samples are sorted by length

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 
 from nxtp.errors import UserError
-from nxtp.perf import peak_memory_bytes
-from nxtp.record import cpu_name
+from nxtp.model.flops import peak_memory_bytes
+from nxtp.runs.record import cpu_name
 
 TOLERANCE = 1e-4  # of the results, relative
 WAYS = ("ours", "published")
@@ -46,7 +46,7 @@ def _serve(connection: Connection, worker: type, arguments: dict[str, Any], thre
 class Child:
     """One way in its own process.
 
-    ``peak`` and ``baseline`` are bytes (:func:`nxtp.perf.peak_memory_bytes`), the latter before any step; on a GPU
+    ``peak`` and ``baseline`` are bytes (:func:`nxtp.model.flops.peak_memory_bytes`), the latter before any step; on a GPU
     ``peak`` is that of the last request.
     """
 

@@ -20,11 +20,11 @@ from rich.table import Table
 
 from nxtp.bench.measure import ratio
 from nxtp.bench.processes import machine_description, machine_line
+from nxtp.data.images import ImageError
+from nxtp.deploy.ports import free_port
 from nxtp.errors import UserError
-from nxtp.images import ImageError
-from nxtp.ports import free_port
-from nxtp.recognizer import Recognizer
-from nxtp.stream import Source
+from nxtp.inference.recognizer import Recognizer
+from nxtp.inference.streaming import Source
 
 START, TOP_K = 180, 5  # seconds a server may take to start; labels asked for
 

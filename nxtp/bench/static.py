@@ -17,8 +17,8 @@ from transformers import StaticCache
 from nxtp.bench.measure import COUNTS, caption, ratio
 from nxtp.bench.processes import assert_equal, choose_device, machine_description
 from nxtp.bench.workers import DELIMITER, SIZES, Predictor
-from nxtp.model import Model
-from nxtp.sampling import MAX_LABEL_TOKENS, Samples, finished, first_tokens, likeliest_
+from nxtp.model.model import Model
+from nxtp.sampling.one_shot import MAX_LABEL_TOKENS, Samples, finished, first_tokens, likeliest_
 
 WAYS = ("as it is", "static", "compiled")
 
@@ -30,7 +30,9 @@ def static_step(
     branches = tokens_BK.shape[1]
     branch = torch.arange(branches, device=tokens_BK.device)[:, None]
     key = torch.arange(branches * (max_tokens - 1), device=tokens_BK.device)[None]
-    own = (key % branches == branch) & (key < step * branches)  # nxtp.layout.branch_mask, and no key of later steps
+    own = (key % branches == branch) & (
+        key < step * branches
+    )  # nxtp.model.layout.branch_mask, and no key of later steps
     mask = torch.cat([own.new_ones(branches, prefix), own], dim=1)[None, None]
     decoder = model.decoder
     positions = (prefix - 1 + step).expand(1, branches)
@@ -38,7 +40,7 @@ def static_step(
 
 
 class StaticOneShot:
-    """:func:`nxtp.sampling.one_shot` in fixed shapes.
+    """:func:`nxtp.sampling.one_shot.one_shot` in fixed shapes.
 
     Args:
         compiled: the step is compiled, once for each number of images and labels; on CUDA into a CUDA graph, for

@@ -12,14 +12,15 @@ import torch
 from hydra import compose, initialize_config_dir
 
 from nxtp.config import conf_dir, to_dataclass
-from nxtp.decoder import DecoderConfig
-from nxtp.encoder import EncoderConfig
-from nxtp.layout import Layout, Objective, lay_out
-from nxtp.model import Model, ModelConfig
-from nxtp.optim import OptimConfig, TrainsConfig, choose_trained
-from nxtp.perf import ModelFlops
-from nxtp.reference import PADDED_LENGTH, published_loss, published_one_shot
-from nxtp.sampling import Samples, one_shot
+from nxtp.model.decoder import DecoderConfig
+from nxtp.model.encoder import EncoderConfig
+from nxtp.model.flops import ModelFlops
+from nxtp.model.layout import Layout, Objective, lay_out
+from nxtp.model.model import Model, ModelConfig
+from nxtp.model.trainable import TrainsConfig, choose_trained
+from nxtp.paper.reference import PADDED_LENGTH, published_loss, published_one_shot
+from nxtp.sampling.one_shot import Samples, one_shot
+from nxtp.train.optim import OptimConfig
 
 COMPARED_IMAGES = 8  # at most, of a training step
 DELIMITER, PROMPT_TOKENS = 4, 7  # BOS and the six tokens of the evaluation prompt in LLaMA's vocabulary

@@ -1,0 +1,376 @@
+"""Bytes that a rank needs, before a run: a training step is executed on tensors without data, its allocations counted.
+
+Shapes, dtypes and lifetimes are those of the real step, of any architecture, precision, set of trained parts and
+strategy, with no formula to keep in step: PyTorch's fake tensors stand for the data, a fake process group for the
+other ranks. Optimiser state and DDP's buckets are added by formula. Not counted: the CUDA context and cuBLAS's and
+NCCL's buffers (1 to 2 GB), fragmentation, validation.
+"""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from nxtp.config import to_dataclass
+from nxtp.distributed.parallelize import ParallelConfig, parallelize
+from nxtp.errors import UserError, nearest
+from nxtp.model.flops import meta_model
+from nxtp.model.layout import lay_out
+from nxtp.model.model import Model, ModelConfig
+from nxtp.train.optim import OptimConfig
+
+LABELS, LABEL_TOKENS, PROMPT_TOKENS = 8, 2, 7  # a typical caption
+PARTS = ("weights", "gradients", "optimizer", "activations", "working")
+_PRECISIONS = {  # by trainer.precision: dtype of the weights, and of autocast
+    "32-true": (torch.float32, None),
+    "64-true": (torch.float64, None),
+    "bf16-true": (torch.bfloat16, None),
+    "16-true": (torch.float16, None),
+    "bf16-mixed": (torch.float32, torch.bfloat16),
+    "16-mixed": (torch.float32, torch.float16),
+}
+_SHORT = {"32": "32-true", "64": "64-true", "16": "16-mixed", "bf16": "bf16-mixed"}
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a step's memory depends on, beside the model and what of it trains.
+
+    ``strategy``    single, ddp or fsdp, over ``ranks`` of which ``tensor_parallel`` share each decoder block
+    ``features``    a frozen encoder's features are read instead of images
+    ``batch``       images a rank and micro-batch; ``accumulates``: several of them make one step
+    """
+
+    strategy: str = "single"
+    ranks: int = 1
+    tensor_parallel: int = 1
+    batch: int = 64
+    accumulates: bool = False
+    precision: str = "32-true"
+    on_gpu: bool = False
+    features: bool = False
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one rank by part (:data:`PARTS`).
+
+    ``most``  the largest that each part becomes; ``peak`` the parts at the moment when their sum is largest
+    """
+
+    most: dict[str, int]
+    peak: dict[str, int]
+
+    @property
+    def total(self) -> int:
+        return sum(self.peak.values())
+
+
+def step_of(cfg: DictConfig) -> Step:
+    """The :class:`Step` that a composed configuration asks for.
+
+    Raises:
+        UserError: a strategy or precision whose memory is not known, or ranks that cannot be split.
+    """
+    trainer = OmegaConf.to_container(cfg.trainer, resolve=True)
+    ranks = _devices(trainer["devices"]) * int(trainer["num_nodes"])
+    given = trainer["strategy"]
+    options = dict(given) if isinstance(given, dict) else {}
+    name = str(options.get("_target_", given)).rpartition(".")[2]
+    tensor_parallel = 1
+    if name == "Sharded":
+        strategy, tensor_parallel = "fsdp", int(options.get("tensor_parallel_size", 1))
+        if tensor_parallel < 1 or ranks % tensor_parallel:
+            raise UserError(
+                f"trainer.strategy.tensor_parallel_size is {tensor_parallel}: {ranks} ranks cannot be split so."
+            )
+    elif name.lower().startswith("ddp"):
+        strategy = "ddp"
+    elif name in ("auto", "SingleDeviceStrategy"):
+        strategy = "single" if ranks == 1 else "ddp"
+    else:
+        raise UserError(
+            f"trainer.strategy is '{name}': memory is known for auto, ddp and nxtp.distributed.parallelize.FSDP2Strategy."
+        )
+    return Step(
+        strategy,
+        ranks,
+        tensor_parallel,
+        batch=int(cfg.data.batch_size),
+        accumulates=int(trainer["accumulate_grad_batches"]) > 1,
+        precision=str(trainer["precision"]),
+        on_gpu=trainer["accelerator"] != "cpu",
+        features=bool(cfg.data.get("features")),
+    )
+
+
+def _devices(value: Any) -> int:
+    """Lightning's ``devices``: a number, a list, "0,1", or as many as there are."""
+    if isinstance(value, str) and "," in value:
+        value = [part for part in value.split(",") if part.strip()]
+    if isinstance(value, list):
+        return len(value)
+    if value in ("auto", -1, "-1"):
+        return max(torch.cuda.device_count(), 1)
+    return int(value)
+
+
+def memory_of(cfg: DictConfig) -> Memory:
+    """Memory of a training step of a composed configuration, with captions of a typical length."""
+    config = to_dataclass(ModelConfig, cfg.model, "model")
+    parallel = to_dataclass(ParallelConfig, cfg.get("parallel"), "parallel")
+    vocabulary = None if config.decoder.source else config.vocab_size
+    return memory(config, vocabulary, to_dataclass(OptimConfig, cfg.optim, "optim"), step_of(cfg), parallel)
+
+
+def memory(
+    config: ModelConfig,
+    vocab_size: int | None,
+    optim: OptimConfig,
+    step: Step,
+    parallel: ParallelConfig | None = None,
+    *,
+    prompt_tokens: int = PROMPT_TOKENS,
+    labels: int = LABELS,
+    label_tokens: int = LABEL_TOKENS,
+) -> Memory:
+    """Memory of a training step, when the optimiser's state is there already.
+
+    Compilation is left out: it keeps at most what is kept without it.
+
+    Args:
+        prompt_tokens, labels, label_tokens: of every image; ``label_tokens`` is without the delimiter.
+    """
+    precision = _SHORT.get(step.precision, step.precision)
+    if precision not in _PRECISIONS:
+        raise UserError(f"trainer.precision is '{precision}'.{nearest(precision, _PRECISIONS)}")
+    weights_dtype, autocast_dtype = _PRECISIONS[precision]
+    model = meta_model(config, vocab_size, optim.trains)
+    layout = lay_out(
+        [[(0,) * label_tokens] * labels] * step.batch,
+        prompt=[0] * prompt_tokens,
+        delimiter=0,
+        num_image_tokens=model.num_image_tokens,
+    )
+    side, tokens = config.encoder.image_size, (model.num_image_tokens, model.encoder.width)
+    shape, dtype = (tokens, torch.float16) if step.features else ((3, side, side), torch.uint8)
+    switches = ParallelConfig(activation_checkpointing=bool(parallel and parallel.activation_checkpointing))
+    with ExitStack() as stack:
+        stack.enter_context(_quiet())
+        mesh = stack.enter_context(_fake_mesh(step)) if step.strategy == "fsdp" else None
+        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        _give_memory(model, weights_dtype)
+        model = parallelize(model, switches, mesh, precision)
+        if step.on_gpu and autocast_dtype is not None:
+            stack.enter_context(_cuda_autocast())
+        live = stack.enter_context(_LiveBytes([*model.parameters(), *model.buffers()]))
+        for _ in range(1 + step.accumulates):  # the second batch meets the gradients of the first
+            live.part = "activations"
+            images = torch.empty(step.batch, *shape, dtype=dtype)
+            with torch.autocast("cpu", autocast_dtype, enabled=autocast_dtype is not None):
+                loss = model(images, layout).total
+            live.mark(model.parameters(), "weights")  # gathered and not yet given up
+            saved = live.bytes["activations"]
+            live.part = "working"
+            loss.backward()
+        live.mark((p.grad for p in model.parameters() if p.grad is not None), "gradients")
+        return _sum_up(live, model, optim, step, saved, scales_loss=precision == "16-mixed")
+
+
+def _give_memory(model: nn.Module, dtype: torch.dtype) -> None:
+    """Move a model from the meta device to (fake) memory; what is shared stays shared."""
+    made: dict[Tensor, Tensor] = {}
+    for module in model.modules():
+        for owned in (module._parameters, module._buffers):
+            for name, old in owned.items():
+                if old is None or not old.is_meta:
+                    continue
+                if old not in made:
+                    new = torch.empty(old.shape, dtype=dtype if old.is_floating_point() else old.dtype)
+                    made[old] = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
+                owned[name] = made[old]
+
+
+@contextmanager
+def _fake_mesh(step: Step) -> Iterator[DeviceMesh]:
+    """A mesh of all ranks as rank 0 sees it; nobody is there to talk to."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    if dist.is_initialized():
+        raise RuntimeError("the memory of sharded training is found before a process group is made")
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=step.ranks)
+    concatenate = DeviceMesh._concatenate
+
+    def outside(meshes: list[DeviceMesh]) -> DeviceMesh:
+        with unset_fake_temporarily():  # a mesh looks its own rank up among real numbers
+            return concatenate(meshes)
+
+    try:
+        sizes = (step.ranks // step.tensor_parallel, step.tensor_parallel)
+        with patch.object(DeviceMesh, "_concatenate", outside):
+            yield dist.init_device_mesh("cpu", sizes, mesh_dim_names=("data_parallel", "tensor_parallel"))
+    finally:
+        dist.destroy_process_group()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+@contextmanager
+def _cuda_autocast() -> Iterator[None]:
+    """What CUDA's autocast widens and a CPU's does not, among what models here call."""
+
+    def widened(function):
+        def call(*args, **kwargs):
+            args = [a.float() if isinstance(a, Tensor) else a for a in args]
+            return function(*args, **{k: v.float() if isinstance(v, Tensor) else v for k, v in kwargs.items()})
+
+        return call
+
+    with patch.multiple(F, layer_norm=widened(F.layer_norm), group_norm=widened(F.group_norm)):
+        yield
+
+
+class _LiveBytes(TorchDispatchMode):
+    """Follows storages from the operator that makes them to their end; those of ``before`` are not counted.
+
+    ``part``   of what is made now
+    ``bytes``  alive now, by part
+    ``peak``   the same when most were alive, with the parts known since
+    ``most_gathered``  the most that FSDP's gathered weights took
+    """
+
+    def __init__(self, before: Iterable[Tensor]) -> None:
+        super().__init__()
+        self._before = {_local(tensor).untyped_storage()._cdata for tensor in before}
+        self.part = "working"
+        self.bytes = dict.fromkeys(PARTS, 0)
+        self.most_gathered = 0
+        self._alive: dict[int, int] = {}  # number → bytes
+        self._part_of: dict[int, str] = {}  # of all there ever were
+        self._number: dict[int, int] = {}  # by address, which is used again
+        self._peak: dict[int, int] = {}
+        self._peak_bytes = 0
+
+    @property
+    def peak(self) -> dict[str, int]:
+        parts = dict.fromkeys(PARTS, 0)
+        for number, size in self._peak.items():
+            parts[self._part_of[number]] += size
+        return parts
+
+    def mark(self, tensors: Iterable[Tensor], part: str) -> None:
+        """Say what tensors are, of those made here."""
+        for tensor in tensors:
+            number = self._number.get(_local(tensor).untyped_storage()._cdata)
+            if number is not None:
+                self.bytes[self._part_of[number]] -= self._alive[number]
+                self.bytes[part] += self._alive[number]
+                self._part_of[number] = part
+        self.most_gathered = max(self.most_gathered, self.bytes["weights"])
+
+    def __enter__(self) -> _LiveBytes:
+        resize = torch.UntypedStorage.resize_
+
+        def followed(storage: torch.UntypedStorage, size: int) -> torch.UntypedStorage:
+            """FSDP gives the memory of gathered weights up, and takes it again, under the same storage."""
+            result = resize(storage, size)
+            self._follow(storage, "weights")
+            return result
+
+        self._patch = patch.object(torch.UntypedStorage, "resize_", followed)
+        self._patch.start()
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._patch.stop()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if DTensor in types:
+            return NotImplemented  # it comes again, as what this rank does
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor) and not isinstance(tensor, DTensor):
+                storage = tensor.untyped_storage()
+                if storage._cdata not in self._number and storage._cdata not in self._before:
+                    self._follow(storage, self.part)
+        return result
+
+    def _follow(self, storage: torch.UntypedStorage, part: str) -> None:
+        address = storage._cdata
+        if address not in self._number:
+            self._number[address] = len(self._part_of)
+            weakref.finalize(storage, self._forget, address)
+        number = self._number[address]
+        self.bytes[self._part_of.get(number, part)] -= self._alive.get(number, 0)
+        self._alive[number], self._part_of[number] = storage.nbytes(), part
+        self.bytes[part] += storage.nbytes()
+        self.most_gathered = max(self.most_gathered, self.bytes["weights"])
+        total = sum(self.bytes.values())
+        if total > self._peak_bytes:
+            self._peak_bytes, self._peak = total, dict(self._alive)
+
+    def _forget(self, address: int) -> None:
+        number = self._number.pop(address)
+        self.bytes[self._part_of[number]] -= self._alive.pop(number)
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(local.numel() * local.element_size() for local in map(_local, tensors))
+
+
+def _sum_up(live: _LiveBytes, model: Model, optim: OptimConfig, step: Step, saved: int, scales_loss: bool) -> Memory:
+    """Add what is there in every moment, and see whether the update needs more than the step."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    gradients = _bytes(trained)
+    buckets = gradients if step.strategy == "ddp" else 0
+    always = {
+        "weights": _bytes([*model.parameters(), *model.buffers()]),
+        "gradients": buckets,
+        "optimizer": 2 * (gradients if optim.state_bits == 32 else sum(map(_bytes_of_8_bit_moment, trained))),
+    }
+    # Fused AdamW and torchao's work in place; behind a loss scaler AdamW is not fused: the roots of all second moments
+    # are there at once, on a CPU of one.
+    roots = 0
+    if scales_loss and optim.state_bits == 32:
+        roots = gradients if step.on_gpu else max(_bytes([p]) for p in trained)
+    moments = [live.peak, {"gradients": gradients, "working": roots}]
+    totals = [{part: moment.get(part, 0) + always.get(part, 0) for part in PARTS} for moment in moments]
+    most = {
+        "weights": always["weights"] + live.most_gathered,
+        "gradients": gradients + buckets,
+        "optimizer": always["optimizer"],
+        "activations": saved,
+    }
+    return Memory(most, max(totals, key=lambda parts: sum(parts.values())))
+
+
+def _bytes_of_8_bit_moment(parameter: Tensor) -> int:
+    """torchao keeps a byte a number and a float32 for each 256; small or odd parameters stay float32."""
+    count = _local(parameter).numel()
+    return count + count // 64 if count >= 4096 and count % 256 == 0 else 4 * count

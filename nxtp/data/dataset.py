@@ -1,0 +1,164 @@
+"""Where a shard becomes a batch: positions → samples → pixels and laid-out labels."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from nxtp.data.config import DataConfig
+from nxtp.data.features.store import FeatureStore
+from nxtp.data.images import ImageError, load_image
+from nxtp.data.labels.from_samples import labels_of
+from nxtp.data.labels.nouns import noun_backend
+from nxtp.data.shards.reader import IndexedShards, RawSample, SampleFault
+from nxtp.data.transforms import to_pixels
+from nxtp.errors import UserError
+from nxtp.model.layout import Layout, Objective, lay_out
+from nxtp.model.tokenizer import LabelTokenizer
+
+
+@dataclass
+class Batch:
+    """What a step sees, and what was skipped to get it.
+
+    ``images`` uint8 [B, 3, S, S], or features of a frozen encoder, floating point [B, N, D_encoder]; ``layout`` their
+    laid-out labels. ``offered`` counts the samples that were read for this batch, ``faults`` those of them that were
+    skipped, by kind. B may be smaller than the batch size, in evaluation even 0. In training a batch without a usable
+    sample has no keys and one blank image whose loss does not count: every rank must take part in the step.
+    """
+
+    images: Tensor
+    layout: Layout
+    keys: list[str]
+    labels: list[list[str]]
+    offered: int
+    faults: Counter
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def to(self, *args, **kwargs) -> Batch:
+        return Batch(
+            self.images.to(*args, **kwargs),
+            self.layout.to(*args, **kwargs),
+            self.keys,
+            self.labels,
+            self.offered,
+            self.faults,
+        )
+
+    def pin_memory(self) -> Batch:
+        return Batch(
+            self.images.pin_memory(), self.layout.pin_memory(), self.keys, self.labels, self.offered, self.faults
+        )
+
+
+class BatchDataset(Dataset):
+    """Map-style over batches: (epoch, positions) → :class:`Batch`. Runs in loader workers."""
+
+    def __init__(
+        self,
+        shards: IndexedShards,
+        tokenizer: LabelTokenizer,
+        config: DataConfig,
+        *,
+        image_size: int,
+        num_image_tokens: int,
+        objective: Objective,
+        prompts: Sequence[str],
+        training: bool,
+    ):
+        self.shards, self.tokenizer, self.config = shards, tokenizer, config
+        self.image_size, self.num_image_tokens, self.objective = image_size, num_image_tokens, objective
+        self.prompts, self.training = list(prompts), training
+        self.nouns = noun_backend(config.nouns)
+        if config.given_labels not in ("all", "first"):
+            raise UserError(f"data.given_labels is '{config.given_labels}': say all or first.")
+        self.features = FeatureStore(config.features) if training and config.features else None
+
+    def __getitem__(self, item: tuple[int, np.ndarray]) -> Batch:
+        epoch, positions = item
+        faults: Counter = Counter()
+        images, keys, texts, ids = [], [], [], []
+        for position in positions.tolist():
+            try:
+                raw = self.shards.read(position)
+                labels = self.labels_of(raw)
+                pixels = self.pixels_of(raw)
+            except SampleFault as fault:
+                faults[fault.kind] += 1
+                continue
+            except ImageError:
+                faults["bad image"] += 1
+                continue
+            if self.training:
+                order = self._random(epoch, position).permutation(len(labels))
+                labels = [labels[i] for i in order[: self.config.max_labels]]
+            images.append(pixels)
+            keys.append(raw.key)
+            texts.append(labels)
+            ids.append(self.tokenizer.encode_labels(labels))
+        if self.training and not images:
+            images.append(self._blank)
+            ids.append([self.tokenizer.prompt_ids[-1:]])
+        prompt = self.tokenizer.prompt
+        if self.training:
+            prompt = self.prompts[self._random(epoch, int(positions[0]), 1).integers(len(self.prompts))]
+        layout = lay_out(
+            ids,
+            prompt=self.tokenizer.encode_prompt(prompt),
+            delimiter=self.tokenizer.delimiter_id,
+            num_image_tokens=self.num_image_tokens,
+            objective=self.objective,
+        )
+        return Batch(
+            torch.stack(images) if images else self._blank[None][:0], layout, keys, texts, len(positions), faults
+        )
+
+    @property
+    def _blank(self) -> Tensor:
+        if self.features is None:
+            return torch.zeros(3, self.image_size, self.image_size, dtype=torch.uint8)
+        meta = self.features.meta
+        return torch.zeros(meta.tokens, meta.width, dtype=getattr(torch, meta.dtype))
+
+    def _random(self, *which: int) -> np.random.Generator:
+        """A sample's own random numbers: the same in whichever batch, on whichever rank it comes."""
+        return np.random.default_rng([self.config.seed, *which])
+
+    def pixels_of(self, raw: RawSample) -> Tensor:
+        """A sample's image, uint8 [3, S, S], or where there are features its features [N, D_encoder].
+
+        Raises:
+            SampleFault: there are none.
+            ImageError: the image cannot be decoded.
+        """
+        if self.features is None:
+            return to_pixels(load_image(raw.image, near=self.image_size), self.image_size)
+        try:
+            features = self.features.read(raw.image)
+        except KeyError:
+            raise SampleFault("no features", raw.key, raw.shard) from None
+        if features is None:
+            raise SampleFault("bad image", raw.key, raw.shard)
+        return features
+
+    def labels_of(self, raw: RawSample) -> list[str]:
+        """Of a sample's labels those that have tokens.
+
+        Raises:
+            SampleFault: none has.
+        """
+        labels = labels_of(raw, self.nouns)
+        if self.training and raw.labels is not None and self.config.given_labels == "first":
+            labels = labels[:1]
+        labels = [label for label, ids in zip(labels, self.tokenizer.encode_labels(labels), strict=True) if ids]
+        if not labels:
+            raise SampleFault("no labels", raw.key, raw.shard)
+        return labels

@@ -1,0 +1,116 @@
+"""`nxtp features`: the features of a training set's images under a frozen encoder, computed once."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import lightning as L
+import numpy as np
+import torch
+from omegaconf import DictConfig
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from nxtp.config import to_dataclass
+from nxtp.model.encoder import Encoder
+from nxtp.data.sampler import ElasticBatchSampler
+from nxtp.errors import UserError, nearest
+from nxtp.data.features.store import DTYPES, FeatureStore, FeatureWriter, Meta, fingerprint, image_key, in_parts
+from nxtp.data.images import ImageError, load_image
+from nxtp.model.model import ModelConfig
+from nxtp.data.transforms import to_pixels
+from nxtp.data.shards.reader import SampleFault, IndexedShards
+from nxtp.data.config import DataConfig
+from nxtp.data.mixture import open_set
+
+log = logging.getLogger("nxtp")
+
+PART_BYTES = 1 << 29  # of one part, about
+
+
+def extract(cfg: DictConfig) -> None:
+    """Compute what ``data.features`` lacks of the images of ``data.train`` (of ``data.fraction``, ``data.samples``).
+
+    Raises:
+        UserError: no directory is named, it is another encoder's, or the disk has no room.
+    """
+    config = to_dataclass(DataConfig, cfg.data, "data")
+    if config.features is None:
+        raise UserError("data.features is not set: the directory where features are to be kept.")
+    dtype = str(cfg.features_dtype)
+    if dtype not in DTYPES:
+        raise UserError(f"features_dtype is '{dtype}'.{nearest(dtype, DTYPES)} It can be {' or '.join(DTYPES)}.")
+    L.seed_everything(cfg.seed, workers=True, verbose=False)
+    encoder = Encoder(to_dataclass(ModelConfig, cfg.model, "model").encoder)
+    encoder.requires_grad_(False).eval()
+    meta = Meta(fingerprint(encoder), encoder.num_tokens, encoder.width, dtype)
+    writer = FeatureWriter(Path(config.features), meta)
+    store = FeatureStore(config.features)
+
+    shards = open_set("train", config.train, config).shards
+    plan = ElasticBatchSampler(
+        shards.sizes,
+        config.val_batch_size,
+        shuffle=False,
+        samples=config.samples,
+        fraction=config.fraction,
+        subset_seed=config.subset_seed,
+    )
+    writer.check_room(max(plan.total - len(store), 0))
+    loader = DataLoader(
+        Missing(shards, store, encoder.config.image_size), sampler=plan, batch_size=None, num_workers=config.workers
+    )
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    made = 0
+    with Progress(*columns) as progress:
+        task = progress.add_task("images", total=plan.total)
+
+        def computed() -> Iterator[tuple[list[bytes], Tensor, np.ndarray]]:
+            for keys, pixels, unusable, offered in loader:
+                if keys:
+                    yield keys, run(encoder.to(device), pixels, device), unusable
+                progress.advance(task, offered)
+
+        for part in in_parts(computed(), max(1, PART_BYTES // meta.bytes_each)):
+            writer.write(*part)
+            made += len(part[0])
+    log.info(
+        "%s: %d images made, %d there before; %.0f kB each.", config.features, made, len(store), meta.bytes_each / 1e3
+    )
+
+
+@torch.inference_mode()
+def run(encoder: Encoder, pixels: Tensor, device: str) -> Tensor:
+    """uint8 [B, 3, S, S] → [B, N, D_encoder] on the CPU."""
+    return encoder(pixels.to(device)).float().cpu()
+
+
+class Missing(Dataset):
+    """Positions of a batch → the images among them that the store lacks, decoded."""
+
+    def __init__(self, shards: IndexedShards, store: FeatureStore, image_size: int):
+        self.shards, self.store, self.image_size = shards, store, image_size
+
+    def __getitem__(self, item: tuple[int, np.ndarray]) -> tuple[list[bytes], Tensor, np.ndarray, int]:
+        """Keys [n], pixels uint8 [n, 3, S, S], which of them could not be decoded, and how many were looked at."""
+        _, positions = item
+        found: dict[bytes, Tensor | None] = {}
+        for position in positions.tolist():
+            try:
+                image = self.shards.read(position).image
+            except SampleFault:
+                continue  # training skips it too
+            key = image_key(image)
+            if key in found or key in self.store:
+                continue
+            try:
+                found[key] = to_pixels(load_image(image, near=self.image_size), self.image_size)
+            except ImageError:
+                found[key] = None
+        blank = torch.zeros(3, self.image_size, self.image_size, dtype=torch.uint8)
+        pixels = torch.stack([blank if p is None else p for p in found.values()]) if found else blank[None][:0]
+        return list(found), pixels, np.array([p is None for p in found.values()], dtype=bool), len(positions)

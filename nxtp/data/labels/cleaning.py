@@ -1,0 +1,29 @@
+"""Labels as text: one spelling for comparison, and lists without duplicates."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Iterable
+
+DELIMITER = ","
+
+
+_SPACE = re.compile(r"\s+")
+
+
+def normalise(label: str) -> str:
+    """The form in which labels are compared: Unicode NFKC, lower case, trimmed, inner whitespace one space."""
+    return _SPACE.sub(" ", unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", label).lower())).strip()
+
+
+def clean_labels(labels: Iterable[str]) -> list[str]:
+    """Explicit labels as a model can write them, in order: trimmed, without the delimiter, none empty.
+
+    Of labels that are the same in normalised form, the first is kept.
+    """
+    cleaned = (_SPACE.sub(" ", label.replace(DELIMITER, " ")).strip() for label in labels)
+    distinct: dict[str, str] = {}
+    for label in cleaned:
+        distinct.setdefault(normalise(label), label)
+    return [label for form, label in distinct.items() if form]

@@ -1,0 +1,63 @@
+"""The labels of a sample: those it gives, or the nouns of its caption."""
+
+from __future__ import annotations
+
+import logging
+import os
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nxtp.data.config import DataConfig, named_sources
+from nxtp.data.labels.cleaning import clean_labels
+from nxtp.data.labels.nouns import NounBackend, noun_backend
+from nxtp.data.shards.manifest import read_manifest
+from nxtp.data.shards.reader import IndexedShards, RawSample, SampleFault
+
+log = logging.getLogger("nxtp")
+
+
+def warn_if_nouns_differ(name: str, spec: Any, nouns: str, trained: str | None) -> None:
+    """Labels of captions depend on the backend that found them: say so where it is not the training's.
+
+    Args:
+        name: of the set, for the message.
+        spec: its shards; a manifest that names a backend is believed, for others ``nouns`` is used.
+        trained: the backend of the training's labels; None: unknown, nothing to compare.
+    """
+    for source in named_sources(spec).values():
+        directory = Path(source.shards) if isinstance(source.shards, str | os.PathLike) else None
+        manifest = read_manifest(directory) if directory is not None and directory.is_dir() else None
+        here = ((manifest or {}).get("nouns") or {}).get("backend", nouns)
+        if trained is not None and here != trained:
+            log.warning("Set '%s': nouns come from '%s', the model's training labels from '%s'.", name, here, trained)
+
+
+def label_texts(shards: IndexedShards, config: DataConfig, limit: int = 20_000) -> list[str]:
+    """Distinct labels of up to ``limit`` samples spread over the shards, sorted: what a tokenizer is trained on."""
+    nouns = noun_backend(config.nouns)
+    found: set[str] = set()
+    for position in np.unique(np.linspace(0, len(shards) - 1, min(limit, len(shards)), dtype=np.int64)):
+        with suppress(SampleFault):
+            found.update(labels_of(shards.read(int(position)), nouns))
+    shards.close()  # loader workers open their own
+    return sorted(found)
+
+
+def labels_of(raw: RawSample, nouns: NounBackend) -> list[str]:
+    """Labels given explicitly win over nouns from a caption.
+
+    Raises:
+        SampleFault: "no caption" (nor labels), or "no labels" (no noun in the caption).
+    """
+    if raw.labels is not None:
+        labels = clean_labels(raw.labels)
+    elif raw.caption is not None:
+        labels = nouns(raw.caption)
+    else:
+        raise SampleFault("no caption", raw.key, raw.shard)
+    if not labels:
+        raise SampleFault("no labels", raw.key, raw.shard)
+    return labels

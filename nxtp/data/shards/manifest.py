@@ -1,0 +1,108 @@
+"""WebDataset tar shards: writing them with a manifest, and finding them by directory, glob or brace expression.
+
+A sample is `KEY.jpg|jpeg|png|webp` with `KEY.txt` (caption) and/or `KEY.json` (`labels`, `caption`), adjacent in
+an uncompressed tar. Names are split into key and extension as WebDataset does. `tar_index.py` and `shard_set.py`
+read them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from nxtp.errors import UserError
+from nxtp.runs.atomic import replacing
+
+log = logging.getLogger(__name__)
+
+MANIFEST = "manifest.json"
+MANIFEST_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class ShardInfo:
+    """One line of a manifest."""
+
+    name: str
+    samples: int
+    bytes: int
+    sha256: str
+
+
+def sha256_of(path: Path | str) -> str:
+    """Hexadecimal SHA-256 of a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_manifest(
+    directory: Path | str,
+    shards: Iterable[ShardInfo],
+    *,
+    made_by: Mapping[str, Any],
+    nouns: Mapping[str, Any] | None = None,
+    skipped: Mapping[str, int] | None = None,
+) -> Path:
+    """Write ``manifest.json``: the same arguments, shards in any order, give the same bytes.
+
+    ``made_by`` says how the shards were made (script, options, versions), ``nouns`` the noun backend's name and
+    version, ``skipped`` how many source samples were left out, by kind.
+    """
+    rows = sorted((asdict(shard) for shard in shards), key=lambda row: row["name"])
+    manifest = {
+        "format": MANIFEST_FORMAT,
+        "shards": rows,
+        "samples": sum(row["samples"] for row in rows),
+        "bytes": sum(row["bytes"] for row in rows),
+        "made_by": dict(made_by),
+        "nouns": dict(nouns or {}),
+        "skipped": dict(skipped or {}),
+    }
+    path = Path(directory) / MANIFEST
+    text = json.dumps(manifest, indent=1, sort_keys=True, ensure_ascii=False)
+    with replacing(path) as file:
+        file.write(f"{text}\n".encode())
+    return path
+
+
+def read_manifest(directory: Path | str) -> dict[str, Any] | None:
+    """The manifest of a directory of shards, None where there is none.
+
+    Raises:
+        UserError: it cannot be read, is not a manifest, is of a later format, or its totals do not add up.
+    """
+    path = Path(directory) / MANIFEST
+    advice = "Make the shards again, or delete the file."
+    try:
+        manifest = json.loads(path.read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read ({error}). {advice}") from error
+    if isinstance(manifest, dict) and isinstance(manifest.get("format"), int) and manifest["format"] > MANIFEST_FORMAT:
+        raise UserError(f"{path} has format {manifest['format']}; this version reads up to {MANIFEST_FORMAT}.")
+    try:
+        shards = [ShardInfo(**row) for row in manifest["shards"]]
+        sound = (
+            manifest["format"] == MANIFEST_FORMAT
+            and all(isinstance(shard.name, str) and isinstance(shard.sha256, str) for shard in shards)
+            and manifest["samples"] == sum(shard.samples for shard in shards)
+            and manifest["bytes"] == sum(shard.bytes for shard in shards)
+            and all(isinstance(manifest[name], dict) for name in ("made_by", "nouns", "skipped"))
+        )
+    except (KeyError, TypeError):
+        sound = False
+    if not sound:
+        raise UserError(f"{path} is not a manifest of shards, or its totals do not add up. {advice}")
+    return manifest
+
+
+def manifest_hash(directory: Path | str) -> str | None:
+    """SHA-256 of the manifest file, for run records; None where there is none."""
+    path = Path(directory) / MANIFEST
+    return sha256_of(path) if path.is_file() else None

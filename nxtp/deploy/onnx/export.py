@@ -1,0 +1,187 @@
+"""A model directory → ONNX graphs. What the graphs are: :mod:`nxtp.deploy.onnx`."""
+
+from __future__ import annotations
+
+import json
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim
+from transformers import DynamicCache
+
+from nxtp.deploy.onnx.runner import CONFIG, DECODER, DECODER_INPUTS, ENCODER, TOKENIZER, Config
+from nxtp.errors import UserError
+from nxtp.inference.recognizer import Recognizer
+from nxtp.model.model import Model
+from nxtp.runs.atomic import written_aside
+from nxtp.sampling.one_shot import MAX_LABEL_TOKENS
+
+NEEDED = ("onnx", "onnxscript", "onnxruntime")
+
+
+class EncoderGraph(nn.Module):
+    """Pixels uint8 [B, 3, S, S] → image tokens and ``<|image|>`` as the decoder reads them, [B, N + 1, D]."""
+
+    def __init__(self, model: Model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return self.model.marked(self.model.encode(pixels))
+
+
+class DecoderGraph(nn.Module):
+    """Tokens behind a cache → logits, and their keys and values. With image tokens and prompt it is the prefix pass.
+
+    Args of a call:
+        image_tokens: [B, N + 1, D] of the encoder, or [B, 0, D] for a step.
+        tokens: int64 [B, Q], behind them.
+        positions: int64 [1, T] of all T = N + 1 + Q, or Q.
+        mask: bool [1, 1, T, cached + T], True = may attend.
+        rows: int64 [R], the places whose logits are wanted.
+        keys, values: [blocks, B, H, cached, width]; none: cached = 0.
+
+    Returns:
+        logits float32 [B, R, V]; keys and values [blocks, B, H, T, width] of this call's tokens.
+    """
+
+    def __init__(self, model: Model):
+        super().__init__()
+        self.decoder = model.decoder
+
+    def forward(
+        self, image_tokens: Tensor, tokens: Tensor, positions: Tensor, mask: Tensor, rows: Tensor, keys: Tensor,
+        values: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        cache = DynamicCache(config=self.decoder.lm.config)
+        for block in range(keys.shape[0]):
+            cache.update(keys[block], values[block], block)
+        embeddings = torch.cat([image_tokens, self.decoder.embed(tokens)], dim=1)
+        hidden = self.decoder(embeddings, positions, mask, cache)
+        new = embeddings.shape[1]
+        pairs = [(layer.keys[:, :, -new:], layer.values[:, :, -new:]) for layer in cache.layers]
+        return self.decoder.logits(hidden[:, rows]), *(torch.stack(each) for each in zip(*pairs, strict=True))
+
+
+def require_onnx() -> None:
+    """
+    Raises:
+        UserError: what writes and quantises graphs is not installed.
+    """
+    missing = [name for name in NEEDED if find_spec(name) is None]
+    if missing:
+        raise UserError(f"ONNX needs {', '.join(missing)}: pip install 'nxtp[onnx]'.")
+
+
+def export_onnx(recognizer: Recognizer, out: Path, int8: bool = False) -> Config:
+    """Write the graphs: aside first, then in one rename, over what was there.
+
+    Args:
+        recognizer: on the CPU, float32.
+        int8: weights of matrices as 8-bit numbers (:mod:`nxtp.deploy.onnx.int8`).
+
+    Raises:
+        UserError: a package is missing.
+        ValueError: a model in another dtype or place.
+    """
+    require_onnx()
+    model = recognizer.model
+    if model.image_token.dtype != torch.float32 or recognizer.device.type != "cpu":
+        raise ValueError(
+            f"the model is {model.image_token.dtype} on {model.image_token.device}; float32 on cpu, please"
+        )
+    config = runner_config(recognizer, "int8" if int8 else "float32")
+    with written_aside(out) as aside:
+        with _quiet(), torch.no_grad():
+            _write(EncoderGraph(model), encoder_inputs(config), aside / ENCODER)
+            _write(DecoderGraph(model), decoder_inputs(config), aside / DECODER)
+            if int8:
+                from nxtp.deploy.onnx.int8 import quantize
+
+                for name in (ENCODER, DECODER):
+                    quantize(aside / name)
+        recognizer.tokenizer.tokenizer.backend_tokenizer.save(str(aside / TOKENIZER))
+        (aside / CONFIG).write_text(json.dumps(asdict(config), indent=1, default=str))
+    return config
+
+
+def runner_config(recognizer: Recognizer, weights: str) -> Config:
+    model, tokenizer = recognizer.model, recognizer.tokenizer
+    lm = model.decoder.lm.config
+    return Config(
+        image_size=recognizer.image_size,
+        num_image_tokens=model.num_image_tokens,
+        prompt=list(tokenizer.prompt_ids),
+        delimiter=tokenizer.delimiter_id,
+        never_first=list(tokenizer.never_first),
+        max_label_tokens=MAX_LABEL_TOKENS,
+        cleans_spaces=bool(tokenizer.tokenizer.clean_up_tokenization_spaces),
+        blocks=len(model.decoder.blocks),
+        heads=getattr(lm, "num_key_value_heads", None) or lm.num_attention_heads,
+        head_width=getattr(lm, "head_dim", None) or lm.hidden_size // lm.num_attention_heads,
+        width=model.decoder.width,
+        weights=weights,
+        provenance=recognizer.provenance,
+    )
+
+
+Inputs = dict[str, tuple[Tensor, dict[int, Dim]]]
+
+
+def encoder_inputs(config: Config) -> Inputs:
+    """As :func:`decoder_inputs`."""
+    pixels = torch.zeros(2, 3, config.image_size, config.image_size, dtype=torch.uint8)
+    return {"pixels": (pixels, {0: Dim.AUTO})}
+
+
+def decoder_inputs(config: Config) -> Inputs:
+    """Of each input an example, in which no two sizes that vary are the same, and the axes that vary."""
+    batch, prompt, cached = 2, 5, 7
+    image = config.num_image_tokens + 1
+    length = image + prompt
+    keys = torch.zeros(config.blocks, batch, config.heads, cached, config.head_width)
+    any_size = Dim.AUTO
+    examples = (
+        (torch.zeros(batch, image, config.width), {0: any_size, 1: any_size}),
+        (torch.zeros(batch, prompt, dtype=torch.long), {0: any_size, 1: any_size}),
+        (torch.arange(length)[None], {1: any_size}),
+        (torch.ones(1, 1, length, cached + length, dtype=torch.bool), {2: any_size, 3: any_size}),
+        (torch.arange(3), {0: any_size}),
+        (keys, {1: any_size, 3: any_size}),
+        (keys.clone(), {1: any_size, 3: any_size}),
+    )
+    return dict(zip(DECODER_INPUTS, examples, strict=True))
+
+
+def _write(graph: nn.Module, inputs: Inputs, path: Path) -> None:
+    outputs = ["image_tokens"] if isinstance(graph, EncoderGraph) else ["logits", "new_keys", "new_values"]
+    torch.onnx.export(
+        graph.eval(),
+        tuple(example for example, _ in inputs.values()),
+        path,
+        input_names=list(inputs),
+        output_names=outputs,
+        dynamic_shapes=tuple(axes for _, axes in inputs.values()),
+        dynamo=True,
+        external_data=True,
+        verbose=False,
+    )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what the exporter says about its own insides."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        logging.disable(logging.WARNING)
+        try:
+            yield
+        finally:
+            logging.disable(logging.NOTSET)

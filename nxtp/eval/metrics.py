@@ -1,0 +1,239 @@
+"""How good predicted labels are: exact match, and semantic match with a sentence encoder (torchmetrics).
+
+Scores are computed an image at a time (:func:`exact_scores`, :func:`semantic_scores`: one row an image, for
+reports) and averaged over images by the metrics, whose states are plain sums: right under several ranks, also
+with uneven batches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import chain
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from nxtp.data.labels.cleaning import normalise
+from nxtp.errors import UserError
+from nxtp.eval.embedders import TextEmbedder, full_precision
+
+HIT_CUTS = (1, 5)
+_IMAGES_AT_ONCE = 256  # bounds the memory of the padded similarity computation
+
+
+class Scores(NamedTuple):
+    """One row an image, float32 [B] each, on the CPU; NaN for an image without targets."""
+
+    recall: Tensor
+    precision: Tensor
+    f1: Tensor
+
+
+def semantic_scores(
+    predictions: Sequence[Sequence[str]],
+    targets: Sequence[Sequence[str]],
+    embedder: TextEmbedder,
+    *,
+    top_k: int | None = 10,
+) -> Scores:
+    """Soft recall, precision and F1 of each image (arXiv 2312.02142, section 4.1).
+
+    With S the cosines between an image's M targets and N predictions: recall is the mean over targets of the best
+    match, precision the mean over predictions, F1 = 2PR/(P+R). Where P and R differ in sign (cosines may be
+    negative) the harmonic mean has no meaning and F1 is 0. Labels are embedded as given, duplicates count as often
+    as they occur, and no predictions count as the one prediction "".
+
+    Args:
+        predictions: B images, each its labels, best first; the first ``top_k`` enter (None: all).
+        targets: B images, each its reference labels. Without any: NaN.
+    """
+    _check(predictions, targets, top_k)
+    predictions = [list(labels)[:top_k] or [""] for labels in predictions]
+    scored = [i for i, labels in enumerate(targets) if labels]
+    result = torch.full((3, len(targets)), torch.nan)
+    if not scored:
+        return Scores(*result)
+    distinct = list(dict.fromkeys(chain.from_iterable(chain(predictions[i], targets[i]) for i in scored)))
+    row = {label: i for i, label in enumerate(distinct)}
+    embeddings_UD = embedder.embed(distinct)
+    device = embeddings_UD.device
+    for begin in range(0, len(scored), _IMAGES_AT_ONCE):
+        chosen = scored[begin : begin + _IMAGES_AT_ONCE]
+        target_BM, has_target_BM = _padded([[row[x] for x in targets[i]] for i in chosen], device)
+        predicted_BN, has_predicted_BN = _padded([[row[x] for x in predictions[i]] for i in chosen], device)
+        with full_precision(device):
+            cosine_BMN = embeddings_UD[target_BM] @ embeddings_UD[predicted_BN].mT
+        recall_B = _best_match(cosine_BMN, has_target_BM, has_predicted_BN)
+        precision_B = _best_match(cosine_BMN.mT, has_predicted_BN, has_target_BM)
+        product_B = recall_B * precision_B
+        f1_B = torch.where(product_B > 0, 2 * product_B / (recall_B + precision_B), 0.0)
+        result[:, chosen] = torch.stack([recall_B, precision_B, f1_B]).float().cpu()
+    return Scores(*result)
+
+
+def _padded(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Index lists of uneven length → int64 [B, longest], filled with 0, and bool [B, longest], True where real."""
+    lengths_B = torch.tensor([len(r) for r in rows])
+    mask = torch.arange(int(lengths_B.max())) < lengths_B[:, None]
+    indices = torch.zeros(mask.shape, dtype=torch.long)
+    indices[mask] = torch.tensor(list(chain.from_iterable(rows)), dtype=torch.long)
+    return indices.to(device), mask.to(device)
+
+
+def _best_match(cosine_BXY: Tensor, real_BX: Tensor, real_BY: Tensor) -> Tensor:
+    """[B]: mean over the real x of the highest cosine with a real y."""
+    best_BX = cosine_BXY.masked_fill(~real_BY[:, None, :], -torch.inf).amax(dim=-1)
+    return best_BX.masked_fill(~real_BX, 0.0).sum(dim=-1) / real_BX.sum(dim=-1)
+
+
+def exact_scores(
+    predictions: Sequence[Sequence[str]], targets: Sequence[Sequence[str]], *, top_k: int | None = 10
+) -> Scores:
+    """Recall@k, precision@k and F1@k of each image, on normalised labels (:func:`nxtp.data.labels.cleaning.normalise`).
+
+    Labels that normalise to the same text, or to nothing, count once, or not at all, on both sides. Of what is then
+    left of the predictions the first k enter: recall = hits / number of targets, precision = hits / min(k, number of
+    predictions), 0 without predictions; F1 = 2PR/(P+R), 0 without hits.
+
+    Args:
+        predictions: B images, each its labels, best first (``top_k`` None: all enter).
+        targets: B images, each its reference labels. Without any: NaN.
+    """
+    _check(predictions, targets, top_k)
+    rows = []
+    for predicted, wanted in zip(predictions, targets, strict=True):
+        kept = _distinct(predicted)[:top_k]
+        truth = set(_distinct(wanted))
+        hits = len(truth.intersection(kept))
+        # F1 = 2PR/(P+R) = 2 hits / (targets + predictions)
+        rows.append(
+            (hits / len(truth), hits / max(len(kept), 1), 2 * hits / (len(truth) + len(kept)))
+            if truth
+            else (float("nan"),) * 3
+        )
+    return Scores(*torch.tensor(rows, dtype=torch.float32).reshape(-1, 3).T)
+
+
+def first_hit(predicted: Sequence[str], targets: Sequence[str]) -> int | None:
+    """The place, from 0, of the first predicted label that is one of the targets (normalised); None without a hit."""
+    truth = set(_distinct(targets))
+    return next((place for place, label in enumerate(_distinct(predicted)) if label in truth), None)
+
+
+def _distinct(labels: Sequence[str]) -> list[str]:
+    """Normalised, without repetitions and empty ones, in order."""
+    return [label for label in dict.fromkeys(map(normalise, labels)) if label]
+
+
+def _check(predictions: Sequence[Sequence[str]], targets: Sequence[Sequence[str]], top_k: int | None) -> None:
+    if len(predictions) != len(targets):
+        raise ValueError(f"{len(predictions)} images with predictions, but {len(targets)} with targets.")
+    if top_k is not None and top_k < 1:
+        raise UserError(f"top_k must be at least 1, not {top_k}.")
+    for labels in chain(predictions, targets):
+        if isinstance(labels, str):
+            raise TypeError(f"Each image needs a list of labels, not one string: {labels!r}")
+
+
+class _MeanScores(Metric):
+    """Means over images of :class:`Scores`, for each of C cuts of the predictions."""
+
+    full_state_update = False
+    is_differentiable = False
+    higher_is_better = True
+    totals_C3: Tensor
+    images: Tensor
+    skipped: Tensor
+
+    def __init__(self, cuts: int, **kwargs):
+        super().__init__(**kwargs)
+        self.add_state("totals_C3", torch.zeros(cuts, 3), dist_reduce_fx="sum")
+        self.add_state("images", torch.tensor(0), dist_reduce_fx="sum")
+        self.add_state("skipped", torch.tensor(0), dist_reduce_fx="sum")
+
+    def _add(self, scores: Sequence[Scores]) -> None:
+        """One entry a cut, of the same images."""
+        values_C3B = torch.stack([torch.stack(s) for s in scores])
+        scored_B = ~values_C3B[0, 0].isnan()
+        total_C3 = values_C3B[..., scored_B].double().sum(dim=-1)
+        # Not in place: a state reset under inference mode may be updated outside it.
+        self.totals_C3 = self.totals_C3 + total_C3.to(self.totals_C3)
+        self.images = self.images + int(scored_B.sum())
+        self.skipped = self.skipped + int((~scored_B).sum())
+
+    def _means(self, names: Sequence[str]) -> dict[str, Tensor]:
+        """{recall, precision, f1 + suffix: scalar}; empty without images, so that a missing value stays missing."""
+        if self.images == 0:
+            return {}
+        means_C3 = self.totals_C3 / self.images
+        return {
+            f"{score}{suffix}": mean
+            for suffix, row_3 in zip(names, means_C3, strict=True)
+            for score, mean in zip(Scores._fields, row_3, strict=True)
+        }
+
+    def counts(self) -> dict[str, int]:
+        """Images scored, and those skipped because they had no targets; over all ranks, so every rank must call it."""
+        with self.sync_context():
+            return {"images": int(self.images), "skipped": int(self.skipped)}
+
+
+class SemanticMatch(_MeanScores):
+    """Means over images of :func:`semantic_scores`.
+
+    ``compute()`` gives ``recall``, ``precision``, ``f1`` as scalars, or {} when no image had targets;
+    ``counts()`` how many images entered and how many were skipped.
+
+    Args:
+        embedder: shared between metrics and kept by copies; on its own device, not moved with the metric.
+        top_k: predictions of an image that enter; None for all.
+    """
+
+    def __init__(self, embedder: TextEmbedder, top_k: int | None = 10, **kwargs):
+        _check([], [], top_k)
+        super().__init__(1, **kwargs)
+        self.embedder = embedder
+        self.top_k = top_k
+
+    def update(self, predictions: Sequence[Sequence[str]], targets: Sequence[Sequence[str]]) -> None:
+        """B images: predicted labels, best first, and reference labels."""
+        self._add([semantic_scores(predictions, targets, self.embedder, top_k=self.top_k)])
+
+    def compute(self) -> dict[str, Tensor]:
+        return self._means([""])
+
+
+class ExactMatch(_MeanScores):
+    """Means over images of :func:`exact_scores`, at one or several k.
+
+    ``compute()`` gives ``recall@k``, ``precision@k``, ``f1@k`` for each k as scalars, or {} when no image had
+    targets; and ``hit@1``, ``hit@5``: the share of images for which one of the 1 (5) most probable labels is any of the
+    targets, top-1 and top-5 accuracy where the targets are the names of one class. ``counts()`` tells how many images
+    entered and how many were skipped.
+    """
+
+    hits_H: Tensor
+
+    def __init__(self, top_k: int | Sequence[int] = 10, **kwargs):
+        cuts = (top_k,) if isinstance(top_k, int) else tuple(dict.fromkeys(top_k))
+        for cut in cuts:
+            _check([], [], cut)
+        super().__init__(len(cuts), **kwargs)
+        self.top_k = cuts
+        self.hit_cuts = [k for k in HIT_CUTS if k <= max(cuts)]
+        self.add_state("hits_H", torch.zeros(len(self.hit_cuts)), dist_reduce_fx="sum")
+
+    def update(self, predictions: Sequence[Sequence[str]], targets: Sequence[Sequence[str]]) -> None:
+        """B images: predicted labels, best first, and reference labels."""
+        self._add([exact_scores(predictions, targets, top_k=k) for k in self.top_k])
+        ranks = [first_hit(*image) for image in zip(predictions, targets, strict=True)]
+        hits = [sum(rank is not None and rank < k for rank in ranks) for k in self.hit_cuts]
+        self.hits_H = self.hits_H + torch.tensor(hits, dtype=torch.float32).to(self.hits_H)
+
+    def compute(self) -> dict[str, Tensor]:
+        values = self._means([f"@{k}" for k in self.top_k])
+        if values:
+            values |= {f"hit@{k}": hits / self.images for k, hits in zip(self.hit_cuts, self.hits_H, strict=True)}
+        return values

@@ -1,0 +1,166 @@
+"""A model directory: ``model.safetensors``, ``config.yaml``, tokenizer files. Written whole or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+import nxtp
+from nxtp.errors import UserError
+from nxtp.model import decoder
+from nxtp.model.hub import is_path
+from nxtp.model.model import Model, ModelConfig
+from nxtp.model.tokenizer import FILES as TOKENIZER_FILES
+from nxtp.model.tokenizer import LabelTokenizer
+from nxtp.model.weights import SafetensorsFiles
+from nxtp.runs.atomic import written_aside
+
+FORMAT = 1
+WEIGHTS, CONFIG = "model.safetensors", "config.yaml"
+EMBEDDING, HEAD = (f"decoder.lm.{name}" for name in (decoder.EMBEDDING, decoder.HEAD))
+
+
+def write_model_dir(
+    directory: Path,
+    write_weights: Callable[[Path], None],
+    tokenizer: LabelTokenizer,
+    config: ModelConfig,
+    provenance: dict[str, Any],
+) -> None:
+    """Write a model directory over what was there.
+
+    Args:
+        write_weights: writes the safetensors file at the path that it is given.
+        config: rebuilds the model without other sources.
+    """
+    with written_aside(directory) as aside:
+        write_weights(aside / WEIGHTS)
+        tokenizer.save(aside)
+        content = {
+            "format": FORMAT,
+            "nxtp": nxtp.__version__,
+            "model": asdict(config),
+            "provenance": provenance,
+            "files": {name: _fingerprint(aside / name) for name in (WEIGHTS, *TOKENIZER_FILES)},
+        }
+        (aside / CONFIG).write_text(yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
+
+
+def locate(source: str | Path) -> Path:
+    """A local model directory, or the downloaded one of a hub name ("owner/name").
+
+    Raises:
+        UserError: neither is there.
+    """
+    directory = Path(source)
+    if directory.is_dir():
+        return directory
+    if directory.exists() or "/" not in str(source) or is_path(source):
+        raise UserError(f"No model directory '{source}'.")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(str(source), allow_patterns=[WEIGHTS, CONFIG, *TOKENIZER_FILES]))
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"'{source}' is no directory, and could not be had from the hub: {reason}") from error
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """The contents of ``config.yaml``: ``format``, ``model``, ``provenance``, ``files``.
+
+    Raises:
+        UserError: missing, damaged, or of a later format.
+    """
+    path = directory / CONFIG
+    try:
+        content = yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"'{directory}' is not a model directory: it has no {CONFIG}.") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"'{path}' is damaged: {str(error).splitlines()[0]}.") from error
+    if not isinstance(content, dict) or not isinstance(content.get("format"), int) or "model" not in content:
+        raise UserError(f"'{path}' is not a model's configuration: it lacks 'format' or 'model'.")
+    if content["format"] > FORMAT:
+        raise UserError(f"'{directory}' has format {content['format']}; this nxtp reads up to {FORMAT}: upgrade it.")
+    return content
+
+
+def _fingerprint(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def verify(directory: Path, files: dict[str, Any]) -> None:
+    """Compare the directory's files with their fingerprints.
+
+    Raises:
+        UserError: one is missing or differs.
+    """
+    for name in (WEIGHTS, *TOKENIZER_FILES):
+        path = directory / name
+        if not path.is_file():
+            raise UserError(f"'{directory}' lacks {name}: copy or export the model again.")
+        if name in files and _fingerprint(path) != files[name]:
+            raise UserError(
+                f"'{path}' is not the file that was saved (size or SHA-256 differ): copy or export the model again."
+            )
+
+
+def mismatch(
+    expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], limit: int | None = None
+) -> str:
+    """What of ``found`` does not fit ``expected`` (names → shapes), in words; '' when all fits.
+
+    Args:
+        limit: names of each kind that are listed; None lists all.
+    """
+    kinds = {
+        "missing": sorted(expected.keys() - found.keys()),
+        "surplus": sorted(found.keys() - expected.keys()),
+        "of another shape": [
+            f"{name}: {_times(found[name])}, expected {_times(expected[name])}"
+            for name in sorted(expected.keys() & found.keys())
+            if tuple(expected[name]) != tuple(found[name])
+        ],
+    }
+    return "; ".join(
+        f"{len(names)} {kind} ({', '.join(names[:limit])}{', …' if limit and len(names) > limit else ''})"
+        for kind, names in kinds.items()
+        if names
+    )
+
+
+def _times(shape: tuple[int, ...]) -> str:
+    return "×".join(map(str, shape)) or "scalar"
+
+
+@torch.no_grad()
+def load_weights(model: Model, path: Path) -> None:
+    """Fill ``model`` from a safetensors file, a tensor at a time, each cast to its parameter's dtype.
+
+    Raises:
+        UserError: the file is damaged, or its tensors are not the model's.
+    """
+    weights = SafetensorsFiles([path])
+    own = model.state_dict()
+    source = {name: name for name in weights.specs}
+    if model.decoder.lm.config.tie_word_embeddings:  # one of two tied tensors may be kept
+        present = next((name for name in (HEAD, EMBEDDING) if name in source), None)
+        for name in (HEAD, EMBEDDING) if present else ():
+            source.setdefault(name, present)
+    told = mismatch(
+        {name: tuple(tensor.shape) for name, tensor in own.items()},
+        {name: weights.specs[stored].shape for name, stored in source.items()},
+        limit=3,
+    )
+    if told:
+        raise UserError(f"'{path}' does not fit its config.yaml: {told}.")
+    for name, tensor in own.items():
+        tensor.copy_(weights.read(source[name]))

@@ -1,0 +1,228 @@
+"""Image encoder: any open_clip tower, ViT-like or convolutional, as a sequence of image tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+from torch import Tensor, nn
+
+from nxtp.errors import UserError, nearest
+from nxtp.model.weights import SINGLE as MODEL_FILE
+from nxtp.model.weights import SafetensorsFiles
+
+PREFIX = "encoder.visual."  # of its tensors in a model directory
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+@dataclass
+class EncoderConfig:
+    """Which tower, and how an image becomes its input.
+
+    ``name``        open_clip model name (``ViT-L-14``); null when ``vision`` describes the tower
+    ``vision``      open_clip ``vision_cfg`` of a tower outside the zoo, e.g. ``{timm_model_name: resnet10t}``
+    ``pretrained``  open_clip weight tag or local weight file; or a model directory, whose encoder (of the same tower)
+                    is taken; null starts from random weights
+    ``quick_gelu``  OpenAI's weights were trained with QuickGELU; it cannot be inferred from a file
+    ``image_size``  pixels a side after resizing the short side (bicubic) and cropping the centre
+    ``mean, std``   channel statistics of the normalised input, RGB in [0, 1]
+    """
+
+    name: str | None = None
+    vision: dict[str, Any] | None = None
+    pretrained: str | None = None
+    quick_gelu: bool = False
+    image_size: int = 224
+    mean: list[float] = field(default_factory=lambda: list(CLIP_MEAN))
+    std: list[float] = field(default_factory=lambda: list(CLIP_STD))
+
+
+class Encoder(nn.Module):
+    """The tower without its pooling and output heads: images → its last layer's patch tokens, normalised.
+
+    ``width`` and ``num_tokens`` give D_encoder and N. Parameters that the tokens do not depend on (pooling,
+    projection to the contrastive space) are dropped, so that every parameter left can be trained under DDP.
+
+    Raises:
+        UserError: an unknown tower or weight tag, or a tower without spatial features.
+    """
+
+    def __init__(self, config: EncoderConfig, load_pretrained: bool = True):
+        super().__init__()
+        tower = _tower_config(config)
+        self.config = config
+        with torch.device("meta"):
+            unused, self.num_tokens, self.width = _probe(_build_tower(tower), config.image_size)
+        self.visual = _build_tower(tower)
+        if config.pretrained is not None and load_pretrained:
+            if is_model_dir(config.pretrained):
+                fill_from_model_dir(self.visual, Path(config.pretrained), without=unused)
+            else:
+                self.visual.load_state_dict(pretrained_tower(config))
+        for name in unused:
+            owner, _, leaf = name.rpartition(".")
+            setattr(self.visual.get_submodule(owner), leaf, None)
+        self.register_buffer("mean", torch.tensor(config.mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(config.std).view(3, 1, 1), persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Patch tokens.
+
+        Args:
+            images: uint8 [B, 3, S, S] in 0..255, or floating point, already normalised; or, floating point
+                [B, N, D_encoder], features of a wholly frozen tower that were computed before: they pass.
+
+        Returns:
+            [B, N, D_encoder]. A wholly frozen tower runs without autograd. In a partly frozen one autograd
+            records nothing before the first trainable block, since no input of it requires a gradient.
+        """
+        if images.ndim == 3:
+            return images.to(self.mean.dtype)
+        if images.dtype == torch.uint8:
+            images = (images.to(self.mean.dtype) / 255 - self.mean) / self.std
+        if images.device.type == "cpu" and self.is_convolutional:
+            images = images.contiguous(memory_format=torch.channels_last)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.is_trained):
+            return _spatial_tokens(self.visual, images)
+
+    def forward_with_prefix(self, images: Tensor) -> Tensor:
+        """As :meth:`forward`, with the tower's class token(s) kept in front: [B, 1 + N, D_encoder]."""
+        return _spatial_tokens(self.visual, images, with_prefix=True)
+
+    @property
+    def is_trained(self) -> bool:
+        return any(p.requires_grad for p in self.visual.parameters())
+
+    @property
+    def is_convolutional(self) -> bool:
+        return sum(isinstance(m, nn.Conv2d) for m in self.visual.modules()) > 4
+
+    def train(self, mode: bool = True) -> Encoder:
+        """Frozen parts stay in evaluation mode: no dropout, and batch statistics do not move."""
+        super().train(mode)
+        if mode:
+            for module in self.visual.modules():
+                own = list(module.parameters(recurse=True))
+                if not any(p.requires_grad for p in own):
+                    module.training = False
+        return self
+
+    def blocks(self) -> list[nn.Module]:
+        """The tower's blocks (stages, for a convolutional one), first to last."""
+        trunk = getattr(self.visual, "trunk", self.visual)
+        for path in ("transformer.resblocks", "blocks", "stages"):
+            try:
+                return list(trunk.get_submodule(path).children())
+            except AttributeError:
+                continue
+        layers = [child for name, child in trunk.named_children() if name.startswith("layer")]
+        if not layers:
+            raise UserError(f"The blocks of the tower {type(trunk).__name__} are not known; train all of it or none.")
+        return layers
+
+
+def _tower_config(config: EncoderConfig) -> dict[str, Any]:
+    """embed_dim, vision_cfg and quick_gelu as open_clip spells them."""
+    if (config.name is None) == (config.vision is None):
+        raise UserError("model.encoder needs either 'name' (an open_clip model) or 'vision' (a vision_cfg), not both.")
+    if config.name is not None:
+        known = open_clip.get_model_config(config.name)
+        if known is None:
+            raise UserError(
+                f"open_clip has no model '{config.name}'.{nearest(config.name, open_clip.list_models())} "
+                "All names: python -c 'import open_clip; print(open_clip.list_models())'"
+            )
+        vision = dict(known["vision_cfg"])
+        quick_gelu = config.quick_gelu or known.get("quick_gelu", False)
+        embed_dim = known["embed_dim"]
+    else:
+        if config.pretrained is not None and not is_model_dir(config.pretrained):
+            raise UserError(
+                f"model.encoder.pretrained is '{config.pretrained}': of a described tower it can only be a model "
+                "directory of ours; open_clip's weights go with model.encoder.name."
+            )
+        vision, quick_gelu, embed_dim = dict(config.vision), config.quick_gelu, 8
+        if "timm_model_name" in vision:
+            vision = {"timm_pool": "", "timm_proj": "none", **vision}
+    if "timm_model_name" in vision:
+        vision["timm_model_pretrained"] = False
+    vision["image_size"] = config.image_size
+    return {"embed_dim": embed_dim, "vision_cfg": vision, "quick_gelu": quick_gelu}
+
+
+def _build_tower(tower: dict[str, Any]) -> nn.Module:
+    """open_clip builds towers in pairs: ask for the smallest text tower and leave it."""
+    text = {"context_length": 8, "vocab_size": 8, "width": 8, "heads": 1, "layers": 1}
+    try:
+        return open_clip.CLIP(**tower, text_cfg=text).visual
+    except (TypeError, RuntimeError) as error:
+        raise UserError(f"open_clip cannot build the tower {tower['vision_cfg']}: {error}") from error
+
+
+def is_model_dir(source: str) -> bool:
+    return Path(source, MODEL_FILE).is_file()
+
+
+def fill_from_model_dir(visual: nn.Module, directory: Path, without: list[str]) -> None:
+    """Give a tower the weights of a model directory's encoder, but for those that no encoder keeps.
+
+    Raises:
+        UserError: that encoder is of another tower.
+    """
+    weights = SafetensorsFiles([directory / MODEL_FILE])
+    found = {name.removeprefix(PREFIX): spec.shape for name, spec in weights.specs.items() if name.startswith(PREFIX)}
+    wanted = {name: tensor for name, tensor in visual.state_dict().items() if name not in without}
+    if found != {name: tuple(tensor.shape) for name, tensor in wanted.items()}:
+        raise UserError(f"model.encoder.pretrained: the encoder in '{directory}' is of another tower.")
+    for name, tensor in wanted.items():
+        tensor.copy_(weights.read(PREFIX + name))
+
+
+def pretrained_tower(config: EncoderConfig) -> dict[str, Tensor]:
+    """The image tower's weights of an open_clip model, from its tag or file."""
+    source = config.pretrained
+    if Path(source).suffix and not Path(source).exists():
+        raise UserError(f"model.encoder.pretrained: no file '{source}'.")
+    tags = open_clip.list_pretrained_tags_by_model(config.name)
+    if not Path(source).exists() and source not in tags:
+        raise UserError(f"open_clip has no weights '{source}' for {config.name}.{nearest(source, tags)} Known: {tags}")
+    model = open_clip.create_model(
+        config.name,
+        pretrained=source,
+        force_quick_gelu=config.quick_gelu,
+        force_image_size=config.image_size,
+        require_pretrained=True,
+        weights_only=True,
+    )
+    return model.visual.state_dict()
+
+
+def _probe(visual: nn.Module, image_size: int) -> tuple[list[str], int, int]:
+    """On the meta device: parameters that the tokens do not depend on, the number of tokens, their width."""
+    visual.eval()
+    with torch.enable_grad():
+        tokens = _spatial_tokens(visual, torch.zeros(1, 3, image_size, image_size, device="meta"))
+        names, parameters = zip(*visual.named_parameters(), strict=True)
+        gradients = torch.autograd.grad(tokens.sum(), parameters, allow_unused=True)
+    unused = [name for name, gradient in zip(names, gradients, strict=True) if gradient is None]
+    return unused, tokens.shape[1], tokens.shape[2]
+
+
+def _spatial_tokens(visual: nn.Module, images: Tensor, with_prefix: bool = False) -> Tensor:
+    attentional_pool = isinstance(visual, open_clip.transformer.VisionTransformer) and visual.attn_pool is not None
+    out = visual.forward_intermediates(
+        images,
+        indices=1,
+        normalize_intermediates=not attentional_pool,  # CoCa's last norm belongs to its pooling
+        intermediates_only=True,
+        output_fmt="NCHW",  # the one format that every tower has
+        output_extra_tokens=with_prefix,
+    )
+    tokens = out["image_intermediates"][-1].flatten(2).transpose(1, 2)
+    if with_prefix:
+        tokens = torch.cat([out["image_intermediates_prefix"][-1], tokens], dim=1)
+    return tokens

@@ -1,0 +1,144 @@
+"""The model: encoder + projection + decoder → loss, first-token logits, cached steps. Mathematics only."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from nxtp.model.decoder import Decoder, DecoderConfig
+from nxtp.model.encoder import Encoder, EncoderConfig
+from nxtp.model.layout import Layout, attention_mask
+from nxtp.model.tokenizer import PROMPT
+
+
+@dataclass
+class ModelConfig:
+    """Everything needed to rebuild a model; plain data, so a stranger's configuration runs no code.
+
+    ``prompt``      the text between ``<|image|>`` and the labels, in evaluation and use
+    ``tokenizer``   directory or hub name; null with a decoder source takes the source's, else one is trained
+    ``vocab_size``  rows of a tokenizer that is trained (an upper bound)
+    """
+
+    encoder: EncoderConfig = field(default_factory=EncoderConfig)
+    decoder: DecoderConfig = field(default_factory=DecoderConfig)
+    prompt: str = PROMPT
+    tokenizer: str | None = None
+    vocab_size: int = 2048
+
+
+@dataclass
+class Loss:
+    """Summed over the batch, so that ranks and accumulated batches can be averaged over all their tokens.
+
+    ``nll_S``   float32 [S], the negative log-likelihood of each supervised pair, natural logarithm
+    """
+
+    nll_S: Tensor
+
+    @property
+    def total(self) -> Tensor:
+        return self.nll_S.sum()
+
+    @property
+    def count(self) -> int:
+        return self.nll_S.numel()
+
+    @property
+    def mean(self) -> Tensor:
+        return self.nll_S.mean()
+
+
+class Model(nn.Module):
+    """Image tokens as the prefix of a truncated language model (paper, section 3).
+
+    The embedding of ``<|image|>`` is a parameter of its own: it trains whether or not the vocabulary's
+    embedding does, and the tokenizer needs no such token. ``load_pretrained`` and ``deferred`` are the decoder's.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        vocab_size: int | None = None,
+        load_pretrained: bool = True,
+        deferred: bool = False,
+    ):
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config.encoder, load_pretrained)
+        self.decoder = Decoder(config.decoder, vocab_size, load_pretrained, deferred)
+        self.projection = nn.Linear(self.encoder.width, self.decoder.width, bias=False)
+        nn.init.normal_(self.projection.weight, std=self.encoder.width**-0.5)
+        self.image_token = nn.Parameter(torch.empty(self.decoder.width).normal_(std=0.02))
+
+    @property
+    def num_image_tokens(self) -> int:
+        return self.encoder.num_tokens
+
+    def forward(self, images: Tensor, layout: Layout) -> Loss:
+        """Training and validation loss.
+
+        Args:
+            images: uint8 [B, 3, S, S], or normalised floating point.
+            layout: the batch's sequences; only its supervised positions go through the output layer.
+        """
+        hidden_BTD = self.hidden(images, layout)
+        logits = self.decoder.logits(hidden_BTD.flatten(0, 1)[layout.sources])
+        log_z = logits.logsumexp(dim=-1)
+        return Loss(log_z[layout.pairs_S] - logits[layout.pairs_S, layout.targets_S])
+
+    def hidden(self, images: Tensor, layout: Layout) -> Tensor:
+        """Hidden states of whole sequences, [B, T, D]."""
+        embeddings = self.embed(self.encode(images), layout.tokens_BU)
+        return self.decoder(embeddings, layout.positions_BT, layout.mask())
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Images → image tokens in the decoder's space, [B, N, D]."""
+        return self.projection(self.encoder(images))
+
+    def embed(self, image_tokens_BND: Tensor, tokens_BU: Tensor) -> Tensor:
+        """image tokens · ``<|image|>`` · text, [B, N + 1 + U, D]."""
+        return torch.cat([self.marked(image_tokens_BND), self.decoder.embed(tokens_BU)], dim=1)
+
+    def marked(self, image_tokens_BND: Tensor) -> Tensor:
+        """image tokens · ``<|image|>``, [B, N + 1, D]."""
+        marker = self.image_token.to(image_tokens_BND.dtype).expand(image_tokens_BND.shape[0], 1, -1)
+        return torch.cat([image_tokens_BND, marker], dim=1)
+
+    def prefill(self, images: Tensor, prompt: Sequence[int]) -> tuple[Tensor, DynamicCache]:
+        """Run the prefix once.
+
+        Args:
+            images: as in :meth:`forward`.
+            prompt: BOS and prompt token ids.
+
+        Returns:
+            logits of the first token of a label, float32 [B, V], and the prefix's keys and values.
+        """
+        embeddings, positions, mask = self._prefix(images, prompt)
+        cache = DynamicCache(config=self.decoder.lm.config)
+        hidden = self.decoder(embeddings, positions, mask, cache)
+        return self.decoder.logits(hidden[:, -1]), cache
+
+    def prefix_attention(self, images: Tensor, prompt: Sequence[int]) -> list[Tensor]:
+        """Attention weights of every decoder block over the prefix, each [B, H, P, P]; arguments as in prefill."""
+        return self.decoder.attention(*self._prefix(images, prompt))
+
+    def _prefix(self, images: Tensor, prompt: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+        """Embeddings [B, P, D], positions [1, P] and mask [1, 1, P, P] of image tokens · ``<|image|>`` · prompt."""
+        image_tokens = self.encode(images)
+        batch, count, _ = image_tokens.shape
+        device = image_tokens.device
+        embeddings = self.embed(image_tokens, torch.tensor(prompt, device=device).expand(batch, -1))
+        length = embeddings.shape[1]
+        segments = torch.zeros(1, length, dtype=torch.long, device=device)
+        return embeddings, torch.arange(length, device=device)[None], attention_mask(segments, count)
+
+    def step(self, tokens_BK: Tensor, position: int, mask: Tensor, cache: DynamicCache) -> Tensor:
+        """One token for each of K branches behind the cache, all at the same ``position``: logits [B, K, V]."""
+        positions = torch.full((1, tokens_BK.shape[1]), position, device=tokens_BK.device)
+        return self.decoder.logits(self.decoder(self.decoder.embed(tokens_BK), positions, mask, cache))

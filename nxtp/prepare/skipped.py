@@ -1,0 +1,37 @@
+"""What a source holds that gives no sample: counted by kind, and the first of each named."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+from nxtp.data.images import printable
+from nxtp.errors import some_of
+
+NAMED = 3
+
+
+class LeftOut:
+    """Counts by kind (``counts``) and up to three names of each (``names``)."""
+
+    def __init__(self, counts: Mapping[str, int] | None = None):
+        self.counts: Counter[str] = Counter(counts or {})
+        self.names: dict[str, list[str]] = {}
+
+    def add(self, kind: str, name: str = "") -> None:
+        self.update({kind: 1}, {kind: [name]} if name else {})
+
+    def update(self, counts: Mapping[str, int], names: Mapping[str, Sequence[str]]) -> None:
+        self.counts.update(counts)
+        for kind, some in names.items():
+            known = self.names.setdefault(kind, [])
+            known.extend(some[: NAMED - len(known)])
+
+    def told(self, template: str) -> str:
+        """``template`` filled with "kind × n (name, …), …", or nothing where nothing was left out."""
+        return template.format(", ".join(self._one(kind) for kind in sorted(self.counts))) if self.counts else ""
+
+    def _one(self, kind: str) -> str:
+        count, names = self.counts[kind], [printable(name) for name in self.names.get(kind, ())]
+        named = some_of(names, count) if names else ""
+        return f"{kind} × {count:,}" + (f" ({named})" if named else "")

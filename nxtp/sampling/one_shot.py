@@ -1,0 +1,176 @@
+"""Sampling labels: one-shot (paper, section 3.4), with the prefix computed once and labels grown as branches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from nxtp.model.layout import branch_mask
+from nxtp.model.model import Model
+
+if TYPE_CHECKING:
+    from nxtp.sampling.closed_vocabulary import Allowed
+
+MAX_LABEL_TOKENS = 19  # as published: a label without a delimiter by then is cut there
+
+
+@dataclass
+class Samples:
+    """K labels an image, in order of their first token's probability.
+
+    ``tokens_BKL``   int64, the label's tokens, then its delimiter; what follows is the delimiter repeated
+    ``probs_BKL``    float32, the probability of each token given the prefix and the label so far; 1 after the end
+    ``lengths_BK``   int64, tokens of the label without its delimiter; 0 fills up images with fewer labels
+    ``cut_BK``       bool, whether the label was cut before its delimiter, whose probability then does not enter
+    ``disjoint``     whether an image's labels exclude each other, so that probabilities of the same text add up; not
+                     so in running text, where a label may be written again
+    ``complete_B``   bool, of exact search: whether these are proven to be the most probable labels; else None
+    """
+
+    tokens_BKL: Tensor
+    probs_BKL: Tensor
+    lengths_BK: Tensor
+    cut_BK: Tensor
+    disjoint: bool = True
+    complete_B: Tensor | None = None
+
+    @classmethod
+    def of(
+        cls, labels: Sequence[Sequence[tuple[Sequence[int], Sequence[float]]]], delimiter: int, device=None
+    ) -> Samples:
+        """From lists: for each image its labels as (tokens without delimiter, probabilities, delimiter's included)."""
+        count = max((len(image) for image in labels), default=0)
+        longest = max((len(tokens) for image in labels for tokens, _ in image), default=0) + 1
+        tokens_BKL = torch.full((len(labels), count, longest), delimiter, device=device)
+        probs_BKL = torch.ones(len(labels), count, longest, device=device)
+        lengths_BK = torch.zeros(len(labels), count, dtype=torch.long, device=device)
+        cut_BK = torch.zeros(len(labels), count, dtype=torch.bool, device=device)
+        for b, image in enumerate(labels):
+            for k, (tokens, probs) in enumerate(image):
+                tokens_BKL[b, k, : len(tokens)] = torch.tensor(tokens, dtype=torch.long)
+                probs_BKL[b, k, : len(probs)] = torch.tensor(probs)
+                lengths_BK[b, k] = len(tokens)
+                cut_BK[b, k] = len(tokens) == len(probs) > 0
+        return cls(tokens_BKL, probs_BKL, lengths_BK, cut_BK)
+
+    @property
+    def scores_BK(self) -> Tensor:
+        """Probability of each label: the product of its tokens', delimiter included."""
+        return self.probs_BKL.prod(dim=-1)
+
+
+@torch.inference_mode()
+def one_shot(
+    model: Model,
+    images: Tensor,
+    *,
+    prompt: Sequence[int],
+    delimiter: int,
+    top_k: int,
+    max_tokens: int = MAX_LABEL_TOKENS,
+    never_first: Sequence[int] = (),
+    temperature: float = 1.0,
+    allowed: Allowed | None = None,
+) -> Samples:
+    """The ``top_k`` likeliest first tokens, each continued greedily on its own until its delimiter.
+
+    The labels are K branches in one row behind the cached prefix (:func:`nxtp.model.layout.branch_mask`). Branches
+    that have ended are not computed any further, and their keys leave the cache.
+
+    Args:
+        model: in evaluation mode.
+        images: uint8 [B, 3, S, S], or normalised floating point.
+        prompt: BOS and prompt token ids.
+        delimiter: the id that ends a label.
+        top_k: K, at most the vocabulary less ``never_first``.
+        max_tokens: a label is cut there; its delimiter's probability then does not enter.
+        never_first: ids that no label may start with (the delimiter, special tokens).
+        temperature: logits are divided by it: the same labels, other probabilities.
+        allowed: the only labels that may come out, however long; their tokens' probabilities stay those among all.
+    """
+    logits_BV, cache = model.prefill(images, prompt)
+    prefix = model.num_image_tokens + 1 + len(prompt)
+    if allowed is not None:
+        max_tokens = allowed.longest + 1
+        never_first = sorted(set(range(logits_BV.shape[-1])) - set(allowed.first.tolist()))
+    probs, tokens = first_tokens(logits_BV, top_k, never_first, temperature)
+    nodes_BA = allowed.start(tokens) if allowed is not None else None
+    batch, branches = tokens.shape
+
+    tokens_BKL = torch.full((batch, branches, max_tokens + 1), delimiter, device=tokens.device)
+    probs_BKL = torch.ones(batch, branches, max_tokens + 1, device=tokens.device)
+    tokens_BKL[..., 0], probs_BKL[..., 0] = tokens, probs
+
+    # A of the K branches are still computed: all at first, then as many as the neediest image has running.
+    active_BA = torch.arange(branches, device=tokens.device).expand(batch, -1)
+    current_BA, running_BA = tokens, tokens != delimiter
+    for step in range(1, max_tokens):
+        needed = int(running_BA.sum(dim=1).max())
+        if needed == 0:
+            break
+        if needed < active_BA.shape[1]:
+            keep_BA = running_BA.int().argsort(dim=1, descending=True, stable=True)[:, :needed]
+            _keep_branches(cache, keep_BA, prefix, steps=step - 1)
+            active_BA, current_BA, running_BA = (t.gather(1, keep_BA) for t in (active_BA, current_BA, running_BA))
+            if allowed is not None:
+                nodes_BA = nodes_BA.gather(1, keep_BA.cpu())
+        mask = branch_mask(prefix, active_BA.shape[1], step, device=tokens.device)
+        logits_BAV = model.step(current_BA, prefix + step - 1, mask, cache)
+        if allowed is None:
+            prob_BA, current_BA = likeliest_(logits_BAV, temperature)
+        else:
+            prob_BA, current_BA, nodes_BA = allowed.likeliest(logits_BAV.div_(temperature), nodes_BA)
+        current_BA = current_BA.where(running_BA, delimiter)
+        tokens_BKL[:, :, step].scatter_(1, active_BA, current_BA)
+        probs_BKL[:, :, step].scatter_(1, active_BA, prob_BA.where(running_BA, 1.0))
+        running_BA = running_BA & (current_BA != delimiter)
+    return finished(tokens_BKL, probs_BKL, delimiter)
+
+
+def first_tokens(
+    logits_BV: Tensor, top_k: int, never_first: Sequence[int] = (), temperature: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """Probabilities float32 and ids int64, each [B, K], of the likeliest tokens that may start a label."""
+    first_BV = (logits_BV / temperature).softmax(dim=-1)
+    count = min(top_k, first_BV.shape[-1] - len(set(never_first)))
+    if never_first:
+        first_BV = first_BV.index_fill(1, torch.tensor(never_first, device=first_BV.device), -1.0)
+    return first_BV.topk(count, dim=-1)
+
+
+def likeliest_(logits: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Probability and id of the likeliest token, each [...] of logits [..., V], which are overwritten.
+
+    For a hundred branches they are larger than a core's cache: every pass over them, and every copy, counts.
+    """
+    if temperature != 1.0:
+        logits.div_(temperature)
+    top, ids = logits.max(dim=-1, keepdim=True)
+    return logits.sub_(top).exp_().sum(dim=-1).reciprocal(), ids[..., 0]
+
+
+def finished(tokens_BKL: Tensor, probs_BKL: Tensor, delimiter: int) -> Samples:
+    """Samples of labels grown to L - 1 tokens at most and a delimiter, as long as the longest of them."""
+    lengths_BK = (tokens_BKL == delimiter).int().argmax(dim=-1)
+    longest = int(lengths_BK.max()) + 1 if lengths_BK.numel() else 0
+    cut_BK = lengths_BK == tokens_BKL.shape[-1] - 1
+    return Samples(tokens_BKL[..., :longest], probs_BKL[..., :longest], lengths_BK, cut_BK)
+
+
+def _keep_branches(cache: DynamicCache, keep_BA: Tensor, prefix: int, steps: int) -> None:
+    """Drop all other branches' keys and values. The cache's row is ``prefix · step 1 · … · step n``."""
+    if steps == 0:
+        return
+    for layer in cache.layers:
+        for name in ("keys", "values"):
+            old = getattr(layer, name)
+            batch, heads, _, width = old.shape
+            tree = old[:, :, prefix:].unflatten(2, (steps, -1))
+            index = keep_BA[:, None, None, :, None].expand(batch, heads, steps, -1, width)
+            kept = tree.gather(3, index).flatten(2, 3)
+            setattr(layer, name, torch.cat([old[:, :, :prefix], kept], dim=2))

@@ -1,0 +1,65 @@
+"""Keeps run.json up to date while a run trains."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_only
+from omegaconf import DictConfig, OmegaConf
+
+from nxtp.runs.record import RunRecord
+from nxtp.train.module import RecognitionModule
+
+log = logging.getLogger("nxtp")
+
+
+class RunRecordWriter(L.Callback):
+    """Writes config.yaml and the record once all ranks have met: until then each looks for a run that is there.
+
+    From then on the record is kept up to date: after each validation, and every half minute.
+    """
+
+    every = 30.0  # seconds
+
+    def __init__(self, run_dir: Path, cfg: DictConfig, record: RunRecord):
+        self.run_dir, self.cfg, self.record = run_dir, cfg, record
+        self._written = 0.0
+
+    @rank_zero_only
+    def on_fit_start(self, trainer: L.Trainer, module: RecognitionModule) -> None:
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        OmegaConf.save(self.cfg, self.run_dir / "config.yaml", resolve=True)
+        self._write(trainer)
+
+    @rank_zero_only
+    def on_train_batch_end(self, trainer: L.Trainer, module: RecognitionModule, *_: Any) -> None:
+        if time.monotonic() - self._written > self.every:
+            self._write(trainer)
+
+    @rank_zero_only
+    def on_validation_end(self, trainer: L.Trainer, module: RecognitionModule) -> None:
+        if trainer.state.fn == TrainerFn.FITTING:
+            sets = tuple(f"{name}/" for name in module.val_names)
+            seen = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith(sets)}
+            self.record.metrics.update(seen)
+            self.record.validated = trainer.global_step
+            self._write(trainer)
+
+    @rank_zero_only
+    def on_fit_end(self, trainer: L.Trainer, module: RecognitionModule) -> None:
+        self._count(trainer)
+
+    def _write(self, trainer: L.Trainer) -> None:
+        self._count(trainer)
+        self.record.write(self.run_dir)
+        self._written = time.monotonic()
+
+    def _count(self, trainer: L.Trainer) -> None:
+        steps = trainer.estimated_stepping_batches
+        self.record.step, self.record.steps = trainer.global_step, int(steps) if math.isfinite(steps) else 0

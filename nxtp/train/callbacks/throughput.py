@@ -1,0 +1,141 @@
+"""Throughput of a training run: images/s, tokens/s, data wait, padding, MFU and memory, in every logger and the bar."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import RichProgressBar
+from rich import get_console
+
+from nxtp.data.dataset import Batch
+from nxtp.model.flops import Flops, ModelFlops, compute_dtype, meta_model, peak_flops, peak_memory_bytes
+
+log = logging.getLogger("nxtp")
+
+
+class Throughput(L.Callback):
+    """Logs what was done since the last log, by all ranks together, in every logger.
+
+        perf/images_per_s     samples
+        perf/tokens_per_s     real tokens, image tokens included, padding not
+        perf/data_wait        share of the time in which a step waited for its batch, on the rank that waited longest
+        perf/padding          share of the decoder's positions that hold no token
+        perf/tflops           model TFLOP/s of a device: by formula, of real tokens, recomputation not included
+        perf/mfu              the same as a share of the device's peak; missing where that is unknown
+        perf/peak_memory_gb   since the start, of the rank that needs most; allocated on a GPU, resident on a CPU
+
+    Validation and the start of an epoch do not count. The GPU is waited for only at a log and before a validation.
+    """
+
+    def __init__(self, flops: ModelFlops | None = None):
+        self.flops = flops
+        self.line = ""  # of the last log, for people
+        self._mark: tuple[float, float] | None = None  # clock, and what the loader has been waited for by then
+        self._step = 0
+        self._reset()
+
+    def _reset(self) -> None:
+        self._images = self._tokens = self._positions = 0
+        self._flops = self._seconds = self._waited = 0.0
+
+    def setup(self, trainer, module, stage: str) -> None:
+        if self.flops is None:
+            shape = meta_model(module.model_config, len(module.tokenizer), module.optim_config.trains)
+            self.flops = ModelFlops(shape)
+            if module.features is not None:
+                self.flops.encoder = Flops(0, 0)
+
+    def _resume(self, trainer) -> None:
+        self._mark = time.perf_counter(), getattr(trainer.train_dataloader, "waited", math.nan)
+
+    def _pause(self, trainer, device: torch.device) -> None:
+        if self._mark is None:
+            return
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        clock, waited = self._mark
+        self._resume(trainer)
+        self._seconds += self._mark[0] - clock
+        self._waited += self._mark[1] - waited
+        self._mark = None
+
+    def on_train_epoch_start(self, trainer, module) -> None:
+        self._mark, self._step = None, trainer.global_step
+
+    def on_validation_start(self, trainer, module) -> None:
+        self._pause(trainer, module.device)
+
+    def on_validation_end(self, trainer, module) -> None:
+        self._resume(trainer)
+
+    def on_train_batch_start(self, trainer, module, batch: Batch, batch_idx: int) -> None:
+        if self._mark is None:
+            self._resume(trainer)
+
+    def on_train_batch_end(self, trainer, module, outputs, batch: Batch, batch_idx: int) -> None:
+        if len(batch):
+            self._images += len(batch)
+            self._tokens += batch.layout.num_tokens
+            self._flops += self.flops.of(batch.layout).total
+        self._positions += batch.layout.segments_BT.numel()
+        stepped, self._step = trainer.global_step != self._step, trainer.global_step  # not while accumulating
+        if not stepped or trainer.global_step % max(trainer.log_every_n_steps, 1):
+            return
+        self._pause(trainer, module.device)
+        values = self._together(trainer, module.device)
+        self._reset()
+        self._resume(trainer)
+        module.log_dict(values)
+        self.line = speed_line(values)
+        if trainer.is_global_zero and not get_console().is_terminal:  # where no progress bar is seen
+            log.info("step %d: %s", trainer.global_step, self.line)
+
+    def _together(self, trainer, device: torch.device) -> dict[str, float]:
+        """What is logged; one collective call."""
+        sums = self._images, self._tokens, self._positions, self._flops / 1e12
+        mine = torch.tensor([*sums, self._seconds, self._waited, peak_memory_bytes(device) / 1e9], device=device)
+        every_RX = trainer.strategy.all_gather(mine).view(-1, len(mine)).cpu()
+        # Ranks that share a model by tensor parallelism see the same data.
+        replicas = (trainer.distributed_sampler_kwargs or {"num_replicas": 1})["num_replicas"]
+        images, tokens, positions, tflop = (every_RX[:, :4].sum(dim=0) * replicas / trainer.world_size).tolist()
+        seconds, waited, memory = every_RX[:, 4:].amax(dim=0).tolist()
+        values = {
+            "perf/images_per_s": images / seconds,
+            "perf/tokens_per_s": tokens / seconds,
+            "perf/padding": 1 - tokens / positions,
+            "perf/tflops": tflop / seconds / trainer.world_size,
+            "perf/peak_memory_gb": memory,
+        }
+        if not math.isnan(waited):
+            values["perf/data_wait"] = waited / seconds
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+        peak = peak_flops(name, compute_dtype(trainer.precision))
+        if peak:
+            values["perf/mfu"] = values["perf/tflops"] * 1e12 / peak
+        return values
+
+
+def speed_line(values: dict[str, float]) -> str:
+    """One short line of what :class:`Throughput` logs."""
+    shown = {
+        "perf/images_per_s": "{:,.0f} images/s",
+        "perf/tokens_per_s": "{:,.0f} tokens/s",
+        "perf/data_wait": "data wait {:.1%}",
+        "perf/padding": "padding {:.1%}",
+        "perf/mfu": "MFU {:.1%}",
+        "perf/peak_memory_gb": "{:.2f} GB",
+    }
+    return " · ".join(text.format(values[key]) for key, text in shown.items() if key in values)
+
+
+class Progress(RichProgressBar):
+    """Lightning's progress bar with the throughput's line at its end."""
+
+    def get_metrics(self, trainer, module) -> dict:
+        line = next((c.line for c in trainer.callbacks if isinstance(c, Throughput)), "")
+        shown = {key: value for key, value in super().get_metrics(trainer, module).items() if key != "v_num"}
+        return shown | ({"speed": line} if line else {})

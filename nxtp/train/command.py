@@ -1,0 +1,273 @@
+"""`nxtp train`: compose → instantiate → fit → run record and model directory."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_only
+from omegaconf import DictConfig, OmegaConf
+
+from nxtp.config import to_dataclass
+from nxtp.data.config import DataConfig, named_sources
+from nxtp.data.datamodule import WebDatasetDataModule
+from nxtp.data.features.store import FeatureStore
+from nxtp.data.labels.from_samples import label_texts, warn_if_nouns_differ
+from nxtp.data.mixture import OpenedSet, open_set
+from nxtp.data.shards.manifest import manifest_hash
+from nxtp.distributed.parallelize import FSDP2Strategy, ParallelConfig
+from nxtp.errors import UserError, at_least
+from nxtp.model.flops import count_parameters, meta_model
+from nxtp.model.model import ModelConfig
+from nxtp.model.tokenizer import LabelTokenizer, train_tokenizer
+from nxtp.runs.atomic import written_aside
+from nxtp.runs.record import RunRecord
+from nxtp.runs.resume import find_checkpoint, last_checkpoint
+from nxtp.train.callbacks.preemption import Preempted, PreemptionHandler, hand_on
+from nxtp.train.callbacks.run_record import RunRecordWriter
+from nxtp.train.callbacks.tracking import end_tracking
+from nxtp.train.checkpoints import FileCheckpoints
+from nxtp.train.module import RecognitionModule, ValidationConfig, describe_faults
+from nxtp.train.optim import OptimConfig
+
+log = logging.getLogger("nxtp")
+
+SECTIONS = {
+    "model": ModelConfig,
+    "data": DataConfig,
+    "optim": OptimConfig,
+    "validation": ValidationConfig,
+    "parallel": ParallelConfig,
+}
+
+
+def train(cfg: DictConfig) -> float | None:
+    """One run in one directory. Returns the first validation set's recall, for sweepers; None without one."""
+    quieten_lightning()
+    run_dir = Path(HydraConfig.get().runtime.output_dir)
+    resolved = OmegaConf.to_container(cfg, resolve=True)
+    checkpoint = find_checkpoint(run_dir, resolved)
+    if checkpoint == "finished":
+        log.info("%s holds this run, finished: nothing to do. Choose another name to train again.", run_dir)
+        return None
+    at_least("seed", cfg.seed, 0)
+    require_accelerator(cfg.trainer.accelerator)
+    L.seed_everything(cfg.seed, workers=True, verbose=False)
+    if cfg.matmul_precision is not None:
+        torch.set_float32_matmul_precision(cfg.matmul_precision)
+
+    record = RunRecord(cfg.name, resolved, list(HydraConfig.get().overrides.task), cfg.seed, cfg.sweep)
+    try:
+        data, module = build(cfg, run_dir)
+        trainer = build_trainer(cfg, module, data, run_dir)
+        record.data = describe_data(data)
+    except Exception as error:
+        if cfg.sweep is not None and rank_zero_only.rank == 0:  # for its status; other commands leave nothing behind
+            record.fail(error)
+            record.write(run_dir)
+        raise
+    record.monitor = monitored(data, cfg.validation.top_k)
+    module.provenance = {
+        "run": record.name,
+        "code": record.code,
+        "objective": cfg.objective.name,
+        "nouns": data.config.nouns,
+        "data": record.data["train"],
+    }
+    for name, spec in {"train": data.config.train, **data.config.val}.items():
+        warn_if_nouns_differ(name, spec, data.config.nouns, data.config.nouns)
+    trainer.callbacks.append(RunRecordWriter(run_dir, cfg, record))
+    preempted = None
+    try:
+        trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+        finish(run_dir, cfg, trainer, module, data, record)
+        record.status = "finished"
+    except Preempted as stop:
+        record.status, preempted = "interrupted", stop
+    except BaseException as error:
+        record.fail(error)
+        raise
+    finally:
+        counts = module.final_counts or module.own_counts()
+        record.samples_seen, record.samples_offered = counts["samples_seen"], counts["offered"]
+        record.samples_skipped = counts["faults"] | dict(data.shard_faults)
+        if trainer.is_global_zero:
+            record.write(run_dir)
+            end_tracking(trainer.loggers, run_dir)
+    if preempted is not None:
+        if trainer.is_global_zero:
+            log.warning("%s is saved, %s. The same command continues it.", run_dir, preempted)
+        hand_on(preempted.number)
+        sys.exit(preempted.exit_code)
+    if record.samples_skipped:
+        log.warning("Skipped samples and shards: %s.", describe_faults(record.samples_skipped))
+    return record.metrics.get(record.monitor)
+
+
+def quieten_lightning() -> None:
+    """Leave out what Lightning says to its own developers, and its advertisements."""
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*", module="lightning")
+    for message in (
+        "Checkpoint directory .* exists and is not empty",  # a run continues
+        "Grad strides do not match bucket view strides",  # of 1×1 convolutions
+        "torch.distributed.nn.functional.all_gather is deprecated",  # Lightning's call, at each log of each rank
+        # before the first validation; afterwards a metric that is not there is an error
+        r"`ModelCheckpoint\(monitor=.*could not find the monitored key",
+    ):
+        warnings.filterwarnings("ignore", message=message)
+    told = "Tip:", "GPU available: False", "TPU available: False", "`Trainer(val_check_interval", "Loading `train_data"
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
+        logging.getLogger(name).addFilter(lambda record: not any(text in record.getMessage() for text in told))
+
+
+def require_accelerator(accelerator: str) -> None:
+    """
+    Raises:
+        UserError: a GPU is asked for and PyTorch sees none.
+    """
+    if accelerator == "gpu" and not (torch.cuda.is_available() or torch.backends.mps.is_available()):
+        raise UserError(
+            "trainer.accelerator is 'gpu' and PyTorch sees none here: trainer=cpu, "
+            "or for a trial of another trainer, trainer.accelerator=cpu trainer.precision=32-true."
+        )
+
+
+def build(cfg: DictConfig, run_dir: Path) -> tuple[WebDatasetDataModule, RecognitionModule]:
+    """Tokenizer, data and module of a composed configuration."""
+    model = to_dataclass(ModelConfig, cfg.model, "model")
+    config = to_dataclass(DataConfig, cfg.data, "data")
+    optim = to_dataclass(OptimConfig, cfg.optim, "optim")
+    validation = to_dataclass(ValidationConfig, cfg.validation, "validation")
+    sets: dict[str, OpenedSet] = {}
+    tokenizer = find_tokenizer(model, config, run_dir, sets)
+    shape = meta_model(model, len(tokenizer), optim.trains)
+    data = WebDatasetDataModule(
+        config,
+        tokenizer,
+        image_size=model.encoder.image_size,
+        num_image_tokens=shape.num_image_tokens,
+        objective=cfg.objective.name,
+        prompts=cfg.objective.prompts,
+        sets=sets,
+    )
+    module = RecognitionModule(
+        model,
+        tokenizer,
+        optim,
+        validation=validation,
+        val_names=list(config.val),
+        fault_limit=config.fault_limit,
+        parallel=to_dataclass(ParallelConfig, cfg.parallel, "parallel"),
+        seed=cfg.seed,
+        features=FeatureStore(config.features) if config.features else None,
+    )
+    return data, module
+
+
+def find_tokenizer(model: ModelConfig, data: DataConfig, run_dir: Path, sets: dict[str, OpenedSet]) -> LabelTokenizer:
+    """The tokenizer named by the configuration, the decoder's own, or one trained on the training labels.
+
+    A set that is opened for that is put into ``sets``: opened twice, it would warn twice.
+    """
+    source = model.tokenizer or model.decoder.source
+    if source is not None:
+        return LabelTokenizer.load(source, model.prompt)
+    kept = run_dir / "tokenizer"
+    if kept.is_dir():
+        return LabelTokenizer.load(kept, model.prompt)
+    sets["train"] = open_set("train", data.train, data)
+    labels = label_texts(sets["train"].shards, data)
+    tokenizer = train_tokenizer(labels, vocab_size=model.vocab_size, prompts=[model.prompt])
+    if rank_zero_only.rank == 0:
+        with written_aside(kept) as aside:  # other ranks find it whole, or make the same one
+            tokenizer.save(aside)
+    return tokenizer
+
+
+def build_trainer(cfg: DictConfig, module: RecognitionModule, data: WebDatasetDataModule, run_dir: Path) -> L.Trainer:
+    loggers = [_made(node, f"logger.{name}") for name, node in (cfg.logger or {}).items() if node is not None]
+    callbacks = [_made(node, f"callbacks.{name}") for name, node in (cfg.callbacks or {}).items() if node is not None]
+    monitor = monitored(data, cfg.validation.top_k)
+    kept: list[Callback] = []
+    for callback in callbacks:
+        if isinstance(callback, ModelCheckpoint) and Path(callback.filename or "").name == "best":
+            if monitor is None:
+                continue
+            callback.monitor = callback.monitor or monitor
+        kept.append(callback)
+    kept.append(PreemptionHandler(last_checkpoint(run_dir)))
+    options = {"_convert_": "all", "logger": loggers or False, "callbacks": kept, "default_root_dir": None}
+    trainer = _made(cfg.trainer, "trainer", **options)
+    if not isinstance(trainer.strategy, FSDP2Strategy):
+        trainer.strategy.checkpoint_io = FileCheckpoints()
+    return trainer
+
+
+def _made(node: DictConfig, name: str, **options: Any) -> Any:
+    try:
+        return instantiate(node, **options)
+    except InstantiationException as error:
+        if isinstance(error.__cause__, UserError):
+            raise error.__cause__ from error
+        raise UserError(f"{name} cannot be made: {error.__cause__ or error}") from error
+
+
+def monitored(data: WebDatasetDataModule, top_k: int) -> str | None:
+    """The metric that chooses the best checkpoint: recall on the first validation set."""
+    return f"{data.val_names[0]}/recall@{top_k}" if data.val_names else None
+
+
+def metric_names(cfg: DictConfig) -> list[str]:
+    """What a run's record will hold, the metric that it monitors first; of a run without validation its loss alone."""
+    k = cfg.validation.top_k
+    kinds = [f"{kind}@{k}" for kind in ("recall", "precision", "f1")]
+    kinds += [f"semantic_{kind}" for kind in kinds] if cfg.validation.semantic else []
+    return [f"{name}/{kind}" for name in cfg.data.val for kind in (*kinds, "loss")] + ["train/loss"]
+
+
+def describe_data(data: WebDatasetDataModule) -> dict[str, Any]:
+    """For the run record: each set's number of samples, and the shards and manifest hash of each of its sources."""
+    specs = {"train": data.config.train, **data.config.val}
+    described: dict[str, Any] = {}
+    for name, spec in specs.items():
+        sources = {key: source.shards for key, source in named_sources(spec).items()}
+        parts = {key: {"shards": str(shards), "manifest": _manifest_of(shards)} for key, shards in sources.items()}
+        whole = parts.get("", {"sources": parts})
+        described[name] = {**whole, "samples": len(data.open(name, spec))}
+    return described
+
+
+def _manifest_of(shards: Any) -> str | None:
+    return manifest_hash(Path(shards)) if isinstance(shards, str) and Path(shards).is_dir() else None
+
+
+def finish(
+    run_dir: Path,
+    cfg: DictConfig,
+    trainer: L.Trainer,
+    module: RecognitionModule,
+    data: WebDatasetDataModule,
+    record: RunRecord,
+) -> None:
+    """Final metrics and the model directory, of the best or the last weights."""
+    trainer.save_checkpoint(last_checkpoint(run_dir), weights_only=False)
+    record.metrics["train/loss"] = float(trainer.logged_metrics.get("train/loss", float("nan")))
+    record.parameters = count_parameters(module.model)
+    if data.val_names and trainer.limit_val_batches:
+        choosing = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c.monitor]
+        best = next((c.best_model_path for c in choosing if c.best_model_path), None)
+        path = best if cfg.export == "best" else None
+        for values in trainer.validate(module, datamodule=data, ckpt_path=path, verbose=False, weights_only=True):
+            record.metrics.update(values)
+    module.recognizer().save_pretrained(run_dir / "model", writes=trainer.is_global_zero)
+    if trainer.is_global_zero:
+        log.info("Model directory: %s", run_dir / "model")

@@ -1,0 +1,314 @@
+"""LightningModule: steps, metrics, optimiser, and the count of what was skipped."""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections import Counter
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+from torchmetrics import MeanMetric
+
+from nxtp.data.dataset import Batch
+from nxtp.data.features.store import FeatureStore
+from nxtp.distributed.parallelize import (
+    FSDP2Strategy,
+    ParallelConfig,
+    clip_gradients,
+    data_ranks,
+    parallelize,
+    unsharded,
+)
+from nxtp.errors import UserError
+from nxtp.eval.embedders import label_embedder
+from nxtp.eval.metrics import ExactMatch, SemanticMatch
+from nxtp.inference.pretrained import rebuildable
+from nxtp.inference.recognizer import Recognizer
+from nxtp.model.model import Loss, Model, ModelConfig
+from nxtp.model.tokenizer import LabelTokenizer
+from nxtp.model.trainable import choose_trained
+from nxtp.sampling.one_shot import one_shot
+from nxtp.sampling.ranking import RankingConfig, rank
+from nxtp.sampling.samplers import never_first
+from nxtp.train.optim import OptimConfig, build_optimizer
+
+
+@dataclass
+class ValidationConfig:
+    """What is measured on validation images while training.
+
+    ``top_k``     labels predicted an image, and the k of recall@k
+    ``semantic``  also measure semantic recall, precision and F1, with this encoder (see
+                  :func:`nxtp.eval.embedders.label_embedder`)
+    """
+
+    top_k: int = 10
+    semantic: str | None = None
+
+
+class RecognitionModule(L.LightningModule):
+    """Trains a :class:`nxtp.model.model.Model` on batches of :class:`nxtp.data.datamodule.ShardData`.
+
+    The gradient is that of the mean over all supervised tokens of the global batch, over all ranks and accumulated
+    batches: not a mean of means. A loss that is not finite stops the run and names the batch's samples.
+
+    ``stop_signal`` is set by whoever wants the run to stop (see :mod:`nxtp.train.callbacks.preemption`); ``stop_agreed`` says that
+    all ranks know, in the same step.
+    """
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        tokenizer: LabelTokenizer,
+        optim: OptimConfig,
+        *,
+        validation: ValidationConfig | None = None,
+        val_names: tuple[str, ...] | list[str] = (),
+        fault_limit: float = 0.1,
+        parallel: ParallelConfig | None = None,
+        seed: int = 0,
+        provenance: dict[str, Any] | None = None,
+        features: FeatureStore | None = None,
+    ):
+        super().__init__()
+        self.model_config, self.tokenizer, self.optim_config = model, tokenizer, optim
+        self.validation = validation or ValidationConfig()
+        self.val_names = list(val_names)
+        self.fault_limit, self.seed = fault_limit, seed
+        self.features = features
+        self.parallel, self.provenance = parallel or ParallelConfig(), provenance or {}
+        self.model: Model | None = None
+        self._gathered = ExitStack()  # while validating
+        self.stop_signal, self.stop_agreed = 0, False
+        self._step_tokens = self._divisor = 0  # supervised tokens of the step so far, and of its first batch
+        self.losses = nn.ModuleList(MeanMetric() for _ in self.val_names)
+        self.exact = nn.ModuleList(ExactMatch(top_k=self.validation.top_k) for _ in self.val_names)
+        self.semantic = nn.ModuleList()
+        if self.validation.semantic:
+            embedder = label_embedder(self.validation.semantic)
+            self.semantic.extend(SemanticMatch(embedder, top_k=self.validation.top_k) for _ in self.val_names)
+        self.faults: Counter = Counter()
+        self.offered = 0
+        self.samples_seen = 0
+        self.final_counts: dict[str, Any] | None = None  # of all ranks, when the training has ended
+
+    def configure_model(self) -> None:
+        if self.model is not None:
+            return
+        trainer = self._trainer
+        resuming = trainer is not None and trainer.ckpt_path is not None
+        sharded = trainer is not None and isinstance(trainer.strategy, FSDP2Strategy)
+        model = Model(self.model_config, len(self.tokenizer), load_pretrained=not resuming, deferred=sharded)
+        choose_trained(model, self.optim_config.trains)
+        if self.features is not None and model.encoder.is_trained:
+            raise UserError("data.features needs a frozen encoder, and this one trains: optim.trains.encoder=none.")
+        mesh = trainer.strategy.device_mesh if sharded else None
+        self.model = parallelize(model, self.parallel, mesh, str(trainer.precision) if sharded else "")
+        if not model.decoder.is_filled:
+            model.decoder.fill(trainer.strategy.root_device, load_pretrained=not resuming)
+
+    def forward(self, batch: Batch) -> Loss:
+        """The loss of this rank's batch, a sum over its supervised tokens."""
+        return self.model(batch.images, batch.layout)
+
+    def on_train_start(self) -> None:
+        # Not earlier: a run that goes on from a checkpoint has its encoder's weights only now.
+        if self.features is not None:
+            self.features.check(self.model.encoder)
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        # What a step draws at random (dropped paths, say) does not depend on the steps before: a run that was
+        # interrupted draws what it would have drawn.
+        torch.manual_seed(zlib.crc32(f"{self.seed} {self.trainer.current_epoch} {batch_idx} {self._ranks[0]}".encode()))
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        self._count(batch)
+        loss = self(batch)
+        usable = len(batch) > 0
+        mine = loss.total.detach() * usable
+        total, tokens, stop = self._over_ranks(mine, loss.count * usable, self.stop_signal)
+        if not math.isfinite(total):
+            keys = ", ".join(batch.keys) if not torch.isfinite(mine) else "samples that another rank names"
+            raise UserError(
+                f"The loss is {total} at step {self.global_step}. The batch held: {keys}. "
+                "Look at these samples, or lower optim.lr, or train in a wider precision."
+            )
+        self.stop_agreed = stop > 0
+        self.log("train/loss", total / max(tokens, 1), prog_bar=True)
+        # Ranks average their gradients: times their number makes it the sum. Batches that are accumulated for one
+        # step are divided by the same number, the first one's tokens; on_before_optimizer_step corrects it.
+        self._divisor = self._divisor or max(tokens, 1)
+        self._step_tokens += tokens
+        return loss.total * usable * (self._ranks[1] / self._divisor)
+
+    @property
+    def between_steps(self) -> bool:
+        """Whether no batch waits for others of its step."""
+        return self._divisor == 0
+
+    def agree_to_stop(self) -> bool:
+        """Whether any rank has been told to stop; a collective call."""
+        return self._over_ranks(self.stop_signal)[0] > 0
+
+    @property
+    def _ranks(self) -> tuple[int, int]:
+        return data_ranks(self._trainer)
+
+    def _over_ranks(self, *values: Any) -> list[float]:
+        """Each value summed over the ranks that see different data."""
+        stacked = torch.stack([torch.as_tensor(v, device=self.device, dtype=torch.float32) for v in values])
+        if self._trainer is not None and self.trainer.world_size > 1:
+            stacked = self.trainer.strategy.reduce(stacked, reduce_op="sum") * self._ranks[1] / self.trainer.world_size
+        return stacked.tolist()
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        # Lightning has divided each batch's loss by the number of batches a step.
+        scale = self.trainer.accumulate_grad_batches * self._divisor / max(self._step_tokens, 1)
+        if scale != 1:
+            for parameter in self.parameters():
+                if parameter.grad is not None:
+                    parameter.grad.mul_(scale)
+        self._step_tokens = self._divisor = 0
+
+    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any] | None:
+        self._count(batch, training=False)
+        if len(batch) == 0:
+            return None
+        loss = self(batch)
+        predictions = self.predict_labels(batch.images)
+        labels = [[label for label, _ in image] for image in predictions]
+        self.exact[dataloader_idx].update(labels, batch.labels)
+        if self.semantic:
+            self.semantic[dataloader_idx].update(labels, batch.labels)
+        self.losses[dataloader_idx].update(loss.nll_S)
+        return {"predictions": predictions}
+
+    def on_validation_epoch_start(self) -> None:
+        self._gathered.enter_context(unsharded(self.model))
+
+    def end_validation(self) -> None:
+        """Give up the weights that were gathered for it."""
+        self._gathered.close()
+
+    def on_validation_epoch_end(self) -> None:
+        self.end_validation()
+        for index, name in enumerate(self.val_names):
+            values = {"loss": self.losses[index].compute(), **self.exact[index].compute()}
+            self.losses[index].reset()
+            self.exact[index].reset()
+            if self.semantic:
+                values |= {f"semantic_{key}": value for key, value in self.semantic[index].compute().items()}
+                self.semantic[index].reset()
+            shown = f"recall@{self.validation.top_k}"
+            for key, value in values.items():
+                self.log(f"{name}/{key}", value, prog_bar=key == shown and index == 0, sync_dist=True)
+
+    def predict_labels(self, images: Tensor) -> list[list[tuple[str, float]]]:
+        """Batch in, for each image its labels with probabilities out, most probable first."""
+        samples = one_shot(
+            self.model,
+            images,
+            prompt=self.tokenizer.prompt_ids,
+            delimiter=self.tokenizer.delimiter_id,
+            top_k=self.validation.top_k,
+            never_first=never_first(self.model, self.tokenizer),
+        )
+        return rank(samples, self.tokenizer.decode_label, RankingConfig(), self.validation.top_k)
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        total = self.trainer.estimated_stepping_batches
+        if total == float("inf"):
+            raise UserError("The learning-rate schedule needs an end: set trainer.max_steps or trainer.max_epochs.")
+        optimizer, schedule = build_optimizer(self.model, self.optim_config, int(total), fused=not self._scales_loss)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    @property
+    def _scales_loss(self) -> bool:
+        return getattr(self.trainer.precision_plugin, "scaler", None) is not None
+
+    def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
+        """As Lightning does; by norm without a loss scaler directly, since Lightning refuses a fused AdamW there."""
+        if gradient_clip_algorithm in (None, "norm") and not self._scales_loss:
+            if gradient_clip_val:
+                self.log("train/grad_norm", clip_gradients(self.parameters(), gradient_clip_val))
+        else:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+
+    def recognizer(self) -> Recognizer:
+        """The trained model as its users keep it."""
+        return Recognizer(self.model, self.tokenizer, self.model_config, self.provenance)
+
+    @cached_property
+    def _recognizer_without_weights(self) -> dict[str, Any]:
+        """What a model directory holds besides weights, as plain values: see :mod:`nxtp.deploy.export`."""
+        return {
+            "config": asdict(rebuildable(self.model_config, self.model)),
+            "tokenizer": self.tokenizer.files(),
+            "provenance": self.provenance,
+        }
+
+    # What was skipped, so far in this run; kept over a resume.
+
+    def _count(self, batch: Batch, training: bool = True) -> None:
+        self.faults.update(batch.faults)
+        self.offered += batch.offered
+        self.samples_seen += len(batch) if training else 0
+        skipped = sum(self.faults.values())
+        if batch.faults and self.offered >= 100 and skipped > self.fault_limit * self.offered:
+            raise UserError(
+                f"{skipped} of {self.offered} samples could not be used ({describe_faults(self.faults)}): more than "
+                f"data.fault_limit = {self.fault_limit:g}. Check the shards, or raise the limit."
+            )
+
+    def own_counts(self) -> dict[str, Any]:
+        """Samples skipped by kind, offered and seen, on this rank."""
+        return {"faults": dict(self.faults), "offered": self.offered, "samples_seen": self.samples_seen}
+
+    def on_fit_end(self) -> None:
+        self.final_counts = self.counts()
+
+    def counts(self) -> dict[str, Any]:
+        """The same of all ranks together; a collective call."""
+        mine = self.own_counts()
+        every = [mine]
+        if self._trainer is not None and self.trainer.world_size > 1:
+            every = [mine] * self.trainer.world_size
+            torch.distributed.all_gather_object(every, mine)
+        total = {key: sum(counts[key] for counts in every) for key in ("offered", "samples_seen")}
+        return total | {"faults": dict(sum((Counter(counts["faults"]) for counts in every), Counter()))}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["counts"] = self.counts()
+        checkpoint["recognizer"] = self._recognizer_without_weights
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self.trainer.is_global_zero:  # the sum over ranks, kept by one of them
+            counts = checkpoint["counts"]
+            self.faults = Counter(counts["faults"])
+            self.offered, self.samples_seen = counts["offered"], counts["samples_seen"]
+        self._place_in_epoch(checkpoint)
+
+    def _place_in_epoch(self, checkpoint: dict[str, Any]) -> None:
+        """Lightning counts an epoch's batches; with another number of ranks the same samples are other batches."""
+        data = getattr(self.trainer, "datamodule", None)
+        position = checkpoint.get(type(data).__qualname__, {}).get("train")
+        loops = checkpoint.get("loops", {}).get("fit_loop")
+        if position is None or loops is None:
+            return
+        current = loops["epoch_loop.batch_progress"]["current"]
+        if current["ready"]:
+            shift = data.steps_done(position) - current["ready"]
+            current.update({stage: count + shift for stage, count in current.items()})
+
+
+def describe_faults(faults: Counter) -> str:
+    """'3 × bad image, 1 × no caption', most frequent first."""
+    return ", ".join(
+        f"{count} × {kind}" for kind, count in sorted(faults.items(), key=lambda item: (-item[1], item[0]))
+    )

@@ -1,0 +1,136 @@
+"""The plan's formulas against hand-computed small cases and against what FSDP really sends."""
+
+import json
+
+import pytest
+import torch
+import torch.distributed as dist
+from click.testing import CliRunner
+from helpers import tiny_config
+from omegaconf import OmegaConf
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from nxtp.bench.command import bench
+from nxtp.cost.memory import Step, _fake_mesh
+from nxtp.cost.plan import A100, H100, check_published, images_of, published_flops, published_model, sent_bytes
+from nxtp.data.config import DataConfig
+from nxtp.distributed.parallelize import ParallelConfig, parallelize
+from nxtp.errors import UserError
+from nxtp.model.layout import lay_out
+from nxtp.model.model import Model
+from nxtp.model.trainable import TrainsConfig, choose_trained
+
+
+def model(**trains) -> Model:
+    tiny = Model(tiny_config(), 400)
+    choose_trained(tiny, TrainsConfig(**trains))
+    return tiny
+
+
+class Sent(TorchDispatchMode):
+    """Bytes that a ring sends for each collective."""
+
+    def __init__(self, ranks: int):
+        super().__init__()
+        self.ranks, self.bytes = ranks, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        name = function._schema.name
+        if name.startswith("c10d::"):
+            whole = {"_allgather_base_": args[0], "_reduce_scatter_base_": args[1]}[name.split("::")[1]]
+            self.bytes += whole.numel() * whole.element_size() * (self.ranks - 1) / self.ranks
+        return result
+
+
+@pytest.mark.parametrize(
+    "trains",
+    [
+        {},
+        {"encoder": 1, "embedding": False},
+        {"encoder": "none", "embedding": False},
+        {"encoder": "none", "projection": False, "image_token": False, "embedding": False, "decoder": 1},
+    ],
+)
+def test_bytes_are_those_that_fsdp_sends(trains):
+    whole = model(**trains)
+    expected = sent_bytes(whole, "fsdp", 4)
+    with _fake_mesh(Step("fsdp", ranks=4)) as mesh:
+        sharded = parallelize(whole, ParallelConfig(), mesh, "bf16-mixed")
+        layout = lay_out([[(5, 6)]], prompt=[1, 2], delimiter=4, num_image_tokens=sharded.num_image_tokens)
+        with Sent(4) as sent, torch.autocast("cpu", torch.bfloat16):
+            sharded(torch.zeros(1, 3, 32, 32, dtype=torch.uint8), layout).total.backward()
+    assert not dist.is_initialized()
+    assert sent.bytes == pytest.approx(expected, rel=0.02)  # vectors are filled up to a multiple of four
+
+
+def test_ddp_sends_its_gradients_twice_around_the_ring():
+    trained = sum(p.numel() for p in model(encoder="none").parameters() if p.requires_grad)
+    assert sent_bytes(model(encoder="none"), "ddp", 8) == 2 * 7 / 8 * 4 * trained
+    assert sent_bytes(model(), "ddp", 1) == sent_bytes(model(), "fsdp", 1) == 0
+
+
+def test_a_step_takes_what_its_slower_half_takes():
+    computing, sending, step = H100.step_seconds(flops=989.4e12 * 0.1, sent=5e9, ranks=16, mfu=0.5)
+    assert (computing, sending, step) == pytest.approx((0.2, 0.1, 0.2))
+    assert H100.step_seconds(flops=0, sent=9e9, ranks=8, mfu=0.5)[2] == pytest.approx(0.02)
+    assert A100.step_seconds(flops=0, sent=5e9, ranks=9, mfu=0.5)[2] == pytest.approx(0.2)
+
+
+def test_images_are_samples_by_weight_and_epochs():
+    train = {"a": {"shards": "x", "samples": 100}, "b": {"shards": "y", "samples": 10, "weight": 2.0}}
+
+    def cfg(**data):
+        return OmegaConf.create({"data": OmegaConf.structured(DataConfig(**data)), "trainer": {"max_epochs": 3}})
+
+    assert images_of(cfg(train=train)) == 360
+    assert images_of(cfg(train=train, fraction=0.5)) == 180
+    assert images_of(cfg(train=train, samples=50)) == 150
+    with pytest.raises(UserError, match="--images"):
+        images_of(cfg(train="some/shards"))
+    with pytest.raises(UserError, match=r"data\.train"):
+        images_of(cfg())
+
+
+def test_the_published_point_comes_out():
+    paper = published_model()
+    assert published_flops(paper) / 1e12 == pytest.approx(8.7, abs=0.05)  # stated of its code: about 8.7 TFLOP an image
+    g3m, g70m = check_published(paper)
+    assert 0.3 < g3m["mfu"] < 0.6
+    assert g3m["sending_s"] < g3m["step_s"]
+    assert g70m["step_s"] == pytest.approx(g70m["published_step_s"], rel=0.01)
+    assert g3m["hours"] == pytest.approx(g3m["published_hours"], rel=0.02)
+    assert g70m["hours"] == pytest.approx(g70m["published_hours"], rel=0.02)
+
+
+def run(*arguments: str):
+    return CliRunner().invoke(bench, ["plan", *arguments], catch_exceptions=True)
+
+
+def test_the_command_prints_a_table_and_one_object(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    done = run("experiment=g3m", "model=small", "optim=adamw", "--gpus", "2,16", "--global-batch", "64", "--json")
+    assert done.exit_code == 0, done.output
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert [(row["gpus"], row["strategy"], row["images_a_gpu"]) for row in result["rows"]] == [
+        (2, "ddp", 32),
+        (2, "fsdp", 32),
+        (16, "ddp", 4),
+        (16, "fsdp", 4),
+    ]
+    first = result["rows"][0]
+    assert first["hours"] == pytest.approx(3_645_221 * 3 / 64 * first["step_s"] / 3600)
+    assert "The published runs" in done.stdout
+    assert "…" not in done.stdout  # at the 80 columns of a runner
+
+
+def test_what_cannot_be_planned_is_told(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert "--gpus" in run("--gpuss", "8").output
+    assert "8,32,256" in run("--gpus", "8,many").output
+    uneven = run("experiment=g3m", "--gpus", "3", "--global-batch", "64").exception
+    assert isinstance(uneven, UserError)
+    assert "3 GPUs" in str(uneven)
+    unknown = run("experiment=g70").exception
+    assert isinstance(unknown, UserError)
+    assert "g70m" in str(unknown)

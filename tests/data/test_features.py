@@ -1,0 +1,189 @@
+"""Features of a frozen encoder: the same training as from images, and a store that cannot be mistaken for another."""
+
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from helpers import TINY_OVERRIDES, curve, jpeg, nxtp_runs, sample, write_shards
+
+from nxtp.data.features.store import LOCK, META, FeatureStore, FeatureWriter, Meta, image_key
+from nxtp.errors import UserError
+from nxtp.prepare.shard_writer import write_shard
+
+FROZEN = ["optim.trains.encoder=none", "data.train=train", *TINY_OVERRIDES, "data.workers=0", "data.batch_size=8"]
+CPU = ["trainer.accelerator=cpu", "trainer.precision=32-true"]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """64 samples, one that is no image among them, and their features as float32 and float16."""
+    root = tmp_path_factory.mktemp("features")
+    write_shards(root / "train", [32, 31])
+    write_shard(root / "train" / "zz.tar", [{"__key__": "bad", "jpg": b"no image", "txt": "a rose"}])
+    write_shards(root / "val", [9], labels=True)
+    for dtype in ("float32", "float16"):
+        nxtp_runs("features", *FROZEN, f"data.features={dtype}", f"features_dtype={dtype}", cwd=root)
+    return root
+
+
+def train(root, name: str, *overrides: str, ranks: int = 1, code: int = 0):
+    fixed = ["trainer.max_epochs=2", "trainer.log_every_n_steps=1", "optim.lr=3e-3", "+data.val.val=val"]
+    told = nxtp_runs("train", f"name={name}", *FROZEN, *fixed, *overrides, cwd=root, ranks=ranks, code=code)
+    return told if code else root / "runs" / name
+
+
+def record(run) -> dict:
+    return json.loads((run / "run.json").read_text())
+
+
+def test_training_from_features_is_training_from_images(root):
+    images, exact, half = (
+        train(root, "images"),
+        train(root, "exact", "data.features=float32"),
+        train(root, "half", "data.features=float16"),
+    )
+    assert curve(exact) == pytest.approx(curve(images), rel=1e-6)
+    assert curve(half) == pytest.approx(curve(images), rel=2e-3)
+    assert curve(half) != curve(exact)
+    assert record(exact)["samples_skipped"] == record(images)["samples_skipped"] == {"bad image": 2}
+    for name in ("val/loss", "val/recall@10"):
+        assert record(exact)["metrics"][name] == pytest.approx(record(images)["metrics"][name], rel=1e-5)
+    two = train(root, "two", "data.features=float32", "trainer=ddp", *CPU, "data.batch_size=4", ranks=2)
+    assert curve(two) == pytest.approx(curve(images), rel=1e-5)
+    cut_up = train(root, "cut_up", "data.features=float32", "trainer=fsdp", *CPU, "data.batch_size=4", ranks=2)
+    assert curve(cut_up) == pytest.approx(curve(images), rel=1e-5)
+
+
+def test_a_part_of_the_data_needs_a_part_of_the_features(root):
+    """And what is there is not computed again."""
+    fraction = [*FROZEN, "data.fraction=0.25", "data.features=some"]
+    assert "16 images made, 0 there before" in nxtp_runs("features", *fraction, cwd=root)
+    assert "48 images made, 16 there before" in nxtp_runs("features", *FROZEN, "data.features=some", cwd=root)
+    assert len(FeatureStore(root / "some")) == 64
+    assert "0 images made, 64 there before" in nxtp_runs("features", *FROZEN, "data.features=some", cwd=root)
+
+
+def test_images_that_have_no_features_are_counted(root):
+    write_shards(root / "more", [32, 32, 8])
+    run = train(root, "more", "data.features=float32", "data.train=more", "data.fault_limit=1")
+    assert record(run)["samples_skipped"]["no features"] == 2 * 9
+
+
+def test_what_does_not_fit_is_told(root):
+    assert "optim.trains.encoder=none" in train(root, "a", "data.features=float32", "optim.trains.encoder=all", code=1)
+    assert "another encoder" in train(root, "a", "data.features=float32", "seed=1", code=1)
+    assert "16 tokens of width 32" in train(root, "a", "data.features=float32", "model.encoder.image_size=64", code=1)
+    assert "No features in 'nowhere'" in train(root, "a", "data.features=nowhere", code=1)
+    assert "data.features is not set" in nxtp_runs("features", *FROZEN, cwd=root, code=1)
+    assert "another encoder or dtype" in nxtp_runs("features", *FROZEN, "data.features=float32", cwd=root, code=1)
+
+
+def test_a_run_that_goes_on_has_the_checkpoint_s_encoder(root):
+    """Not the one that its seed would make."""
+    nxtp_runs("features", *FROZEN, "seed=1", "data.features=seed1", cwd=root)
+    begun = train(root, "begun", "seed=1", "trainer.max_epochs=1", "data.features=seed1")
+    resume = f"resume={begun / 'checkpoints' / 'last.ckpt'}"
+    assert "another encoder" in train(root, "b", resume, "data.features=float32", code=1)
+    train(root, "goes_on", resume, "data.features=seed1")
+
+
+def test_a_damaged_store_is_told(root):
+    shutil.copytree(root / "float32", root / "damaged")
+    tokens = next((root / "damaged").glob("part-*/tokens.npy"))
+    store, whole = FeatureStore(root / "damaged"), tokens.read_bytes()
+    tokens.write_bytes(whole[:1000])
+    with pytest.raises(UserError, match=r"tokens\.npy.*cannot be read"):  # cut short under a run
+        store.read(sample(30)["jpg"])
+    told = train(root, "c", "data.features=damaged", "data.workers=1", code=1)
+    assert "part-000000' is damaged" in told.splitlines()[-1]
+    values = np.load(root / "float32" / "part-000000" / "tokens.npy")
+    np.save(tokens, values[:-1])
+    with pytest.raises(UserError, match=r"damaged.*not those of 64 images"):
+        FeatureStore(root / "damaged")
+    (root / "damaged" / META).write_text("{")
+    with pytest.raises(UserError, match="damaged"):
+        FeatureStore(root / "damaged")
+
+
+def test_a_store_is_read_by_the_bytes_of_an_image(tmp_path):
+    writer = FeatureWriter(tmp_path, Meta("e", 2, 3, "float16"))
+    images = [jpeg((i, 0, 0)) for i in range(5)]
+    values = np.arange(30, dtype=np.float32).reshape(5, 2, 3)
+    writer.write([image_key(i) for i in images[:2]], values[:2], np.array([False, False]))
+    writer.write([image_key(i) for i in images[2:]], values[2:], np.array([False, True, False]))
+    store = FeatureStore(tmp_path)
+    assert len(store) == 5
+    assert [store.read(image) is None for image in images] == [False, False, False, True, False]
+    assert np.array_equal(store.read(images[4]), values[4])
+    with pytest.raises(KeyError):
+        store.read(b"another")
+
+
+def test_features_that_will_not_fit_are_not_begun(tmp_path):
+    writer = FeatureWriter(tmp_path, Meta("e", 256, 1024, "float16"))
+    with pytest.raises(UserError, match=r"need .* GB .* are free"):
+        writer.check_room(10**12)
+
+
+def test_what_cannot_be_a_store_is_told_in_a_line(root):
+    (root / "file").write_text("")
+    for command, said in (("features", "cannot be written"), ("train", "No features in 'file'")):
+        told = nxtp_runs(command, "name=d", *FROZEN, "data.features=file", cwd=root, code=1)
+        assert said in told.splitlines()[-1]
+    told = nxtp_runs("features", *FROZEN, "data.features=other", "features_dtype=floats32", cwd=root, code=1)
+    assert "Did you mean 'float32'?" in told
+    assert not (root / "other").exists()
+
+
+def test_one_process_at_a_time_writes(tmp_path):
+    meta = Meta("e", 2, 3, "float16")
+    writer = FeatureWriter(tmp_path, meta)
+    with pytest.raises(UserError, match="Another nxtp features"):
+        FeatureWriter(tmp_path, meta)
+    del writer
+    FeatureWriter(tmp_path, meta)
+
+
+def test_a_store_may_have_more_parts_than_a_process_may_have_files(tmp_path):
+    writer = FeatureWriter(tmp_path, Meta("e", 2, 3, "float16"))
+    for number in range(60):
+        tokens = np.full((1, 2, 3), number, np.float32)
+        writer.write([image_key(b"%d" % number)], tokens, np.array([False]))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    lowest_free = os.dup(0)
+    os.close(lowest_free)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest_free + 20, hard))
+    try:
+        store = FeatureStore(tmp_path)
+        read = [store.read(b"%d" % number)[0, 0].item() for number in range(60)]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert read == list(range(60))
+
+
+FULL = """
+import resource, signal
+import lightning as L
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
+"""
+
+
+def test_a_disk_that_fills_up_leaves_no_half_part(root):
+    (root / "sitecustom.py").write_text(FULL)
+    program = "import sitecustom, sys; sys.argv[:] = ['nxtp', *sys.argv[1:]]; from nxtp.cli import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", program, "features", *FROZEN, "data.features=full"],
+        cwd=root,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 1
+    assert "cannot be written" in done.stderr.splitlines()[-1]
+    assert sorted(path.name for path in (root / "full").iterdir()) == [LOCK, META]

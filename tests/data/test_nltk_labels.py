@@ -1,0 +1,94 @@
+"""The published cleaning and its right form; NLTK on a data directory made here; and NLTK without its data."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from nxtp.data.labels.nltk_nouns import NOISE, clean, clean_as_published
+from nxtp.data.labels.nouns import noun_backend
+from nxtp.errors import UserError
+
+NOUNS = ["cat", "dog", "table", "stop", "holiday", "sign", "leaf", "desktop", "sunday", "photo", "ox", "holi"]
+PLURALS = {"cats": "cat", "dogs": "dog", "tables": "table", "signs": "sign"}
+
+
+@pytest.fixture(scope="module")
+def nltk_data(tmp_path_factory):
+    """A tiny tokenizer, tagger and dictionary in NLTK's own formats."""
+    place = tmp_path_factory.mktemp("nltk_data")
+    punkt = place / "tokenizers" / "punkt_tab" / "english"
+    punkt.mkdir(parents=True)
+    for name in ("collocations.tab", "sent_starters.txt", "abbrev_types.txt", "ortho_context.tab"):
+        (punkt / name).write_text("")
+    tagger = place / "taggers" / "averaged_perceptron_tagger_eng"
+    tagger.mkdir(parents=True)
+    tags = {word: "NN" for word in NOUNS} | {word: "NNS" for word in [*PLURALS, "leaves"]}
+    tags |= {"s": "NN", "a": "DT", "the": "DT", "on": "IN", "of": "IN", "and": "CC", "runs": "VBZ", "red": "JJ"}
+    tags |= {"b4": "NN", "top": "NN", "day": "NN", "person": "NN"}
+    parts = {"weights": {"bias": {"JJ": 1.0}}, "tagdict": tags, "classes": sorted({*tags.values()})}
+    for part, content in parts.items():
+        (tagger / f"averaged_perceptron_tagger_eng.{part}.json").write_text(json.dumps(content))
+    wordnet = place / "corpora" / "wordnet"
+    wordnet.mkdir(parents=True)
+    for kind in ("adj", "adv", "noun", "verb"):
+        words = sorted(NOUNS) if kind == "noun" else []
+        (wordnet / f"index.{kind}").write_text("".join(f"{word} n 1 0 1 0 00000001  \n" for word in words))
+        (wordnet / f"data.{kind}").write_text("")
+        (wordnet / f"{kind}.exc").write_text("leaves leaf\n" if kind == "noun" else "")
+    (wordnet / "lexnames").write_text("00\tadj.all\t3\n")
+    (wordnet / "index.sense").write_text("")
+    return place
+
+
+def nouns(place, backend: str, *captions: str) -> list[list[str]]:
+    """In a process of its own: NLTK reads NLTK_DATA when it is imported."""
+    script = (
+        "import json, sys; from nxtp.data.labels.nouns import noun_backend; backend = noun_backend(sys.argv[1]);"
+        "print(json.dumps([backend(c) for c in sys.argv[2:]]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, backend, *captions],
+        capture_output=True,
+        text=True,
+        env={"NLTK_DATA": str(place), "PATH": "/usr/bin", "HOME": str(place), "PYTHONPATH": ":".join(sys.path)},
+    )
+    if done.returncode:
+        raise AssertionError(done.stderr)
+    return json.loads(done.stdout)
+
+
+def test_the_published_cleaning_deletes_inside_words():
+    assert clean_as_published("A STOP sign\non a Holiday") == "a s sign on a holi"
+    assert clean_as_published("persons & images, daytop") == "s   s  "
+    assert clean_as_published("50% off! it's a co-op, no. 1") == "50 off it's a co-op  no. 1"
+    for word in NOISE:
+        assert word not in clean_as_published(f"x{word}y {word}")
+
+
+def test_the_right_cleaning_deletes_whole_words():
+    assert clean("A stop sign on a Holiday").split() == ["a", "stop", "sign", "on", "a", "holiday"]
+    assert clean("stock illustration of a desktop, front").split() == ["of", "a", "desktop"]
+    assert clean("day-old bread at the tip-top").split() == ["day-old", "bread", "at", "the", "tip-top"]
+    assert clean("cat/dog!mouse").split() == ["cat", "dog", "mouse"]
+
+
+def test_nouns_with_nltk(nltk_data):
+    captions = ["A cat and cats on the table", "the stop signs of a holiday", "red leaves, an ox & a b4 runs"]
+    assert nouns(nltk_data, "nltk", *captions) == [["cat", "table"], ["stop", "sign", "holiday"], ["leaf"]]
+    assert nouns(nltk_data, "nltk_published", *captions) == [["cat", "cat", "table"], ["sign", "holi"], ["leaf"]]
+
+
+def test_without_data_one_error_says_everything(tmp_path):
+    with pytest.raises(AssertionError) as error:
+        nouns(tmp_path, "nltk", "a cat")
+    last = str(error.value).strip().splitlines()[-1]
+    for part in ("punkt_tab", "averaged_perceptron_tagger_eng", "wordnet", "nltk.downloader", "NLTK_DATA", "textblob"):
+        assert part in last
+    assert last.startswith("nxtp.errors.UserError")
+
+
+def test_a_misspelt_backend_is_named():
+    with pytest.raises(UserError, match=r"Did you mean 'nltk_published'"):
+        noun_backend("nltk_publshed")

@@ -1,0 +1,733 @@
+"""Shards: what is written is read back, WebDataset reads the same, and every kind of damage is counted."""
+
+import gzip
+import io
+import json
+import multiprocessing
+import os
+import pickle
+import tarfile
+import zlib
+from collections import Counter
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import pytest
+import webdataset as wds
+from helpers import serving
+
+from nxtp.data.shards.cache import RemoteCache
+from nxtp.data.shards.index_store import IndexStore
+from nxtp.data.shards.manifest import ShardInfo, manifest_hash, read_manifest, sha256_of, write_manifest
+from nxtp.data.shards.reader import MAX_CAPTION_BYTES, IndexedShards, SampleFault
+from nxtp.data.shards.tar_index import index_shard
+from nxtp.data.shards.urls import expand_shards
+from nxtp.errors import UserError
+from nxtp.prepare.shard_writer import write_shard
+
+SAMPLES = [
+    {
+        "__key__": f"{i:06d}",
+        "jpg": bytes([i]) * (100 + 700 * i),
+        "txt": f"a dog {i}",
+        "json": {"labels": ["dog"], "id": i},
+    }
+    for i in range(10)
+]
+
+
+def tar(path: Path, members, format=tarfile.USTAR_FORMAT) -> str:
+    """A tar of (name, bytes), without any of write_shard's checks."""
+    with tarfile.open(path, "w", format=format) as file:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            file.addfile(info, io.BytesIO(data))
+    return str(path)
+
+
+def keys(path) -> list[str]:
+    return index_shard(path).keys.tolist()
+
+
+def headers(path) -> list[tarfile.TarInfo]:
+    with tarfile.open(path) as file:
+        return file.getmembers()
+
+
+@pytest.fixture
+def shard(tmp_path) -> Path:
+    path = tmp_path / "a-000.tar"
+    write_shard(path, SAMPLES)
+    return path
+
+
+# --- writing ---------------------------------------------------------------------------------------------------
+
+
+def test_written_samples_are_read_back(shard):
+    shards = IndexedShards([str(shard)])
+    assert len(shards) == len(SAMPLES)
+    assert not shards.faults
+    for i in np.random.default_rng(0).permutation(len(SAMPLES)).tolist():
+        raw = shards.read(i)
+        assert (raw.key, raw.shard) == (SAMPLES[i]["__key__"], str(shard))
+        assert (raw.image, raw.caption, raw.labels) == (SAMPLES[i]["jpg"], SAMPLES[i]["txt"], ["dog"])
+
+
+def test_same_samples_give_same_bytes(tmp_path, shard):
+    other_order = [dict(reversed(sample.items())) for sample in SAMPLES]
+    for sample in other_order:
+        sample["json"] = dict(reversed(sample["json"].items()))
+    info = write_shard(tmp_path / "again.tar", other_order)
+    assert (tmp_path / "again.tar").read_bytes() == shard.read_bytes()
+    assert info == ShardInfo("again.tar", len(SAMPLES), shard.stat().st_size, sha256_of(shard))
+    for member in headers(shard):
+        assert (member.mtime, member.uid, member.gid, member.mode) == (0, 0, 0, 0o644)
+        assert (member.uname, member.gname) == ("", "")
+
+
+def test_any_key_is_read_back(tmp_path):
+    names = ["a" * 300, "d/" * 200 + "x", "épée/日本", "../up", "/root", "a b\n"]
+    write_shard(tmp_path / "a.tar", [{"__key__": name, "png": name.encode()} for name in names])
+    shards = IndexedShards([str(tmp_path / "a.tar")])
+    assert [(shards.read(i).key, shards.read(i).image) for i in range(len(shards))] == [(n, n.encode()) for n in names]
+
+
+def test_shard_appears_only_when_complete(tmp_path, shard):
+    before = shard.read_bytes()
+
+    def failing():
+        yield SAMPLES[0]
+        raise RuntimeError("source broke")
+
+    with pytest.raises(RuntimeError, match="source broke"):
+        write_shard(shard, failing())
+    assert shard.read_bytes() == before
+    assert os.listdir(tmp_path) == [shard.name]
+
+
+@pytest.mark.parametrize(
+    ("samples", "message"),
+    [
+        ([SAMPLES[0], SAMPLES[0]], "'000000' comes twice"),
+        ([{"__key__": "a.b", "jpg": b"x"}], "would not be read back"),
+        ([{"__key__": "__a__/b", "jpg": b"x"}], "would not be read back"),
+        ([{"__key__": "a", "JPG": b"x"}], "would not be read back"),
+        ([{"__key__": "a", "txt": "no image"}], "must have one image"),
+        ([{"__key__": "a", "jpg": b"x", "png": b"x"}], "must have one image"),
+        ([{"__key__": "a", "jpg": 1}], "must be bytes, not int"),
+    ],
+)
+def test_samples_that_would_be_lost_are_refused(tmp_path, samples, message):
+    with pytest.raises(ValueError, match=message):
+        write_shard(tmp_path / "bad.tar", samples)
+    assert os.listdir(tmp_path) == []
+
+
+def test_manifest_round_trip(tmp_path, shard):
+    assert read_manifest(tmp_path) is None
+    assert manifest_hash(tmp_path) is None
+    infos = [write_shard(tmp_path / f"b-{i}.tar", SAMPLES[: i + 1]) for i in range(3)]
+    path = write_manifest(
+        tmp_path, infos, made_by={"script": "x", "seed": 0}, nouns={"name": "textblob"}, skipped={"no caption": 2}
+    )
+    first = manifest_hash(tmp_path)
+    manifest = read_manifest(tmp_path)
+    assert [ShardInfo(**row) for row in manifest["shards"]] == infos
+    assert manifest["samples"] == 6
+    assert manifest["bytes"] == sum(os.path.getsize(tmp_path / f"b-{i}.tar") for i in range(3))
+    assert (manifest["made_by"], manifest["skipped"]) == ({"script": "x", "seed": 0}, {"no caption": 2})
+    assert first == sha256_of(path)
+    write_manifest(
+        tmp_path, infos[::-1], made_by={"seed": 0, "script": "x"}, nouns={"name": "textblob"}, skipped={"no caption": 2}
+    )
+    assert manifest_hash(tmp_path) == first
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: "{", "cannot be read"),
+        (lambda m: b"\xff\xfe\xff", "cannot be read"),
+        (lambda m: [], "is not a manifest"),
+        (lambda m: m | {"shards": {}}, "is not a manifest"),
+        (lambda m: m | {"shards": [{"name": "a"}]}, "is not a manifest"),
+        (lambda m: m | {"samples": 3}, "totals do not add up"),
+        (lambda m: {k: v for k, v in m.items() if k != "made_by"}, "is not a manifest"),
+        (lambda m: m | {"format": 99}, "has format 99; this version reads up to 1"),
+    ],
+)
+def test_malformed_manifest_is_a_user_error(tmp_path, change, message):
+    path = write_manifest(tmp_path, [ShardInfo("a.tar", 1, 2, "f" * 64)], made_by={})
+    changed = change(read_manifest(tmp_path))
+    path.write_bytes(
+        changed if isinstance(changed, bytes) else b"{" if changed == "{" else json.dumps(changed).encode()
+    )
+    with pytest.raises(UserError, match=message):
+        read_manifest(tmp_path)
+
+
+# --- finding ---------------------------------------------------------------------------------------------------
+
+
+def test_expand_shards(tmp_path, monkeypatch):
+    for name in ("a-0.tar", "a-1.tar", "b-0.tar", "notes.txt", ".a-2.tar.x.tmp", "sub/c-0.tar", "[odd] {x}/d.tar"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    a0, a1, b0 = (str(tmp_path / name) for name in ("a-0.tar", "a-1.tar", "b-0.tar"))
+    assert expand_shards(str(tmp_path)) == [a0, a1, b0]
+    assert expand_shards(tmp_path) == [a0, a1, b0]
+    assert expand_shards(f"{tmp_path}/a-*.tar") == [a0, a1]
+    assert expand_shards(f"{tmp_path}/a-{{0..1}}.tar") == [a0, a1]
+    assert expand_shards(f"{tmp_path}/{{b,a}}-*.tar") == [a0, a1, b0]
+    assert expand_shards([b0, f"{tmp_path}/a-?.tar", a0]) == [a0, a1, b0]
+    assert expand_shards(f"file:{a0}") == [a0]
+    assert expand_shards(str(tmp_path / "[odd] {x}")) == [str(tmp_path / "[odd] {x}" / "d.tar")]
+    assert expand_shards("https://host/x-{00..01}.tar?a=*") == [f"https://host/x-0{i}.tar?a=*" for i in (0, 1)]
+    assert expand_shards("pipe:cat x-{0,1}.tar") == ["pipe:cat x-0.tar", "pipe:cat x-1.tar"]
+    monkeypatch.chdir(tmp_path)
+    assert expand_shards("a-*.tar") == ["a-0.tar", "a-1.tar"]
+
+
+def test_two_spellings_of_a_shard_are_one(tmp_path, shard):
+    (tmp_path / "link").symlink_to(tmp_path)
+    names = [str(shard), f"{tmp_path}/../{tmp_path.name}/{shard.name}", f"file:{shard}", str(tmp_path / "link")]
+    assert len(expand_shards(names)) == 1
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("none/here-*.tar", "nothing found at 'none/here-*.tar'"),
+        ("missing.tar", "nothing found at 'missing.tar'"),
+        ("a-{0..2}.tar", "nothing found at 'a-2.tar'"),
+        ("a-{0..1.tar", "'a-{0..1.tar'"),
+        (["a-0.tar", "gone"], "nothing found at 'gone'"),
+        ("empty", "the directory empty holds no *.tar file"),
+        ([], "list of shards is empty"),
+    ],
+)
+def test_no_shards_names_what_was_asked(tmp_path, monkeypatch, spec, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    for i in range(2):
+        (tmp_path / f"a-{i}.tar").touch()
+    with pytest.raises(UserError) as error:
+        expand_shards(spec)
+    assert message in str(error.value)
+
+
+# --- indexing --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_reading_equals_webdataset(tmp_path, format):
+    deep = "d" * 90 + "/" + "e" * 90 + "/f"  # needs ustar's prefix, a GNU long name or a pax header
+    first = tar(
+        tmp_path / "a.tar",
+        [
+            ("__meta__", b"skipped"),
+            ("x/0001.jpg", b"one"),
+            ("x/0001.txt", b" a cat\n"),
+            ("x/0002.JPEG", b"two"),
+            ("x/0002.seg.png", b"another image"),
+            ("x/0002.json", b'{"caption": "a dog", "labels": ["dog", "b"]}'),
+            ("README", b"no extension"),
+            ("../../x/0003.webp", b"three"),
+            ("/etc/0004.png", b""),
+            (f"{deep}.png", b"five" * 1000),
+            (f"{deep}.txt", "épée".encode()),
+            ("v1.0/img.jpg", b"six"),
+        ],
+        format,
+    )
+    second = tar(tmp_path / "b.tar", [("x/0001.jpg", b"seven"), ("x/0001.txt", b"a fly")], format)
+    shards = IndexedShards([first, second])
+    theirs = list(wds.WebDataset([first, second], shardshuffle=False, empty_check=False))
+    assert len(shards) == len(theirs) == 7
+    assert not shards.faults
+    for position, sample in enumerate(theirs):
+        raw = shards.read(position)
+        record = json.loads(sample.get("json", b"{}"))
+        text = sample["txt"].decode().strip() if "txt" in sample else record.get("caption")
+        image = next(sample[e] for e in ("jpg", "jpeg", "png", "webp") if e in sample)
+        assert (raw.key, raw.shard) == (sample["__key__"], sample["__url__"])
+        assert (raw.image, raw.caption, raw.labels) == (image, text, record.get("labels"))
+
+
+def test_only_regular_files_count(tmp_path):
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w") as file:
+        for name, kind in (("d.jpg", tarfile.DIRTYPE), ("l.jpg", tarfile.SYMTYPE), ("h.jpg", tarfile.LNKTYPE)):
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = kind, "/etc/passwd"
+            file.addfile(info)
+        info = tarfile.TarInfo("a.jpg")
+        info.size = 3
+        file.addfile(info, io.BytesIO(b"abc"))
+    shards = IndexedShards([str(path)])
+    assert [shards.read(i).key for i in range(len(shards))] == ["a"]
+    assert not shards.faults
+
+
+def test_truncated_at_every_kind_of_place(tmp_path, shard):
+    data, members = shard.read_bytes(), headers(shard)
+    for i, member in enumerate(members[1:], start=1):
+        sample, part = divmod(i, 3)
+        for cut in (member.offset + 100, member.offset_data, member.offset_data + member.size - 1):
+            if i == 3 and cut < member.offset_data:
+                continue  # nothing tells yet that three members make a sample
+            path = tmp_path / "cut.tar"
+            path.write_bytes(data[:cut])
+            index = index_shard(path)
+            assert index.keys.tolist() == [s["__key__"] for s in SAMPLES[:sample]], (sample, part, cut)
+            assert index.truncated
+            lost = {"incomplete sample": 1} if part > 0 else {}
+            assert index.faults == Counter({"truncated shard": 1} | lost)
+
+
+def test_truncated_between_samples_keeps_the_whole_ones(tmp_path, shard):
+    members = headers(shard)
+    path = tmp_path / "cut.tar"
+    path.write_bytes(shard.read_bytes()[: members[12].offset])  # four samples, no end of archive
+    assert keys(path) == [s["__key__"] for s in SAMPLES[:4]]
+    assert index_shard(path).faults == Counter({"truncated shard": 1})
+    path.write_bytes(shard.read_bytes()[: members[11].offset])  # the fourth has no text
+    assert keys(path) == [s["__key__"] for s in SAMPLES[:3]]
+    assert index_shard(path).faults == Counter({"truncated shard": 1, "incomplete sample": 1})
+
+
+@pytest.mark.parametrize("field", [0, 124, 148, 156])  # name, size, checksum, type
+def test_flipped_bit_in_a_header(tmp_path, shard, field):
+    data = bytearray(shard.read_bytes())
+    data[headers(shard)[12].offset + field] ^= 4
+    path = tmp_path / "flipped.tar"
+    path.write_bytes(data)
+    assert keys(path) == [s["__key__"] for s in SAMPLES[:4]]
+    assert index_shard(path).faults == Counter({"corrupt shard": 1})
+
+
+@pytest.mark.parametrize(
+    ("content", "kind"),
+    [
+        (b"", "empty shard"),
+        (bytes(10240), "empty shard"),
+        (b"too short", "corrupt shard"),
+        (b"<html>not found</html>" * 100, "corrupt shard"),
+        (np.random.default_rng(0).bytes(4096), "corrupt shard"),
+        (gzip.compress(bytes(10240), mtime=0), "compressed shard"),
+    ],
+    ids=["empty", "zeros", "short", "html", "noise", "gzip"],
+)
+def test_files_without_samples(tmp_path, content, kind):
+    path = tmp_path / "bad.tar"
+    path.write_bytes(content)
+    assert (len(index_shard(path)), index_shard(path).faults) == (0, Counter({kind: 1}))
+
+
+def test_missing_shard_and_directory(tmp_path):
+    assert index_shard(tmp_path / "gone.tar").faults == Counter({"shard vanished": 1})
+    assert index_shard(tmp_path).faults == Counter({"unreadable shard": 1})
+
+
+@pytest.mark.parametrize("format", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_random_damage_raises_nothing_but_sample_faults(tmp_path, format):
+    members = [(f"{'k' * 150}{i}.{ext}", b'{"labels": []}') for i in range(4) for ext in ("jpg", "txt", "json")]
+    sound = Path(tar(tmp_path / "sound.tar", members, format)).read_bytes()
+    path = tmp_path / "damaged.tar"
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        data = np.frombuffer(sound, np.uint8).copy()
+        where = rng.integers(len(data), size=rng.integers(1, 30))
+        data[where] ^= rng.integers(1, 256, size=len(where), dtype=np.uint8)
+        path.write_bytes(data[: rng.integers(len(data)) if rng.random() < 0.3 else None].tobytes())
+        shards = IndexedShards([str(path)])
+        assert len(shards) == 4 or shards.faults
+        for i in range(len(shards)):
+            with suppress(SampleFault):
+                shards.read(i)
+
+
+def test_hostile_sizes(tmp_path):
+    """A size of 8 GiB and more, a negative one, a pax size beyond the file: damage, not memory."""
+    for name, size in (("binary.tar", 1 << 40), ("octal.tar", 0o77777777777)):
+        info = tarfile.TarInfo("a.jpg")
+        info.size = size
+        (tmp_path / name).write_bytes(info.tobuf(tarfile.GNU_FORMAT) + bytes(2048))
+        assert index_shard(tmp_path / name).faults == Counter({"truncated shard": 1})
+    info = tarfile.TarInfo("a.jpg")
+    info.pax_headers = {"size": "-5"}
+    (tmp_path / "pax.tar").write_bytes(info.tobuf(tarfile.PAX_FORMAT) + bytes(2048))
+    assert index_shard(tmp_path / "pax.tar").faults == Counter({"corrupt shard": 1})
+
+
+def test_first_of_duplicate_keys_is_kept(tmp_path):
+    path = tar(
+        tmp_path / "a.tar",
+        [
+            ("a.jpg", b"first"),
+            ("a.txt", b"one"),
+            ("a.jpg", b"again"),
+            ("b.jpg", b"other"),
+            ("a.jpg", b"third"),
+            ("a.txt", b"three"),
+        ],
+    )
+    shards = IndexedShards([path])
+    assert [shards.read(i).image for i in range(len(shards))] == [b"first", b"other"]
+    assert shards.read(0).caption == "one"
+    assert shards.faults == Counter({"duplicate key": 2})
+
+
+def test_samples_without_image_are_counted(tmp_path):
+    path = tar(tmp_path / "a.tar", [("a.txt", b"x"), ("b.jpg", b"x"), ("c.v2.jpg", b"x"), ("d.bmp", b"x")])
+    assert keys(path) == ["b"]
+    assert index_shard(path).faults == Counter({"no image": 3})
+
+
+def test_names_that_are_not_utf8(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w", format=tarfile.USTAR_FORMAT, encoding="latin-1") as file:
+        for name in ("caf\xe9.jpg", "caf\xe8.jpg"):
+            file.addfile(tarfile.TarInfo(name))
+    assert keys(tmp_path / "a.tar") == ["caf\\xe9", "caf\\xe8"]
+
+
+# --- reading ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("members", "caption", "labels"),
+    [
+        ({"txt": "une épée".encode()}, "une épée", None),
+        ({"txt": "une épée".encode("latin-1")}, "une épée", None),
+        ({"txt": b"\xef\xbb\xbfa dog\r\n"}, "a dog", None),
+        ({"txt": b" \n"}, None, None),
+        ({"txt": b"from txt", "json": b'{"caption": "from json"}'}, "from txt", None),
+        ({"txt": b"", "json": b'{"caption": "from json"}'}, "from json", None),
+        ({"json": b'{"caption": null, "labels": null, "width": 5}'}, None, None),
+        ({"json": b'{"labels": []}'}, None, []),
+        ({"json": b'{"labels": ["hot dog", "\\ud800"]}'}, None, ["hot dog", "?"]),
+        ({}, None, None),
+    ],
+)
+def test_texts(tmp_path, members, caption, labels):
+    path = tar(tmp_path / "a.tar", [("a.jpg", b"x")] + [(f"a.{ext}", data) for ext, data in members.items()])
+    raw = IndexedShards([path]).read(0)
+    assert (raw.caption, raw.labels) == (caption, labels)
+
+
+@pytest.mark.parametrize(
+    ("extension", "data", "kind"),
+    [
+        ("json", b"{", "corrupt json"),
+        ("json", b"\xff\xff", "corrupt json"),
+        ("json", b"[" * 100_000, "corrupt json"),
+        ("json", b'["dog"]', "corrupt json"),
+        ("json", b'{"labels": "dog, cat"}', "bad labels"),
+        ("json", b'{"labels": ["dog", 3]}', "bad labels"),
+        ("txt", b"a" * (MAX_CAPTION_BYTES + 1), "oversized caption"),
+    ],
+)
+def test_bad_member_is_a_sample_fault(tmp_path, extension, data, kind):
+    path = tar(tmp_path / "a.tar", [("a.jpg", b"x"), (f"a.{extension}", data), ("b.jpg", b"y")])
+    shards = IndexedShards([path])
+    with pytest.raises(SampleFault) as error:
+        shards.read(0)
+    assert (error.value.kind, error.value.key, error.value.shard) == (kind, "a", path)
+    assert shards.read(1).image == b"y"
+
+
+def test_sample_fault_is_pickled():
+    fault = pickle.loads(pickle.dumps(SampleFault("corrupt json", "000001", "a.tar")))
+    assert (fault.kind, fault.key, fault.shard) == ("corrupt json", "000001", "a.tar")
+    assert str(fault) == "corrupt json: 000001 in a.tar"
+
+
+def test_shards_that_change_under_the_reader(tmp_path):
+    paths = [tmp_path / f"{name}.tar" for name in ("cut", "gone", "other")]
+    for path in paths:
+        write_shard(path, SAMPLES)
+    shards = IndexedShards([str(path) for path in paths])
+    last = len(SAMPLES) - 1
+    assert shards.read(last).image == SAMPLES[last]["jpg"]  # opens the first shard
+    os.truncate(paths[0], headers(paths[0])[-3].offset_data + 5)
+    paths[1].unlink()
+    write_shard(paths[2], SAMPLES[:1])
+    kinds = []
+    for position in (last, len(SAMPLES), 2 * len(SAMPLES)):
+        with pytest.raises(SampleFault) as error:
+            shards.read(position)
+        kinds.append(error.value.kind)
+    assert kinds == ["truncated member", "shard vanished", "shard changed"]
+
+
+def test_other_content_under_the_same_headers_is_told_by_its_time(shard):
+    shards, status = IndexedShards([str(shard)]), shard.stat()
+    shard.write_bytes(shard.read_bytes().replace(b"a dog 1", b"a cat 1"))
+    os.utime(shard, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
+    with pytest.raises(SampleFault, match="shard changed"):
+        shards.read(1)
+
+
+def test_one_line_of_samples_over_many_shards(tmp_path):
+    sizes = [3, 0, 5, 1, 0]
+    for i, size in enumerate(sizes):
+        write_shard(tmp_path / f"{i}.tar", SAMPLES[:size])
+    (tmp_path / "5.tar").write_bytes(b"no tar at all")
+    shards = IndexedShards(expand_shards(tmp_path))
+    assert shards.sizes.tolist() == [*sizes, 0]
+    assert shards.faults == Counter({"empty shard": 2, "corrupt shard": 1})
+    read = [shards.read(i) for i in range(len(shards))]
+    assert [Path(raw.shard).stem for raw in read] == list("000222223")
+    assert [raw.key for raw in read] == [s["__key__"] for n in sizes for s in SAMPLES[:n]]
+    assert [shards.shard_of(i) for i in range(len(shards))] == [raw.shard for raw in read]
+    for position in (-1, len(shards)):
+        with pytest.raises(IndexError):
+            shards.read(position)
+
+
+def read_all(shards: IndexedShards) -> list[bytes]:
+    return [shards.read(i).image for i in range(len(shards))]
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_other_processes_read_the_same(shard, method):
+    shards = IndexedShards([str(shard)])
+    expected = read_all(shards)  # opens the file here first
+    assert read_all(pickle.loads(pickle.dumps(shards))) == expected
+    with multiprocessing.get_context(method).Pool(2) as pool:
+        assert pool.map(read_all, [shards] * 2) == [expected] * 2
+
+
+def test_few_files_stay_open(tmp_path):
+    for i in range(40):
+        write_shard(tmp_path / f"{i:02d}.tar", SAMPLES[:1])
+    shards = IndexedShards(expand_shards(tmp_path))
+    before = len(os.listdir("/proc/self/fd")) if Path("/proc/self/fd").exists() else 0
+    assert read_all(shards) == [SAMPLES[0]["jpg"]] * 40
+    assert before == 0 or len(os.listdir("/proc/self/fd")) - before <= 16
+
+
+# --- kept indexes ----------------------------------------------------------------------------------------------
+
+
+def test_an_index_is_kept_until_the_shard_changes(tmp_path, shard, monkeypatch):
+    import nxtp.shard_set
+
+    store, calls = IndexStore(tmp_path / "index"), []
+    monkeypatch.setattr(nxtp.data.shards.reader, "index_shard", lambda path: calls.append(path) or index_shard(path))
+    for _ in range(3):
+        shards = IndexedShards([str(shard)], store=store)
+        assert [shards.read(i).key for i in range(len(shards))] == [s["__key__"] for s in SAMPLES]
+    assert len(calls) == 1
+    write_shard(shard, SAMPLES[:4])
+    assert len(IndexedShards([str(shard)], store=store)) == 4
+    assert len(calls) == 2
+    shard.unlink()
+    gone = IndexedShards([str(shard)], store=store)
+    assert (len(gone), gone.faults) == (0, Counter({"shard vanished": 1}))
+
+
+def test_a_replacement_of_the_same_size_and_time_is_not_read_at_old_offsets(tmp_path, shard):
+    store, status = IndexStore(tmp_path / "index"), shard.stat()
+    IndexedShards([str(shard)], store=store)
+    others = [{**s, "__key__": f"b{i:05d}"} for i, s in enumerate(reversed(SAMPLES))]
+    write_shard(shard, others)
+    os.utime(shard, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert shard.stat().st_size == status.st_size
+    stale = IndexedShards([str(shard)], store=store)
+    for position in range(len(stale)):
+        with pytest.raises(SampleFault, match="shard changed"):
+            stale.read(position)
+    again = IndexedShards([str(shard)], store=store)
+    assert read_all(again) == [s["jpg"] for s in others], "indexed anew at the next start"
+
+
+@pytest.mark.parametrize("size", ["the same", "another"])
+def test_a_fetched_replacement_is_not_read_at_old_offsets(tmp_path, site, size):
+    root, url, _ = site
+    store, urls = IndexStore(tmp_path / "index"), [f"{url}/r-0.tar"]
+    IndexedShards(urls, RemoteCache(tmp_path / "cache"), store).read(0)
+    others = [{**s, "__key__": f"b{i:06d}"} for i, s in enumerate(reversed(SAMPLES))]
+    others = others if size == "the same" else others[:7]
+    write_shard(root / "r-0.tar", others)
+    with pytest.raises(SampleFault, match="shard changed"):
+        IndexedShards(urls, RemoteCache(tmp_path / "other"), store).read(0)
+    again = IndexedShards(urls, RemoteCache(tmp_path / "other"), store)
+    assert [again.read(i).image for i in range(len(others))] == [s["jpg"] for s in others]
+
+
+def test_faults_and_odd_keys_are_kept_too(tmp_path):
+    path = tar(
+        tmp_path / "a.tar", [("b\udcff.jpg".encode("utf-8", "surrogateescape").decode("latin-1"), b"x"), ("é.txt", b"")]
+    )
+    store = IndexStore(tmp_path / "index")
+    first, second = IndexedShards([path], store=store), IndexedShards([path], store=store)
+    assert first.faults == second.faults == Counter({"no image": 1})
+    assert first.read(0) == second.read(0)
+
+
+def test_without_a_place_for_indexes_nothing_is_lost(tmp_path, shard):
+    (tmp_path / "file").write_text("no directory")
+    shards = IndexedShards([str(shard)], store=IndexStore(tmp_path / "file" / "index"))
+    assert read_all(pickle.loads(pickle.dumps(shards))) == [s["jpg"] for s in SAMPLES]
+
+
+def test_a_damaged_index_is_made_again(tmp_path, shard):
+    store = IndexStore(tmp_path / "index")
+    IndexedShards([str(shard)], store=store)
+    (kept,) = (tmp_path / "index").iterdir()
+    for damage in (b"", b"nonsense" * 9, kept.read_bytes()[:-40]):
+        kept.write_bytes(damage)
+        assert len(read_all(IndexedShards([str(shard)], store=store))) == len(SAMPLES)
+
+
+def test_images_are_checked_against_their_checksum(tmp_path):
+    good, bad = b"pixels" * 99, b"pixelz" * 99
+    record = {"crc32": zlib.crc32(good)}
+    write_shard(tmp_path / "a.tar", [{"__key__": k, "jpg": d, "json": record} for k, d in (("a", good), ("b", bad))])
+    shards = IndexedShards([str(tmp_path / "a.tar")])
+    assert shards.read(0).image == good
+    with pytest.raises(SampleFault, match="damaged image"):
+        shards.read(1)
+
+
+# --- remote shards ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def site(tmp_path):
+    root = tmp_path / "site"
+    root.mkdir()
+    infos = []
+    for i in range(6):
+        samples = [{**s, "__key__": f"{i}{s['__key__']}"} for s in SAMPLES]
+        infos.append(write_shard(root / f"r-{i}.tar", samples))
+    write_manifest(root, infos, made_by={})
+    with serving(root) as (url, handler):
+        yield root, url, handler
+
+
+def test_remote_shards_are_fetched_when_they_are_read(tmp_path, site):
+    root, url, handler = site
+    urls = [f"{url}/r-{i}.tar" for i in range(6)]
+    store = IndexStore(tmp_path / "index")
+    shards = IndexedShards(urls, RemoteCache(tmp_path / "cache"), store)
+    assert len(shards) == 60
+    assert handler.asked == ["manifest.json"], "counted by the manifest"
+    assert shards.read(25).key == "2000005"
+    assert shards.read(26).image == SAMPLES[6]["jpg"]
+    assert handler.asked == ["manifest.json", "r-2.tar"]
+    (root / "manifest.json").unlink()
+    assert len(IndexedShards(urls[2:3], RemoteCache(tmp_path / "cache"), store)) == 10
+    assert handler.asked == ["manifest.json", "r-2.tar"], "the index is kept"
+
+
+def test_the_cache_is_bounded(tmp_path, site):
+    root, url, handler = site
+    size = (root / "r-0.tar").stat().st_size
+    cache = RemoteCache(tmp_path / "cache", limit=int(2.5 * size))
+    shards = IndexedShards([f"{url}/r-{i}.tar" for i in range(6)], cache, IndexStore(tmp_path / "index"))
+    for turn in range(2):
+        assert [shards.read(i).key[0] for i in range(0, 60, 5)] == [str(i // 10) for i in range(0, 60, 5)], turn
+        kept = list((tmp_path / "cache").glob("*.tar"))
+        assert sum(p.stat().st_size for p in kept) <= 2.5 * size
+    shards.prefetch([0, 1])
+    again = IndexedShards([f"{url}/r-{i}.tar" for i in range(6)], cache, IndexStore(tmp_path / "index"))
+    before = len(handler.asked)
+    assert (again.read(0).key, again.read(10).key) == ("0000000", "1000000")
+    assert len(handler.asked) == before, "prefetched, and kept as the most recently used"
+
+
+class Emptied(RemoteCache):
+    """A cache that another process trims between a fetch and the opening of its file, once a file."""
+
+    def __init__(self, directory):
+        super().__init__(directory)
+        self.emptied = set()
+
+    def fetch(self, url):
+        path = super().fetch(url)
+        if url not in self.emptied:
+            self.emptied.add(url)
+            path.unlink()
+        return path
+
+
+@pytest.mark.parametrize("counted", [True, False])
+def test_a_file_that_others_trim_is_fetched_again(tmp_path, site, counted):
+    root, url, _ = site
+    if not counted:
+        (root / "manifest.json").unlink()
+    cache = Emptied(tmp_path / "cache")
+    shards = IndexedShards([f"{url}/r-{i}.tar" for i in range(3)], cache, IndexStore(tmp_path / "index"))
+    assert len(shards) == 30
+    cache.emptied.clear()
+    assert [shards.read(i).key[0] for i in range(0, 30, 10)] == ["0", "1", "2"]
+
+
+def test_remote_faults_are_counted_once_tried(tmp_path, site):
+    root, url, handler = site
+    handler.stall = ("r-1.tar",)
+    (root / "r-2.tar").unlink()
+    write_shard(root / "r-3.tar", SAMPLES[:4])
+    shards = IndexedShards(
+        [f"{url}/r-{i}.tar" for i in range(4)],
+        RemoteCache(tmp_path / "cache", stall=0.5),
+        IndexStore(tmp_path / "index"),
+    )
+    kinds = Counter()
+    for position in range(40):
+        try:
+            shards.read(position)
+            kinds["read"] += 1
+        except SampleFault as fault:
+            kinds[fault.kind] += 1
+    assert kinds == {"read": 14, "stalled shard": 10, "unreachable shard": 10, "missing sample": 6}
+    assert handler.asked.count("r-1.tar") == 1, "not tried again for every sample"
+
+
+def test_remote_commands_are_fetched_once(tmp_path, shard):
+    cache, store = RemoteCache(tmp_path / "cache"), IndexStore(tmp_path / "index")
+    urls = [f"pipe:cat {shard}", "pipe:false"]
+    shards = IndexedShards(urls, cache, store)
+    assert len(shards) == len(SAMPLES)
+    assert shards.read(3).shard == urls[0]
+    assert shards.faults == Counter({"unreachable shard": 1})
+    assert len(list((tmp_path / "cache").glob("*.tar"))) == 1
+    shard.unlink()
+    assert len(IndexedShards(urls[:1], cache, store)) == len(SAMPLES)
+    stalled = IndexedShards(
+        [f"pipe:head -c 9 {tmp_path}/index/*; sleep 30"], RemoteCache(tmp_path / "c", stall=0.3), store
+    )
+    assert stalled.faults == Counter({"stalled shard": 1})
+
+
+def test_no_command_is_run_that_was_not_given(tmp_path, shard):
+    url = f"pipe:cat {shard}; echo http://host/x | tee -a {tmp_path}/ran >/dev/null; : /a"
+    IndexedShards([url], RemoteCache(tmp_path / "cache"), IndexStore(tmp_path / "index"))
+    assert (tmp_path / "ran").read_text().count("http") == 1
+
+
+def test_remote_shards_need_a_cache_and_an_opener(tmp_path, monkeypatch):
+    with pytest.raises(UserError, match=r"data\.cache_dir, --cache-dir"):
+        IndexedShards(["https://host/a.tar"])
+    with pytest.raises(UserError, match=r"ftp9://host/manifest.json cannot be opened"):
+        IndexedShards(["ftp9://host/a.tar"], RemoteCache(tmp_path))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UserError, match="needs the command 'aws', which is not installed"):
+        IndexedShards(["s3://bucket/a.tar"], RemoteCache(tmp_path))
+
+
+def test_s3_shards_come_through_the_aws_command(tmp_path, shard, monkeypatch):
+    aws = tmp_path / "bin" / "aws"
+    aws.parent.mkdir()
+    aws.write_text(
+        f'#!/bin/sh\ncase "$4" in *manifest.json) exit 1;; s3://bucket/a.tar) cat {shard};; *) exit 2;; esac\n'
+    )
+    aws.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{aws.parent}:{os.environ['PATH']}")
+    shards = IndexedShards(["s3://bucket/a.tar"], RemoteCache(tmp_path / "cache"), IndexStore(tmp_path / "index"))
+    assert read_all(shards) == [s["jpg"] for s in SAMPLES]

@@ -1,0 +1,209 @@
+"""ONNX graphs and their runner: the same labels and probabilities, without torch."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from helpers import COLOURS, ending_recognizer, jpeg, run_nxtp
+from PIL import Image
+
+from nxtp.data.images import ImageError
+from nxtp.data.transforms import to_pixels
+from nxtp.deploy.onnx.int8 import quantize
+from nxtp.deploy.onnx.pixels import to_pixels as numpy_pixels
+from nxtp.deploy.onnx.runner import OnnxRecognizer
+from nxtp.errors import UserError
+
+pytestmark = pytest.mark.xdist_group("onnx")  # its fixtures are costly: made once
+IMAGES = [jpeg(colour, size=40 + i, seed=i) for i, colour in enumerate(COLOURS.values())]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    return tmp_path_factory.mktemp("onnx")
+
+
+@pytest.fixture(scope="module")
+def model():
+    return ending_recognizer(num_key_value_heads=2)
+
+
+@pytest.fixture(scope="module")
+def graphs(model, place):
+    model.save_pretrained(place / "model")
+    done = run_nxtp("export", "model", "--onnx", "graphs", cwd=place)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.startswith("graphs: ONNX graphs with float32 weights")
+    assert len(done.stderr.splitlines()) == 1, "nothing of the exporter's own insides"
+    return place / "graphs"
+
+
+@pytest.fixture(scope="module")
+def runner(graphs):
+    return OnnxRecognizer(graphs, threads=1)
+
+
+def assert_same(found, expected):
+    """Relative: of random weights every probability is small, and an absolute 1e-4 would let a wrong mask pass."""
+    for ours, theirs in zip(found, expected, strict=True):
+        assert dict(ours) == pytest.approx(dict(theirs), rel=1e-4, abs=1e-12)
+        assert [p for _, p in ours] == pytest.approx([p for _, p in theirs], rel=1e-4, abs=1e-12)
+
+
+@pytest.mark.parametrize("top_k", [1, 7, 60])
+def test_labels_and_probabilities_are_the_models(model, runner, top_k):
+    assert_same(runner.predict(IMAGES, top_k), model.predict(IMAGES, top_k))
+    assert_same([runner.predict(IMAGES[2], top_k)], [model.predict(IMAGES[2], top_k)])
+    assert_same(runner.predict(IMAGES, top_k, batch_size=3), runner.predict(IMAGES, top_k, batch_size=1))
+
+
+def test_labels_end_at_different_lengths(model):
+    """Otherwise no branch would be dropped in the comparison above."""
+    labels = {label for image in model.predict(IMAGES, 60) for label, _ in image}
+    lengths = {len(ids) for ids in model.tokenizer.encode_labels(sorted(labels))}
+    assert min(lengths) < 5
+    assert max(lengths) > 10
+
+
+def test_one_weight_changed_is_seen(model, runner):
+    """The comparison above can fail."""
+    with torch.no_grad():
+        model.model.projection.weight[0, 0] += 1
+    try:
+        with pytest.raises(AssertionError):
+            assert_same(runner.predict(IMAGES, 7), model.predict(IMAGES, 7))
+    finally:
+        with torch.no_grad():
+            model.model.projection.weight[0, 0] -= 1
+
+
+@pytest.mark.parametrize("size", [(640, 427), (33, 500), (97, 96), (40, 30), (300, 2900), (1, 1), (64, 64), (5, 3000)])
+@pytest.mark.parametrize("side", [32, 64])
+def test_pixels_are_torchs_to_the_bit(size, side):
+    noise = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    image = Image.fromarray(noise)
+    assert np.array_equal(numpy_pixels(image, side), to_pixels(image, side).numpy())
+
+
+def test_int8_weights_are_smaller_and_nearly_the_same(graphs, place, runner):
+    shutil.copytree(graphs, place / "int8")
+    for name in ("encoder.onnx", "decoder.onnx"):
+        quantize(place / "int8" / name)
+    narrow = OnnxRecognizer(place / "int8")
+    sizes = [(place / name / "decoder.onnx.data").stat().st_size for name in ("graphs", "int8")]
+    assert sizes[1] < 0.8 * sizes[0]  # embeddings and norms stay
+    for ours, theirs in zip(narrow.predict(IMAGES, 5), runner.predict(IMAGES, 5), strict=True):
+        assert dict(ours).get(theirs[0][0], 0) == pytest.approx(theirs[0][1], abs=0.02)
+        assert ours != theirs
+
+
+def test_the_runner_needs_no_torch(graphs, place):
+    (place / "a.jpg").write_bytes(IMAGES[0])
+    (place / "b.jpg").write_bytes(b"no picture")
+    blocked = ("torch", "torchvision", "transformers", "lightning", "open_clip", "timm", "hydra", "onnx", "scipy")
+    code = f"import sys\nfor name in {blocked}: sys.modules[name] = None\n"
+    code += f"sys.argv = ['nxtp.deploy.onnx', {str(graphs)!r}, 'a.jpg', 'b.jpg', '--top-k', '3', '--json']\n"
+    code += "import runpy; runpy.run_module('nxtp.deploy.onnx', run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=place, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert done.stderr.splitlines() == ["error: b.jpg: not an image in a known format"]
+    (row,) = map(json.loads, done.stdout.splitlines())
+    expected = OnnxRecognizer(graphs).predict(IMAGES[0], 3)
+    assert [(label["label"], label["probability"]) for label in row["labels"]] == [
+        (label, pytest.approx(probability)) for label, probability in expected
+    ]
+
+
+def test_the_directory_is_whole_and_bad_options_are_told(graphs, place):
+    assert sorted(path.name for path in graphs.iterdir()) == [
+        "config.json", "decoder.onnx", "decoder.onnx.data", "encoder.onnx", "encoder.onnx.data", "tokenizer.json",
+    ]  # fmt: skip
+    for arguments, told in (
+        (("model", "--onnx", "graphs"), "'graphs' exists"),
+        (("model",), "Say --to DIR"),
+        (("model", "--to", "x", "--int8"), "--int8 goes with --onnx"),
+        (("gone", "--onnx", "x"), "No model directory 'gone'"),
+    ):
+        done = run_nxtp("export", *arguments, cwd=place)
+        assert (done.returncode, done.stderr.count("\n")) == (1, 1), done.stderr
+        assert told in done.stderr
+
+
+def test_bad_input_is_told_in_a_line(runner, graphs, tmp_path):
+    (tmp_path / "x.jpg").write_text("x")
+    with pytest.raises(ImageError, match=r"x\.jpg"):
+        runner.predict(tmp_path / "x.jpg")
+    with pytest.raises(ValueError, match="top_k is 0"):
+        runner.predict(IMAGES[0], 0)
+    assert runner.predict([]) == []
+    with pytest.raises(UserError, match="no directory of ONNX graphs"):
+        OnnxRecognizer(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="not a configuration"):
+        OnnxRecognizer(tmp_path)
+    (tmp_path / "config.json").write_text((graphs / "config.json").read_text().replace('"format": 1', '"format": 9'))
+    with pytest.raises(UserError, match="format 9"):
+        OnnxRecognizer(tmp_path)
+    (tmp_path / "config.json").write_text((graphs / "config.json").read_text())
+    with pytest.raises(UserError, match="cannot be loaded"):
+        OnnxRecognizer(tmp_path)
+
+
+FULL_SIZE = """
+import resource, sys, torch
+from pathlib import Path
+from transformers.initialization import no_init_weights
+from nxtp.decoder import DecoderConfig
+from nxtp.encoder import EncoderConfig
+from nxtp.model import Model, ModelConfig
+from nxtp.onnx.export import export_onnx
+from nxtp.onnx.int8 import quantize
+from nxtp.recognizer import Recognizer
+from nxtp.tokens import train_tokenizer
+
+if sys.argv[1] == "export":
+    llama = dict(model_type="llama", hidden_size=4096, intermediate_size=11008, num_attention_heads=32)
+    blocks = DecoderConfig(config=llama | {"num_hidden_layers": 6, "vocab_size": 32000})
+    config = ModelConfig(EncoderConfig(name="ViT-L-14"), blocks)
+    with no_init_weights():
+        model = Model(config).requires_grad_(False)
+    for parameter in model.parameters():
+        parameter.uniform_(-0.02, 0.02)
+    print(sum(parameter.numel() for parameter in model.parameters()))
+    export_onnx(Recognizer(model, train_tokenizer(["rose"], vocab_size=400), config), Path("full"))
+else:
+    for name in ("encoder.onnx", "decoder.onnx"):
+        quantize(Path("full", name))
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6)
+"""
+RUN = """
+import resource
+from PIL import Image
+from nxtp.onnx.runner import OnnxRecognizer
+
+print(len(OnnxRecognizer("full").predict(Image.effect_noise((300, 200), 90).convert("RGB"), 3)))
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6)
+"""
+
+
+@pytest.mark.slow
+def test_the_published_size_is_exported_quantised_and_run_within_16_gb(tmp_path):
+    def run(code: str, *arguments: str) -> list[float]:
+        command = [sys.executable, "-c", code, *arguments]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=900)
+        assert done.returncode == 0, done.stderr[-2000:]
+        return [float(line) for line in done.stdout.split()]
+
+    parameters, gigabytes = run(FULL_SIZE, "export")
+    assert parameters == pytest.approx(1.78e9, rel=0.005)
+    assert gigabytes < 16
+    assert run(RUN)[1] < 16
+    assert run(FULL_SIZE, "int8")[0] < 16
+    labels, gigabytes = run(RUN)
+    assert labels >= 1
+    assert gigabytes < 6
+    assert sum(path.stat().st_size for path in (tmp_path / "full").iterdir()) < 2.6e9

@@ -1,0 +1,89 @@
+"""Where a label looks: the decoder's own weights, of the right tokens, on the right patches."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from helpers import jpeg, recognizer
+from PIL import Image
+
+from nxtp.errors import UserError
+from nxtp.inference.figures import AttentionItem, save_attention
+from nxtp.inference.recognizer import Recognizer
+from nxtp.model.attention import average, grid_side
+from nxtp.model.layout import lay_out
+
+
+@torch.no_grad()
+def first_block_by_hand(ours: Recognizer, image, label) -> torch.Tensor:
+    """[heads, T, T] of the first block, from its own projections, scores and rotary embedding."""
+    model, tokenizer = ours.model, ours.tokenizer
+    (ids,) = tokenizer.encode_labels([label])
+    layout = lay_out(
+        [[ids]],
+        prompt=tokenizer.prompt_ids,
+        delimiter=tokenizer.delimiter_id,
+        num_image_tokens=model.num_image_tokens,
+    )
+    x = model.embed(model.encode(ours.transform(image)[None]), layout.tokens_BU)
+    block, lm = model.decoder.blocks[0], model.decoder.lm.model
+    cos, sin = lm.rotary_emb(x, layout.positions_BT)
+    normed = block.input_layernorm(x)
+    heads = lm.config.num_attention_heads
+
+    def rotated(projection):
+        value = projection(normed).unflatten(-1, (heads, -1)).transpose(1, 2)
+        left, right = value.chunk(2, dim=-1)
+        return value * cos[:, None] + torch.cat([-right, left], dim=-1) * sin[:, None]
+
+    queries, keys = rotated(block.self_attn.q_proj), rotated(block.self_attn.k_proj)
+    scores = queries @ keys.transpose(-1, -2) / math.sqrt(queries.shape[-1])
+    return scores.masked_fill(~layout.mask(), -torch.inf).softmax(dim=-1)[0]
+
+
+def test_weights_are_those_of_the_labels_tokens_on_the_grid():
+    ours, image = recognizer(), jpeg((200, 40, 60))
+    label = "hot dog"
+    (ids,) = ours.tokenizer.encode_labels([label])
+    found = ours.attention(image, label)
+    assert found.shape == (2, 4, len(ids), 4, 4)
+    by_hand = first_block_by_hand(ours, image, label)
+    begin = ours.model.num_image_tokens + 1 + len(ours.tokenizer.prompt_ids)
+    expected = by_hand[:, begin : begin + len(ids), :16].reshape(4, len(ids), 4, 4)
+    torch.testing.assert_close(found[0], expected, rtol=1e-4, atol=1e-6)
+    assert (found.sum(dim=(-1, -2)) < 1).all(), "the prompt and the label have their share"
+    torch.testing.assert_close(ours.attention(image, label), found)
+    between = ours.patch_attention(image)
+    assert between.shape == (2, 4, 16, 16)
+    torch.testing.assert_close(between[0], by_hand[:, :16, :16], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(between.sum(dim=-1), torch.ones(2, 4, 16))
+
+
+def test_an_average_is_of_what_is_named():
+    weights = torch.rand(3, 4, 2, 5, 5)
+    torch.testing.assert_close(average(weights), weights.mean(dim=(0, 1, 2)))
+    torch.testing.assert_close(average(weights, block=-1), weights[2].mean(dim=(0, 1)))
+    torch.testing.assert_close(average(weights, 1, 3), weights[1, 3].mean(dim=0))
+    with pytest.raises(UserError, match="head is 4: there are 4"):
+        average(weights, head=4)
+
+
+def test_an_overlay_is_brightest_where_the_weight_is(tmp_path):
+    grey = Image.new("RGB", (64, 64), (128, 128, 128))
+    weights = np.zeros((4, 4))
+    weights[0, 3] = 0.5  # the upper right corner
+    save_attention(tmp_path / "a.png", [AttentionItem(grey, [("rose", weights)])])
+    picture = np.asarray(Image.open(tmp_path / "a.png").convert("L"), dtype=float)
+    right = picture[70:, picture.shape[1] // 2 + 8 : -8]  # below the titles: the overlay
+    rows, columns = right.shape[0] // 4, right.shape[1] // 4
+    corner = right[: 2 * rows // 2, -columns:].mean()
+    assert corner > right[2 * rows :, : 2 * columns].mean() + 30
+
+
+def test_what_has_no_place_is_told():
+    ours = recognizer()
+    with pytest.raises(UserError, match="has no tokens"):
+        ours.attention(jpeg((1, 2, 3)), " ")
+    with pytest.raises(UserError, match="15 image tokens are no square grid"):
+        grid_side(15)

@@ -1,0 +1,436 @@
+"""Loss against an unpacked computation, what trains, towers and decoders of every supported kind."""
+
+import pytest
+import torch
+from helpers import tiny_config
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from nxtp.errors import UserError
+from nxtp.inference.recognizer import Recognizer
+from nxtp.model.decoder import Decoder, DecoderConfig
+from nxtp.model.encoder import CLIP_MEAN, CLIP_STD, Encoder, EncoderConfig
+from nxtp.model.layout import Objective, lay_out
+from nxtp.model.model import Model
+from nxtp.model.tokenizer import train_tokenizer
+from nxtp.model.trainable import TrainsConfig, choose_trained
+from nxtp.paper.reference import published_loss
+
+VOCABULARY, DELIMITER, PROMPT = 60, 4, [1, 7, 8, 9]
+LABELS = [[[11, 12], [13], [14, 15, 16]], [[21]], [], [[31, 31, 31], [31]]]
+
+
+@pytest.fixture
+def model() -> Model:
+    return random_model()
+
+
+def random_model(seed: int = 0, **decoder) -> Model:
+    torch.manual_seed(seed)
+    model = Model(tiny_config(**decoder), VOCABULARY).eval()
+    with torch.no_grad():  # far from a uniform distribution
+        model.decoder.lm.model.embed_tokens.weight.normal_()
+        model.decoder.lm.lm_head.weight.normal_(std=0.3)
+    return model
+
+
+def random_images(batch: int, size: int = 32, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8, generator=generator)
+
+
+def layout_of(model: Model, labels, objective=Objective.MATCHED):
+    return lay_out(
+        labels,
+        prompt=PROMPT,
+        delimiter=DELIMITER,
+        num_image_tokens=model.num_image_tokens,
+        objective=objective,
+    )
+
+
+def gradients(model: Model, loss: torch.Tensor) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+# ---- the loss
+
+
+def log_probs_behind(model: Model, image: torch.Tensor, label: list[int], shift: int) -> torch.Tensor:
+    """One label alone behind its prefix, its positions moved on by ``shift``: log-probabilities [T, V]."""
+    count = model.num_image_tokens
+    embeddings = model.embed(model.encode(image), torch.tensor([PROMPT + label]))
+    length, prefix = embeddings.shape[1], count + 1 + len(PROMPT)
+    mask = torch.ones(length, length).tril().bool()
+    mask[:count, :count] = True
+    positions = torch.arange(length) + shift * (torch.arange(length) >= prefix)
+    return model.decoder.logits(model.decoder(embeddings, positions[None], mask[None, None]))[0].log_softmax(-1)
+
+
+def unpacked_nlls(model: Model, images: torch.Tensor, labels, objective: str) -> list[list[torch.Tensor]]:
+    """For each image the negative log-likelihood of every supervised token, one sequence a label."""
+    result = []
+    prefix = model.num_image_tokens + 1 + len(PROMPT)
+    for image, image_labels in zip(images.split(1), labels, strict=True):
+        nlls, shift = [], 0
+        alone = log_probs_behind(model, image, [], 0)
+        before = alone[-1]
+        if objective == "published":
+            nlls += [-alone[prefix - len(PROMPT) - 1 + i, token] for i, token in enumerate(PROMPT)]
+        for label in image_labels:
+            tokens = [*label, DELIMITER]
+            log_probs = log_probs_behind(model, image, tokens, shift)[prefix:]
+            nlls.append(-before[tokens[0]])
+            nlls += [-log_probs[i, token] for i, token in enumerate(tokens[1:])]
+            if objective == "published":
+                before, shift = log_probs[-1], shift + len(tokens)
+        result.append(nlls)
+    return result
+
+
+@pytest.mark.parametrize("objective", list(Objective))
+def test_loss_is_that_of_every_label_alone(model, objective):
+    images = random_images(len(LABELS))
+    loss = model(images, layout_of(model, LABELS, objective))
+    expected = [nll for image in unpacked_nlls(model, images, LABELS, objective) for nll in image]
+    assert loss.count == len(expected)
+    plain = torch.stack(expected)
+    torch.testing.assert_close(loss.nll_S.sort().values, plain.sort().values, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(loss.mean, plain.mean(), rtol=1e-5, atol=0)
+    ours, theirs = gradients(model, loss.mean), gradients(model, plain.mean())
+    for name, gradient in theirs.items():
+        torch.testing.assert_close(ours[name], gradient, rtol=1e-3, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_published_objective_is_the_published_step(model):
+    images = random_images(len(LABELS))
+    loss = model(images, layout_of(model, LABELS, Objective.PUBLISHED)).mean
+    theirs = published_loss(model, images, LABELS, prompt=PROMPT, delimiter=DELIMITER, pad_to=40)
+    torch.testing.assert_close(loss, theirs, rtol=1e-5, atol=0)
+    ours, plain = gradients(model, loss), gradients(model, theirs)
+    assert ours.keys() == plain.keys()
+    for name, gradient in plain.items():
+        torch.testing.assert_close(ours[name], gradient, rtol=1e-3, atol=1e-6)
+    with pytest.raises(ValueError, match="does not fit"):
+        published_loss(model, images, LABELS, prompt=PROMPT, delimiter=DELIMITER, pad_to=29)
+
+
+@pytest.mark.parametrize("objective", list(Objective))
+def test_loss_does_not_depend_on_padding_or_company(model, objective):
+    images = random_images(len(LABELS))
+    together = model(images, layout_of(model, LABELS, objective)).total
+    alone = sum(
+        model(images[i : i + 1], layout_of(model, LABELS[i : i + 1], objective)).total for i in range(len(LABELS))
+    )
+    torch.testing.assert_close(together, alone, rtol=1e-5, atol=0)
+    longer = [*LABELS[:-1], [*LABELS[-1], [5] * 30]]  # pads all others
+    nll = [model(images[:3], layout_of(model, labels[:3], objective)).total for labels in (LABELS, longer)]
+    padded = model(images, layout_of(model, longer, objective)).total
+    own = model(images[3:], layout_of(model, longer[3:], objective)).total
+    torch.testing.assert_close(padded - own, nll[0], rtol=1e-4, atol=1e-4)
+
+
+def test_matched_labels_can_change_places(model):
+    images = random_images(1)
+    orders = [LABELS[0], LABELS[0][::-1]]
+    first, second = (model(images, layout_of(model, [order])).nll_S.sort().values for order in orders)
+    torch.testing.assert_close(first, second, rtol=1e-4, atol=1e-5)
+
+
+def test_bytes_are_normalised_as_the_encoder_expects(model):
+    images = random_images(2)
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (CLIP_MEAN, CLIP_STD))
+    torch.testing.assert_close(model.encode(images), model.encode((images / 255 - mean) / std))
+
+
+def test_first_logits_are_those_of_the_whole_sequence(model):
+    images = random_images(2)
+    logits, _ = model.prefill(images, PROMPT)
+    layout = layout_of(model, LABELS[:2])
+    prefix = model.num_image_tokens + 1 + len(PROMPT)
+    whole = model.decoder.logits(model.hidden(images, layout))[:, prefix - 1]
+    torch.testing.assert_close(logits, whole, rtol=1e-4, atol=1e-5)
+
+
+def test_hidden_states_of_real_tokens_do_not_see_padding(model):
+    images = random_images(2)
+    hidden = model.hidden(images, layout_of(model, LABELS[:2]))
+    assert hidden.isfinite().all()
+    for i in range(2):
+        alone = layout_of(model, LABELS[i : i + 1])
+        expected = model.hidden(images[i : i + 1], alone)[0]
+        torch.testing.assert_close(hidden[i, : len(expected)], expected, rtol=1e-4, atol=1e-5)
+
+
+# ---- what trains
+
+
+@pytest.mark.parametrize(
+    "trains",
+    [
+        TrainsConfig(),
+        TrainsConfig(encoder=1, embedding=False),
+        TrainsConfig(encoder="none", embedding=False, decoder=1),
+        TrainsConfig(encoder=0, projection=False, image_token=False, embedding=False, decoder="none", head=True),
+        TrainsConfig(encoder="none", projection=False, image_token=True, embedding=False, decoder="none", head=False),
+    ],
+    ids=["all", "published", "no tower", "head", "image token"],
+)
+def test_gradients_reach_exactly_what_trains(model, trains):
+    choose_trained(model, trains)
+    chosen = {name for name, p in model.named_parameters() if p.requires_grad}
+    found = gradients(model.train(), model(random_images(len(LABELS)), layout_of(model, LABELS)).mean)
+    assert set(found) == chosen
+    assert all(gradient.abs().max() > 0 for gradient in found.values())
+    parts = {
+        "encoder.visual.conv1": trains.encoder == "all",
+        "encoder.visual.transformer.resblocks.0": trains.encoder == "all",
+        "encoder.visual.transformer.resblocks.1": trains.encoder in ("all", 1),
+        "encoder.visual.ln_post": trains.encoder in ("all", 1),
+        "projection": trains.projection,
+        "image_token": trains.image_token,
+        "decoder.lm.model.embed_tokens": trains.embedding,
+        "decoder.lm.model.layers.0": trains.decoder == "all",
+        "decoder.lm.model.layers.1": trains.decoder in ("all", 1),
+        "decoder.lm.model.norm": trains.head,
+        "decoder.lm.lm_head": trains.head,
+    }
+    for part, trained in parts.items():
+        names = {name for name, _ in model.named_parameters() if name == part or name.startswith(f"{part}.")}
+        assert names, part
+        assert names <= chosen if trained else not names & chosen, part
+
+
+def count_saved(model: Model, watched: dict[str, nn.Module]) -> dict[str, int]:
+    """Tensors that autograd keeps for the backward pass, by the watched module that was running."""
+    saved = dict.fromkeys([*watched, "elsewhere"], 0)
+    running = ["elsewhere"]
+
+    def pack(tensor):
+        saved[running[-1]] += 1
+        return tensor
+
+    for name, module in watched.items():
+        module.register_forward_pre_hook(lambda *_, name=name: running.append(name))
+        module.register_forward_hook(lambda *_: running.pop() and None)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model.encode(random_images(2))
+    return saved
+
+
+def test_the_frozen_start_of_the_encoder_keeps_no_state(model):
+    choose_trained(model, TrainsConfig(encoder=1))
+    visual = model.encoder.visual
+    watched = {"patches": visual.conv1, "before": visual.ln_pre}
+    watched |= {f"block {i}": block for i, block in enumerate(visual.transformer.resblocks)}
+    saved = count_saved(model.train(), watched)
+    assert saved["patches"] == saved["before"] == saved["block 0"] == 0
+    assert saved["block 1"] > 0
+    assert visual.transformer.resblocks[1].training
+    assert not any(m.training for m in visual.transformer.resblocks[0].modules() if list(m.parameters(recurse=False)))
+
+
+def test_a_frozen_encoder_keeps_no_state(model):
+    choose_trained(model, TrainsConfig(encoder="none"))
+    saved = count_saved(model.train(), {"tower": model.encoder.visual})
+    assert saved["tower"] == 0
+    assert saved["elsewhere"] == 1, "the projection's input"
+    choose_trained(model, TrainsConfig(encoder="none", projection=False))
+    assert not model.encode(random_images(2)).requires_grad
+
+
+def test_a_frozen_batch_norm_does_not_move():
+    config = tiny_config()
+    config.encoder = EncoderConfig(vision={"timm_model_name": "test_resnet"}, image_size=64)
+    model = Model(config, VOCABULARY)
+    choose_trained(model, TrainsConfig(encoder="none"))
+    before = {name: tensor.clone() for name, tensor in model.encoder.state_dict().items()}
+    assert any("running_mean" in name for name in before)
+    model.train()(random_images(2, 64), layout_of(model, LABELS[:2]))
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.encoder.state_dict().items())
+    choose_trained(model, TrainsConfig())
+    model.train()(random_images(2, 64), layout_of(model, LABELS[:2]))
+    assert not all(torch.equal(before[name], tensor) for name, tensor in model.encoder.state_dict().items())
+
+
+# ---- towers
+
+VIT = {"layers": 2, "width": 32, "head_width": 16, "patch_size": 16, "mlp_ratio": 2.0}
+TOWERS = {
+    "ViT": (VIT, 16),
+    "ViT, pooled by its class token": (VIT | {"pool_type": "tok", "final_ln_after_pool": True}, 16),
+    "ViT, averaged, without first norm": (VIT | {"pool_type": "avg", "no_ln_pre": True}, 16),
+    "CoCa's ViT": (VIT | {"attentional_pool": True, "attn_pooler_heads": 2, "output_tokens": True}, 16),
+    "ModifiedResNet": ({"layers": [1, 1, 1, 1], "width": 8, "head_width": 64}, 4),
+    "timm ResNet": ({"timm_model_name": "test_resnet"}, 4),
+    "timm ConvNeXt": ({"timm_model_name": "test_convnext"}, 4),
+    "timm ViT": ({"timm_model_name": "test_vit", "timm_pool": "avg"}, 16),
+}
+
+
+@pytest.mark.parametrize(("vision", "tokens"), TOWERS.values(), ids=TOWERS)
+def test_towers_give_patch_tokens_and_train_whole(vision, tokens):
+    torch.manual_seed(0)
+    encoder = Encoder(EncoderConfig(vision=vision, image_size=64)).train()
+    out = encoder(random_images(3, 64))
+    assert out.shape == (3, encoder.num_tokens, encoder.width)
+    assert encoder.num_tokens == tokens
+    assert out.isfinite().all()
+    (out * torch.randn_like(out)).sum().backward()
+    without = [name for name, p in encoder.named_parameters() if p.grad is None]
+    assert not without, "a parameter that the tokens do not need makes DDP wait for its gradient"
+    assert encoder.blocks()
+
+
+@pytest.mark.parametrize("vision", [VIT, *(TOWERS[t][0] for t in ("CoCa's ViT", "timm ResNet"))])
+def test_an_encoder_starts_from_that_of_a_model_directory(tmp_path, vision):
+    config = tiny_config(64)
+    config.encoder = EncoderConfig(vision=vision, image_size=64)
+    tokenizer = train_tokenizer(["rose"], vocab_size=400)
+    model = Model(config, len(tokenizer)).eval()
+    for tensor in model.encoder.state_dict().values():  # running statistics too
+        if tensor.is_floating_point():
+            tensor.add_(0.01)
+    Recognizer(model, tokenizer, config).save_pretrained(tmp_path / "m")
+    taken = Encoder(EncoderConfig(vision=vision, image_size=64, pretrained=str(tmp_path / "m"))).eval()
+    with torch.no_grad():
+        assert torch.equal(taken(random_images(2, 64)), model.encoder(random_images(2, 64)))
+    config.encoder.pretrained = str(tmp_path / "m")
+    Recognizer(Model(config, len(tokenizer)), tokenizer, config).save_pretrained(tmp_path / "next")
+    assert str(tmp_path) not in (tmp_path / "next" / "config.yaml").read_text(), "it loads without the first directory"
+    other = {**VIT, "width": 48}
+    with pytest.raises(UserError, match="is of another tower"):
+        Encoder(EncoderConfig(vision=other, image_size=64, pretrained=str(tmp_path / "m")))
+    with pytest.raises(UserError, match="can only be a model directory"):
+        Encoder(EncoderConfig(vision=other, image_size=64, pretrained=str(tmp_path / "nowhere")))
+
+
+@pytest.mark.parametrize(
+    "vision", [VIT, TOWERS["CoCa's ViT"][0], TOWERS["timm ConvNeXt"][0]], ids=["ViT", "CoCa", "timm"]
+)
+def test_tokens_stand_in_the_order_of_the_grid(vision):
+    """A change in one patch changes its own token most, so row and column are not swapped."""
+    torch.manual_seed(0)
+    encoder = Encoder(EncoderConfig(vision=vision, image_size=64)).eval()
+    images = random_images(1, 64)
+    changed = images.clone()
+    side = int(encoder.num_tokens**0.5)
+    cell = 64 // side
+    row, column = 0, side - 1
+    changed[:, :, row * cell : (row + 1) * cell, column * cell : (column + 1) * cell] = 255
+    with torch.no_grad():
+        moved = (encoder(changed) - encoder(images)).norm(dim=-1)[0]
+    assert int(moved.argmax()) == row * side + column
+
+
+# ---- decoders
+
+FIELDS = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "vocab_size": VOCABULARY,
+    "max_position_embeddings": 64,
+    "pad_token_id": None,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+def save_source(directory, model_type: str, shards: bool = False, **fields):
+    """A random causal LM on disk, and the same in memory."""
+    torch.manual_seed(1)
+    lm = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **FIELDS | fields)).eval()
+    with torch.no_grad():
+        for p in lm.parameters():
+            p.copy_(torch.randn_like(p) * 0.3 + (1.0 if p.ndim == 1 else 0.0))
+    lm.save_pretrained(directory, max_shard_size="20KB" if shards else "5GB")
+    assert (directory / "model.safetensors.index.json").exists() == shards
+    return lm
+
+
+def causal_logits(decoder: Decoder, ids: torch.Tensor) -> torch.Tensor:
+    length = ids.shape[1]
+    mask = torch.ones(length, length).tril().bool()[None, None]
+    return decoder.logits(decoder(decoder.embed(ids), torch.arange(length)[None], mask))
+
+
+@pytest.mark.parametrize("shards", [False, True], ids=["one file", "shards"])
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", "mistral"])
+def test_a_decoder_from_a_directory_is_the_source_cut(tmp_path, model_type, tied, shards):
+    fields = {"tie_word_embeddings": tied} | ({"sliding_window": None} if model_type == "mistral" else {})
+    lm = save_source(tmp_path, model_type, shards, **fields)
+    ids = torch.randint(5, VOCABULARY, (2, 9))
+    with torch.no_grad():
+        whole = causal_logits(Decoder(DecoderConfig(source=str(tmp_path))).eval(), ids)
+        torch.testing.assert_close(whole, lm(ids).logits, rtol=1e-4, atol=1e-5)
+        layers = lm.model.layers
+        choices = [({"depth": 2}, [0, 1]), ({"blocks": [0, 2]}, [0, 2]), ({"blocks": [3, 1]}, [3, 1])]
+        choices += [({"depth": 2, "keep": k}, b) for k, b in (("last", [2, 3]), ("ends", [0, 3]), ("even", [0, 2]))]
+        for choice, kept in choices:
+            decoder = Decoder(DecoderConfig(source=str(tmp_path), **choice)).eval()
+            assert decoder.kept_blocks == kept
+            assert len(decoder.blocks) == 2
+            lm.model.layers = nn.ModuleList(layers[i] for i in kept)
+            lm.model.config.num_hidden_layers = 2
+            cut = lm(ids, use_cache=False).logits
+            torch.testing.assert_close(causal_logits(decoder, ids), cut, rtol=1e-4, atol=1e-5)
+            assert not torch.allclose(cut, whole, rtol=0.1)
+    head, embedding = decoder.lm.lm_head.weight, decoder.lm.model.embed_tokens.weight
+    assert (head is embedding) == tied
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2", "qwen3", "olmo2", "smollm3"])
+def test_every_family_trains_and_samples(model_type):
+    torch.manual_seed(0)
+    fields = FIELDS | {"model_type": model_type, "num_hidden_layers": 2}
+    config = tiny_config()
+    config.decoder = DecoderConfig(config=fields | ({"sliding_window": None} if model_type == "mistral" else {}))
+    model = Model(config)
+    loss = model(random_images(len(LABELS)), layout_of(model, LABELS)).mean
+    assert all(gradient.isfinite().all() for gradient in gradients(model, loss).values())
+    assert all(p.grad is not None for p in model.parameters())
+    logits, cache = model.eval().prefill(random_images(2), PROMPT)
+    assert logits.shape == (2, VOCABULARY)
+    assert cache.get_seq_length() == model.num_image_tokens + 1 + len(PROMPT)
+
+
+def test_a_larger_vocabulary_keeps_the_source_rows(tmp_path):
+    lm = save_source(tmp_path, "llama")
+    decoder = Decoder(DecoderConfig(source=str(tmp_path)), VOCABULARY + 3)
+    rows = decoder.lm.model.embed_tokens.weight
+    assert rows.shape[0] == VOCABULARY + 3
+    assert torch.equal(rows[:VOCABULARY], lm.model.embed_tokens.weight)
+
+
+def test_unusable_decoders_are_one_line_errors(tmp_path, monkeypatch):
+    save_source(tmp_path, "llama")
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path)
+    source = str(tmp_path)
+    cases = {
+        "blocks": DecoderConfig(source=source, blocks=[0, 4]),
+        "Did you mean 'ends'": DecoderConfig(source=source, depth=2, keep="end"),
+        "which has blocks 0 to 3": DecoderConfig(source=source, depth=5, keep="even"),
+        "not both": DecoderConfig(source=source, blocks=[0], depth=1),
+        "wrong shape": DecoderConfig(source=source, config={"intermediate_size": 40}),
+        "not a LLaMA-family": DecoderConfig(config={"model_type": "gpt2"}),
+        "no usable model": DecoderConfig(source=str(tmp_path / "empty")),
+        "nowhere' here": DecoderConfig(source=str(tmp_path / "nowhere")),
+        "no 'runs/lm' here": DecoderConfig(source="runs/lm"),
+        "needs 'source'": DecoderConfig(),
+    }
+    for says, config in cases.items():
+        with pytest.raises(UserError, match=says) as caught:
+            Decoder(config)
+        assert "\n" not in str(caught.value)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"no model\.safetensors"):
+        Decoder(DecoderConfig(source=source))

@@ -1,0 +1,271 @@
+"""nxtp report: records of runs → results.csv, table and plot."""
+
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from click.testing import CliRunner
+
+from nxtp.errors import UserError
+from nxtp.sweep.report import records as rec
+from nxtp.sweep.report.command import differing, generated, report
+from nxtp.sweep.report.spec import Spec
+
+EXPERIMENTS = Path(__file__).resolve().parents[2] / "experiments"
+SPEC = """
+columns: {blocks kept: model.decoder.depth, which: model.decoder.blocks}
+metrics: {val/recall@10: recall@10, run.wall_time_s: time (s)}
+paper:
+  - {where: {blocks kept: 2, which: first}, metric: val/recall@10, value: 0.731, source: Table A.5}
+plot: {x: blocks kept, y: [val/recall@10], lines: which}
+"""
+
+
+def record(depth=1, which="first", seed=0, sweep="depth/laptop", recall=None, **changes):
+    recall = 0.5 + 0.05 * depth + 0.01 * seed + (0.02 if which == "spread" else 0) if recall is None else recall
+    made = {
+        "name": f"model.decoder.blocks={which},model.decoder.depth={depth},seed={seed}",
+        "config": {
+            "model": {"decoder": {"depth": depth, "blocks": which}},
+            "data": {"train": "data/shards/x", "cache_dir": "/home/someone/cache", "seed": seed},
+            "trainer": {"accelerator": "cpu", "max_steps": 300, "num_nodes": 3},
+            "logger": {"csv": {"save_dir": "/home/someone/runs"}},
+            "callbacks": {"best": {"dirpath": "/home/someone/runs"}},
+        },
+        "overrides": ["data.train=/home/someone/x"],
+        "seed": seed,
+        "sweep": sweep,
+        "command": "train",
+        "status": "finished",
+        "started": f"2026-01-01T00:00:0{seed}+00:00",
+        "wall_time_s": 100.0 + seed,
+        "samples_seen": 9600,
+        "parameters": {"total": 1000 * depth},
+        "monitor": "val/recall@10",
+        "metrics": {"val/recall@10": recall, "train/loss": 0.5},
+        "process": {"host": "somehost", "pid": 4711},
+        "format": 2,
+    }
+    return made | changes
+
+
+def write(runs, made, directory=None):
+    folder = runs / made["sweep"] / (directory or made["name"])
+    folder.mkdir(parents=True)
+    (folder / "run.json").write_text(json.dumps(made))
+
+
+@pytest.fixture
+def study(tmp_path):
+    """Three seeds, two lines, a published value."""
+    folder = tmp_path / "experiments" / "depth"
+    folder.mkdir(parents=True)
+    (folder / "report.yaml").write_text(SPEC)
+    (folder / "README.md").write_text("# Depth\n\n<!-- table -->\n<!-- /table -->\n\nEnd.\n")
+    for depth in (1, 2):
+        for which in ("first", "spread"):
+            for seed in range(3):
+                write(tmp_path / "runs", record(depth, which, seed))
+    return folder
+
+
+def run(folder, *options):
+    runs = folder.parent.parent / "runs"
+    return CliRunner().invoke(report, [str(folder), "--runs", str(runs), *options])
+
+
+def test_table_has_means_and_spreads_and_published_values_apart_from_laptop_rows(study):
+    assert run(study).exit_code == 0
+    readme = (study / "README.md").read_text()
+    assert "| size | blocks kept | which | recall@10 | recall@10, published | time (s) |" in readme
+    assert "| laptop | 2 | first | 0.610 ± 0.010 (3) |  | 101 ± 1 (3) |" in readme
+    assert "| paper | 2 | first |  | 0.731 (Table A.5) |  |" in readme
+    assert readme.endswith("<!-- /table -->\n\nEnd.\n")
+
+
+def test_published_value_stands_in_the_full_row(study):
+    write(study.parent.parent / "runs", record(2, sweep="depth/sweep", recall=0.7))
+    run(study)
+    readme = (study / "README.md").read_text()
+    assert "| full | 2 | first | 0.700 | 0.731 (Table A.5) | 100 |" in readme
+    assert "| paper |" not in readme
+
+
+def test_csv_has_a_row_for_each_run_and_published_value(study):
+    run(study)
+    lines = (study / "results.csv").read_text().splitlines()
+    assert lines[0].startswith("size,sweep,run,blocks kept,which,seed,run.parameters.total,run.samples_seen")
+    assert len(lines) == 1 + 12 + 1
+    assert lines[-1].startswith("paper,,,2,first,,")
+
+
+def test_records_hold_no_paths_hosts_or_processes(study):
+    run(study)
+    content = (study / "records.jsonl").read_text()
+    for word in ("/home", "somehost", "4711", "someone", "num_nodes", "callbacks", "logger"):
+        assert word not in content
+    assert '"max_steps": 300' in content
+    assert '"data/shards/x"' in content
+
+
+def test_again_gives_the_same_bytes_without_the_runs(study):
+    run(study)
+    before = {p.name: p.read_bytes() for p in study.iterdir()}
+    (study.parent.parent / "runs").rename(study.parent.parent / "gone")
+    for name in ("results.csv", "plot.svg"):
+        (study / name).unlink()
+    assert run(study).exit_code == 0
+    assert {p.name: p.read_bytes() for p in study.iterdir()} == before
+
+
+def test_check_changes_nothing_and_names_what_differs(study):
+    run(study)
+    assert run(study, "--check").exit_code == 0
+    (study / "results.csv").write_text("edited")
+    done = run(study, "--check")
+    assert done.exit_code == 1
+    assert "results.csv" in done.output
+    assert "plot.svg" not in done.output
+    assert (study / "results.csv").read_text() == "edited"
+
+
+def test_a_run_done_again_replaces_its_record(study):
+    run(study)
+    file = next((study.parent.parent / "runs").glob("**/*depth=1,seed=0/run.json"))
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"metrics": {"val/recall@10": 0.123}}))
+    run(study)
+    lines = (study / "records.jsonl").read_text().splitlines()
+    assert len(lines) == 12
+    assert sum("0.123" in line for line in lines) == 1
+
+
+def test_plot_has_words_and_no_date(study):
+    run(study)
+    picture = (study / "plot.svg").read_text()
+    for word in ("blocks kept", "recall@10", "which: spread", "paper"):
+        assert word in picture
+    assert "dc:date" not in picture
+
+
+def test_columns_that_vary_unseen_tell_bars_apart(study):
+    """Else bars of one place are drawn over each other."""
+    (study / "report.yaml").write_text(SPEC.split("plot:")[0] + "plot: {kind: bar, x: which, y: [val/recall@10]}")
+    run(study)
+    picture = (study / "plot.svg").read_text()
+    assert "blocks kept: 1" in picture
+    assert "blocks kept: 2" in picture
+
+
+def test_a_plot_of_laptop_runs_alone_says_so(study):
+    (study / "report.yaml").write_text(SPEC.split("paper:")[0] + "plot: {x: blocks kept, y: [val/recall@10]}")
+    run(study)
+    assert "recall@10 (laptop size)" in (study / "plot.svg").read_text()
+
+
+BAD = {
+    "older": (record(3, format=1), "an older format"),
+    "newer": (record(3, format=9), "a newer format"),
+    "failed": (record(3, status="failed"), "failed, not finished"),
+    "lacks": ({k: v for k, v in record(3).items() if k != "config"}, "lacks config"),
+    "twice": (record(1), "two runs are named"),
+}
+
+
+@pytest.mark.parametrize(("made", "line"), BAD.values(), ids=BAD)
+def test_what_cannot_be_used_is_told_in_a_line_and_the_rest_reported(study, made, line):
+    write(study.parent.parent / "runs", made, "bad")
+    done = run(study)
+    assert done.exit_code == 0
+    assert done.stderr.count("note:") == 1
+    assert line in done.stderr
+    assert len((study / "records.jsonl").read_text().splitlines()) == 12
+
+
+def test_another_studys_record_is_told(study):
+    folder = study.parent.parent / "runs" / "depth" / "laptop" / "strange"
+    folder.mkdir()
+    (folder / "run.json").write_text(json.dumps(record(3, sweep="other/laptop")))
+    done = run(study)
+    assert "a run of other/laptop, not of depth" in done.stderr
+    assert "other" not in (study / "records.jsonl").read_text()
+
+
+def test_no_json_and_nan_are_told_and_blank(study):
+    runs = study.parent.parent / "runs"
+    write(runs, record(3, recall=float("nan")))
+    (runs / "depth" / "laptop" / "half").mkdir()
+    (runs / "depth" / "laptop" / "half" / "run.json").write_text('{"name": ')
+    done = run(study)
+    assert done.exit_code == 0
+    assert "val/recall@10 is nan; left blank" in done.stderr
+    assert "half/run.json: is no JSON" in done.stderr
+    assert "| laptop | 3 | first |  |  | 100 |" in (study / "README.md").read_text()
+    assert "NaN" not in (study / "records.jsonl").read_text()
+
+
+def test_only_published_values_are_shown_and_nothing_at_all_fails(study):
+    (study.parent.parent / "runs").rename(study.parent.parent / "gone")
+    done = run(study)
+    assert done.exit_code == 0
+    assert "no finished run" in done.stderr
+    assert "0.731 (Table A.5)" in (study / "README.md").read_text()
+    (study / "report.yaml").write_text("metrics: {val/loss: loss}")
+    assert isinstance(run(study).exception, UserError)
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ("colums: {}", "Did you mean 'columns'"),
+        (SPEC.replace("lines: which", "lines: whch"), "Did you mean 'which'"),
+        (SPEC.replace("lines: which", "line: which"), "Did you mean 'lines'"),
+        (SPEC.replace("value: 0.731", "value: much"), "not a number"),
+        ("- a list", "should be a mapping"),
+    ],
+)
+def test_report_yaml_is_checked(tmp_path, content, told):
+    (tmp_path / "report.yaml").write_text(content)
+    with pytest.raises(UserError, match=told):
+        Spec.read(tmp_path / "report.yaml")
+
+
+def test_any_directory_of_runs(study):
+    directory = study.parent.parent / "runs" / "depth" / "laptop"
+    done = CliRunner().invoke(report, [str(directory)])
+    assert done.exit_code == 0
+    header = (directory / "results.csv").read_text().splitlines()[0]
+    assert header.startswith("size,sweep,run,model.decoder.depth,model.decoder.blocks,seed,run.")
+    assert (directory / "plot.svg").is_file()
+
+
+def test_records_from_wandb(study, monkeypatch):
+    asked = []
+    stand_in = SimpleNamespace(wandb_records=lambda project: asked.append(project) or [record(4), {"name": "x"}])
+    monkeypatch.setitem(sys.modules, "nxtp.train.callbacks.tracking", stand_in)
+    done = run(study, "--wandb", "me/mine")
+    assert asked == ["me/mine"]
+    assert "me/mine, run 2: an older format" in done.stderr
+    assert "| laptop | 4 | first |" in (study / "README.md").read_text()
+
+
+def complaints(folder):
+    told = []
+    records = rec.of_study(rec.read_lines(folder / "records.jsonl", told.append), folder.name, told.append)
+    return told + differing(folder, generated(folder, records)[0])
+
+
+def test_committed_studies_are_as_their_records_say():
+    """One test over all folders: there may be none with records yet."""
+    folders = [p.parent for p in sorted(EXPERIMENTS.glob("*/records.jsonl"))]
+    assert {f.name: c for f in folders if (c := complaints(f))} == {}
+
+
+@pytest.mark.parametrize("name", ["results.csv", "plot.svg", "README.md"])
+def test_an_edited_file_of_a_study_is_noticed(study, name):
+    run(study)
+    assert complaints(study) == []
+    path = study / name
+    path.write_text(path.read_text().replace("0.6", "0.7") if name != "plot.svg" else "<svg/>")
+    assert complaints(study) == [name]

@@ -1,0 +1,95 @@
+"""Every study of experiments/ composes over its whole grid, says what a study has to say, and reports what it lists."""
+
+import re
+
+import pytest
+from omegaconf import OmegaConf
+
+from nxtp.config import composed, to_dataclass
+from nxtp.data.config import DataConfig
+from nxtp.model.model import ModelConfig
+from nxtp.sampling.ranking import ranking_config
+from nxtp.sampling.samplers import sampler_config
+from nxtp.sweep.report.spec import Spec
+from nxtp.sweep.report.tables import leaves
+from nxtp.sweep.study import CHECKOUT, study_names
+from nxtp.sweep.sweep import Sweep
+from nxtp.train.optim import OptimConfig
+
+STUDIES = ["dataset_scale", "decoder_depth", "encoder", "imagenet_variants", "objective", "sampling"]
+SWEEPS = [f"{study}/{size}" for study in STUDIES for size in ("laptop", "sweep")]
+
+
+def command(sweep: str) -> str:
+    """The command that the sweep's first line gives."""
+    text = (CHECKOUT / f"{sweep}.yaml").read_text()
+    return re.search(rf"# nxtp (train|evaluate) study={sweep}\b", text)[1]
+
+
+def base(sweep: str) -> list[str]:
+    return [f"study={sweep}", *(["model_dir=m"] if command(sweep) == "evaluate" else [])]
+
+
+def test_there_are_these_studies():
+    assert sorted(p.name for p in CHECKOUT.iterdir() if p.is_dir() and (p / "README.md").is_file()) == STUDIES
+    assert set(SWEEPS) == set(study_names())
+
+
+@pytest.mark.parametrize("sweep", SWEEPS)
+def test_the_whole_grid_composes(sweep):
+    cfg = composed(command(sweep), base(sweep))
+    grid = Sweep.of(cfg)
+    assert cfg.name == sweep
+    assert len(grid.points) > 1
+    assert len(set(grid.runs)) == len(grid.points)
+    seeds = {o for point in grid.points for o in point if o.startswith("seed=")}
+    assert len(seeds) == (3 if sweep.endswith("/laptop") else 0)
+    seen = set()
+    for point in grid.points:
+        if "seed=0" not in point and seeds:
+            continue  # differs in the seed alone
+        run = composed(command(sweep), [*base(sweep), *point])
+        seen.add(OmegaConf.to_yaml({k: v for k, v in run.items() if k != "hydra"}))
+        if command(sweep) == "train":
+            for name, section in (("model", ModelConfig), ("data", DataConfig), ("optim", OptimConfig)):
+                to_dataclass(section, run[name], name)
+        else:
+            sampler_config(run.sampler)
+            ranking_config(run.ranking)
+    assert len(seen) == len(grid.points) // max(1, len(seeds)), "every point is a configuration of its own"
+
+
+@pytest.mark.parametrize("sweep", SWEEPS)
+def test_its_report_shows_what_it_varies(sweep):
+    cfg = composed(command(sweep), base(sweep))
+    spec = Spec.read(CHECKOUT / sweep.split("/")[0] / "report.yaml")
+    grid = Sweep.of(cfg)
+    varied = {o.split("=", 1)[0] for point in grid.points for o in point}
+    shown = {*spec.columns.values(), *spec.over}
+    groups = {"sampler": "sampler.name", "ranking": "ranking.name", "objective": "objective.name"}
+    groups |= {"experiment": "objective.name", "data": "data.train.laion.samples"}
+    assert {groups.get(key, key) for key in varied} <= shown
+
+
+@pytest.mark.parametrize("study", STUDIES)
+def test_columns_are_settings(study):
+    spec = Spec.read(CHECKOUT / study / "report.yaml")
+    settings = set()
+    for size in ("laptop", "sweep"):
+        overrides = base(f"{study}/{size}") + (["data=g70m"] if (study, size) == ("dataset_scale", "sweep") else [])
+        cfg = composed(command(f"{study}/{size}"), overrides)
+        settings |= set(leaves(OmegaConf.to_container(cfg)))
+    assert set(spec.columns.values()) <= settings
+
+
+@pytest.mark.parametrize("study", STUDIES)
+def test_a_study_asks_predicts_and_tells(study):
+    text = (CHECKOUT / study / "README.md").read_text()
+    assert "**Question.**" in text
+    assert "**Prediction** (written before the run)" in text
+    assert "## Verdict" in text
+    assert "Not run yet" not in text
+    for said in re.findall(r"study=(\S+)", text):
+        assert said.strip("`") in SWEEPS, "its commands name sweeps that exist"
+    for script in re.findall(r"python (\S+\.py)", text):
+        assert (CHECKOUT.parent / script).is_file()

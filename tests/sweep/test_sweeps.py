@@ -1,0 +1,254 @@
+"""Sweeps: which runs there are and their names, one process a run, what is skipped, taken up and told."""
+
+import json
+import os
+import signal
+import stat
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import hydra
+import pytest
+from click.testing import CliRunner
+from helpers import TINY_OVERRIDES, nxtp_runs, write_shards
+from omegaconf import OmegaConf
+
+from nxtp.config import compose_and_run, conf_dir
+from nxtp.errors import UserError
+from nxtp.runs.record import read_record
+from nxtp.sweep import sweep
+from nxtp.sweep.commands import states, status
+from nxtp.sweep.sweep import Sweep, Sweeper
+
+STUDY = """
+# @package _global_
+defaults:
+  - override /objective: published
+name: small/laptop
+hydra:
+  mode: MULTIRUN
+  sweeper:
+    params:
+      model.decoder.depth: 1,2
+      model/encoder: vit_tiny,resnet10t
+      seed: range(2)
+"""
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    study = tmp_path / "experiments" / "small"
+    study.mkdir(parents=True)
+    (study / "laptop.yaml").write_text(STUDY.lstrip())
+    (study / "report.yaml").write_text("columns: {}\n")
+    return tmp_path
+
+
+# A run in place of `nxtp train`: fails at depth 3, takes its time at depth 4, else finishes.
+STAND_IN = """#!{python}
+import json, pathlib, re, sys, time
+text = " ".join(sys.argv)
+out = pathlib.Path(re.search(r"hydra.run.dir='(.*?)'", text)[1])
+out.mkdir(parents=True, exist_ok=True)
+depth = re.search(r"decoder.depth=(\\d)", text)[1]
+config = json.loads(pathlib.Path("config.json").read_text()) if pathlib.Path("config.json").exists() else {{}}
+record = dict(status="finished", config=config, monitor="val/recall@10", metrics={{"val/recall@10": int(depth) / 10}})
+with open("started.txt", "a") as file:
+    file.write(out.name + "\\n")
+if depth == "3":
+    print("no such block"), sys.exit(1)
+if depth == "4":
+    time.sleep(60)
+if depth == "5":
+    import os, signal
+    os.kill(os.getpid(), signal.SIGKILL)
+(out / "run.json").write_text(json.dumps(record))
+"""
+
+
+@pytest.fixture
+def stand_in(here, monkeypatch):
+    script = here / "stand_in"
+    script.write_text(STAND_IN.format(python=sys.executable))
+    script.chmod(script.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setattr(sweep.sys, "executable", str(script))
+    return here
+
+
+def started(root: Path) -> list[str]:
+    file = root / "started.txt"
+    return file.read_text().split("\n")[:-1] if file.exists() else []
+
+
+def never(cfg):
+    raise AssertionError("a sweep's own process computes no run")
+
+
+def test_a_study_names_its_runs_by_what_differs(here):
+    whole = Sweep.asked_for("train", ["study=small/laptop", "data.batch_size=7"])
+    assert (whole.study, whole.directory) == ("small/laptop", Path("runs/small/laptop"))
+    assert len(whole.runs) == len(set(whole.runs)) == 8
+    assert whole.runs[0] == "model.decoder.depth=1,model.encoder=vit_tiny,seed=0"
+    assert whole.fixed == ["study", "data.batch_size"]
+    part = Sweep.asked_for("train", ["study=small/laptop", "seed=1", "model.decoder.depth=2,3"])
+    assert set(part.runs) - set(whole.runs) == {
+        "model.decoder.depth=3,model.encoder=vit_tiny,seed=1",
+        "model.decoder.depth=3,model.encoder=resnet10t,seed=1",
+    }
+    assert len(part.runs) == 4
+
+
+def test_one_run_is_no_sweep(here):
+    assert Sweep.asked_for("train", ["name=x", "seed=1"]) is None
+    assert Sweep.asked_for("train", ["study=small/laptop", "hydra.mode=RUN"]) is None
+    assert Sweep.asked_for("train", ["-m", "name=x", "seed=1,2", "--cfg", "job"]) is None
+
+
+def test_other_commands_see_what_a_studys_runs_share(here):
+    seen = []
+    compose_and_run(lambda cfg: seen.append((cfg.name, cfg.objective.name)), "train", ["study=small/laptop"])
+    assert seen == [("small/laptop", "published")]
+
+
+def test_a_long_name_is_cut_and_stays_its_own():
+    one, two = (sweep.file_name("key=" + "é" * 200 + end) for end in "ab")
+    assert one != two
+    assert len(one.encode()) < 200
+    assert one == sweep.file_name("key=" + "é" * 200 + "a")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["study=smal/laptop"], r"No study 'smal/laptop'. Did you mean 'small/laptop'"),
+        (["study=small/report"], r"No study 'small/report'"),
+        (["study=small/laptop", "model.decoder.dept=1"], r"No configuration key 'model.decoder.dept'. Did you mean"),
+        (["-m", "name=x", "model.decoder.dept=1,2"], r"No configuration key 'model.decoder.dept'"),
+        (["-m", "name=x", "trainer=cpu,gpuu"], r"gpuu"),
+        (["-m", "name=x,y"], r"a sweep has one name"),
+    ],
+)
+def test_what_is_misspelt_is_told_before_anything_starts(stand_in, arguments, message):
+    with pytest.raises(UserError, match=message):
+        compose_and_run(never, "train", arguments, Sweeper("train"))
+    assert started(stand_in) == []
+    assert not any((stand_in / "runs").rglob("run.json"))
+
+
+def test_one_failed_run_does_not_end_a_sweep(stand_in):
+    arguments = ["-m", "name=deep", "model.decoder.depth=1,3,5,2"]
+    with pytest.raises(UserError, match=r"^2 of 4 runs have not finished(.|\n)*depth=3: left no record"):
+        compose_and_run(never, "train", arguments, Sweeper("train"))
+    assert started(stand_in) == [f"model.decoder.depth={d}" for d in (1, 3, 5, 2)]
+    assert read_record(stand_in / "runs/deep/model.decoder.depth=2")["status"] == "finished"
+
+
+def test_finished_runs_are_skipped_and_others_taken_up(stand_in):
+    with hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        overrides = ["name='model.decoder.depth=1'", "sweep=deep", "model.decoder.depth=1", "~logger", "~callbacks"]
+        cfg = hydra.compose("train", overrides)
+    (stand_in / "config.json").write_text(json.dumps(OmegaConf.to_container(cfg, resolve=True)))
+    for _ in range(2):
+        with pytest.raises(UserError, match="1 of 2 runs"):
+            compose_and_run(never, "train", ["-m", "name=deep", "model.decoder.depth=1,3"], Sweeper("train"))
+    assert started(stand_in) == [f"model.decoder.depth={d}" for d in (1, 3, 3)]
+    with pytest.raises(UserError):  # other settings: the run itself refuses them
+        compose_and_run(never, "train", ["-m", "name=deep", "model.decoder.depth=1,3", "optim.lr=7"], Sweeper("train"))
+    assert started(stand_in)[3:] == ["model.decoder.depth=1", "model.decoder.depth=3"]
+
+
+@pytest.mark.slow
+def test_runs_of_several_at_a_time_leave_their_output(here):
+    """Joblib's workers are processes of their own; the failures are told all the same."""
+    told = nxtp_runs(
+        *(
+            "train",
+            "-m",
+            "hydra/launcher=joblib",
+            "hydra.launcher.n_jobs=2",
+            "name=j",
+            "data.train=nowhere",
+            "seed=1,2",
+        ),
+        cwd=here,
+        code=1,
+    )
+    assert "2 of 2 runs have not finished" in told
+    for seed in (1, 2):
+        assert "nowhere" in (here / f"runs/j/seed={seed}/log.txt").read_text()
+        assert read_record(here / f"runs/j/seed={seed}")["status"] == "failed"
+    seen = CliRunner().invoke(status, ["j"])
+    assert seen.exit_code == 1
+    assert "2 failed" in seen.output
+
+
+def test_a_warning_reaches_the_run(stand_in):
+    """SIGTERM is the run's, which saves itself; the sweep follows it, and starts no further run."""
+    timer = threading.Thread(target=lambda: (_wait_for(stand_in), os.kill(os.getpid(), signal.SIGTERM)))
+    timer.start()
+    with pytest.raises(SystemExit) as stop:
+        compose_and_run(never, "train", ["-m", "name=deep", "model.decoder.depth=4,1"], Sweeper("train"))
+    timer.join()
+    assert stop.value.code == 128 + signal.SIGTERM
+    assert started(stand_in) == ["model.decoder.depth=4"]
+
+
+def _wait_for(root: Path) -> None:
+    end = time.monotonic() + 60
+    while not started(root) and time.monotonic() < end:
+        time.sleep(0.05)
+    time.sleep(0.3)
+
+
+def test_status_tells_each_runs_state(stand_in):
+    with pytest.raises(UserError):
+        compose_and_run(never, "train", ["-m", "name=deep", "model.decoder.depth=1,3"], Sweeper("train"))
+    runs = stand_in / "runs" / "deep"
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    for name, process, step in (("a", os.getpid(), 30), ("b", gone.pid, 20)):
+        (runs / name).mkdir()
+        record = {"status": "running", "process": {"host": os.uname().nodename, "pid": process}, "step": step}
+        (runs / name / "run.json").write_text(json.dumps(record | {"steps": 60, "monitor": "val/recall@10"}))
+    (runs / "c").mkdir()
+    (runs / "c" / "run.json").write_text("{")
+    found = {run.name: (run.state, run.done, run.metric) for run in states(runs)}
+    assert found == {
+        "model.decoder.depth=1": ("finished", None, 0.1),
+        "model.decoder.depth=3": ("planned", None, None),
+        "a": ("running", 0.5, None),
+        "b": ("killed", 1 / 3, None),
+        "c": ("unreadable", None, None),
+    }
+    printed = CliRunner().invoke(status, ["deep"])
+    assert printed.exit_code == 1
+    assert "50%" in printed.output
+    assert [row["name"] for row in json.loads(CliRunner().invoke(status, ["deep", "--json"]).output)] == list(found)
+    with pytest.raises(UserError, match="Did you mean 'deep'"):
+        states(stand_in / "runs" / "deap")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("strategy", "seeds"), [("ddp", [3]), ("ddp", [3, 4]), ("fsdp", [3, 4])])
+@pytest.mark.xdist_group("ranks")
+def test_runs_of_several_processes(here, strategy, seeds):
+    """Lightning starts a run's further processes by its command line: of the run, not of the sweep."""
+    write_shards(here / "train", [16])
+    write_shards(here / "val", [9, 4], labels=True)
+    arguments = [
+        *("train", "-m", "name=two", "data.train=train", "+data.val.val=val", *TINY_OVERRIDES, "data.workers=0"),
+        *("data.batch_size=4", "trainer.max_epochs=1", f"trainer={strategy}", "trainer.accelerator=cpu"),
+        *("trainer.precision=32-true", f"seed=choice({','.join(map(str, seeds))})"),
+    ]
+    nxtp_runs(*arguments, cwd=here)
+    for seed in seeds:
+        record = read_record(here / "runs/two" / f"seed={seed}")
+        assert (record["status"], record["samples_seen"], record["step"], record["steps"]) == ("finished", 16, 2, 2)
+        assert (record["name"], record["sweep"]) == (f"seed={seed}", "two")
+        assert (here / "runs/two" / f"seed={seed}" / "model/model.safetensors").is_file()
+    assert sorted(p.name for p in (here / "runs").iterdir()) == ["two"]
+    assert "finished before" in nxtp_runs(*arguments, cwd=here)

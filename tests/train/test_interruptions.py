@@ -1,0 +1,418 @@
+"""Runs that are killed, told to leave, or cannot write: what is left continues to the weights of an undisturbed run."""
+
+import json
+import pickle
+import random
+import signal
+import threading
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from helpers import TINY_OVERRIDES, curve, nxtp_runs, start_nxtp, write_shards
+from safetensors.torch import load_file
+
+from nxtp.distributed.saving import read_file
+from nxtp.distributed.sharded_checkpoints import (
+    INDEX,
+    REST,
+    ShardCheckpoints,
+    TensorsOnly,
+    by_name,
+    by_number,
+    read_into,
+    read_shards,
+)
+from nxtp.errors import UserError
+from nxtp.inference.recognizer import Recognizer
+from nxtp.runs.atomic import find, take_place
+from nxtp.train.checkpoints import FileCheckpoints
+
+pytestmark = pytest.mark.xdist_group("ranks")
+
+CPU = ["trainer.accelerator=cpu", "trainer.precision=32-true"]
+STRATEGIES = {"one": ([], 1), "ddp": (["trainer=ddp", *CPU], 2), "fsdp": (["trainer=fsdp", *CPU], 2)}
+OFTEN, NEVER = "callbacks.last.every_n_train_steps=1", "callbacks.last.every_n_train_steps=1000"
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    root = tmp_path_factory.mktemp("interruptions")
+    write_shards(root / "train", [32, 32])
+    write_shards(root / "val", [9, 4], labels=True)
+    return root
+
+
+def command(name: str, strategy: str = "one", *overrides: str) -> tuple[list[str], int]:
+    """24 steps of eight images, three epochs."""
+    more, ranks = STRATEGIES[strategy]
+    arguments = ["train", f"name={name}", "data.train=train", "+data.val.val=val", *TINY_OVERRIDES, *more]
+    arguments += ["data.workers=0", f"data.batch_size={8 // ranks}", "data.val_batch_size=4", "optim.lr=3e-3"]
+    return [*arguments, "trainer.log_every_n_steps=1", "trainer.max_epochs=3", OFTEN, *overrides], ranks
+
+
+def run(root, name: str, strategy: str = "one", *overrides: str, code: int = 0, **environment: str) -> str:
+    arguments, ranks = command(name, strategy, *overrides)
+    return nxtp_runs(*arguments, cwd=root, ranks=ranks, code=code, **environment)
+
+
+def last_checkpoint(root, name: str):
+    return root / "runs" / name / "checkpoints" / "last.ckpt"
+
+
+def weights(root, name: str) -> dict[str, torch.Tensor]:
+    last = last_checkpoint(root, name)
+    return (read_shards(last) if last.is_dir() else read_file(last))["state_dict"]
+
+
+def record(root, name: str) -> dict:
+    return json.loads((root / "runs" / name / "run.json").read_text())
+
+
+def assert_same_run(root, name: str, other: str) -> None:
+    """To the bit: weights, what was seen, the metrics of the exported model."""
+    expected, found = weights(root, name), weights(root, other)
+    assert expected.keys() == found.keys()
+    for key, tensor in expected.items():
+        assert torch.equal(tensor, found[key]), key
+    one, two = record(root, name), record(root, other)
+    assert one["status"] == two["status"] == "finished"
+    assert one["samples_seen"] == two["samples_seen"] == 3 * 64
+    assert one["metrics"]["val/loss"] == two["metrics"]["val/loss"]
+
+
+undisturbed_runs: set[str] = set()
+
+
+def undisturbed(root, strategy: str) -> str:
+    name = f"whole_{strategy}"
+    if name not in undisturbed_runs:
+        run(root, name, strategy)
+        undisturbed_runs.add(name)
+    return name
+
+
+def wait_for_steps(root, name: str, started, count: int) -> None:
+    """Until the command has logged so many steps more than there were."""
+    run_dir = root / "runs" / name
+    before, end = len(curve(run_dir)), time.monotonic() + 120
+    while len(curve(run_dir)) < before + count and started.ranks[0].is_alive() and time.monotonic() < end:
+        time.sleep(0.02)
+
+
+def kill_again_and_again(root, name: str, strategy: str, times: int, seed: int) -> int:
+    """SIGKILL at random moments, of a run that saves after every step, until it ends by itself; how often it struck."""
+    chance, struck = random.Random(seed), 0
+    while struck < times:
+        arguments, ranks = command(name, strategy)
+        started = start_nxtp(*arguments, cwd=root, ranks=ranks)
+        wait_for_steps(root, name, started, 1 + chance.randrange(3))
+        time.sleep(chance.random() * 0.2)
+        alive = started.ranks[0].is_alive()
+        started.kill(signal.SIGKILL)
+        for rank in started.ranks:
+            rank.join()
+        if not alive:
+            break
+        struck += 1
+    run(root, name, strategy)
+    return struck
+
+
+@pytest.mark.parametrize("strategy", ["one", *(pytest.param(s, marks=pytest.mark.slow) for s in ("ddp", "fsdp"))])
+def test_killed_runs_reach_the_same_weights(root, strategy):
+    assert kill_again_and_again(root, f"killed_{strategy}", strategy, 2, seed=1) > 0
+    assert_same_run(root, undisturbed(root, strategy), f"killed_{strategy}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", list(STRATEGIES))
+def test_killed_at_twenty_random_points(root, strategy):
+    names = [f"killed20_{strategy}_{i}" for i in range(5)]
+    struck = sum(kill_again_and_again(root, name, strategy, 4, seed=10 + i) for i, name in enumerate(names))
+    assert struck >= 16
+    for name in names:
+        assert_same_run(root, undisturbed(root, strategy), name)
+
+
+DIE_WHILE_SAVING = """
+import os
+import lightning as L
+
+class Die(L.Callback):
+    def on_train_batch_end(self, trainer, *_):
+        if trainer.global_step == 5:
+            write = os.fsync
+            def die(file):
+                os.ftruncate(file, os.fstat(file).st_size // 2)
+                os._exit(9)
+            os.fsync = die
+"""
+
+
+def test_killed_in_the_middle_of_a_save(root):
+    (root / "die.py").write_text(DIE_WHILE_SAVING)
+    run(root, "mid", "one", "+callbacks.die._target_=die.Die", code=9)
+    assert list(last_checkpoint(root, "mid").parent.glob(".*.part"))
+    run(root, "mid")
+    assert_same_run(root, undisturbed(root, "one"), "mid")
+
+
+@pytest.mark.parametrize(
+    ("strategy", "number", "whom"),
+    [
+        ("one", signal.SIGINT, "all"),
+        ("ddp", signal.SIGTERM, "first"),
+        pytest.param("fsdp", signal.SIGUSR1, "all", marks=pytest.mark.slow),
+        pytest.param("fsdp", signal.SIGTERM, "first", marks=pytest.mark.slow),
+        pytest.param("one", signal.SIGTERM, "all", marks=pytest.mark.slow),
+    ],
+)
+def test_a_signal_saves_and_leaves(root, strategy, number, whom):
+    """One rank that is told is enough; the same command goes on to the same weights."""
+    name = f"told_{strategy}_{number}"
+    arguments, ranks = command(name, strategy, NEVER)
+    started = start_nxtp(*arguments, cwd=root, ranks=ranks)
+    wait_for_steps(root, name, started, 5)
+    started.kill(number) if whom == "all" else started.kill_first(number)
+    assert started.wait() == 128 + number, started.output[-3000:]
+    assert started.output.count("The same command continues it") == 1
+    assert "Traceback" not in started.output
+    assert record(root, name)["status"] == "interrupted"
+    run(root, name, strategy, NEVER)
+    assert_same_run(root, undisturbed(root, strategy), name)
+
+
+SIGNAL_IN_VALIDATION = """
+import os, signal
+import lightning as L
+
+class Tell(L.Callback):
+    def on_validation_batch_start(self, trainer, *_):
+        if trainer.global_step == 16 and not os.path.exists("told"):
+            open("told", "w").close()
+            os.kill(os.getpid(), signal.SIGTERM)
+"""
+
+
+def test_a_signal_in_validation(root):
+    (root / "tell.py").write_text(SIGNAL_IN_VALIDATION)
+    tell = ["+callbacks.tell._target_=tell.Tell", NEVER]
+    run(root, "validating", "one", *tell, code=128 + signal.SIGTERM)
+    assert record(root, "validating")["samples_seen"] == 2 * 64
+    run(root, "validating", "one", *tell)
+    assert_same_run(root, undisturbed(root, "one"), "validating")
+
+
+def test_a_signal_in_validation_within_a_step(root):
+    """Batches that wait for others of their step are not lost: the run leaves after the step."""
+    (root / "amid.py").write_text(SIGNAL_IN_VALIDATION.replace("== 16", "== 3").replace('"told"', '"told_amid"'))
+    amid = ["data.batch_size=4", "trainer.accumulate_grad_batches=2", "trainer.val_check_interval=7", NEVER]
+    tell = [*amid, "+callbacks.tell._target_=amid.Tell"]
+    run(root, "amid_whole", "one", *amid)
+    run(root, "amid", "one", *tell, code=128 + signal.SIGTERM)
+    assert record(root, "amid")["samples_seen"] == 4 * 8
+    run(root, "amid", "one", *tell)
+    assert_same_run(root, "amid_whole", "amid")
+
+
+HANDLER = """
+import signal
+import lightning as L
+
+class Scheduler(L.Callback):
+    def __init__(self):
+        signal.signal(signal.SIGUSR2, lambda number, frame: open("requeued", "w").close())
+"""
+
+
+def test_a_handler_that_was_there_is_called_after_saving(root):
+    """As submitit's, which puts the job back into the queue."""
+    (root / "scheduler.py").write_text(HANDLER)
+    arguments, _ = command("queued", "one", "+callbacks.scheduler._target_=scheduler.Scheduler", NEVER)
+    started = start_nxtp(*arguments, cwd=root)
+    wait_for_steps(root, "queued", started, 3)
+    started.kill(signal.SIGUSR2)
+    assert started.wait() == 128 + signal.SIGUSR2
+    assert last_checkpoint(root, "queued").is_file()
+    assert (root / "requeued").exists()
+
+
+DISK_FULL = """
+import resource, signal
+import lightning as L
+
+class Full(L.Callback):
+    def on_train_batch_end(self, trainer, *_):
+        if trainer.global_step == 6:
+            trainer.strategy.{wait}
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))
+"""
+
+
+@pytest.mark.parametrize("strategy", ["one", pytest.param("fsdp", marks=pytest.mark.slow)])
+def test_a_disk_that_is_full_leaves_the_checkpoint_before(root, strategy):
+    wait = {"one": "checkpoint_io.wait()", "fsdp": "_checkpoints.wait()"}[strategy]
+    (root / f"full_{strategy}.py").write_text(DISK_FULL.format(wait=wait))
+    name = f"full_{strategy}"
+    told = run(root, name, strategy, f"+callbacks.full._target_={name}.Full", code=1)
+    assert "could not be written" in told
+    assert "stays" in told
+    assert "Traceback" not in told
+    last = last_checkpoint(root, name)
+    assert (read_file(last / REST) if last.is_dir() else read_file(last))["global_step"] == 5
+    run(root, name, strategy)
+    assert_same_run(root, undisturbed(root, strategy), name)
+
+
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [
+        ("one", "fsdp"),
+        pytest.param("fsdp", "one", marks=pytest.mark.slow),
+        pytest.param("ddp", "fsdp", marks=pytest.mark.slow),
+        pytest.param("fsdp", "ddp", marks=pytest.mark.slow),
+    ],
+)
+def test_a_run_continues_under_another_strategy(root, first, then):
+    """Weights and the optimiser's state go over: the run ends where it would have ended, to rounding."""
+    name = f"{first}_then_{then}"
+    arguments, ranks = command(name, first, NEVER)
+    started = start_nxtp(*arguments, cwd=root, ranks=ranks)
+    wait_for_steps(root, name, started, 10)
+    started.kill(signal.SIGTERM)
+    assert started.wait() == 128 + signal.SIGTERM
+    batch = f"data.batch_size={8 // STRATEGIES[first][1]}"
+    arguments, ranks = command(name, then, NEVER, batch, f"resume={last_checkpoint(root, name)}")
+    if ranks != STRATEGIES[first][1]:  # the same eight images a step
+        arguments.append(f"data.batch_size={8 // ranks}")
+    nxtp_runs(*arguments, cwd=root, ranks=ranks)
+    found = weights(root, name)
+    for key, tensor in weights(root, undisturbed(root, first)).items():
+        torch.testing.assert_close(found[key], tensor, rtol=1e-3, atol=2e-5, msg=lambda m, key=key: f"{key}: {m}")
+    assert record(root, name)["samples_seen"] == 3 * 64
+
+
+@pytest.mark.parametrize("strategy", ["one", "fsdp"])
+def test_any_checkpoint_becomes_a_model_directory(root, strategy):
+    name = undisturbed(root, strategy)
+    target = root / f"exported_{strategy}"
+    nxtp_runs("export", str(last_checkpoint(root, name)), "--to", str(target), cwd=root)
+    recognizer = Recognizer.from_pretrained(target, device="cpu")
+    assert recognizer.provenance["run"] == name
+    stored = {key.removeprefix("model."): tensor for key, tensor in weights(root, name).items()}
+    exported = load_file(target / "model.safetensors")
+    assert exported.keys() == stored.keys()
+    assert all(torch.equal(exported[key], stored[key]) for key in stored)
+    assert "exists" in nxtp_runs("export", str(last_checkpoint(root, name)), "--to", str(target), cwd=root, code=1)
+    assert "No checkpoint" in nxtp_runs("export", "nowhere.ckpt", "--to", "x", cwd=root, code=1)
+
+
+def test_an_index_that_names_anything_else_is_refused(root, tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "ran"), "w"))
+
+    (tmp_path / INDEX).write_bytes(pickle.dumps(Evil()))
+    with pytest.raises(UserError, match="does not need"):
+        TensorsOnly(tmp_path).read_metadata()
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_pickle_in_a_tensors_place_is_refused(tmp_path):
+    """PyTorch would unpickle, in full, whatever the index declares to be bytes."""
+    ran = tmp_path / "ran"
+    dcp.save({"model.x": Touch(str(ran))}, storage_writer=dcp.FileSystemWriter(tmp_path / "shards"), no_dist=True)
+    with pytest.raises(UserError, match=r"model\.x"):
+        read_into({"model.x": torch.zeros(2)}, tmp_path / "shards")
+    assert not ran.exists()
+
+
+class Touch:
+    def __init__(self, path: str):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (self.path, "w"))
+
+
+def test_a_damaged_checkpoint_is_told(tmp_path):
+    (tmp_path / "x.ckpt").write_bytes(b"nothing")
+    with pytest.raises(UserError, match=r"x\.ckpt.*cannot be read"):
+        read_file(tmp_path / "x.ckpt")
+    (tmp_path / "shards").mkdir()
+    with pytest.raises(UserError, match="not a whole checkpoint"):
+        TensorsOnly(tmp_path / "shards").read_metadata()
+    (tmp_path / "shards" / INDEX).write_bytes(b"\x80\x04")
+    with pytest.raises(UserError, match=r"shards.*cannot be read"):
+        TensorsOnly(tmp_path / "shards").read_metadata()
+
+
+def test_training_does_not_change_what_is_being_written(tmp_path, monkeypatch):
+    begin, write = threading.Event(), FileCheckpoints._write
+    monkeypatch.setattr(FileCheckpoints, "_write", staticmethod(lambda *a: begin.wait(10) and write(*a)))
+    weight, checkpoints = torch.ones(2), FileCheckpoints()
+    checkpoints.save_checkpoint({"x": weight}, tmp_path / "x.ckpt")
+    weight.zero_()
+    begin.set()
+    checkpoints.teardown()
+    assert read_file(tmp_path / "x.ckpt")["x"].tolist() == [1, 1]
+
+
+def test_numbers_of_parameters_follow_the_groups_not_the_order_of_the_state():
+    state = {"state": {"b": {"step": 2}, "a": {"step": 1}}, "param_groups": [{"params": ["a"]}, {"params": ["b"]}]}
+    numbered = by_number(state)
+    assert numbered["state"] == {0: {"step": 1}, 1: {"step": 2}}
+    assert by_name(numbered, ["a", "b"]) == state
+
+
+@pytest.mark.parametrize("left", ["file", "directory"])
+def test_what_a_killed_save_of_the_other_form_left_is_no_obstacle(tmp_path, left):
+    """A run killed while saving goes on with shards in place of a file, or the other way round."""
+    path = tmp_path / "last.ckpt"
+    for name in (".last.ckpt.part", ".last.ckpt.old"):
+        (tmp_path / name).mkdir() if left == "directory" else (tmp_path / name).write_text("half")
+    if left == "directory":
+        checkpoints = FileCheckpoints()
+        checkpoints.save_checkpoint({"x": torch.ones(2)}, path)
+        checkpoints.teardown()
+        assert read_file(path)["x"].sum() == 2
+    else:
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        try:
+            for _ in range(2):  # the second one moves a directory aside
+                checkpoints = ShardCheckpoints()
+                checkpoints.save(torch.nn.Linear(2, 2), [], {"x": 1}, path)
+                checkpoints.close()
+        finally:
+            dist.destroy_process_group()
+        assert read_file(path / REST)["x"] == 1
+    assert [entry.name for entry in tmp_path.iterdir() if entry.name.endswith(".part")] == []
+
+
+def test_a_directory_moves_aside_where_an_old_file_lies(tmp_path):
+    path, aside, old = tmp_path / "last.ckpt", tmp_path / "aside", tmp_path / ".last.ckpt.old"
+    path.mkdir()
+    aside.mkdir()
+    (aside / "x").write_text("two")
+    old.write_text("one")
+    take_place(aside, path)
+    assert (path / "x").read_text() == "two"
+    assert not old.exists()
+
+
+def test_a_directory_takes_the_place_of_another(tmp_path):
+    """And between the two renames the old one is found."""
+    path, aside = tmp_path / "last.ckpt", tmp_path / "aside"
+    for content in ("one", "two"):
+        aside.mkdir()
+        (aside / "x").write_text(content)
+        take_place(aside, path)
+        assert (path / "x").read_text() == content
+    path.rename(tmp_path / ".last.ckpt.old")
+    assert find(path) == path
+    assert (path / "x").read_text() == "two"
+    assert find(tmp_path / "other.ckpt") is None

@@ -1,0 +1,98 @@
+"""What trains, in which group, at which rate."""
+
+import pytest
+import torch
+from helpers import tiny_config
+
+from nxtp.errors import UserError
+from nxtp.model.model import Model
+from nxtp.model.trainable import TrainsConfig, choose_trained
+from nxtp.train.optim import OptimConfig, build_optimizer, learning_rate_factor, parameter_groups
+
+
+def trained(trains: TrainsConfig, **decoder) -> set[str]:
+    model = Model(tiny_config(**decoder), 60)
+    choose_trained(model, trains)
+    return {name for name, p in model.named_parameters() if p.requires_grad}
+
+
+NOTHING = {
+    "encoder": "none",
+    "projection": False,
+    "image_token": False,
+    "embedding": False,
+    "decoder": "none",
+    "head": False,
+}
+
+
+def test_last_blocks_are_counted_from_the_end():
+    names = trained(TrainsConfig(**NOTHING | {"encoder": 1}))
+    assert names
+    assert all("resblocks.1." in n or "ln_post" in n for n in names), names
+    assert any("ln_post" in n for n in names)
+    names = trained(TrainsConfig(**NOTHING | {"decoder": 1}), num_hidden_layers=3)
+    assert names
+    assert all(".layers.2." in n for n in names)
+
+
+def test_parts_are_chosen_by_name():
+    assert trained(TrainsConfig(**NOTHING | {"image_token": True})) == {"image_token"}
+    assert trained(TrainsConfig(**NOTHING | {"projection": True})) == {"projection.weight"}
+    assert trained(TrainsConfig(**NOTHING | {"embedding": True})) == {"decoder.lm.model.embed_tokens.weight"}
+    head = trained(TrainsConfig(**NOTHING | {"head": True}))
+    assert head == {"decoder.lm.model.norm.weight", "decoder.lm.lm_head.weight"}
+    every = {name for name, _ in Model(tiny_config(), 60).named_parameters()}
+    assert trained(TrainsConfig()) == every
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"encoder": 9}, "last 9 blocks of 2"),
+        ({"decoder": 3}, "last 3 blocks of 2"),
+        ({"decoder": "some"}, "say all, none, or a number"),
+        ({"encoder": -1}, "say all, none, or a number"),
+        ({}, "nothing to train"),
+    ],
+)
+def test_a_choice_that_matches_nothing_is_an_error(change, message):
+    with pytest.raises(UserError, match=message):
+        trained(TrainsConfig(**NOTHING | change))
+
+
+def test_tied_embeddings_train_together():
+    with pytest.raises(UserError, match="must agree"):
+        trained(TrainsConfig(embedding=False), tie_word_embeddings=True)
+
+
+def test_weight_decay_acts_on_matrices_only():
+    model = Model(tiny_config(), 60)
+    decayed, rest = parameter_groups(model, 0.1)
+    embedding = model.decoder.lm.model.embed_tokens.weight
+    assert decayed["weight_decay"] == 0.1
+    assert rest["weight_decay"] == 0.0
+    assert all(p.ndim >= 2 for p in decayed["params"])
+    assert all(p.ndim < 2 or p is embedding for p in rest["params"])
+    assert len(decayed["params"]) + len(rest["params"]) == len(list(model.parameters()))
+
+
+def test_schedule_warms_up_and_decays():
+    rates = [learning_rate_factor(s, 100, 10, 0.1) for s in range(101)]
+    assert rates[0] == pytest.approx(1 / 11)
+    assert max(rates) == pytest.approx(1.0)
+    assert rates.index(max(rates)) == 10
+    assert rates[100] == pytest.approx(0.1)
+    assert rates[55] == pytest.approx(0.1 + 0.9 * 0.5)
+    assert learning_rate_factor(3, 100, 0.1, 0) == learning_rate_factor(3, 100, 10, 0)
+    assert learning_rate_factor(500, 100, 0.1, 0.2) == pytest.approx(0.2)
+
+
+def test_optimizer_steps_only_what_trains():
+    model = Model(tiny_config(), 60)
+    choose_trained(model, TrainsConfig(**NOTHING | {"projection": True}))
+    optimizer, _ = build_optimizer(model, OptimConfig(), 10)
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    model.projection.weight.grad = torch.ones_like(model.projection.weight)
+    optimizer.step()
+    assert {n for n, p in model.named_parameters() if not torch.equal(p, before[n])} == {"projection.weight"}

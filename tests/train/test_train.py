@@ -1,0 +1,353 @@
+"""Training as a user runs it: a run directory, resuming, bad data, and a pinned loss curve."""
+
+import csv
+import json
+from collections import Counter
+
+import lightning as L
+import pytest
+import torch
+from helpers import PERF, TINY_OVERRIDES, jpeg, run_nxtp, sample, tiny_config, write_shards
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from nxtp.data.config import DataConfig
+from nxtp.data.datamodule import WebDatasetDataModule
+from nxtp.data.dataset import Batch
+from nxtp.errors import UserError
+from nxtp.inference.recognizer import Recognizer
+from nxtp.model.layout import Objective, lay_out
+from nxtp.model.tokenizer import train_tokenizer
+from nxtp.model.trainable import TrainsConfig
+from nxtp.prepare.shard_writer import write_shard
+from nxtp.runs.resume import differences
+from nxtp.train.module import RecognitionModule
+from nxtp.train.optim import OptimConfig
+
+WORDS = ["rose", "lemon", "leaf", "ocean", "stone"]
+
+
+def fit(tmp_path, shards, *, objective="matched", steps=20, trains=None, **trainer):
+    """20 deterministic steps in this process; the loss of each."""
+    L.seed_everything(0, verbose=False)
+    tokenizer = train_tokenizer(WORDS, vocab_size=400)
+    config = tiny_config()
+    data = WebDatasetDataModule(
+        DataConfig(train=str(shards), batch_size=8, workers=0),
+        tokenizer,
+        image_size=32,
+        num_image_tokens=16,
+        objective=objective,
+    )
+    module = RecognitionModule(config, tokenizer, OptimConfig(lr=3e-3, trains=trains or TrainsConfig()))
+    losses: list[float] = []
+
+    class Keep(L.Callback):
+        def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+            losses.append(float(outputs["loss"]))
+
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    L.Trainer(
+        accelerator="cpu",
+        max_steps=steps,
+        max_epochs=-1,
+        callbacks=[Keep()],
+        default_root_dir=tmp_path,
+        enable_checkpointing=False,
+        gradient_clip_val=1.0,
+        use_distributed_sampler=False,
+        **quiet | trainer,
+    ).fit(module, datamodule=data)
+    return losses, module
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    return write_shards(tmp_path_factory.mktemp("shards") / "train", [24, 24])
+
+
+# Pinned 2026-11-24 with torch 2.15 on a CPU, float32. Changes only with a stated reason; the last: every window of the
+# epoch's plan has random numbers of its own, so that its middle is found without its beginning.
+CURVES = {
+    "matched": [5.92483, 5.42635, 4.75558, 4.38442, 4.21657],
+    "published": [5.89906, 5.40077, 4.85609, 4.53395, 4.3777],
+}
+
+
+@pytest.mark.parametrize("objective", list(CURVES))
+def test_pinned_loss_curve(tmp_path, shards, objective):
+    losses, _ = fit(tmp_path, shards, objective=objective)
+    assert len(losses) == 20
+    assert losses[::4] == pytest.approx(CURVES[objective], rel=2e-3)
+
+
+def test_training_is_deterministic_and_learns(tmp_path, shards):
+    first, _ = fit(tmp_path, shards)
+    second, _ = fit(tmp_path, shards)
+    assert first == second
+    assert first[-1] < 0.75 * first[0]
+
+
+def test_only_what_should_train_changes(tmp_path, shards):
+    trains = TrainsConfig(encoder=1, decoder="none", embedding=False, head=False)
+    L.seed_everything(0, verbose=False)
+    _, module = fit(tmp_path, shards, steps=2, trains=trains)
+    L.seed_everything(0, verbose=False)
+    start = RecognitionModule(tiny_config(), module.tokenizer, OptimConfig())
+    start.configure_model()
+    before, after = dict(start.model.named_parameters()), dict(module.model.named_parameters())
+    changed = {name for name in after if not torch.equal(before[name], after[name])}
+    allowed = {n for n in after if "resblocks.1." in n or "ln_post" in n or n in ("projection.weight", "image_token")}
+    assert changed
+    assert changed <= allowed
+    assert {"projection.weight", "image_token"} <= changed
+
+
+def batch_of(number: int = 2) -> Batch:
+    layout = lay_out([[(5,)]] * number, prompt=[1], delimiter=4, num_image_tokens=16, objective=Objective.MATCHED)
+    images = torch.zeros(number, 3, 32, 32, dtype=torch.uint8)
+    return Batch(images, layout, [f"key{i}" for i in range(number)], [["a"]] * number, number, Counter())
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_keys(shards):
+    module = RecognitionModule(tiny_config(), train_tokenizer(WORDS, vocab_size=400), OptimConfig())
+    module.configure_model()
+    module.log = lambda *a, **k: None
+    with torch.no_grad():
+        module.model.projection.weight.fill_(float("nan"))
+    with pytest.raises(UserError, match=r"nan.*key0, key1"):
+        module.training_step(batch_of(), 0)
+
+
+def test_too_many_bad_samples_end_the_run():
+    module = RecognitionModule(tiny_config(), train_tokenizer(WORDS, vocab_size=400), OptimConfig(), fault_limit=0.1)
+    batch = batch_of()
+    batch.offered, batch.faults = 95, Counter({"bad image": 9})
+    module._count(batch)
+    batch.faults = Counter({"bad image": 11})
+    with pytest.raises(UserError, match=r"20 of 190 .*20 × bad image.*fault_limit"):
+        module._count(batch)
+
+
+def test_differences_names_dotted_keys():
+    old = {"optim": {"lr": 1, "betas": [1, 2]}, "trainer": {"max_steps": 4}, "name": "a"}
+    new = {"optim": {"lr": 2, "betas": [1, 2]}, "trainer": {"max_steps": 8}, "name": "a"}
+    old["data"], new["data"] = {"seed": 1, "workers": 1}, {"seed": 1, "workers": 3}
+    assert differences(old, new) == ["optim.lr"]
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    """A directory with shards, one of them damaged, and one trained run."""
+    root = tmp_path_factory.mktemp("work")
+    write_shards(root / "train", [40, 40])
+    write_shards(root / "val", [9, 4], labels=True)
+    bad = [{"__key__": "z0", "jpg": b"garbage", "txt": "a rose"}, {"__key__": "z1", "jpg": jpeg((9, 9, 9))}]
+    write_shard(root / "train" / "zz.tar", [sample(80), *bad])
+    command = ["train", "name=r", "data.train=train", "+data.val.val=val", *TINY_OVERRIDES, "data.workers=1"]
+    command += ["data.batch_size=8", "data.val_batch_size=4", "trainer.log_every_n_steps=1", "trainer.max_epochs=2"]
+    done = run_nxtp(*command, cwd=root)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return root, command, done
+
+
+def test_a_run_directory_holds_everything(workplace):
+    root, _, done = workplace
+    run = root / "runs" / "r"
+    record = json.loads((run / "run.json").read_text())
+    assert record["status"] == "finished"
+    assert (
+        record["samples_skipped"] == {"bad image": 2, "no caption": 2} or sum(record["samples_skipped"].values()) >= 2
+    )
+    assert record["samples_seen"] > 140
+    assert record["data"]["train"]["samples"] == 83
+    assert record["data"]["val"]["manifest"]
+    assert {"val/recall@10", "val/precision@10", "val/f1@10", "val/loss", "train/loss"} <= record["metrics"].keys()
+    assert record["wall_time_s"] > 0
+    assert record["parameters"]["total"] == record["parameters"]["total_trained"] > 0
+    assert {"config.yaml", "checkpoints", "model", "tokenizer"} <= {p.name for p in run.iterdir()}
+    assert {"best.ckpt", "last.ckpt"} <= {p.name for p in (run / "checkpoints").iterdir()}
+    assert "Skipped" in done.stderr
+    for path in (run / "checkpoints").iterdir():
+        torch.load(path, weights_only=True)
+    rows = list(csv.DictReader((run / "csv" / "version_0" / "metrics.csv").open()))
+    logged = {key for row in rows for key, value in row.items() if value}
+    assert {"train/loss", "val/recall@10", "lr-AdamW/pg1", *PERF} <= logged
+    assert "perf/mfu" not in logged, "a CPU's peak is unknown"
+    assert "images/s · " in done.stderr
+
+
+def test_the_model_directory_predicts(workplace):
+    root, _, _ = workplace
+    recognizer = Recognizer.from_pretrained(root / "runs" / "r" / "model", device="cpu")
+    labels = recognizer.predict(jpeg((200, 40, 60)), top_k=3)
+    assert 1 <= len(labels) <= 3
+    assert labels[0][0] == "stone"
+    assert recognizer.provenance["nouns"] == "textblob"
+
+
+def test_a_finished_run_is_not_repeated_nor_overwritten(workplace):
+    root, command, _ = workplace
+    before = (root / "runs" / "r" / "run.json").read_text()
+    again = run_nxtp(*command, cwd=root)
+    assert again.returncode == 0, again.stderr
+    assert "nothing to do" in again.stderr
+    other = run_nxtp(*command, "optim.lr=0.5", cwd=root)
+    assert other.returncode == 1
+    assert "optim.lr" in other.stderr.splitlines()[-1]
+    never = run_nxtp(*command, "resume=never", cwd=root)
+    assert never.returncode == 1
+    assert "already holds a run" in never.stderr
+    assert (root / "runs" / "r" / "run.json").read_text() == before
+
+
+def test_evaluate_writes_metrics_and_predictions(workplace):
+    root, _, _ = workplace
+    done = run_nxtp(
+        "evaluate",
+        "model=runs/r/model",
+        "+data.val.val=val",
+        "out=out",
+        "semantic=null",
+        "data.workers=0",
+        "grid=2",
+        cwd=root,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    metrics = json.loads((root / "out" / "metrics.json").read_text())
+    record = json.loads((root / "runs" / "r" / "run.json").read_text())
+    assert metrics["val/images"] == 13
+    assert metrics["val/recall@10"] == pytest.approx(record["metrics"]["val/recall@10"], abs=1e-6)
+    rows = [json.loads(line) for line in (root / "out" / "predictions.jsonl").read_text().splitlines()]
+    assert len(rows) == 13
+    assert all(row["set"] == "val" and row["labels"][1] == "stone" and row["predictions"] for row in rows)
+    assert (root / "out" / "predictions.png").stat().st_size > 5000
+
+
+DIE = """
+import os
+import lightning as L
+
+class Die(L.Callback):
+    def on_train_batch_end(self, trainer, *_):
+        if trainer.global_step == 8:
+            os._exit(9)
+"""
+
+
+@pytest.mark.slow
+def test_a_killed_run_continues_as_if_nothing_had_happened(workplace):
+    """Killed at step 8, its last checkpoint at step 6, in mid-epoch: the weights of a run that never stopped."""
+    root, command, _ = workplace
+    (root / "die.py").write_text(DIE)
+    short = [a for a in command if not a.startswith("name=")] + ["callbacks.last.every_n_train_steps=3", "export=last"]
+    whole = run_nxtp(*short, "name=whole", cwd=root)
+    assert whole.returncode == 0, whole.stderr[-3000:]
+    killed = run_nxtp(*short, "name=parts", "+callbacks.die._target_=die.Die", cwd=root, PYTHONPATH=str(root))
+    assert killed.returncode == 9
+    assert json.loads((root / "runs" / "parts" / "run.json").read_text())["status"] == "running"
+    rest = run_nxtp(*short, "name=parts", cwd=root)
+    assert rest.returncode == 0, rest.stderr[-3000:]
+    states = [
+        torch.load(root / "runs" / n / "checkpoints" / "last.ckpt", weights_only=True) for n in ("whole", "parts")
+    ]
+    assert states[0]["global_step"] == states[1]["global_step"] == 20
+    assert states[0]["counts"] == states[1]["counts"]
+    for name, tensor in states[0]["state_dict"].items():
+        assert torch.equal(tensor, states[1]["state_dict"][name]), name
+
+
+KEEP = """
+import json, os
+import lightning as L
+
+class Keep(L.Callback):
+    def __init__(self, path, die_at): self.path, self.die_at = path, die_at
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        if trainer.global_step == self.die_at:
+            trainer.strategy.checkpoint_io.wait()
+            os._exit(9)
+        with open(f"{self.path}.{trainer.global_rank}", "a") as file:
+            file.write(json.dumps([trainer.current_epoch, batch_idx, batch.keys]) + "\\n")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
+def test_another_number_of_ranks_continues_the_epoch(workplace, before, after):
+    """Killed in mid-epoch on some ranks, continued on others: every sample of the epoch once."""
+    root, command, _ = workplace
+    (root / "keep.py").write_text(KEEP)
+    name = f"ranks{before}{after}"
+    write_shards(root / name, [32, 32])
+    short = [a for a in command if not a.startswith(("name=", "data.train=", "+data.val", "trainer.max", "data.batch"))]
+    short += [f"name={name}", f"data.train={name}", "data.batch_size=4", "trainer.max_epochs=1", "export=last"]
+    short += ["callbacks.last.every_n_train_steps=2", "+callbacks.keep._target_=keep.Keep"]
+    strategies = {1: ["trainer.devices=1"], 2: ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2"]}
+    steps = {1: 16, 2: 8}  # of an epoch of 64
+    for ranks, die_at, status in ((before, steps[before] // 2, 9), (after, -1, 0)):
+        keep = [f"+callbacks.keep.path={name}.jsonl", f"+callbacks.keep.die_at={die_at}"]
+        precision = "trainer.precision=32-true"
+        done = run_nxtp(*short, *keep, *strategies[ranks], precision, cwd=root, fresh=True, PYTHONPATH=str(root))
+        assert done.returncode == status, done.stderr[-3000:]
+    rows = [json.loads(line) for path in root.glob(f"{name}.jsonl.*") for line in path.read_text().splitlines()]
+    assert sorted(key for _, _, keys in rows for key in keys) == [f"{i:06d}" for i in range(64)]
+    assert {epoch for epoch, _, _ in rows} == {0}
+    assert max(step for _, step, _ in rows) == steps[after] - 1
+    record = json.loads((root / "runs" / name / "run.json").read_text())
+    assert record["samples_seen"] == 64, "counted over all ranks, before and after"
+
+
+def test_all_bad_shards_are_an_error_in_one_line(tmp_path):
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / "a.tar").write_bytes(b"nothing like a tar file" * 60)
+    done = run_nxtp("train", "name=r", "data.train=train", *TINY_OVERRIDES, cwd=tmp_path)
+    assert done.returncode == 1
+    assert "hold no sample" in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("logger", ["wandb", "tensorboard"])
+def test_other_loggers_write_what_csv_writes(workplace, logger):
+    root, command, _ = workplace
+    short = [a for a in command if not a.startswith("name=")]
+    done = run_nxtp(*short, f"name={logger}", f"logger={logger}", "trainer.max_steps=2", cwd=root)
+    assert done.returncode == 0, done.stderr[-3000:]
+    run = root / "runs" / logger
+    if logger == "wandb":
+        (kept,) = run.glob("wandb/offline-run-*/*.wandb")
+        assert all(name.encode() in kept.read_bytes() for name in ("train/loss", "val/recall@10", *PERF))
+    else:
+        files = run.glob("tensorboard/**/events.out.tfevents*")
+        tags = {tag for file in files for tag in EventAccumulator(str(file)).Reload().Tags()["scalars"]}
+        assert {"train/loss", "val/recall@10", *PERF} <= tags
+
+
+@pytest.mark.parametrize(
+    "debug", ["smoke", *(pytest.param(way, marks=pytest.mark.slow) for way in ("overfit", "profile"))]
+)
+def test_debug_modes_run(workplace, debug):
+    root, command, _ = workplace
+    short = [a for a in command if not a.startswith(("name=", "trainer."))]
+    done = run_nxtp(*short, f"name={debug}", f"debug={debug}", "trainer.max_steps=4", cwd=root)
+    assert done.returncode == 0, done.stderr[-3000:]
+    run = root / "runs" / debug
+    assert json.loads((run / "run.json").read_text())["status"] == "finished"
+    if debug == "profile":
+        assert list(run.glob("*.json*"))
+        assert list(run.glob("fit-profile*.txt"))
+
+
+def test_two_processes_train_one_run(workplace):
+    root, command, _ = workplace
+    short = [a for a in command if not a.startswith(("name=", "trainer."))]
+    two = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", "trainer.precision=32-true"]
+    done = run_nxtp(*short, "name=two", *two, "trainer.max_steps=3", cwd=root, fresh=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    record = json.loads((root / "runs" / "two" / "run.json").read_text())
+    assert record["status"] == "finished"
+    assert 0 <= record["metrics"]["val/recall@10"] <= 1
+    assert (root / "runs" / "two" / "model" / "model.safetensors").is_file()
+    told = done.stdout + done.stderr
+    for noise in ("Tip:", "sync_dist", "weights_only` was not set"):
+        assert noise not in told
