@@ -41,7 +41,7 @@ def describe_shard(path: Path, known: dict[str, ShardInfo], since: float) -> tup
     except (ValueError, AttributeError, TypeError):
         skipped["unreadable _stats.json"] += 1
     index = index_shard(path)
-    skipped.update(index.faults)
+    skipped.update(index.skipped)
     info, status = known.get(path.name), path.stat()
     if info is None or info.bytes != status.st_size or max(status.st_mtime, status.st_ctime) > since:
         info = ShardInfo(path.name, len(index), status.st_size, sha256_of(path))

@@ -13,7 +13,7 @@ from nxtp.errors import UserError
 from nxtp.model.flops import count_parameters, meta_model
 from nxtp.model.layout import Objective
 from nxtp.model.model import ModelConfig
-from nxtp.model.trainable import TrainsConfig
+from nxtp.model.trainable import TrainableConfig
 from nxtp.sampling.ranking import RANKINGS, RankingConfig, ranking_config
 from nxtp.sampling.samplers import sampler_config
 from nxtp.train.module import ValidationConfig
@@ -27,7 +27,7 @@ GROUPS = {
             "model/encoder",
             "model/decoder",
             "data",
-            "labels",
+            "nouns",
             "objective",
             "prompts",
             "optim",
@@ -51,7 +51,7 @@ def test_every_shipped_option_composes_and_instantiates(tmp_path, choice, monkey
     optim = to_dataclass(OptimConfig, cfg.optim, "optim")
     Objective(cfg.objective.name)
     if model.decoder.source is None or model.decoder.config:
-        assert count_parameters(meta_model(model, model.vocab_size or None, optim.trains))["total_trained"] > 0
+        assert count_parameters(meta_model(model, model.vocab_size or None, optim.trainable))["total_trained"] > 0
     for callback in cfg.callbacks.values():
         instantiate(callback)
     if not choice.startswith("logger=wandb"):  # started for real in test_train.py
@@ -119,7 +119,7 @@ def test_dataclasses_refuse_unknown_keys_and_types():
         to_dataclass(OptimConfig, {"lr": "fast"}, "optim")
     with pytest.raises(UserError, match=r"trains.encodr"):
         to_dataclass(OptimConfig, {"trains": {"encodr": "all"}}, "optim")
-    assert to_dataclass(OptimConfig, {"trains": {"encoder": 2}}, "optim").trains == TrainsConfig(encoder=2)
+    assert to_dataclass(OptimConfig, {"trains": {"encoder": 2}}, "optim").trainable == TrainableConfig(encoder=2)
 
 
 def test_val_sets_may_be_added_on_the_command_line(tmp_path):

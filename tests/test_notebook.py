@@ -35,7 +35,7 @@ def executed(tmp_path_factory):
     root = tmp_path_factory.mktemp("tour")
     write_shards(root / "train", [16])
     write_shards(root / "val", [4], labels=True)
-    sets = ["data.train=train", "+data.val.val=val", "data.workers=0", "data.batch_size=8"]
+    sets = ["data.train=train", "+data.val.val=val", "data.num_workers=0", "data.batch_size=8"]
     sets += ["trainer.max_epochs=2", "trainer.log_every_n_steps=1"]
     nxtp_runs("train", "name=r", *TINY_OVERRIDES, *sets, cwd=root)
     study, pictures = root / "depth", root / "pictures"

@@ -58,7 +58,7 @@ def test_the_published_sizes_and_what_trains(tmp_path, depth, millions):
     cfg = composed(tmp_path, "experiment=g3m", f"model.decoder.depth={depth}")
     model_config = to_dataclass(ModelConfig, cfg.model, "model")
     optim = to_dataclass(OptimConfig, cfg.optim, "optim")
-    model = meta_model(model_config, None, optim.trains)
+    model = meta_model(model_config, None, optim.trainable)
     counts = count_parameters(model)
     assert counts["total"] / 1e6 == pytest.approx(millions, abs=0.01)
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -72,7 +72,7 @@ def test_the_published_sizes_and_what_trains(tmp_path, depth, millions):
 def test_weight_decay_acts_as_published(tmp_path):
     cfg = composed(tmp_path, "experiment=g3m", "model.decoder.depth=1")
     optim = to_dataclass(OptimConfig, cfg.optim, "optim")
-    model = meta_model(to_dataclass(ModelConfig, cfg.model, "model"), None, optim.trains)
+    model = meta_model(to_dataclass(ModelConfig, cfg.model, "model"), None, optim.trainable)
     optimizer, schedule = build_optimizer(model, optim, 21_360, fused=False)
     name_of = {id(p): n for n, p in model.named_parameters()}
     decayed, plain = ({name_of[id(p)] for p in group["params"]} for group in optimizer.param_groups)

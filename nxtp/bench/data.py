@@ -154,7 +154,7 @@ def noun_seconds(data: WebDatasetDataModule) -> float:
 def flops_per_image() -> float:
     """Training FLOPs of one image under the published recipe, experiment=g3m."""
     recipe = SIZES["g3m"]
-    return training_flops(meta_model(recipe.config(), None, recipe.trains)).total
+    return training_flops(meta_model(recipe.config(), None, recipe.trainable)).total
 
 
 def measure_data(

@@ -86,7 +86,7 @@ def measure_padding(
         cfg = compose("train", [f"experiment={experiment}"])
     config = to_dataclass(ModelConfig, cfg.model, "model")
     config.encoder.pretrained = config.decoder.source = None
-    model = meta_model(config, config.vocab_size or None, to_dataclass(OptimConfig, cfg.optim, "optim").trains)
+    model = meta_model(config, config.vocab_size or None, to_dataclass(OptimConfig, cfg.optim, "optim").trainable)
     labels = (
         labels_of_shards(shards, images, config.vocab_size or 8192) if shards else synthetic_labels(images, nouns, seed)
     )

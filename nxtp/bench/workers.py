@@ -17,7 +17,7 @@ from nxtp.model.encoder import EncoderConfig
 from nxtp.model.flops import ModelFlops
 from nxtp.model.layout import Layout, Objective, lay_out
 from nxtp.model.model import Model, ModelConfig
-from nxtp.model.trainable import TrainsConfig, choose_trained
+from nxtp.model.trainable import TrainableConfig, choose_trainable
 from nxtp.paper.reference import PADDED_LENGTH, published_loss, published_one_shot
 from nxtp.sampling.one_shot import Samples, one_shot
 from nxtp.train.optim import OptimConfig
@@ -44,7 +44,7 @@ class Size:
     intermediate: int
     vocab: int
     pad_to: int
-    trains: TrainsConfig = field(default_factory=TrainsConfig)  # everything
+    trainable: TrainableConfig = field(default_factory=TrainableConfig)  # everything
 
     def config(self) -> ModelConfig:
         vision = {
@@ -85,8 +85,8 @@ class Published:
         return config
 
     @property
-    def trains(self) -> TrainsConfig:
-        return to_dataclass(OptimConfig, self._composed().optim, "optim").trains
+    def trainable(self) -> TrainableConfig:
+        return to_dataclass(OptimConfig, self._composed().optim, "optim").trainable
 
     @staticmethod
     def _composed():
@@ -133,7 +133,7 @@ class Worker:
         torch.manual_seed(seed)
         with self.device:
             self.model = Model(size.config())
-        choose_trained(self.model, size.trains)
+        choose_trainable(self.model, size.trainable)
         generator = torch.Generator().manual_seed(seed)
         shape = (batch, 3, size.image_size, size.image_size)
         self.images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator).to(self.device)

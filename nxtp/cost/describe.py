@@ -22,7 +22,7 @@ def describe(cfg: DictConfig) -> None:
     model_config = to_dataclass(ModelConfig, cfg.model, "model")
     optim = to_dataclass(OptimConfig, cfg.optim, "optim")
     vocabulary = None if model_config.decoder.source else model_config.vocab_size
-    model = meta_model(model_config, vocabulary, optim.trains)
+    model = meta_model(model_config, vocabulary, optim.trainable)
     counts = count_parameters(model)
 
     table = Table(title="Parameters (millions)")

@@ -161,7 +161,7 @@ def memory(
     if precision not in _PRECISIONS:
         raise UserError(f"trainer.precision is '{precision}'.{nearest(precision, _PRECISIONS)}")
     weights_dtype, autocast_dtype = _PRECISIONS[precision]
-    model = meta_model(config, vocab_size, optim.trains)
+    model = meta_model(config, vocab_size, optim.trainable)
     layout = lay_out(
         [[(0,) * label_tokens] * labels] * step.batch,
         prompt=[0] * prompt_tokens,

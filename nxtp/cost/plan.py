@@ -84,10 +84,10 @@ def _regathered(model: Model) -> int:
     inside = {id(p) for block in blocks for p in block.parameters()}
     outside = [p for p in model.encoder.parameters() if id(p) not in inside]
     inputs = [*outside, model.projection.weight, model.image_token, model.decoder.lm.model.embed_tokens.weight]
-    trains = [any(p.requires_grad for p in block.parameters()) for block in blocks]
+    trainable = [any(p.requires_grad for p in block.parameters()) for block in blocks]
     if any(p.requires_grad for p in inputs):
-        trains[len(model.encoder.blocks())] = True
-    first = trains.index(True) if True in trains else len(blocks)
+        trainable[len(model.encoder.blocks())] = True
+    first = trainable.index(True) if True in trainable else len(blocks)
     return sum(p.numel() for block in blocks[max(first - 1, 0) :] for p in block.parameters())
 
 
@@ -109,10 +109,10 @@ def images_of(cfg: DictConfig) -> float:
         raise UserError("data.train is not set: plan a recipe, as in nxtp bench plan experiment=g70m.")
     each = 0.0
     for name, source in named_sources(data.train).items():
-        if source.samples is None:
+        if source.expected_samples is None:
             raise UserError(f"data.train.{name or 'train'} does not say how many samples it has: give --images.")
-        each += source.samples * (1.0 if source.weight == "natural" else float(source.weight))
-    each = min(each, data.samples) if data.samples is not None else each * (data.fraction or 1.0)
+        each += source.expected_samples * source.repeat
+    each = min(each, data.max_samples) if data.max_samples is not None else each * (data.fraction or 1.0)
     return each * int(cfg.trainer.max_epochs)
 
 
@@ -129,7 +129,7 @@ def plan(
     optim = to_dataclass(OptimConfig, cfg.optim, "optim")
     parallel = to_dataclass(ParallelConfig, cfg.get("parallel"), "parallel")
     vocabulary = None if config.decoder.source else config.vocab_size
-    model = meta_model(config, vocabulary, optim.trains)
+    model = meta_model(config, vocabulary, optim.trainable)
     total = float(images) if images is not None else images_of(cfg)
     flops = sum(training_flops(model, prompt_tokens=PROMPT_TOKENS, labels=LABELS, label_tokens=LABEL_TOKENS))
     needed = cache(lambda step: memory(config, vocabulary, optim, step, parallel).total)
@@ -199,8 +199,8 @@ def published_model() -> Model:
     """The paper's model and what of it trains, on the meta device."""
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         cfg = compose("train", ["experiment=g3m"])
-    trains = to_dataclass(OptimConfig, cfg.optim, "optim").trains
-    return meta_model(to_dataclass(ModelConfig, cfg.model, "model"), None, trains)
+    trainable = to_dataclass(OptimConfig, cfg.optim, "optim").trainable
+    return meta_model(to_dataclass(ModelConfig, cfg.model, "model"), None, trainable)
 
 
 def measure_plan(overrides: Sequence[str], **options: Any) -> dict[str, Any]:

@@ -27,13 +27,13 @@ class ResumableDataLoader(DataLoader):
     ``waited`` is the time in seconds that its user has spent waiting for batches.
     """
 
-    def __init__(self, dataset: BatchDataset, plan: ElasticBatchSampler, workers: int, pin_memory: bool):
+    def __init__(self, dataset: BatchDataset, plan: ElasticBatchSampler, num_workers: int, pin_memory: bool):
         super().__init__(
             dataset,
             sampler=plan,
             batch_size=None,
-            num_workers=workers,
-            prefetch_factor=4 if workers else None,
+            num_workers=num_workers,
+            prefetch_factor=4 if num_workers else None,
             persistent_workers=False,
             pin_memory=pin_memory,
             worker_init_fn=_quiet_tokenizers,
@@ -105,7 +105,7 @@ class WebDatasetDataModule(L.LightningDataModule):
     @property
     def shard_faults(self) -> Counter:
         """Damaged shards met while indexing, by kind."""
-        return sum((opened.shards.faults for opened in self.sets.values()), Counter())
+        return sum((opened.shards.skipped for opened in self.sets.values()), Counter())
 
     @property
     def val_names(self) -> list[str]:
@@ -152,10 +152,10 @@ class WebDatasetDataModule(L.LightningDataModule):
             shuffle=training,
             parts=opened.parts,
             seed=self.config.seed,
-            window=self.config.window,
+            shuffle_window=self.config.shuffle_window,
             rank=rank,
             world=world,
-            samples=self.config.samples if training else None,
+            max_samples=self.config.max_samples if training else None,
             fraction=self.config.fraction if training else None,
             subset_seed=self.config.subset_seed,
         )
@@ -171,4 +171,4 @@ class WebDatasetDataModule(L.LightningDataModule):
             prompts=self.prompts,
             training=training,
         )
-        return ResumableDataLoader(batches, plan, self.config.workers, pin_memory=torch.cuda.is_available())
+        return ResumableDataLoader(batches, plan, self.config.num_workers, pin_memory=torch.cuda.is_available())

@@ -28,7 +28,7 @@ class Batch:
     """What a step sees, and what was skipped to get it.
 
     ``images`` uint8 [B, 3, S, S], or features of a frozen encoder, floating point [B, N, D_encoder]; ``layout`` their
-    laid-out labels. ``offered`` counts the samples that were read for this batch, ``faults`` those of them that were
+    laid-out labels. ``samples_read`` counts the samples that were read for this batch, ``skipped`` those of them that were
     skipped, by kind. B may be smaller than the batch size, in evaluation even 0. In training a batch without a usable
     sample has no keys and one blank image whose loss does not count: every rank must take part in the step.
     """
@@ -37,8 +37,8 @@ class Batch:
     layout: Layout
     keys: list[str]
     labels: list[list[str]]
-    offered: int
-    faults: Counter
+    samples_read: int
+    skipped: Counter
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -49,13 +49,13 @@ class Batch:
             self.layout.to(*args, **kwargs),
             self.keys,
             self.labels,
-            self.offered,
-            self.faults,
+            self.samples_read,
+            self.skipped,
         )
 
     def pin_memory(self) -> Batch:
         return Batch(
-            self.images.pin_memory(), self.layout.pin_memory(), self.keys, self.labels, self.offered, self.faults
+            self.images.pin_memory(), self.layout.pin_memory(), self.keys, self.labels, self.samples_read, self.skipped
         )
 
 
@@ -84,7 +84,7 @@ class BatchDataset(Dataset):
 
     def __getitem__(self, item: tuple[int, np.ndarray]) -> Batch:
         epoch, positions = item
-        faults: Counter = Counter()
+        skipped: Counter = Counter()
         images, keys, texts, ids = [], [], [], []
         for position in positions.tolist():
             try:
@@ -92,10 +92,10 @@ class BatchDataset(Dataset):
                 labels = self.labels_of(raw)
                 pixels = self.pixels_of(raw)
             except SampleFault as fault:
-                faults[fault.kind] += 1
+                skipped[fault.kind] += 1
                 continue
             except ImageError:
-                faults["bad image"] += 1
+                skipped["bad image"] += 1
                 continue
             if self.training:
                 order = self._random(epoch, position).permutation(len(labels))
@@ -118,7 +118,7 @@ class BatchDataset(Dataset):
             objective=self.objective,
         )
         return Batch(
-            torch.stack(images) if images else self._blank[None][:0], layout, keys, texts, len(positions), faults
+            torch.stack(images) if images else self._blank[None][:0], layout, keys, texts, len(positions), skipped
         )
 
     @property

@@ -46,27 +46,20 @@ def open_set(name: str, spec: Any, config: DataConfig) -> OpenedSet:
     cache = None
     if config.cache_dir is not None:
         limit = None if config.cache_gb is None else int(config.cache_gb * 1e9)
-        cache = RemoteCache(config.cache_dir, limit, config.stall_timeout)
+        cache = RemoteCache(config.cache_dir, limit, config.read_timeout)
     shards = IndexedShards(
         sorted(url for members in urls.values() for url in members), cache, IndexStore(config.index_dir)
     )
     if len(shards) == 0:
-        raise UserError(f"data.{name}: the shards of {spec} hold no sample ({dict(shards.faults)}).")
+        raise UserError(f"data.{name}: the shards of {spec} hold no sample ({dict(shards.skipped)}).")
     number = {url: i for i, url in enumerate(shards.urls)}
     parts = []
     for source, given in sources.items():
-        part = Part(source, sorted(number[url] for url in urls[source]), _weight(given.weight, f"data.{name}.{source}"))
+        part = Part(source, sorted(number[url] for url in urls[source]), given.repeat)
         parts.append(part)
         found = int(shards.sizes[list(part.shards)].sum())
-        if given.samples is not None and found != given.samples:
-            log.warning("data.%s.%s holds %d samples; the recipe expects %d.", name, source, found, given.samples)
+        if given.expected_samples is not None and found != given.expected_samples:
+            log.warning(
+                "data.%s.%s holds %d samples; the recipe expects %d.", name, source, found, given.expected_samples
+            )
     return OpenedSet(shards, parts)
-
-
-def _weight(value: float | str, where: str) -> float:
-    if value == "natural":
-        return 1.0
-    try:
-        return float(value)
-    except (TypeError, ValueError):
-        raise UserError(f"{where}.weight is '{value}': give a number above 0, or 'natural'.") from None

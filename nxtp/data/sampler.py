@@ -22,13 +22,13 @@ _UNSHUFFLED = 65_536  # positions at a time where nothing is shuffled
 class Part:
     """One source of a mixture: which shards (numbers in the ShardSet, ascending) are its, and how often they come.
 
-    ``weight`` w shows each sample w times an epoch: ⌊w⌋ times, and for the rest of w a share of the samples that
+    ``repeat`` w shows each sample w times an epoch: ⌊w⌋ times, and for the rest of w a share of the samples that
     moves on with every epoch.
     """
 
     name: str
     shards: Sequence[int]
-    weight: float = 1.0
+    repeat: float = 1.0
 
 
 class ElasticBatchSampler(Sampler):
@@ -42,8 +42,8 @@ class ElasticBatchSampler(Sampler):
 
     Args:
         shard_sizes: samples of each shard.
-        parts: the sources; by default all shards are one. In evaluation weights do not count.
-        samples: only so many of all samples, in the sources' natural proportion: a fixed choice of ``subset_seed``
+        parts: the sources; by default all shards are one. In evaluation repeats do not count.
+        max_samples: only so many of all samples, in the sources' natural proportion: a fixed choice of ``subset_seed``
             alone, and a larger one contains every smaller one.
         fraction: the same as a share of all samples.
 
@@ -51,7 +51,7 @@ class ElasticBatchSampler(Sampler):
         (epoch, int64 array of positions in the ShardSet)
 
     Raises:
-        UserError: a weight, ``samples`` or ``fraction`` that is not above 0, a negative seed,
+        UserError: a repeat, ``max_samples`` or ``fraction`` that is not above 0, a negative seed,
             or fewer samples than one step needs.
     """
 
@@ -66,7 +66,7 @@ class ElasticBatchSampler(Sampler):
         window: int = 20_000,
         rank: int = 0,
         world: int = 1,
-        samples: int | None = None,
+        max_samples: int | None = None,
         fraction: float | None = None,
         subset_seed: int = 0,
     ):
@@ -79,13 +79,13 @@ class ElasticBatchSampler(Sampler):
         self._starts = np.cumsum(self.sizes) - self.sizes
         self._part_sizes = [int(self.sizes[list(part.shards)].sum()) for part in self.parts]
         for part in self.parts:
-            if not (math.isfinite(part.weight) and part.weight > 0):
-                raise UserError(f"The weight of source '{part.name}' is {part.weight}: it must be above 0.")
-        chosen = subset_counts(self._part_sizes, subset_size(sum(self._part_sizes), samples, fraction))
+            if not (math.isfinite(part.repeat) and part.repeat > 0):
+                raise UserError(f"The repeat of source '{part.name}' is {part.repeat}: it must be above 0.")
+        chosen = subset_counts(self._part_sizes, subset_size(sum(self._part_sizes), max_samples, fraction))
         self._chosen = [self._choose(i, count, subset_seed) for i, count in enumerate(chosen)]
-        weights = [part.weight if shuffle else 1.0 for part in self.parts]
-        self._repeats = [int(weight) for weight in weights]
-        self._extra = [round((w - r) * n) for w, r, n in zip(weights, self._repeats, chosen, strict=True)]
+        repeats = [part.repeat if shuffle else 1.0 for part in self.parts]
+        self._repeats = [int(repeat) for repeat in repeats]
+        self._extra = [round((w - r) * n) for w, r, n in zip(repeats, self._repeats, chosen, strict=True)]
         self.total = sum(r * n + e for r, n, e in zip(self._repeats, chosen, self._extra, strict=True))
         self.epoch = 0
         self.start = 0  # samples of this epoch that all ranks together have had already
@@ -214,22 +214,22 @@ class _Line:
         return found
 
 
-def subset_size(total: int, samples: int | None, fraction: float | None) -> int:
+def subset_size(total: int, max_samples: int | None, fraction: float | None) -> int:
     """How many of ``total`` samples are used.
 
     Raises:
         UserError: both are given, or one is out of range.
     """
-    if samples is not None and fraction is not None:
-        raise UserError(f"data.samples={samples} and data.fraction={fraction}: give one of them.")
+    if max_samples is not None and fraction is not None:
+        raise UserError(f"data.max_samples={max_samples} and data.fraction={fraction}: give one of them.")
     if fraction is not None:
         if not 0 < fraction <= 1:
             raise UserError(f"data.fraction is {fraction}: above 0 and at most 1, please.")
         return max(1, round(fraction * total)) if total else 0
-    if samples is None:
+    if max_samples is None:
         return total
-    at_least("data.samples", samples, 1)
-    return min(samples, total)
+    at_least("data.max_samples", max_samples, 1)
+    return min(max_samples, total)
 
 
 def subset_counts(sizes: Sequence[int], wanted: int) -> list[int]:

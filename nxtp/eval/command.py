@@ -82,9 +82,9 @@ def evaluate_sets(cfg: DictConfig, out: Path, record: RunRecord) -> dict[str, fl
         for name, spec in config.val.items():
             loader = data.loader(name, spec, training=False)
             warn_if_nouns_differ(name, spec, config.nouns, recognizer.provenance.get("nouns"))
-            values, shown, faults = evaluate_set(recognizer, loader, cfg, name, embedder, vocabulary, lines, console)
+            values, shown, here = evaluate_set(recognizer, loader, cfg, name, embedder, vocabulary, lines, console)
             metrics.update({f"{name}/{key}": value for key, value in values.items()})
-            skipped.update(faults)
+            skipped.update(here)
             if cfg.grid and shown:
                 save_grid(out / f"predictions{'' if name == next(iter(config.val)) else '_' + name}.png", shown)
     predictions.replace(out / "predictions.jsonl")
@@ -112,8 +112,8 @@ def evaluate_set(
     """Metrics of one set, some images with their labels to show, and what was skipped."""
     exact = ExactMatch(top_k=cfg.top_k)
     semantic = SemanticMatch(embedder, top_k=cfg.top_k) if embedder is not None else None
-    faults: Counter = Counter()
-    offered = seen = 0
+    skipped: Counter = Counter()
+    samples_read = seen = 0
     seconds = 0.0
     shown: list[GridItem] = []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -137,22 +137,22 @@ def evaluate_set(
             room = max(cfg.grid - len(shown), 0)
             for pixels, truth, image in list(zip(batch.images, batch.labels, predicted, strict=True))[:room]:
                 shown.append(GridItem(to_image(pixels), truth, image))
-            faults.update(batch.faults)
-            offered, seen = offered + batch.offered, seen + len(batch)
-            progress.advance(task, batch.offered)
-    if sum(faults.values()) > cfg.data.fault_limit * offered:
+            skipped.update(batch.skipped)
+            samples_read, seen = samples_read + batch.samples_read, seen + len(batch)
+            progress.advance(task, batch.samples_read)
+    if sum(skipped.values()) > cfg.data.max_skip_fraction * samples_read:
         raise UserError(
-            f"{sum(faults.values())} of {offered} samples of '{name}' could not be used ({describe_faults(faults)}): "
-            f"more than data.fault_limit = {cfg.data.fault_limit:g}."
+            f"{sum(skipped.values())} of {samples_read} samples of '{name}' could not be used ({describe_faults(skipped)}): "
+            f"more than data.max_skip_fraction = {cfg.data.max_skip_fraction:g}."
         )
     values = dict(exact.compute())
     if semantic is not None:
         values |= {f"semantic_{key}": value for key, value in semantic.compute().items()}
     values = {key: float(value) for key, value in values.items()}
-    values |= {"images": seen, "skipped": sum(faults.values())}
+    values |= {"images": seen, "skipped": sum(skipped.values())}
     if seen:
         values["images_per_s"] = round(seen / seconds, 2)
-    return values, shown, faults
+    return values, shown, skipped
 
 
 def to_image(pixels: Tensor) -> Image.Image:

@@ -193,7 +193,7 @@ def _shards(specs: list[str], cache_dir: str | None) -> Source:
     """The images of shards in order, and before them what is wrong with the shards as a whole."""
     shards = IndexedShards(expand_shards(specs), None if cache_dir is None else RemoteCache(cache_dir))
     if not len(shards):
-        raise UserError(f"No image in the shards of {', '.join(specs)}{describe(shards.faults, ' ({})')}.")
+        raise UserError(f"No image in the shards of {', '.join(specs)}{describe(shards.skipped, ' ({})')}.")
 
     def read(position: int) -> bytes:
         try:
@@ -203,12 +203,12 @@ def _shards(specs: list[str], cache_dir: str | None) -> Source:
 
     def items() -> Iterator[Item]:
         for shard in shards.shards:
-            for kind, count in sorted(shard.faults.items()):
+            for kind, count in sorted(shard.skipped.items()):
                 yield Item(shard.url, _raising(ImageError(shard.url, f"{kind} × {count}")))
         for position in range(len(shards)):
             yield Item(shards.key_of(position), lambda position=position: read(position), shards.shard_of(position))
 
-    return Source(items(), len(shards) + sum(len(shard.faults) for shard in shards.shards))
+    return Source(items(), len(shards) + sum(len(shard.skipped) for shard in shards.shards))
 
 
 def _items_of(images: Iterable[Any]) -> Iterator[Item]:

@@ -16,15 +16,15 @@ from torch.utils.flop_counter import FlopCounterMode
 from nxtp.model.encoder import Encoder
 from nxtp.model.layout import Layout, Objective, lay_out
 from nxtp.model.model import Model, ModelConfig
-from nxtp.model.trainable import TrainsConfig, choose_trained
+from nxtp.model.trainable import TrainableConfig, choose_trainable
 
 
-def meta_model(config: ModelConfig, vocab_size: int | None, trains: TrainsConfig | None = None) -> Model:
+def meta_model(config: ModelConfig, vocab_size: int | None, trainable: TrainableConfig | None = None) -> Model:
     """The model's shapes without its numbers, on the meta device, in well under a second."""
     with torch.device("meta"):
         model = Model(config, vocab_size, load_pretrained=False)
-    if trains is not None:
-        choose_trained(model, trains)
+    if trainable is not None:
+        choose_trainable(model, trainable)
     return model
 
 
@@ -81,9 +81,9 @@ class ModelFlops:
         below = below or _trains(model.projection, model.image_token, model.decoder.lm.model.embed_tokens)
         linear, attention = [], []
         for block in model.decoder.blocks:
-            trains = _trains(block)
-            below = below or trains  # a block begins with its norm
-            linear.append(_product(of_block, trains, below))
+            trainable = _trains(block)
+            below = below or trainable  # a block begins with its norm
+            linear.append(_product(of_block, trainable, below))
             attention.append(_product(4 * inner, below, below))
         self.decoder, self.attention = Flops.sum(linear), Flops.sum(attention)  # of a position; of a pair
         below = below or _trains(model.decoder.lm.model.norm)
@@ -143,10 +143,10 @@ def _vit(encoder: Encoder) -> Flops:
     products = [_product(2 * patches * visual.conv1.weight[0].numel() * width, below, False)]
     below = below or _trains(visual.class_embedding, visual.positional_embedding, visual.ln_pre)
     for block in visual.transformer.resblocks:
-        trains = _trains(block)
-        below = below or trains  # a block begins with its norm
+        trainable = _trains(block)
+        below = below or trainable  # a block begins with its norm
         weights = 4 * width**2 + 2 * width * block.mlp.c_fc.out_features
-        products += [_product(2 * tokens * weights, trains, below), _product(4 * tokens**2 * width, below, below)]
+        products += [_product(2 * tokens * weights, trainable, below), _product(4 * tokens**2 * width, below, below)]
     return Flops.sum(products)
 
 

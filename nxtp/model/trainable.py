@@ -12,7 +12,7 @@ from nxtp.model.model import Model
 
 
 @dataclass
-class TrainsConfig:
+class TrainableConfig:
     """The parts that train. Blocks are counted from the end, so a change of depth keeps its meaning.
 
     ``encoder``      all, none, or a number: the last blocks and what follows them (the final norm)
@@ -31,7 +31,7 @@ class TrainsConfig:
     head: bool = True
 
 
-def choose_trained(model: Model, trains: TrainsConfig) -> None:
+def choose_trainable(model: Model, trainable: TrainableConfig) -> None:
     """Set ``requires_grad`` throughout the model.
 
     Raises:
@@ -39,21 +39,21 @@ def choose_trained(model: Model, trains: TrainsConfig) -> None:
     """
     model.requires_grad_(False)
     lm = model.decoder.lm
-    for part in _last_blocks(model.encoder.visual, model.encoder.blocks, trains.encoder, "encoder"):
+    for part in _last_blocks(model.encoder.visual, model.encoder.blocks, trainable.encoder, "encoder"):
         part.requires_grad_(True)
-    for part in _last_blocks(lm.model.layers, lambda: list(lm.model.layers), trains.decoder, "decoder"):
+    for part in _last_blocks(lm.model.layers, lambda: list(lm.model.layers), trainable.decoder, "decoder"):
         part.requires_grad_(True)
-    model.projection.requires_grad_(trains.projection)
-    model.image_token.requires_grad_(trains.image_token)
-    if lm.config.tie_word_embeddings and trains.embedding != trains.head:
+    model.projection.requires_grad_(trainable.projection)
+    model.image_token.requires_grad_(trainable.image_token)
+    if lm.config.tie_word_embeddings and trainable.embedding != trainable.head:
         raise UserError(
-            "optim.trains: the decoder ties its embedding to its output layer, so 'embedding' and 'head' must agree."
+            "optim.trainable: the decoder ties its embedding to its output layer, so 'embedding' and 'head' must agree."
         )
-    lm.model.norm.requires_grad_(trains.head)
-    lm.lm_head.requires_grad_(trains.head)
-    lm.model.embed_tokens.requires_grad_(trains.embedding)
+    lm.model.norm.requires_grad_(trainable.head)
+    lm.lm_head.requires_grad_(trainable.head)
+    lm.model.embed_tokens.requires_grad_(trainable.embedding)
     if not any(p.requires_grad for p in model.parameters()):
-        raise UserError("optim.trains leaves nothing to train.")
+        raise UserError("optim.trainable leaves nothing to train.")
 
 
 def _last_blocks(whole: nn.Module, blocks, choice: Any, name: str) -> list[nn.Module | nn.Parameter]:
@@ -61,10 +61,10 @@ def _last_blocks(whole: nn.Module, blocks, choice: Any, name: str) -> list[nn.Mo
     if choice in ("all", "none"):
         return [whole] if choice == "all" else []
     if not isinstance(choice, int) or isinstance(choice, bool) or choice < 0:
-        raise UserError(f"optim.trains.{name} is '{choice}': say all, none, or a number of last blocks.")
+        raise UserError(f"optim.trainable.{name} is '{choice}': say all, none, or a number of last blocks.")
     found = blocks()
     if choice > len(found):
-        raise UserError(f"optim.trains.{name} asks for the last {choice} blocks of {len(found)}.")
+        raise UserError(f"optim.trainable.{name} asks for the last {choice} blocks of {len(found)}.")
     if choice == 0:
         return []
     # The chosen blocks, and whatever stands behind the last block in the forward order (a final norm).

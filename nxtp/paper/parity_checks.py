@@ -63,14 +63,14 @@ class Ours:
         with torch.inference_mode():
             return self.model.prefix_attention(self.images, self.recording.prompt)
 
-    def text(self, sampler: str, new_tokens: int) -> tuple[Tensor, Tensor]:
-        """Tokens and probabilities [B, new_tokens] of a running text, written the published way."""
+    def text(self, sampler: str, max_new_tokens: int) -> tuple[Tensor, Tensor]:
+        """Tokens and probabilities [B, max_new_tokens] of a running text, written the published way."""
         common = {"prompt": self.recording.prompt, "delimiter": self.recording.delimiter}
         if sampler == "beam":
-            config = BeamConfig(new_tokens, beams=self.recording.meta.get("beams", 3), published=True)
+            config = BeamConfig(max_new_tokens, num_beams=self.recording.meta.get("beams", 3), published=True)
             return beam(self.model, self.images, config, **common)
         penalty = self.recording.meta.get("repetition_penalty", 1.2) if sampler == "greedy_penalty" else 1.0
-        config = GreedyConfig(new_tokens, repetition_penalty=penalty, published=True)
+        config = GreedyConfig(max_new_tokens, repetition_penalty=penalty, published=True)
         return greedy(self.model, self.images, config, **common)
 
     def ranked(self, name: str) -> list[Labels]:

@@ -25,7 +25,7 @@ from nxtp.model.decoder import DecoderConfig
 from nxtp.model.flops import meta_model
 from nxtp.model.model import Model, ModelConfig
 from nxtp.model.tokenizer import PROMPT, LabelTokenizer
-from nxtp.model.trainable import TrainsConfig
+from nxtp.model.trainable import TrainableConfig
 from nxtp.model.weights import PickledFile, SafetensorsFiles, Spec, write_safetensors
 from nxtp.paper.base_weights import Entry, read_clip, read_llama
 from nxtp.paper.release_names import LOGIT_SCALE, our_name, rotary_heads, their_name, to_halves, to_pairs
@@ -227,7 +227,7 @@ def _needed(shapes: Mapping[str, Any], entries: Mapping[str, Entry]) -> set[str]
 
 
 def _trains(shapes: Mapping[str, Any], entries: Mapping[str, Entry]) -> dict[str, Any] | None:
-    """The published parts that train, as :class:`nxtp.model.trainable.TrainsConfig` says it; None for another selection."""
+    """The published parts that train, as :class:`nxtp.model.trainable.TrainableConfig` says it; None for another selection."""
 
     def last_blocks(prefix: str, stem: str) -> Any:
         own = {name for name in shapes if name.startswith(prefix)}
@@ -241,7 +241,7 @@ def _trains(shapes: Mapping[str, Any], entries: Mapping[str, Entry]) -> dict[str
     decoder = last_blocks("decoder.lm.model.layers.", "decoder.lm.model.layers")
     if encoder is None or decoder is None:
         return None
-    return asdict(TrainsConfig(encoder=encoder, embedding=False, decoder=decoder, head=HEAD in entries))
+    return asdict(TrainableConfig(encoder=encoder, embedding=False, decoder=decoder, head=HEAD in entries))
 
 
 def export_release(directory: Path, to: Path, everything: bool = False) -> int:
@@ -257,8 +257,8 @@ def export_release(directory: Path, to: Path, everything: bool = False) -> int:
     model_dir.verify(directory, content.get("files") or {})
     config = to_dataclass(ModelConfig, content["model"], f"{directory / CONFIG}: model")
     provenance = content.get("provenance") or {}
-    trains = None if everything else provenance.get("trains")
-    meta = meta_model(config, None, to_dataclass(TrainsConfig, trains, "trains") if trains else None)
+    trainable = None if everything else provenance.get("trains")
+    meta = meta_model(config, None, to_dataclass(TrainableConfig, trainable, "trains") if trainable else None)
     unknown = [name for name in meta.state_dict() if name != "image_token" and their_name(name) is None]
     lm = meta.decoder.lm.config
     if unknown or lm.model_type != "llama":

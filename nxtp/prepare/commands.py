@@ -106,8 +106,8 @@ def print_survey(console: Console, found: Survey, top: int) -> None:
     console.print(sizes)
     kinds = ", ".join(f"{kind} × {n:,}" for kind, n in found.formats.most_common())
     console.print(f"Formats: {kinds or 'none could be read'}. Labels of their own: {found.given:,}.", highlight=False)
-    if found.faults:
-        console.print(f"Cannot be used: {describe(found.faults, '{}')}.", style="red", highlight=False)
+    if found.skipped:
+        console.print(f"Cannot be used: {describe(found.skipped, '{}')}.", style="red", highlight=False)
     _print_bars(console, "Labels an image", [(str(n), count) for n, count in sorted(found.counts.items())])
     title = f"Most frequent of {len(found.labels):,} labels"
     _print_bars(console, title, found.most_frequent(top))

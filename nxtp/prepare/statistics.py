@@ -29,7 +29,7 @@ class Survey:
 
     samples: int = 0
     looked_at: int = 0
-    faults: Counter = field(default_factory=Counter)
+    skipped: Counter = field(default_factory=Counter)
     labels: Counter = field(default_factory=Counter)
     counts: Counter = field(default_factory=Counter)  # number of labels an image → images
     widths: list[int] = field(default_factory=list)
@@ -43,7 +43,7 @@ class Survey:
         return {
             "samples": self.samples,
             "looked_at": self.looked_at,
-            "faults": dict(self.faults),
+            "skipped": dict(self.skipped),
             "labels": {"distinct": len(self.labels), "given": self.given, "most_frequent": self.most_frequent(top)},
             "labels_an_image": dict(sorted(self.counts.items())),
             "formats": dict(self.formats),
@@ -57,7 +57,7 @@ class Survey:
 def survey(opened: OpenedSet, nouns: NounBackend, limit: int | None = 10_000) -> Survey:
     """Read the headers and texts of up to ``limit`` samples spread evenly over the set; images are not decoded."""
     shards = opened.shards
-    found = Survey(samples=len(shards), faults=Counter(shards.faults))
+    found = Survey(samples=len(shards), skipped=Counter(shards.skipped))
     count = min(limit or len(shards), len(shards))
     positions = np.unique(np.linspace(0, len(shards) - 1, count, dtype=np.int64))
     for position in track(positions.tolist(), "looking", console=Console(stderr=True), transient=True):
@@ -67,10 +67,10 @@ def survey(opened: OpenedSet, nouns: NounBackend, limit: int | None = 10_000) ->
             with Image.open(io.BytesIO(raw.image)) as header:
                 width, height, kind = *header.size, header.format
         except SampleFault as fault:
-            found.faults[fault.kind] += 1
+            found.skipped[fault.kind] += 1
             continue
         except Exception:  # Pillow raises nearly any type on damaged files
-            found.faults["bad image"] += 1
+            found.skipped["bad image"] += 1
             continue
         found.widths.append(width)
         found.heights.append(height)
@@ -82,7 +82,7 @@ def survey(opened: OpenedSet, nouns: NounBackend, limit: int | None = 10_000) ->
         try:
             labels = labels_of(raw, nouns)
         except SampleFault as fault:
-            found.faults[fault.kind] += 1
+            found.skipped[fault.kind] += 1
             found.counts[0] += 1
             continue
         found.labels.update(labels)

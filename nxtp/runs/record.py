@@ -62,7 +62,7 @@ class RunRecord:
     steps: int = 0
     validated: int = 0
     samples_seen: int = 0
-    samples_offered: int = 0
+    samples_read: int = 0
     samples_skipped: dict[str, int] = field(default_factory=dict)
     parameters: dict[str, int] = field(default_factory=dict)
     monitor: str | None = None

@@ -11,7 +11,7 @@ from nxtp.runs.atomic import find
 
 # Settings that may differ between a run and its continuation: where it is computed, and what is told of it.
 MAY_CHANGE = ("resume", "logger", "callbacks", "trainer", "parallel", "debug", "hydra")
-MAY_CHANGE += tuple(f"data.{key}" for key in ("workers", "cache_dir", "cache_gb", "stall_timeout", "index_dir"))
+MAY_CHANGE += tuple(f"data.{key}" for key in ("num_workers", "cache_dir", "cache_gb", "read_timeout", "index_dir"))
 
 
 def find_checkpoint(run_dir: Path, resolved: dict[str, Any]) -> str | None:

@@ -23,19 +23,19 @@ from nxtp.sampling.one_shot import MAX_LABEL_TOKENS, Samples
 @dataclass
 class RunningTextConfig:
     """
-    ``new_tokens``          tokens written an image, delimiters included
+    ``max_new_tokens``          tokens written an image, delimiters included
     ``max_tokens``          a label longer than this is cut to it when the text is split
     ``repetition_penalty``  logits of tokens already written are divided by it (multiplied where negative); 1: none
     ``published``           the published code's attention, penalty and probabilities
     """
 
-    new_tokens: int = 64
+    max_new_tokens: int = 64
     max_tokens: int = MAX_LABEL_TOKENS
     repetition_penalty: float = 1.0
     published: bool = False
 
     def __post_init__(self):
-        at_least("sampler.new_tokens", self.new_tokens, 1)
+        at_least("sampler.max_new_tokens", self.max_new_tokens, 1)
         at_least("sampler.max_tokens", self.max_tokens, 1)
         if self.repetition_penalty <= 0:
             raise UserError(f"sampler.repetition_penalty is {self.repetition_penalty}: above 0, please (1: none).")
@@ -45,42 +45,42 @@ class RunningTextConfig:
 class GreedyConfig(RunningTextConfig):
     """
     ``temperature``  0 takes the likeliest token; above it tokens are drawn, logits divided by it first
-    ``draw_top_k``   draw among this many likeliest tokens; null: all
-    ``draw_top_p``   draw among the likeliest tokens that together hold this probability; null: all
+    ``top_k``   draw among this many likeliest tokens; null: all
+    ``top_p``   draw among the likeliest tokens that together hold this probability; null: all
     ``seed``         of the drawing; a batch is drawn together, so other batches draw other texts
     """
 
     temperature: float = 0.0
-    draw_top_k: int | None = None
-    draw_top_p: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
     seed: int = 0
 
     def __post_init__(self):
         super().__post_init__()
         at_least("sampler.temperature", self.temperature, 0)
-        if self.draw_top_k is not None:
-            at_least("sampler.draw_top_k", self.draw_top_k, 1)
-        if self.draw_top_p is not None and not 0 < self.draw_top_p <= 1:
-            raise UserError(f"sampler.draw_top_p is {self.draw_top_p}: above 0 and at most 1, please.")
+        if self.top_k is not None:
+            at_least("sampler.top_k", self.top_k, 1)
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise UserError(f"sampler.top_p is {self.top_p}: above 0 and at most 1, please.")
 
 
 @dataclass
 class BeamConfig(RunningTextConfig):
     """
-    ``beams``           hypotheses kept
-    ``patience``        the search ends when patience · beams texts have ended with EOS
+    ``num_beams``           hypotheses kept
+    ``patience``        the search ends when patience · num_beams texts have ended with EOS
     ``length_penalty``  a text's log-probability is divided by its length to this power
     ``temperature``     logits are divided by it
     """
 
-    beams: int = 3
+    num_beams: int = 3
     patience: float = 1.0
     length_penalty: float = 1.0
     temperature: float = 1.0
 
     def __post_init__(self):
         super().__post_init__()
-        at_least("sampler.beams", self.beams, 1)
+        at_least("sampler.num_beams", self.num_beams, 1)
         if self.patience <= 0 or self.temperature <= 0:
             raise UserError("sampler.patience and sampler.temperature must be above 0.")
 
@@ -113,7 +113,7 @@ def greedy(
     probs_BT = torch.empty(batch, 0, device=device)
     generator = torch.Generator(device).manual_seed(config.seed)
     barred = torch.tensor(list(never_first), dtype=torch.long, device=device)
-    for step in range(config.new_tokens):
+    for step in range(config.max_new_tokens):
         own_BV = logits_BV
         logits_BV = _penalised(logits_BV, tokens_BT, config)
         if config.temperature > 0:
@@ -126,7 +126,7 @@ def greedy(
         shown_BV = logits_BV if config.published else own_BV
         probs_BT = torch.cat([probs_BT, shown_BV.softmax(dim=-1).gather(1, token_B1)], dim=1)
         tokens_BT = torch.cat([tokens_BT, token_B1], dim=1)
-        if step + 1 < config.new_tokens:
+        if step + 1 < config.max_new_tokens:
             logits_BV = _next_logits(model, cache, tokens_BT, prefix, delimiter, config)
     return tokens_BT, probs_BT
 
@@ -145,19 +145,19 @@ def beam(
     """Beam search: the text of the highest log-probability divided by length.
 
     Args:
-        eos: the id that ends a text early; None: every text has ``new_tokens`` tokens.
+        eos: the id that ends a text early; None: every text has ``max_new_tokens`` tokens.
 
     Returns:
         tokens int64 [B, T] and their probabilities float32 [B, T]; behind a text that ended early delimiters of
         probability 1.
     """
-    width = config.beams
+    width = config.num_beams
     first_BV, cache = model.prefill(images, prompt)
     prefix = model.num_image_tokens + 1 + len(prompt)
     batch, vocabulary = first_BV.shape
     device = first_BV.device
     cache.batch_repeat_interleave(width)
-    logits_RV = first_BV.repeat_interleave(width, dim=0)  # R = B · beams rows
+    logits_RV = first_BV.repeat_interleave(width, dim=0)  # R = B · num_beams rows
     tokens_RT = torch.empty(batch * width, 0, dtype=torch.long, device=device)
     probs_RT = torch.empty(batch * width, 0, device=device)
     scores_BW = torch.full((batch, width), -torch.inf, device=device)
@@ -166,7 +166,7 @@ def beam(
     barred = torch.tensor([i for i in never_first if i != eos], dtype=torch.long, device=device)
     ended: list[list[tuple[float, Tensor, Tensor]]] = [[] for _ in range(batch)]
     running = set(range(batch))  # images whose search goes on; the others are computed along, and change no more
-    for step in range(config.new_tokens):
+    for step in range(config.max_new_tokens):
         log_p_RV = (_penalised(logits_RV, tokens_RT, config) / config.temperature).log_softmax(dim=-1)
         log_p_RV = _without_barred_starts(log_p_RV, tokens_RT, delimiter, barred, config)
         total_BWV = scores_BW[..., None] + log_p_RV.view(batch, width, vocabulary)
@@ -187,7 +187,7 @@ def beam(
         rows_R = row_BC.gather(1, keep_BW).flatten()
         tokens_RT = torch.cat([tokens_RT[rows_R], token_BC.gather(1, keep_BW).view(-1, 1)], dim=1)
         probs_RT = torch.cat([probs_RT[rows_R], prob_BC.gather(1, keep_BW).view(-1, 1)], dim=1)
-        last = step + 1 == config.new_tokens
+        last = step + 1 == config.max_new_tokens
         for image in [i for i in running if last or len(ended[i]) >= config.patience * width]:
             running.remove(image)
             score = scores_BW[image, 0].item() / (step + 1) ** config.length_penalty
@@ -282,14 +282,14 @@ def _penalised(logits_RV: Tensor, tokens_RT: Tensor, config: RunningTextConfig) 
 
 
 def _narrowed(logits_BV: Tensor, config: GreedyConfig) -> Tensor:
-    """-inf outside the ``draw_top_k`` likeliest tokens and the ``draw_top_p`` mass."""
+    """-inf outside the ``top_k`` likeliest tokens and the ``top_p`` mass."""
     sorted_BV, order_BV = logits_BV.sort(dim=-1, descending=True)
     drop_BV = torch.zeros_like(sorted_BV, dtype=torch.bool)
-    if config.draw_top_k is not None:
-        drop_BV[:, config.draw_top_k :] = True
-    if config.draw_top_p is not None:
+    if config.top_k is not None:
+        drop_BV[:, config.top_k :] = True
+    if config.top_p is not None:
         probs_BV = sorted_BV.softmax(dim=-1)
-        drop_BV |= probs_BV.cumsum(dim=-1) - probs_BV >= config.draw_top_p  # the first always stays
+        drop_BV |= probs_BV.cumsum(dim=-1) - probs_BV >= config.top_p  # the first always stays
     return logits_BV.masked_fill(drop_BV.gather(1, order_BV.argsort(dim=-1)), -torch.inf)
 
 

@@ -98,8 +98,8 @@ def train(cfg: DictConfig) -> float | None:
         raise
     finally:
         counts = module.final_counts or module.own_counts()
-        record.samples_seen, record.samples_offered = counts["samples_seen"], counts["offered"]
-        record.samples_skipped = counts["faults"] | dict(data.shard_faults)
+        record.samples_seen, record.samples_read = counts["samples_seen"], counts["samples_read"]
+        record.samples_skipped = counts["skipped"] | dict(data.shard_faults)
         if trainer.is_global_zero:
             record.write(run_dir)
             end_tracking(trainer.loggers, run_dir)
@@ -149,7 +149,7 @@ def build(cfg: DictConfig, run_dir: Path) -> tuple[WebDatasetDataModule, Recogni
     validation = to_dataclass(ValidationConfig, cfg.validation, "validation")
     sets: dict[str, OpenedSet] = {}
     tokenizer = find_tokenizer(model, config, run_dir, sets)
-    shape = meta_model(model, len(tokenizer), optim.trains)
+    shape = meta_model(model, len(tokenizer), optim.trainable)
     data = WebDatasetDataModule(
         config,
         tokenizer,
@@ -165,7 +165,7 @@ def build(cfg: DictConfig, run_dir: Path) -> tuple[WebDatasetDataModule, Recogni
         optim,
         validation=validation,
         val_names=list(config.val),
-        fault_limit=config.fault_limit,
+        max_skip_fraction=config.max_skip_fraction,
         parallel=to_dataclass(ParallelConfig, cfg.parallel, "parallel"),
         seed=cfg.seed,
         features=FeatureStore(config.features) if config.features else None,

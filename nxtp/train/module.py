@@ -32,7 +32,7 @@ from nxtp.inference.pretrained import rebuildable
 from nxtp.inference.recognizer import Recognizer
 from nxtp.model.model import Loss, Model, ModelConfig
 from nxtp.model.tokenizer import LabelTokenizer
-from nxtp.model.trainable import choose_trained
+from nxtp.model.trainable import choose_trainable
 from nxtp.sampling.one_shot import one_shot
 from nxtp.sampling.ranking import RankingConfig, rank
 from nxtp.sampling.samplers import never_first
@@ -70,7 +70,7 @@ class RecognitionModule(L.LightningModule):
         *,
         validation: ValidationConfig | None = None,
         val_names: tuple[str, ...] | list[str] = (),
-        fault_limit: float = 0.1,
+        max_skip_fraction: float = 0.1,
         parallel: ParallelConfig | None = None,
         seed: int = 0,
         provenance: dict[str, Any] | None = None,
@@ -80,7 +80,7 @@ class RecognitionModule(L.LightningModule):
         self.model_config, self.tokenizer, self.optim_config = model, tokenizer, optim
         self.validation = validation or ValidationConfig()
         self.val_names = list(val_names)
-        self.fault_limit, self.seed = fault_limit, seed
+        self.max_skip_fraction, self.seed = max_skip_fraction, seed
         self.features = features
         self.parallel, self.provenance = parallel or ParallelConfig(), provenance or {}
         self.model: Model | None = None
@@ -93,8 +93,8 @@ class RecognitionModule(L.LightningModule):
         if self.validation.semantic:
             embedder = label_embedder(self.validation.semantic)
             self.semantic.extend(SemanticMatch(embedder, top_k=self.validation.top_k) for _ in self.val_names)
-        self.faults: Counter = Counter()
-        self.offered = 0
+        self.skipped: Counter = Counter()
+        self.samples_read = 0
         self.samples_seen = 0
         self.final_counts: dict[str, Any] | None = None  # of all ranks, when the training has ended
 
@@ -105,9 +105,9 @@ class RecognitionModule(L.LightningModule):
         resuming = trainer is not None and trainer.ckpt_path is not None
         sharded = trainer is not None and isinstance(trainer.strategy, FSDP2Strategy)
         model = Model(self.model_config, len(self.tokenizer), load_pretrained=not resuming, deferred=sharded)
-        choose_trained(model, self.optim_config.trains)
+        choose_trainable(model, self.optim_config.trainable)
         if self.features is not None and model.encoder.is_trained:
-            raise UserError("data.features needs a frozen encoder, and this one trains: optim.trains.encoder=none.")
+            raise UserError("data.features needs a frozen encoder, and this one trains: optim.trainable.encoder=none.")
         mesh = trainer.strategy.device_mesh if sharded else None
         self.model = parallelize(model, self.parallel, mesh, str(trainer.precision) if sharded else "")
         if not model.decoder.is_filled:
@@ -256,19 +256,19 @@ class RecognitionModule(L.LightningModule):
     # What was skipped, so far in this run; kept over a resume.
 
     def _count(self, batch: Batch, training: bool = True) -> None:
-        self.faults.update(batch.faults)
-        self.offered += batch.offered
+        self.skipped.update(batch.skipped)
+        self.samples_read += batch.samples_read
         self.samples_seen += len(batch) if training else 0
-        skipped = sum(self.faults.values())
-        if batch.faults and self.offered >= 100 and skipped > self.fault_limit * self.offered:
+        skipped = self.skipped.total()
+        if batch.skipped and self.samples_read >= 100 and skipped > self.max_skip_fraction * self.samples_read:
             raise UserError(
-                f"{skipped} of {self.offered} samples could not be used ({describe_faults(self.faults)}): more than "
-                f"data.fault_limit = {self.fault_limit:g}. Check the shards, or raise the limit."
+                f"{skipped} of {self.samples_read} samples could not be used ({describe_faults(self.skipped)}): more than "
+                f"data.max_skip_fraction = {self.max_skip_fraction:g}. Check the shards, or raise the limit."
             )
 
     def own_counts(self) -> dict[str, Any]:
-        """Samples skipped by kind, offered and seen, on this rank."""
-        return {"faults": dict(self.faults), "offered": self.offered, "samples_seen": self.samples_seen}
+        """Samples skipped by kind, samples_read and seen, on this rank."""
+        return {"skipped": dict(self.skipped), "samples_read": self.samples_read, "samples_seen": self.samples_seen}
 
     def on_fit_end(self) -> None:
         self.final_counts = self.counts()
@@ -280,8 +280,8 @@ class RecognitionModule(L.LightningModule):
         if self._trainer is not None and self.trainer.world_size > 1:
             every = [mine] * self.trainer.world_size
             torch.distributed.all_gather_object(every, mine)
-        total = {key: sum(counts[key] for counts in every) for key in ("offered", "samples_seen")}
-        return total | {"faults": dict(sum((Counter(counts["faults"]) for counts in every), Counter()))}
+        total = {key: sum(counts[key] for counts in every) for key in ("samples_read", "samples_seen")}
+        return total | {"skipped": dict(sum((Counter(counts["skipped"]) for counts in every), Counter()))}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["counts"] = self.counts()
@@ -290,8 +290,8 @@ class RecognitionModule(L.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if self.trainer.is_global_zero:  # the sum over ranks, kept by one of them
             counts = checkpoint["counts"]
-            self.faults = Counter(counts["faults"])
-            self.offered, self.samples_seen = counts["offered"], counts["samples_seen"]
+            self.skipped = Counter(counts["skipped"])
+            self.samples_read, self.samples_seen = counts["samples_read"], counts["samples_seen"]
         self._place_in_epoch(checkpoint)
 
     def _place_in_epoch(self, checkpoint: dict[str, Any]) -> None:

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from nxtp.errors import UserError
 from nxtp.model.model import Model
-from nxtp.model.trainable import TrainsConfig
+from nxtp.model.trainable import TrainableConfig
 
 
 @dataclass
@@ -35,7 +35,7 @@ class OptimConfig:
     warmup: float = 0.05
     final_lr: float = 0.0
     state_bits: int = 32
-    trains: TrainsConfig = field(default_factory=TrainsConfig)
+    trainable: TrainableConfig = field(default_factory=TrainableConfig)
 
 
 def parameter_groups(model: nn.Module, weight_decay: float, also: Sequence[nn.Parameter] = ()) -> list[dict[str, Any]]:

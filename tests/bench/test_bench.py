@@ -20,7 +20,7 @@ from nxtp.bench.workers import DELIMITER, SIZES, Predictor, Trainer, random_labe
 from nxtp.errors import UserError
 from nxtp.model.flops import count_parameters, meta_model
 from nxtp.model.model import Model
-from nxtp.model.trainable import TrainsConfig
+from nxtp.model.trainable import TrainableConfig
 from nxtp.sampling.one_shot import one_shot
 
 
@@ -92,7 +92,7 @@ def test_a_worker_measures_in_its_precision():
 
 
 def test_ways_agree_where_only_some_parts_train():
-    size = dataclasses.replace(SIZES["tiny"], trains=TrainsConfig(encoder=1, embedding=False))
+    size = dataclasses.replace(SIZES["tiny"], trainable=TrainableConfig(encoder=1, embedding=False))
     ours, theirs = (Trainer(way, size, batch=2, seed=0) for way in ("ours", "published"))
     results = ours.result(), theirs.result()
     assert assert_equal(*results, "step") < TOLERANCE
@@ -126,7 +126,7 @@ def test_mfu_is_shown_where_the_peak_is_known():
 
 def test_g3m_is_the_published_recipe():
     size = SIZES["g3m"]
-    model = meta_model(size.config(), None, size.trains)
+    model = meta_model(size.config(), None, size.trainable)
     counts = count_parameters(model)
     assert 1.77e9 < counts["total"] < 1.79e9
     assert model.decoder.vocab_size == size.vocab

@@ -19,11 +19,11 @@ from nxtp.model.decoder import DecoderConfig
 from nxtp.model.encoder import EncoderConfig
 from nxtp.model.layout import lay_out
 from nxtp.model.model import Model, ModelConfig
-from nxtp.model.trainable import TrainsConfig, choose_trained
+from nxtp.model.trainable import TrainableConfig, choose_trainable
 from nxtp.train.optim import OptimConfig, build_optimizer
 
 SIDE = 84
-PUBLISHED_LIKE = TrainsConfig(encoder=2, embedding=False)
+PUBLISHED_LIKE = TrainableConfig(encoder=2, embedding=False)
 
 
 def config() -> ModelConfig:
@@ -46,7 +46,7 @@ def measured_peak(optim: OptimConfig, step: Step, parallel: ParallelConfig, mesh
     """Most bytes allocated at a time in two real steps, what was there before included, by PyTorch's account."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         model = Model(config()).train()
-        choose_trained(model, optim.trains)
+        choose_trainable(model, optim.trainable)
         parallelize(model, parallel, mesh, step.precision)
         optimizer, _ = build_optimizer(model, optim, total_steps=10)
         layout = lay_out(
@@ -75,15 +75,15 @@ def measured_peak(optim: OptimConfig, step: Step, parallel: ParallelConfig, mesh
 @pytest.mark.parametrize(
     ("trains", "checkpointing", "accumulates", "precision"),
     [
-        (TrainsConfig(), False, False, "32-true"),
+        (TrainableConfig(), False, False, "32-true"),
         (PUBLISHED_LIKE, False, False, "32-true"),
         (PUBLISHED_LIKE, True, False, "32-true"),
-        (TrainsConfig(), True, True, "32-true"),
+        (TrainableConfig(), True, True, "32-true"),
         pytest.param(PUBLISHED_LIKE, False, False, "bf16-mixed", marks=pytest.mark.slow),
     ],
 )
-def test_prediction_is_what_a_real_step_allocates(trains, checkpointing, accumulates, precision):
-    optim, parallel = OptimConfig(trains=trains), ParallelConfig(activation_checkpointing=checkpointing)
+def test_prediction_is_what_a_real_step_allocates(trainable, checkpointing, accumulates, precision):
+    optim, parallel = OptimConfig(trainable=trainable), ParallelConfig(activation_checkpointing=checkpointing)
     step = Step(batch=4, precision=precision, accumulates=accumulates)
     predicted = memory(config(), None, optim, step, parallel).total
     assert predicted == pytest.approx(measured_peak(optim, step, parallel), rel=0.02)
@@ -95,7 +95,7 @@ def _rank(rank: int, step: Step, directory: str) -> None:
     mesh = None
     if step.strategy == "fsdp":
         mesh = dist.init_device_mesh("cpu", (step.ranks, 1), mesh_dim_names=("data_parallel", "tensor_parallel"))
-    peak = measured_peak(OptimConfig(trains=PUBLISHED_LIKE), step, ParallelConfig(), mesh)
+    peak = measured_peak(OptimConfig(trainable=PUBLISHED_LIKE), step, ParallelConfig(), mesh)
     Path(directory, str(rank)).write_text(str(peak))
     dist.destroy_process_group()
 
@@ -110,14 +110,14 @@ def test_prediction_is_what_each_of_two_processes_allocates(strategy, within, tm
         assert of(step).total == pytest.approx(measured, rel=within)
 
 
-def of(step: Step, trains: TrainsConfig = PUBLISHED_LIKE) -> Memory:
-    return memory(config(), None, OptimConfig(trains=trains), step)
+def of(step: Step, trainable: TrainableConfig = PUBLISHED_LIKE) -> Memory:
+    return memory(config(), None, OptimConfig(trainable=trainable), step)
 
 
 def test_parts_are_what_arithmetic_says():
     with torch.device("meta"):
         model = Model(config())
-    choose_trained(model, PUBLISHED_LIKE)
+    choose_trainable(model, PUBLISHED_LIKE)
     weights = 4 * sum(p.numel() for p in model.parameters())
     trained = 4 * sum(p.numel() for p in model.parameters() if p.requires_grad)
 
@@ -141,17 +141,17 @@ def test_parts_are_what_arithmetic_says():
     assert scaled.total == single.most["weights"] + 4 * trained + trained  # the update's square roots
     assert scaled.peak["working"] == trained
 
-    eight_bits = memory(config(), None, OptimConfig(trains=PUBLISHED_LIKE, state_bits=8), Step(batch=2))
+    eight_bits = memory(config(), None, OptimConfig(trainable=PUBLISHED_LIKE, state_bits=8), Step(batch=2))
     assert eight_bits.most["optimizer"] == pytest.approx(2 * trained / 4 * (1 + 1 / 64), rel=0.02)
 
 
 def test_frozen_leading_blocks_keep_nothing_and_checkpoints_keep_little():
     step = Step(batch=2)
-    all_trained, last_only = of(step, TrainsConfig()), of(step, TrainsConfig(encoder="none"))
-    none = TrainsConfig(encoder="none", projection=False, image_token=False, embedding=False, decoder=1)
+    all_trained, last_only = of(step, TrainableConfig()), of(step, TrainableConfig(encoder="none"))
+    none = TrainableConfig(encoder="none", projection=False, image_token=False, embedding=False, decoder=1)
     assert of(step, none).most["activations"] < 0.5 * last_only.most["activations"]
     assert last_only.most["activations"] < 0.9 * all_trained.most["activations"]
-    cached = of(Step(batch=2, features=True), TrainsConfig(encoder="none"))
+    cached = of(Step(batch=2, features=True), TrainableConfig(encoder="none"))
     assert cached.most["weights"] == last_only.most["weights"]
     assert cached.most["activations"] <= last_only.most["activations"]
     assert cached.total <= last_only.total

@@ -18,12 +18,12 @@ from nxtp.distributed.parallelize import ParallelConfig, parallelize
 from nxtp.errors import UserError
 from nxtp.model.layout import lay_out
 from nxtp.model.model import Model
-from nxtp.model.trainable import TrainsConfig, choose_trained
+from nxtp.model.trainable import TrainableConfig, choose_trainable
 
 
-def model(**trains) -> Model:
+def model(**trainable) -> Model:
     tiny = Model(tiny_config(), 400)
-    choose_trained(tiny, TrainsConfig(**trains))
+    choose_trainable(tiny, TrainableConfig(**trainable))
     return tiny
 
 
@@ -52,8 +52,8 @@ class Sent(TorchDispatchMode):
         {"encoder": "none", "projection": False, "image_token": False, "embedding": False, "decoder": 1},
     ],
 )
-def test_bytes_are_those_that_fsdp_sends(trains):
-    whole = model(**trains)
+def test_bytes_are_those_that_fsdp_sends(trainable):
+    whole = model(**trainable)
     expected = sent_bytes(whole, "fsdp", 4)
     with _fake_mesh(Step("fsdp", ranks=4)) as mesh:
         sharded = parallelize(whole, ParallelConfig(), mesh, "bf16-mixed")
@@ -78,14 +78,14 @@ def test_a_step_takes_what_its_slower_half_takes():
 
 
 def test_images_are_samples_by_weight_and_epochs():
-    train = {"a": {"shards": "x", "samples": 100}, "b": {"shards": "y", "samples": 10, "weight": 2.0}}
+    train = {"a": {"shards": "x", "expected_samples": 100}, "b": {"shards": "y", "expected_samples": 10, "repeat": 2.0}}
 
     def cfg(**data):
         return OmegaConf.create({"data": OmegaConf.structured(DataConfig(**data)), "trainer": {"max_epochs": 3}})
 
     assert images_of(cfg(train=train)) == 360
     assert images_of(cfg(train=train, fraction=0.5)) == 180
-    assert images_of(cfg(train=train, samples=50)) == 150
+    assert images_of(cfg(train=train, max_samples=50)) == 150
     with pytest.raises(UserError, match="--images"):
         images_of(cfg(train="some/shards"))
     with pytest.raises(UserError, match=r"data\.train"):

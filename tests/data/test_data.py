@@ -56,27 +56,27 @@ def test_plan_gives_every_sample_once(sizes, batch_size, world, epoch, window):
     seen = [p for plan in training for p in positions(plan)]
     assert len(seen) == len(set(seen)) == total // (batch_size * world) * batch_size * world
     # the global order does not depend on the number of ranks
-    single = ElasticBatchSampler(sizes, batch_size * world, shuffle=True, seed=3, window=window)
+    single = ElasticBatchSampler(sizes, batch_size * world, shuffle=True, seed=3, shuffle_window=window)
     single.set_epoch(epoch)
     steps = [np.concatenate([run for _, run in group]) for group in zip(*training, strict=True)]
     assert [run.tolist() for run in steps] == [run.tolist() for _, run in single]
 
 
 def test_epochs_differ_and_repeat_by_seed():
-    plan = ElasticBatchSampler([30, 30, 30], 5, shuffle=True, seed=1, window=20)
+    plan = ElasticBatchSampler([30, 30, 30], 5, shuffle=True, seed=1, shuffle_window=20)
     first = positions(plan)
     plan.set_epoch(1)
     second = positions(plan)
     assert first != second
     assert sorted(first) == sorted(second) == list(range(90))
-    again = ElasticBatchSampler([30, 30, 30], 5, shuffle=True, seed=1, window=20)
+    again = ElasticBatchSampler([30, 30, 30], 5, shuffle=True, seed=1, shuffle_window=20)
     assert positions(again) == first
-    assert positions(ElasticBatchSampler([30, 30, 30], 5, shuffle=True, seed=2, window=20)) != first
+    assert positions(ElasticBatchSampler([30, 30, 30], 5, shuffle=True, seed=2, shuffle_window=20)) != first
 
 
 def test_every_window_of_every_epoch_has_an_order_of_its_own():
     """One shard, so that windows are all that is shuffled: the same order again would teach a sequence."""
-    plan = ElasticBatchSampler([60], 20, shuffle=True, seed=1, window=20)
+    plan = ElasticBatchSampler([60], 20, shuffle=True, seed=1, shuffle_window=20)
     orders = set()
     for epoch in range(3):
         plan.set_epoch(epoch)
@@ -96,14 +96,14 @@ def test_subsets_are_nested_and_keep_the_proportions():
     total, previous = sum(PART_SIZES), set()
     in_a = {*range(30), *range(80, 87)}
     for count in range(1, total + 1):
-        now = chosen(samples=count)
+        now = chosen(max_samples=count)
         assert len(now) == count
         assert previous < now
         assert abs(len(now & in_a) - count * 37 / total) <= 1
         previous = now
-    assert chosen(fraction=0.1) == chosen(samples=12) < chosen(fraction=0.5)
-    assert chosen(samples=12, subset_seed=1) != chosen(samples=12)
-    assert chosen(samples=12, seed=5) == chosen(samples=12), "the training's seed does not change the choice"
+    assert chosen(fraction=0.1) == chosen(max_samples=12) < chosen(fraction=0.5)
+    assert chosen(max_samples=12, subset_seed=1) != chosen(max_samples=12)
+    assert chosen(max_samples=12, seed=5) == chosen(max_samples=12), "the training's seed does not change the choice"
 
 
 @settings(max_examples=100, deadline=None)
@@ -117,7 +117,7 @@ def test_subset_counts_never_fall(sizes, share):
 
 def test_weights_say_how_often_a_sample_comes():
     parts = [Part("a", [0, 2], 2.0), Part("b", [1, 3, 4], 0.5)]
-    plan = ElasticBatchSampler(PART_SIZES, 1, shuffle=True, parts=parts, window=40)
+    plan = ElasticBatchSampler(PART_SIZES, 1, shuffle=True, parts=parts, shuffle_window=40)
     in_a = {*range(30), *range(80, 87)}
     seen = Counter()
     for epoch in range(4):
@@ -193,8 +193,8 @@ def test_over_epochs_every_sample_comes_equally_often(weight, epochs, times):
         ({"subset_seed": -1}, r"data\.subset_seed is -1: at least 0"),
         ({"samples": 0}, r"data\.samples is 0"),
         ({"samples": 5, "fraction": 0.5}, "give one of them"),
-        ({"parts": [Part("a", [0], 0.0)]}, "weight of source 'a' is 0"),
-        ({"parts": [Part("a", [0], float("nan"))]}, "weight of source 'a'"),
+        ({"parts": [Part("a", [0], 0.0)]}, "repeat of source 'a' is 0"),
+        ({"parts": [Part("a", [0], float("nan"))]}, "repeat of source 'a'"),
     ],
 )
 def test_subsets_and_weights_out_of_range(change, message):
@@ -210,13 +210,14 @@ def test_other_ranks_continue_an_epoch(sizes, batch_size, before, after, window,
     if total < batch_size * max(before, after):
         return
     plans = [
-        ElasticBatchSampler(sizes, batch_size, shuffle=True, window=window, rank=r, world=before) for r in range(before)
+        ElasticBatchSampler(sizes, batch_size, shuffle=True, shuffle_window=window, rank=r, world=before)
+        for r in range(before)
     ]
     steps = data.draw(st.integers(0, plans[0].steps))
     head = [p for plan in plans for _, run in list(plan)[:steps] for p in run.tolist()]
     rest = []
     for rank in range(after):
-        plan = ElasticBatchSampler(sizes, batch_size, shuffle=True, window=window, rank=rank, world=after)
+        plan = ElasticBatchSampler(sizes, batch_size, shuffle=True, shuffle_window=window, rank=rank, world=after)
         plan.start = steps * plans[0].per_step
         rest += positions(plan)
     assert len(head) + len(rest) == len({*head, *rest})
@@ -238,7 +239,7 @@ def test_a_plan_of_seventy_million_is_cheap():
 @pytest.mark.parametrize("workers", [0, 1, 3])
 def test_loader_gives_every_sample_once_for_any_workers(tmp_path, workers):
     root = write_shards(tmp_path / "s", [7, 3, 12])  # fewer shards than workers, none divisible
-    loader = shard_data(val={"v": str(root)}, workers=workers).val_dataloader()[0]
+    loader = shard_data(val={"v": str(root)}, num_workers=workers).val_dataloader()[0]
     keys = [key for batch in loader for key in batch.keys]
     assert keys == [f"{i:06d}" for i in range(22)]
 
@@ -247,7 +248,7 @@ def test_order_does_not_depend_on_workers(tmp_path):
     root = write_shards(tmp_path / "s", [20, 20])
     orders = []
     for workers in (0, 2):
-        loader = shard_data(str(root), workers=workers).train_dataloader()
+        loader = shard_data(str(root), num_workers=workers).train_dataloader()
         loader.sampler.set_epoch(2)
         orders.append([(batch.keys, batch.labels, batch.layout.tokens_BU.tolist()) for batch in loader])
     assert orders[0] == orders[1]
@@ -261,12 +262,12 @@ def test_resumes_in_mid_epoch(tmp_path, done, workers):
     whole.sampler.set_epoch(1)
     expected = [batch.keys for batch in whole]
 
-    first = shard_data(str(root), workers=workers).train_dataloader()
+    first = shard_data(str(root), num_workers=workers).train_dataloader()
     first.sampler.set_epoch(1)
     iterator = iter(first)
     head = [next(iterator).keys for _ in range(done)]
     state = first.state_dict()  # loader workers have read further: only what was handed out counts
-    rest = shard_data(str(root), workers=workers).train_dataloader()
+    rest = shard_data(str(root), num_workers=workers).train_dataloader()
     rest.load_state_dict(state)
     rest.sampler.set_epoch(1)
     assert head + [batch.keys for batch in rest] == expected
@@ -291,8 +292,8 @@ def test_batch_holds_pixels_and_labels(tmp_path):
     assert batch.images.shape == (4, 3, 32, 32)
     assert batch.images.dtype == torch.uint8
     assert batch.labels == [["rose", "stone"], ["lemon", "stone"], ["leaf", "stone"], ["ocean", "stone"]]
-    assert batch.offered == 4
-    assert not batch.faults
+    assert batch.samples_read == 4
+    assert not batch.skipped
 
 
 def test_labels_win_over_the_caption(tmp_path):
@@ -334,10 +335,10 @@ def test_bad_samples_are_skipped_and_counted(tmp_path):
     write_shard(tmp_path / "a.tar", [*good, *bad])
     (batch,) = shard_data(val={"v": str(tmp_path)}, val_batch_size=16).val_dataloader()[0]
     assert batch.keys == [s["__key__"] for s in good]
-    assert batch.offered == 7
-    assert sum(batch.faults.values()) == 4
-    assert batch.faults["no caption"] == batch.faults["no labels"] == 1
-    assert batch.faults["bad image"] == 2
+    assert batch.samples_read == 7
+    assert sum(batch.skipped.values()) == 4
+    assert batch.skipped["no caption"] == batch.skipped["no labels"] == 1
+    assert batch.skipped["bad image"] == 2
 
 
 def test_damaged_shards_are_counted(tmp_path):
@@ -386,7 +387,7 @@ def test_another_noun_backend_than_the_trainings_is_told(tmp_path, caplog):
     assert "'nltk'" in caplog.records[1].getMessage()
 
 
-@pytest.mark.parametrize("weight", [2, 0.1, "natural"])
-def test_a_weight_is_a_whole_number_a_fraction_or_natural(weight):
-    config = OmegaConf.create({"sbu": {"shards": "data/shards/sbu", "weight": weight}})
-    assert named_sources(config)["sbu"].weight == weight
+@pytest.mark.parametrize("repeat", [2, 0.1])
+def test_repeat_is_a_whole_number_or_a_fraction(repeat):
+    config = OmegaConf.create({"sbu": {"shards": "data/shards/sbu", "repeat": repeat}})
+    assert named_sources(config)["sbu"].repeat == repeat

@@ -15,7 +15,13 @@ from nxtp.data.features.store import LOCK, META, FeatureStore, FeatureWriter, Me
 from nxtp.errors import UserError
 from nxtp.prepare.shard_writer import write_shard
 
-FROZEN = ["optim.trains.encoder=none", "data.train=train", *TINY_OVERRIDES, "data.workers=0", "data.batch_size=8"]
+FROZEN = [
+    "optim.trainable.encoder=none",
+    "data.train=train",
+    *TINY_OVERRIDES,
+    "data.num_workers=0",
+    "data.batch_size=8",
+]
 CPU = ["trainer.accelerator=cpu", "trainer.precision=32-true"]
 
 
@@ -70,12 +76,14 @@ def test_a_part_of_the_data_needs_a_part_of_the_features(root):
 
 def test_images_that_have_no_features_are_counted(root):
     write_shards(root / "more", [32, 32, 8])
-    run = train(root, "more", "data.features=float32", "data.train=more", "data.fault_limit=1")
+    run = train(root, "more", "data.features=float32", "data.train=more", "data.max_skip_fraction=1")
     assert record(run)["samples_skipped"]["no features"] == 2 * 9
 
 
 def test_what_does_not_fit_is_told(root):
-    assert "optim.trains.encoder=none" in train(root, "a", "data.features=float32", "optim.trains.encoder=all", code=1)
+    assert "optim.trainable.encoder=none" in train(
+        root, "a", "data.features=float32", "optim.trainable.encoder=all", code=1
+    )
     assert "another encoder" in train(root, "a", "data.features=float32", "seed=1", code=1)
     assert "16 tokens of width 32" in train(root, "a", "data.features=float32", "model.encoder.image_size=64", code=1)
     assert "No features in 'nowhere'" in train(root, "a", "data.features=nowhere", code=1)
@@ -99,7 +107,7 @@ def test_a_damaged_store_is_told(root):
     tokens.write_bytes(whole[:1000])
     with pytest.raises(UserError, match=r"tokens\.npy.*cannot be read"):  # cut short under a run
         store.read(sample(30)["jpg"])
-    told = train(root, "c", "data.features=damaged", "data.workers=1", code=1)
+    told = train(root, "c", "data.features=damaged", "data.num_workers=1", code=1)
     assert "part-000000' is damaged" in told.splitlines()[-1]
     values = np.load(root / "float32" / "part-000000" / "tokens.npy")
     np.save(tokens, values[:-1])

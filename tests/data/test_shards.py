@@ -69,7 +69,7 @@ def shard(tmp_path) -> Path:
 def test_written_samples_are_read_back(shard):
     shards = IndexedShards([str(shard)])
     assert len(shards) == len(SAMPLES)
-    assert not shards.faults
+    assert not shards.skipped
     for i in np.random.default_rng(0).permutation(len(SAMPLES)).tolist():
         raw = shards.read(i)
         assert (raw.key, raw.shard) == (SAMPLES[i]["__key__"], str(shard))
@@ -247,7 +247,7 @@ def test_reading_equals_webdataset(tmp_path, format):
     shards = IndexedShards([first, second])
     theirs = list(wds.WebDataset([first, second], shardshuffle=False, empty_check=False))
     assert len(shards) == len(theirs) == 7
-    assert not shards.faults
+    assert not shards.skipped
     for position, sample in enumerate(theirs):
         raw = shards.read(position)
         record = json.loads(sample.get("json", b"{}"))
@@ -269,7 +269,7 @@ def test_only_regular_files_count(tmp_path):
         file.addfile(info, io.BytesIO(b"abc"))
     shards = IndexedShards([str(path)])
     assert [shards.read(i).key for i in range(len(shards))] == ["a"]
-    assert not shards.faults
+    assert not shards.skipped
 
 
 def test_truncated_at_every_kind_of_place(tmp_path, shard):
@@ -285,7 +285,7 @@ def test_truncated_at_every_kind_of_place(tmp_path, shard):
             assert index.keys.tolist() == [s["__key__"] for s in SAMPLES[:sample]], (sample, part, cut)
             assert index.truncated
             lost = {"incomplete sample": 1} if part > 0 else {}
-            assert index.faults == Counter({"truncated shard": 1} | lost)
+            assert index.skipped == Counter({"truncated shard": 1} | lost)
 
 
 def test_truncated_between_samples_keeps_the_whole_ones(tmp_path, shard):
@@ -293,10 +293,10 @@ def test_truncated_between_samples_keeps_the_whole_ones(tmp_path, shard):
     path = tmp_path / "cut.tar"
     path.write_bytes(shard.read_bytes()[: members[12].offset])  # four samples, no end of archive
     assert keys(path) == [s["__key__"] for s in SAMPLES[:4]]
-    assert index_shard(path).faults == Counter({"truncated shard": 1})
+    assert index_shard(path).skipped == Counter({"truncated shard": 1})
     path.write_bytes(shard.read_bytes()[: members[11].offset])  # the fourth has no text
     assert keys(path) == [s["__key__"] for s in SAMPLES[:3]]
-    assert index_shard(path).faults == Counter({"truncated shard": 1, "incomplete sample": 1})
+    assert index_shard(path).skipped == Counter({"truncated shard": 1, "incomplete sample": 1})
 
 
 @pytest.mark.parametrize("field", [0, 124, 148, 156])  # name, size, checksum, type
@@ -306,7 +306,7 @@ def test_flipped_bit_in_a_header(tmp_path, shard, field):
     path = tmp_path / "flipped.tar"
     path.write_bytes(data)
     assert keys(path) == [s["__key__"] for s in SAMPLES[:4]]
-    assert index_shard(path).faults == Counter({"corrupt shard": 1})
+    assert index_shard(path).skipped == Counter({"corrupt shard": 1})
 
 
 @pytest.mark.parametrize(
@@ -324,12 +324,12 @@ def test_flipped_bit_in_a_header(tmp_path, shard, field):
 def test_files_without_samples(tmp_path, content, kind):
     path = tmp_path / "bad.tar"
     path.write_bytes(content)
-    assert (len(index_shard(path)), index_shard(path).faults) == (0, Counter({kind: 1}))
+    assert (len(index_shard(path)), index_shard(path).skipped) == (0, Counter({kind: 1}))
 
 
 def test_missing_shard_and_directory(tmp_path):
-    assert index_shard(tmp_path / "gone.tar").faults == Counter({"shard vanished": 1})
-    assert index_shard(tmp_path).faults == Counter({"unreadable shard": 1})
+    assert index_shard(tmp_path / "gone.tar").skipped == Counter({"shard vanished": 1})
+    assert index_shard(tmp_path).skipped == Counter({"unreadable shard": 1})
 
 
 @pytest.mark.parametrize("format", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
@@ -344,7 +344,7 @@ def test_random_damage_raises_nothing_but_sample_faults(tmp_path, format):
         data[where] ^= rng.integers(1, 256, size=len(where), dtype=np.uint8)
         path.write_bytes(data[: rng.integers(len(data)) if rng.random() < 0.3 else None].tobytes())
         shards = IndexedShards([str(path)])
-        assert len(shards) == 4 or shards.faults
+        assert len(shards) == 4 or shards.skipped
         for i in range(len(shards)):
             with suppress(SampleFault):
                 shards.read(i)
@@ -356,11 +356,11 @@ def test_hostile_sizes(tmp_path):
         info = tarfile.TarInfo("a.jpg")
         info.size = size
         (tmp_path / name).write_bytes(info.tobuf(tarfile.GNU_FORMAT) + bytes(2048))
-        assert index_shard(tmp_path / name).faults == Counter({"truncated shard": 1})
+        assert index_shard(tmp_path / name).skipped == Counter({"truncated shard": 1})
     info = tarfile.TarInfo("a.jpg")
     info.pax_headers = {"size": "-5"}
     (tmp_path / "pax.tar").write_bytes(info.tobuf(tarfile.PAX_FORMAT) + bytes(2048))
-    assert index_shard(tmp_path / "pax.tar").faults == Counter({"corrupt shard": 1})
+    assert index_shard(tmp_path / "pax.tar").skipped == Counter({"corrupt shard": 1})
 
 
 def test_first_of_duplicate_keys_is_kept(tmp_path):
@@ -378,13 +378,13 @@ def test_first_of_duplicate_keys_is_kept(tmp_path):
     shards = IndexedShards([path])
     assert [shards.read(i).image for i in range(len(shards))] == [b"first", b"other"]
     assert shards.read(0).caption == "one"
-    assert shards.faults == Counter({"duplicate key": 2})
+    assert shards.skipped == Counter({"duplicate key": 2})
 
 
 def test_samples_without_image_are_counted(tmp_path):
     path = tar(tmp_path / "a.tar", [("a.txt", b"x"), ("b.jpg", b"x"), ("c.v2.jpg", b"x"), ("d.bmp", b"x")])
     assert keys(path) == ["b"]
-    assert index_shard(path).faults == Counter({"no image": 3})
+    assert index_shard(path).skipped == Counter({"no image": 3})
 
 
 def test_names_that_are_not_utf8(tmp_path):
@@ -478,7 +478,7 @@ def test_one_line_of_samples_over_many_shards(tmp_path):
     (tmp_path / "5.tar").write_bytes(b"no tar at all")
     shards = IndexedShards(expand_shards(tmp_path))
     assert shards.sizes.tolist() == [*sizes, 0]
-    assert shards.faults == Counter({"empty shard": 2, "corrupt shard": 1})
+    assert shards.skipped == Counter({"empty shard": 2, "corrupt shard": 1})
     read = [shards.read(i) for i in range(len(shards))]
     assert [Path(raw.shard).stem for raw in read] == list("000222223")
     assert [raw.key for raw in read] == [s["__key__"] for n in sizes for s in SAMPLES[:n]]
@@ -527,7 +527,7 @@ def test_an_index_is_kept_until_the_shard_changes(tmp_path, shard, monkeypatch):
     assert len(calls) == 2
     shard.unlink()
     gone = IndexedShards([str(shard)], store=store)
-    assert (len(gone), gone.faults) == (0, Counter({"shard vanished": 1}))
+    assert (len(gone), gone.skipped) == (0, Counter({"shard vanished": 1}))
 
 
 def test_a_replacement_of_the_same_size_and_time_is_not_read_at_old_offsets(tmp_path, shard):
@@ -565,7 +565,7 @@ def test_faults_and_odd_keys_are_kept_too(tmp_path):
     )
     store = IndexStore(tmp_path / "index")
     first, second = IndexedShards([path], store=store), IndexedShards([path], store=store)
-    assert first.faults == second.faults == Counter({"no image": 1})
+    assert first.skipped == second.skipped == Counter({"no image": 1})
     assert first.read(0) == second.read(0)
 
 
@@ -695,14 +695,14 @@ def test_remote_commands_are_fetched_once(tmp_path, shard):
     shards = IndexedShards(urls, cache, store)
     assert len(shards) == len(SAMPLES)
     assert shards.read(3).shard == urls[0]
-    assert shards.faults == Counter({"unreachable shard": 1})
+    assert shards.skipped == Counter({"unreachable shard": 1})
     assert len(list((tmp_path / "cache").glob("*.tar"))) == 1
     shard.unlink()
     assert len(IndexedShards(urls[:1], cache, store)) == len(SAMPLES)
     stalled = IndexedShards(
         [f"pipe:head -c 9 {tmp_path}/index/*; sleep 30"], RemoteCache(tmp_path / "c", stall=0.3), store
     )
-    assert stalled.faults == Counter({"stalled shard": 1})
+    assert stalled.skipped == Counter({"stalled shard": 1})
 
 
 def test_no_command_is_run_that_was_not_given(tmp_path, shard):

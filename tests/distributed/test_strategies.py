@@ -28,7 +28,7 @@ WAYS = {  # overrides and ranks: eight images a step in each
 }
 PARTS = {
     "all": [],
-    "mixed": ["optim.trains.encoder=1", "optim.trains.embedding=false"],
+    "mixed": ["optim.trainable.encoder=1", "optim.trainable.embedding=false"],
 }
 STEPS = 20
 
@@ -51,7 +51,7 @@ def train(root, name: str, way: str, *overrides: str, tiny=TINY_OVERRIDES, code:
         "data.train=train",
         "+data.val.val=val",
         *tiny,
-        "data.workers=0",
+        "data.num_workers=0",
         "data.val_batch_size=4",
         "trainer.log_every_n_steps=1",
         f"trainer.max_steps={STEPS}",

@@ -16,7 +16,7 @@ from nxtp.model.encoder import EncoderConfig
 from nxtp.model.flops import Flops, ModelFlops, compute_dtype, meta_model, peak_flops, training_flops
 from nxtp.model.layout import lay_out
 from nxtp.model.model import Model, ModelConfig
-from nxtp.model.trainable import TrainsConfig, choose_trained
+from nxtp.model.trainable import TrainableConfig, choose_trainable
 from nxtp.train.optim import OptimConfig
 
 LABELS = [[(5, 6)] * 3, [(5,)] * 7, [(7, 8, 9)]]  # of three images; 9, 14 and 4 positions
@@ -54,9 +54,9 @@ def published(**decoder) -> ModelConfig:
     return config
 
 
-def trains_of(experiment: str) -> TrainsConfig:
+def trains_of(experiment: str) -> TrainableConfig:
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        return to_dataclass(OptimConfig, compose("train", [f"experiment={experiment}"]).optim, "optim").trains
+        return to_dataclass(OptimConfig, compose("train", [f"experiment={experiment}"]).optim, "optim").trainable
 
 
 @pytest.mark.parametrize("depth", [1, 6, 32])
@@ -68,22 +68,22 @@ def test_published_model_costs_what_the_counter_counts(depth):
 
 
 TRAINS = {
-    "all": TrainsConfig(),
-    "published": TrainsConfig(encoder=1, embedding=False),
-    "encoder frozen": TrainsConfig(encoder="none"),
-    "projection only": TrainsConfig("none", True, False, False, "none", False),
-    "image token only": TrainsConfig("none", False, True, False, "none", False),
-    "encoder only": TrainsConfig("all", False, False, False, "none", False),
-    "head only": TrainsConfig("none", False, False, False, "none", True),
-    "last decoder block only": TrainsConfig("none", False, False, False, 1, False),
-    "last blocks": TrainsConfig(1, False, False, False, 1, True),
+    "all": TrainableConfig(),
+    "published": TrainableConfig(encoder=1, embedding=False),
+    "encoder frozen": TrainableConfig(encoder="none"),
+    "projection only": TrainableConfig("none", True, False, False, "none", False),
+    "image token only": TrainableConfig("none", False, True, False, "none", False),
+    "encoder only": TrainableConfig("all", False, False, False, "none", False),
+    "head only": TrainableConfig("none", False, False, False, "none", True),
+    "last decoder block only": TrainableConfig("none", False, False, False, 1, False),
+    "last blocks": TrainableConfig(1, False, False, False, 1, True),
 }
 
 
 @pytest.mark.parametrize("objective", ["matched", "published"])
 @pytest.mark.parametrize("trains", list(TRAINS))
-def test_only_what_trains_costs_backward(trains, objective):
-    model = meta_model(tiny_config(), None, TRAINS[trains])
+def test_only_what_trains_costs_backward(trainable, objective):
+    model = meta_model(tiny_config(), None, TRAINS[trainable])
     formula, counter = by_formula(model, objective), counted(model, objective)
     assert formula.forward == pytest.approx(counter.forward, rel=1e-3)
     assert formula.backward == pytest.approx(counter.backward, rel=1e-3)
@@ -104,7 +104,7 @@ def test_a_frozen_model_costs_no_backward():
     ],
 )
 def test_other_decoders(fields):
-    model = meta_model(tiny_config(**fields), None, TrainsConfig())
+    model = meta_model(tiny_config(**fields), None, TrainableConfig())
     assert tuple(by_formula(model)) == pytest.approx(tuple(counted(model)), rel=1e-2)
 
 
@@ -117,9 +117,9 @@ def test_other_decoders(fields):
     ],
     ids=["resnet10t", "timm's ViT"],
 )
-def test_towers_without_a_formula_are_counted(encoder, trains):
+def test_towers_without_a_formula_are_counted(encoder, trainable):
     config = ModelConfig(encoder=encoder, decoder=tiny_config().decoder, vocab_size=400)
-    model = meta_model(config, 400, TRAINS[trains])
+    model = meta_model(config, 400, TRAINS[trainable])
     formula, counter = by_formula(model), counted(model)
     assert formula.forward == pytest.approx(counter.forward, rel=1e-3)
     assert formula.backward == pytest.approx(counter.backward, rel=1e-3)
@@ -247,7 +247,7 @@ def resnet() -> Model:
 @pytest.mark.parametrize("build", [vit, resnet])
 def test_frozen_leading_blocks_keep_nothing_for_autograd(build):
     model = build()
-    choose_trained(model, TrainsConfig(encoder=2))
+    choose_trainable(model, TrainableConfig(encoder=2))
     before, *blocks, _ = saved_by_block(model.train())
     assert before == 0
     assert [kept > 0 for kept in blocks] == [False] * (len(blocks) - 2) + [True] * 2
@@ -256,7 +256,7 @@ def test_frozen_leading_blocks_keep_nothing_for_autograd(build):
 @pytest.mark.parametrize("build", [vit, resnet])
 def test_a_wholly_frozen_encoder_keeps_nothing(build):
     model = build()
-    choose_trained(model, TrainsConfig(encoder="none"))
+    choose_trainable(model, TrainableConfig(encoder="none"))
     assert sum(saved_by_block(model.train())) == 0
-    choose_trained(model, TrainsConfig(encoder="all"))
+    choose_trainable(model, TrainableConfig(encoder="all"))
     assert np.all(np.array(saved_by_block(build().train())[:-1]) > 0), "everything trained keeps something everywhere"

@@ -13,7 +13,7 @@ from nxtp.model.encoder import CLIP_MEAN, CLIP_STD, Encoder, EncoderConfig
 from nxtp.model.layout import Objective, lay_out
 from nxtp.model.model import Model
 from nxtp.model.tokenizer import train_tokenizer
-from nxtp.model.trainable import TrainsConfig, choose_trained
+from nxtp.model.trainable import TrainableConfig, choose_trainable
 from nxtp.paper.reference import published_loss
 
 VOCABULARY, DELIMITER, PROMPT = 60, 4, [1, 7, 8, 9]
@@ -170,32 +170,34 @@ def test_hidden_states_of_real_tokens_do_not_see_padding(model):
 @pytest.mark.parametrize(
     "trains",
     [
-        TrainsConfig(),
-        TrainsConfig(encoder=1, embedding=False),
-        TrainsConfig(encoder="none", embedding=False, decoder=1),
-        TrainsConfig(encoder=0, projection=False, image_token=False, embedding=False, decoder="none", head=True),
-        TrainsConfig(encoder="none", projection=False, image_token=True, embedding=False, decoder="none", head=False),
+        TrainableConfig(),
+        TrainableConfig(encoder=1, embedding=False),
+        TrainableConfig(encoder="none", embedding=False, decoder=1),
+        TrainableConfig(encoder=0, projection=False, image_token=False, embedding=False, decoder="none", head=True),
+        TrainableConfig(
+            encoder="none", projection=False, image_token=True, embedding=False, decoder="none", head=False
+        ),
     ],
     ids=["all", "published", "no tower", "head", "image token"],
 )
-def test_gradients_reach_exactly_what_trains(model, trains):
-    choose_trained(model, trains)
+def test_gradients_reach_exactly_what_trains(model, trainable):
+    choose_trainable(model, trainable)
     chosen = {name for name, p in model.named_parameters() if p.requires_grad}
     found = gradients(model.train(), model(random_images(len(LABELS)), layout_of(model, LABELS)).mean)
     assert set(found) == chosen
     assert all(gradient.abs().max() > 0 for gradient in found.values())
     parts = {
-        "encoder.visual.conv1": trains.encoder == "all",
-        "encoder.visual.transformer.resblocks.0": trains.encoder == "all",
-        "encoder.visual.transformer.resblocks.1": trains.encoder in ("all", 1),
-        "encoder.visual.ln_post": trains.encoder in ("all", 1),
-        "projection": trains.projection,
-        "image_token": trains.image_token,
-        "decoder.lm.model.embed_tokens": trains.embedding,
-        "decoder.lm.model.layers.0": trains.decoder == "all",
-        "decoder.lm.model.layers.1": trains.decoder in ("all", 1),
-        "decoder.lm.model.norm": trains.head,
-        "decoder.lm.lm_head": trains.head,
+        "encoder.visual.conv1": trainable.encoder == "all",
+        "encoder.visual.transformer.resblocks.0": trainable.encoder == "all",
+        "encoder.visual.transformer.resblocks.1": trainable.encoder in ("all", 1),
+        "encoder.visual.ln_post": trainable.encoder in ("all", 1),
+        "projection": trainable.projection,
+        "image_token": trainable.image_token,
+        "decoder.lm.model.embed_tokens": trainable.embedding,
+        "decoder.lm.model.layers.0": trainable.decoder == "all",
+        "decoder.lm.model.layers.1": trainable.decoder in ("all", 1),
+        "decoder.lm.model.norm": trainable.head,
+        "decoder.lm.lm_head": trainable.head,
     }
     for part, trained in parts.items():
         names = {name for name, _ in model.named_parameters() if name == part or name.startswith(f"{part}.")}
@@ -221,7 +223,7 @@ def count_saved(model: Model, watched: dict[str, nn.Module]) -> dict[str, int]:
 
 
 def test_the_frozen_start_of_the_encoder_keeps_no_state(model):
-    choose_trained(model, TrainsConfig(encoder=1))
+    choose_trainable(model, TrainableConfig(encoder=1))
     visual = model.encoder.visual
     watched = {"patches": visual.conv1, "before": visual.ln_pre}
     watched |= {f"block {i}": block for i, block in enumerate(visual.transformer.resblocks)}
@@ -233,11 +235,11 @@ def test_the_frozen_start_of_the_encoder_keeps_no_state(model):
 
 
 def test_a_frozen_encoder_keeps_no_state(model):
-    choose_trained(model, TrainsConfig(encoder="none"))
+    choose_trainable(model, TrainableConfig(encoder="none"))
     saved = count_saved(model.train(), {"tower": model.encoder.visual})
     assert saved["tower"] == 0
     assert saved["elsewhere"] == 1, "the projection's input"
-    choose_trained(model, TrainsConfig(encoder="none", projection=False))
+    choose_trainable(model, TrainableConfig(encoder="none", projection=False))
     assert not model.encode(random_images(2)).requires_grad
 
 
@@ -245,12 +247,12 @@ def test_a_frozen_batch_norm_does_not_move():
     config = tiny_config()
     config.encoder = EncoderConfig(vision={"timm_model_name": "test_resnet"}, image_size=64)
     model = Model(config, VOCABULARY)
-    choose_trained(model, TrainsConfig(encoder="none"))
+    choose_trainable(model, TrainableConfig(encoder="none"))
     before = {name: tensor.clone() for name, tensor in model.encoder.state_dict().items()}
     assert any("running_mean" in name for name in before)
     model.train()(random_images(2, 64), layout_of(model, LABELS[:2]))
     assert all(torch.equal(before[name], tensor) for name, tensor in model.encoder.state_dict().items())
-    choose_trained(model, TrainsConfig())
+    choose_trainable(model, TrainableConfig())
     model.train()(random_images(2, 64), layout_of(model, LABELS[:2]))
     assert not all(torch.equal(before[name], tensor) for name, tensor in model.encoder.state_dict().items())
 

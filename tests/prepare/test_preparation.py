@@ -50,7 +50,7 @@ def run(script: str, *arguments, fails: bool = False) -> str:
 def samples(directory: Path) -> dict[str, dict]:
     """Key → what a sample holds, after the reader and the manifest agree on their number."""
     shards = IndexedShards(expand_shards(directory))
-    assert not shards.faults
+    assert not shards.skipped
     assert read_manifest(directory)["samples"] == len(shards)
     raws = [shards.read(i) for i in range(len(shards))]
     return {raw.key: {"image": raw.image, "caption": raw.caption, "labels": raw.labels} for raw in raws}

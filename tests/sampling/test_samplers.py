@@ -72,7 +72,7 @@ def label_of(text: list[int]) -> list[int]:
 @torch.no_grad()
 def test_greedy_sees_its_own_label_only_and_equals_the_plain_way(temperature):
     model, images = tiny_model(7, scale=0.1), pictures(3)
-    config = GreedyConfig(new_tokens=10, temperature=temperature)
+    config = GreedyConfig(max_new_tokens=10, temperature=temperature)
     tokens, probs = greedy(model, images, config, **COMMON, never_first=[BOS, DELIMITER])
     for image, written, given_probs in zip(images.split(1), tokens.tolist(), probs, strict=True):
         text: list[int] = []
@@ -90,17 +90,17 @@ def test_greedy_sees_its_own_label_only_and_equals_the_plain_way(temperature):
 
 def test_drawing_follows_its_seed_and_stays_within_top_k_and_top_p():
     model, images = tiny_model(30, scale=0.2), pictures(1).expand(64, -1, -1, -1)
-    config = GreedyConfig(new_tokens=1, temperature=1.0, seed=3)
+    config = GreedyConfig(max_new_tokens=1, temperature=1.0, seed=3)
     first, again = (greedy(model, images, config, **COMMON)[0] for _ in range(2))
     assert torch.equal(first, again)
     assert len(first.unique()) > 3
     probs = model.prefill(images[:1], PROMPT)[0].softmax(-1)[0]
     order = probs.argsort(descending=True)
-    narrow = greedy(model, images, GreedyConfig(1, temperature=1.0, draw_top_k=3), **COMMON)[0]
+    narrow = greedy(model, images, GreedyConfig(1, temperature=1.0, top_k=3), **COMMON)[0]
     assert set(narrow.flatten().tolist()) == set(order[:3].tolist())
     mass = probs[order].cumsum(0)
     within = order[: int((mass < 0.5).sum()) + 1]
-    nucleus = greedy(model, images, GreedyConfig(1, temperature=1.0, draw_top_p=0.5), **COMMON)[0]
+    nucleus = greedy(model, images, GreedyConfig(1, temperature=1.0, top_p=0.5), **COMMON)[0]
     assert set(nucleus.flatten().tolist()) <= set(within.tolist())
     cold = greedy(model, images, GreedyConfig(1, temperature=1e-4), **COMMON)[0]
     assert cold.unique().tolist() == [int(order[0])]
@@ -108,8 +108,8 @@ def test_drawing_follows_its_seed_and_stays_within_top_k_and_top_p():
 
 def test_repetition_penalty_keeps_a_text_from_repeating():
     model, images = tiny_model(12), pictures(2)
-    plain = greedy(model, images, GreedyConfig(new_tokens=9), **COMMON)[0]
-    varied = greedy(model, images, GreedyConfig(new_tokens=9, repetition_penalty=50.0), **COMMON)[0]
+    plain = greedy(model, images, GreedyConfig(max_new_tokens=9), **COMMON)[0]
+    varied = greedy(model, images, GreedyConfig(max_new_tokens=9, repetition_penalty=50.0), **COMMON)[0]
     assert len(varied[0].unique()) > len(plain[0].unique())
 
 
@@ -117,7 +117,7 @@ def test_repetition_penalty_keeps_a_text_from_repeating():
 def test_beam_search_of_full_width_finds_the_best_text():
     vocabulary, length = 5, 3
     model, images = tiny_model(vocabulary, scale=0.05), pictures(2)
-    config = BeamConfig(new_tokens=length, beams=vocabulary ** (length - 1))
+    config = BeamConfig(max_new_tokens=length, num_beams=vocabulary ** (length - 1))
     tokens, probs = beam(model, images, config, **COMMON)
     for image, text, found in zip(images.split(1), tokens.tolist(), probs, strict=True):
         best = max(
@@ -126,8 +126,8 @@ def test_beam_search_of_full_width_finds_the_best_text():
         )
         assert tuple(text) == best[1]
         assert found.log().sum().item() == pytest.approx(best[0], abs=1e-4)
-    one = beam(model, images, BeamConfig(new_tokens=length, beams=1), **COMMON)[0]
-    assert torch.equal(one, greedy(model, images, GreedyConfig(new_tokens=length), **COMMON)[0])
+    one = beam(model, images, BeamConfig(max_new_tokens=length, num_beams=1), **COMMON)[0]
+    assert torch.equal(one, greedy(model, images, GreedyConfig(max_new_tokens=length), **COMMON)[0])
 
 
 def plain_score(model: Model, image: torch.Tensor, text: list[int]) -> float:
@@ -142,7 +142,7 @@ def plain_score(model: Model, image: torch.Tensor, text: list[int]) -> float:
 def test_beam_search_may_end_with_eos_and_favours_length_as_told():
     model, images = tiny_model(6, scale=0.3), pictures(4)
     texts = [
-        beam(model, images, BeamConfig(new_tokens=6, beams=4, length_penalty=power), **COMMON, eos=5)[0]
+        beam(model, images, BeamConfig(max_new_tokens=6, num_beams=4, length_penalty=power), **COMMON, eos=5)[0]
         for power in (0.0, 4.0)
     ]
     assert all((text != 5).all() for text in texts)
@@ -268,9 +268,9 @@ def test_a_beam_search_does_not_depend_on_its_batch():
         model, images = tiny_model(6, seed, scale=0.1), pictures(6, seed)
         with torch.no_grad():
             model.decoder.lm.lm_head.weight[5] *= 2  # EOS comes often
-        together = beam(model, images, BeamConfig(new_tokens=8), **COMMON, eos=5)[0]
+        together = beam(model, images, BeamConfig(max_new_tokens=8), **COMMON, eos=5)[0]
         for image, text in zip(images.split(1), together.tolist(), strict=True):
-            alone = beam(model, image, BeamConfig(new_tokens=8), **COMMON, eos=5)[0][0].tolist()
+            alone = beam(model, image, BeamConfig(max_new_tokens=8), **COMMON, eos=5)[0][0].tolist()
             assert alone + [DELIMITER] * (len(text) - len(alone)) == text
 
 
@@ -285,7 +285,7 @@ def test_samplers_by_name():
         assert len(samples.tokens_BKL) == 2
         found = Recognizer(model, tokenizer, config).predict_pixels(images, 3, sampler=name)
         assert found[0] == found[1]
-    assert sampler_config({"name": "beam", "beams": 5}).beams == 5
+    assert sampler_config({"name": "beam", "num_beams": 5}).num_beams == 5
     with pytest.raises(UserError, match=r"No sampler 'gredy'. Did you mean 'greedy'"):
         sampler_config("gredy")
     with pytest.raises(UserError, match=r"'sampler.beems'. Did you mean 'beams'"):
@@ -297,8 +297,8 @@ def test_samplers_by_name():
     [
         ({"name": "exact", "branches_per_step": 0}, "branches_per_step"),
         ({"name": "exact", "max_expansions": -1}, "max_expansions"),
-        ({"name": "greedy", "draw_top_p": 0.0}, "draw_top_p"),
-        ({"name": "greedy", "draw_top_k": 0}, "draw_top_k"),
+        ({"name": "greedy", "top_p": 0.0}, "top_p"),
+        ({"name": "greedy", "top_k": 0}, "top_k"),
         ({"name": "greedy", "temperature": -1.0}, "temperature"),
         ({"name": "beam", "beams": 0}, "beams"),
         ({"name": "beam", "repetition_penalty": 0.0}, "repetition_penalty"),
@@ -334,7 +334,7 @@ def test_patience_ends_a_beam_search_and_rows_the_tokenizer_lacks_are_no_starts(
     with torch.no_grad():
         model.decoder.lm.lm_head.weight[5] *= 2
     texts = [
-        beam(model, images, BeamConfig(new_tokens=12, beams=3, patience=patience), **COMMON, eos=5)[0]
+        beam(model, images, BeamConfig(max_new_tokens=12, num_beams=3, patience=patience), **COMMON, eos=5)[0]
         for patience in (0.3, 100.0)
     ]
     assert texts[0].shape[1] < texts[1].shape[1]

@@ -375,7 +375,7 @@ def test_a_search_of_real_runs(here):
     write_shards(here / "train", [16])
     write_shards(here / "val", [9, 4], labels=True)
     arguments = [
-        *("--n-jobs", "2", "name=real", "data.train=train", "+data.val.val=val", *TINY_OVERRIDES, "data.workers=0"),
+        *("--n-jobs", "2", "name=real", "data.train=train", "+data.val.val=val", *TINY_OVERRIDES, "data.num_workers=0"),
         *("data.batch_size=4", "trainer.max_epochs=1", "optim.lr=tag(log,interval(1e-5,1e-2))"),
     ]
     done = CliRunner().invoke(search, ["--trials", "2", *arguments], catch_exceptions=False)

@@ -240,7 +240,7 @@ def test_runs_of_several_processes(here, strategy, seeds):
     write_shards(here / "train", [16])
     write_shards(here / "val", [9, 4], labels=True)
     arguments = [
-        *("train", "-m", "name=two", "data.train=train", "+data.val.val=val", *TINY_OVERRIDES, "data.workers=0"),
+        *("train", "-m", "name=two", "data.train=train", "+data.val.val=val", *TINY_OVERRIDES, "data.num_workers=0"),
         *("data.batch_size=4", "trainer.max_epochs=1", f"trainer={strategy}", "trainer.accelerator=cpu"),
         *("trainer.precision=32-true", f"seed=choice({','.join(map(str, seeds))})"),
     ]

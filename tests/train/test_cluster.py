@@ -49,7 +49,7 @@ def test_a_machine_without_slurm_or_gpu_is_told_in_one_line(tmp_path):
 def test_torchrun_starts_the_ranks(tmp_path):
     write_shards(tmp_path / "train", [32])
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "nxtp"]
-    command += ["train", "name=r", "data.train=train", *TINY_OVERRIDES, "data.workers=0", "data.batch_size=4"]
+    command += ["train", "name=r", "data.train=train", *TINY_OVERRIDES, "data.num_workers=0", "data.batch_size=4"]
     command += ["trainer=ddp", "trainer.accelerator=cpu", "trainer.precision=32-true", "trainer.max_steps=3"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -142,8 +142,8 @@ def test_training_sees_exactly_the_undamaged_samples(tmp_path, damaged):
         done = run_nxtp(
             *("train", "name=r", *TINY_OVERRIDES, "export=last", "seed=4"),
             f"data.train=[train, {url}/stall.tar]",
-            *("data.cache_dir=cache", "data.stall_timeout=0.5", "data.fault_limit=1", "data.window=0"),
-            *("data.batch_size=8", "data.workers=0", "trainer.max_epochs=1"),
+            *("data.cache_dir=cache", "data.read_timeout=0.5", "data.max_skip_fraction=1", "data.shuffle_window=0"),
+            *("data.batch_size=8", "data.num_workers=0", "trainer.max_epochs=1"),
             "+callbacks.watch._target_=watch.Watch",
             cwd=tmp_path,
         )
@@ -165,8 +165,8 @@ def test_a_bounded_share_only(tmp_path):
     command += ["data.batch_size=20", "export=last"]
     refused = run_nxtp(*command, "name=a", cwd=tmp_path)
     assert refused.returncode == 1
-    assert "more than data.fault_limit = 0.1" in refused.stderr.splitlines()[-1]
-    allowed = run_nxtp(*command, "name=b", "data.fault_limit=0.5", cwd=tmp_path)
+    assert "more than data.max_skip_fraction = 0.1" in refused.stderr.splitlines()[-1]
+    allowed = run_nxtp(*command, "name=b", "data.max_skip_fraction=0.5", cwd=tmp_path)
     assert allowed.returncode == 0, allowed.stderr[-2000:]
     assert "60 × bad image" in allowed.stderr
     assert io.StringIO(allowed.stderr).read().count("Traceback") == 0

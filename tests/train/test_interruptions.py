@@ -49,7 +49,7 @@ def command(name: str, strategy: str = "one", *overrides: str) -> tuple[list[str
     """24 steps of eight images, three epochs."""
     more, ranks = STRATEGIES[strategy]
     arguments = ["train", f"name={name}", "data.train=train", "+data.val.val=val", *TINY_OVERRIDES, *more]
-    arguments += ["data.workers=0", f"data.batch_size={8 // ranks}", "data.val_batch_size=4", "optim.lr=3e-3"]
+    arguments += ["data.num_workers=0", f"data.batch_size={8 // ranks}", "data.val_batch_size=4", "optim.lr=3e-3"]
     return [*arguments, "trainer.log_every_n_steps=1", "trainer.max_epochs=3", OFTEN, *overrides], ranks
 
 

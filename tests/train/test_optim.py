@@ -6,13 +6,13 @@ from helpers import tiny_config
 
 from nxtp.errors import UserError
 from nxtp.model.model import Model
-from nxtp.model.trainable import TrainsConfig, choose_trained
+from nxtp.model.trainable import TrainableConfig, choose_trainable
 from nxtp.train.optim import OptimConfig, build_optimizer, learning_rate_factor, parameter_groups
 
 
-def trained(trains: TrainsConfig, **decoder) -> set[str]:
+def trained(trainable: TrainableConfig, **decoder) -> set[str]:
     model = Model(tiny_config(**decoder), 60)
-    choose_trained(model, trains)
+    choose_trainable(model, trainable)
     return {name for name, p in model.named_parameters() if p.requires_grad}
 
 
@@ -27,23 +27,23 @@ NOTHING = {
 
 
 def test_last_blocks_are_counted_from_the_end():
-    names = trained(TrainsConfig(**NOTHING | {"encoder": 1}))
+    names = trained(TrainableConfig(**NOTHING | {"encoder": 1}))
     assert names
     assert all("resblocks.1." in n or "ln_post" in n for n in names), names
     assert any("ln_post" in n for n in names)
-    names = trained(TrainsConfig(**NOTHING | {"decoder": 1}), num_hidden_layers=3)
+    names = trained(TrainableConfig(**NOTHING | {"decoder": 1}), num_hidden_layers=3)
     assert names
     assert all(".layers.2." in n for n in names)
 
 
 def test_parts_are_chosen_by_name():
-    assert trained(TrainsConfig(**NOTHING | {"image_token": True})) == {"image_token"}
-    assert trained(TrainsConfig(**NOTHING | {"projection": True})) == {"projection.weight"}
-    assert trained(TrainsConfig(**NOTHING | {"embedding": True})) == {"decoder.lm.model.embed_tokens.weight"}
-    head = trained(TrainsConfig(**NOTHING | {"head": True}))
+    assert trained(TrainableConfig(**NOTHING | {"image_token": True})) == {"image_token"}
+    assert trained(TrainableConfig(**NOTHING | {"projection": True})) == {"projection.weight"}
+    assert trained(TrainableConfig(**NOTHING | {"embedding": True})) == {"decoder.lm.model.embed_tokens.weight"}
+    head = trained(TrainableConfig(**NOTHING | {"head": True}))
     assert head == {"decoder.lm.model.norm.weight", "decoder.lm.lm_head.weight"}
     every = {name for name, _ in Model(tiny_config(), 60).named_parameters()}
-    assert trained(TrainsConfig()) == every
+    assert trained(TrainableConfig()) == every
 
 
 @pytest.mark.parametrize(
@@ -58,12 +58,12 @@ def test_parts_are_chosen_by_name():
 )
 def test_a_choice_that_matches_nothing_is_an_error(change, message):
     with pytest.raises(UserError, match=message):
-        trained(TrainsConfig(**NOTHING | change))
+        trained(TrainableConfig(**NOTHING | change))
 
 
 def test_tied_embeddings_train_together():
     with pytest.raises(UserError, match="must agree"):
-        trained(TrainsConfig(embedding=False), tie_word_embeddings=True)
+        trained(TrainableConfig(embedding=False), tie_word_embeddings=True)
 
 
 def test_weight_decay_acts_on_matrices_only():
@@ -90,7 +90,7 @@ def test_schedule_warms_up_and_decays():
 
 def test_optimizer_steps_only_what_trains():
     model = Model(tiny_config(), 60)
-    choose_trained(model, TrainsConfig(**NOTHING | {"projection": True}))
+    choose_trainable(model, TrainableConfig(**NOTHING | {"projection": True}))
     optimizer, _ = build_optimizer(model, OptimConfig(), 10)
     before = {n: p.clone() for n, p in model.named_parameters()}
     model.projection.weight.grad = torch.ones_like(model.projection.weight)

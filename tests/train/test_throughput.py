@@ -178,7 +178,7 @@ def test_a_real_run_logs_what_its_batches_held(tmp_path):
     shards = write_shards(tmp_path / "train", [40, 24])
     tokenizer = train_tokenizer(["rose", "lemon", "leaf", "ocean", "stone"], vocab_size=400)
     data = WebDatasetDataModule(
-        DataConfig(train=str(shards), val={"val": str(shards)}, batch_size=4, workers=0),
+        DataConfig(train=str(shards), val={"val": str(shards)}, batch_size=4, num_workers=0),
         tokenizer,
         image_size=32,
         num_image_tokens=16,
@@ -225,7 +225,7 @@ def test_two_processes_log_together(tmp_path):
     write_shards(tmp_path / "train", [32, 32])
     two = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", "trainer.precision=32-true"]
     steps = ["data.batch_size=4", "trainer.max_steps=3", "trainer.log_every_n_steps=1"]
-    command = ["train", "name=two", "data.train=train", "data.workers=1", "trainer.accumulate_grad_batches=2"]
+    command = ["train", "name=two", "data.train=train", "data.num_workers=1", "trainer.accumulate_grad_batches=2"]
     done = run_nxtp(*command, *TINY_OVERRIDES, *two, *steps, cwd=tmp_path, fresh=True)
     assert done.returncode == 0, done.stderr[-3000:]
     rows = list(csv.DictReader((tmp_path / "runs" / "two" / "csv" / "version_0" / "metrics.csv").open()))

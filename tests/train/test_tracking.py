@@ -75,7 +75,7 @@ def tracked(tmp_path_factory):
     write_shards(root / "train", [24, 24])
     write_shards(root / "val", [9, 4], labels=True)
     command = ["train", "name=r", "sweep=my/study", "data.train=train", "+data.val.val=val", *TINY_OVERRIDES]
-    command += ["data.workers=0", "data.batch_size=8", "data.val_batch_size=4", "trainer.log_every_n_steps=1"]
+    command += ["data.num_workers=0", "data.batch_size=8", "data.val_batch_size=4", "trainer.log_every_n_steps=1"]
     command += ["trainer.max_epochs=1", "trainer.val_check_interval=2", "callbacks.predictions.every_n_steps=4"]
     command += ["logger=wandb", f"+logger.tensorboard={TENSORBOARD}", "logger.wandb.model_artifact=true"]
     command += ["callbacks.predictions.images=5", "hydra.run.dir=runs/r"]
@@ -96,7 +96,7 @@ def tracked(tmp_path_factory):
 
 def test_without_a_key_a_run_is_offline(tmp_path):
     write_shards(tmp_path / "train", [16])
-    command = ["train", "name=r", "data.train=train", *TINY_OVERRIDES, "data.workers=0", "trainer.max_steps=1"]
+    command = ["train", "name=r", "data.train=train", *TINY_OVERRIDES, "data.num_workers=0", "trainer.max_steps=1"]
     nowhere = {"WANDB_MODE": "online", "NETRC": str(tmp_path / "netrc"), "HOME": str(tmp_path)}
     said = nxtp_runs(*command, "data.batch_size=8", "logger=wandb", cwd=tmp_path, **nowhere)
     assert "deprecated" not in said

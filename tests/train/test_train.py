@@ -17,7 +17,7 @@ from nxtp.errors import UserError
 from nxtp.inference.recognizer import Recognizer
 from nxtp.model.layout import Objective, lay_out
 from nxtp.model.tokenizer import train_tokenizer
-from nxtp.model.trainable import TrainsConfig
+from nxtp.model.trainable import TrainableConfig
 from nxtp.prepare.shard_writer import write_shard
 from nxtp.runs.resume import differences
 from nxtp.train.module import RecognitionModule
@@ -26,19 +26,19 @@ from nxtp.train.optim import OptimConfig
 WORDS = ["rose", "lemon", "leaf", "ocean", "stone"]
 
 
-def fit(tmp_path, shards, *, objective="matched", steps=20, trains=None, **trainer):
+def fit(tmp_path, shards, *, objective="matched", steps=20, trainable=None, **trainer):
     """20 deterministic steps in this process; the loss of each."""
     L.seed_everything(0, verbose=False)
     tokenizer = train_tokenizer(WORDS, vocab_size=400)
     config = tiny_config()
     data = WebDatasetDataModule(
-        DataConfig(train=str(shards), batch_size=8, workers=0),
+        DataConfig(train=str(shards), batch_size=8, num_workers=0),
         tokenizer,
         image_size=32,
         num_image_tokens=16,
         objective=objective,
     )
-    module = RecognitionModule(config, tokenizer, OptimConfig(lr=3e-3, trains=trains or TrainsConfig()))
+    module = RecognitionModule(config, tokenizer, OptimConfig(lr=3e-3, trainable=trainable or TrainableConfig()))
     losses: list[float] = []
 
     class Keep(L.Callback):
@@ -88,9 +88,9 @@ def test_training_is_deterministic_and_learns(tmp_path, shards):
 
 
 def test_only_what_should_train_changes(tmp_path, shards):
-    trains = TrainsConfig(encoder=1, decoder="none", embedding=False, head=False)
+    trainable = TrainableConfig(encoder=1, decoder="none", embedding=False, head=False)
     L.seed_everything(0, verbose=False)
-    _, module = fit(tmp_path, shards, steps=2, trains=trains)
+    _, module = fit(tmp_path, shards, steps=2, trainable=trainable)
     L.seed_everything(0, verbose=False)
     start = RecognitionModule(tiny_config(), module.tokenizer, OptimConfig())
     start.configure_model()
@@ -119,12 +119,14 @@ def test_a_loss_that_is_not_finite_stops_with_the_keys(shards):
 
 
 def test_too_many_bad_samples_end_the_run():
-    module = RecognitionModule(tiny_config(), train_tokenizer(WORDS, vocab_size=400), OptimConfig(), fault_limit=0.1)
+    module = RecognitionModule(
+        tiny_config(), train_tokenizer(WORDS, vocab_size=400), OptimConfig(), max_skip_fraction=0.1
+    )
     batch = batch_of()
-    batch.offered, batch.faults = 95, Counter({"bad image": 9})
+    batch.samples_read, batch.skipped = 95, Counter({"bad image": 9})
     module._count(batch)
-    batch.faults = Counter({"bad image": 11})
-    with pytest.raises(UserError, match=r"20 of 190 .*20 × bad image.*fault_limit"):
+    batch.skipped = Counter({"bad image": 11})
+    with pytest.raises(UserError, match=r"20 of 190 .*20 × bad image.*max_skip_fraction"):
         module._count(batch)
 
 
@@ -143,7 +145,7 @@ def workplace(tmp_path_factory):
     write_shards(root / "val", [9, 4], labels=True)
     bad = [{"__key__": "z0", "jpg": b"garbage", "txt": "a rose"}, {"__key__": "z1", "jpg": jpeg((9, 9, 9))}]
     write_shard(root / "train" / "zz.tar", [sample(80), *bad])
-    command = ["train", "name=r", "data.train=train", "+data.val.val=val", *TINY_OVERRIDES, "data.workers=1"]
+    command = ["train", "name=r", "data.train=train", "+data.val.val=val", *TINY_OVERRIDES, "data.num_workers=1"]
     command += ["data.batch_size=8", "data.val_batch_size=4", "trainer.log_every_n_steps=1", "trainer.max_epochs=2"]
     done = run_nxtp(*command, cwd=root)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -208,7 +210,7 @@ def test_evaluate_writes_metrics_and_predictions(workplace):
         "+data.val.val=val",
         "out=out",
         "semantic=null",
-        "data.workers=0",
+        "data.num_num_workers=0",
         "grid=2",
         cwd=root,
     )

@@ -32,7 +32,7 @@ PART_BYTES = 1 << 29  # of one part, about
 
 
 def extract(cfg: DictConfig) -> None:
-    """Compute what ``data.features`` lacks of the images of ``data.train`` (of ``data.fraction``, ``data.samples``).
+    """Compute what ``data.features`` lacks of the images of ``data.train`` (of ``data.fraction``, ``data.max_samples``).
 
     Raises:
         UserError: no directory is named, it is another encoder's, or the disk has no room.
@@ -55,13 +55,13 @@ def extract(cfg: DictConfig) -> None:
         shards.sizes,
         config.val_batch_size,
         shuffle=False,
-        samples=config.samples,
+        max_samples=config.max_samples,
         fraction=config.fraction,
         subset_seed=config.subset_seed,
     )
     writer.check_room(max(plan.total - len(store), 0))
     loader = DataLoader(
-        Missing(shards, store, encoder.config.image_size), sampler=plan, batch_size=None, num_workers=config.workers
+        Missing(shards, store, encoder.config.image_size), sampler=plan, batch_size=None, num_workers=config.num_workers
     )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -70,10 +70,10 @@ def extract(cfg: DictConfig) -> None:
         task = progress.add_task("images", total=plan.total)
 
         def computed() -> Iterator[tuple[list[bytes], Tensor, np.ndarray]]:
-            for keys, pixels, unusable, offered in loader:
+            for keys, pixels, unusable, samples_read in loader:
                 if keys:
                     yield keys, run(encoder.to(device), pixels, device), unusable
-                progress.advance(task, offered)
+                progress.advance(task, samples_read)
 
         for part in in_parts(computed(), max(1, PART_BYTES // meta.bytes_each)):
             writer.write(*part)

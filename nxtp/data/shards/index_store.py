@@ -16,7 +16,7 @@ from safetensors.numpy import save
 from nxtp.data.shards.tar_index import ShardIndex
 from nxtp.runs.atomic import replacing
 
-FORMAT = "2"
+FORMAT = "3"
 
 
 def default_directory() -> Path:
@@ -31,12 +31,12 @@ class IndexStore:
         self.directory = Path(directory) if directory is not None else default_directory()
 
     def head(self, name: str, stamp: tuple[int, int] | None) -> tuple[int, Counter, int] | None:
-        """(samples, faults, bytes of the shard) without reading the index itself; None if it is not kept or is old."""
+        """(samples, skipped, bytes of the shard) without reading the index itself; None if it is not kept or is old."""
         with suppress(OSError, SafetensorError, KeyError, ValueError), safe_open(self._file(name), "np") as file:
             about = file.metadata()
             size, time = json.loads(about["stamp"])
             if about["format"] == FORMAT and about["name"] == name and stamp in (None, (size, time)):
-                return int(about["samples"]), Counter(json.loads(about["faults"])), size
+                return int(about["samples"]), Counter(json.loads(about["skipped"])), size
         return None
 
     def load(self, name: str, path: str, stamp: tuple[int, int] | None) -> ShardIndex | None:
@@ -65,7 +65,7 @@ class IndexStore:
         about = {"format": FORMAT, "name": name, "samples": str(len(index)), "stamp": json.dumps(index.stamp)}
         try:
             with replacing(self._file(name)) as file:
-                file.write(save(tensors, metadata=about | {"faults": json.dumps(index.faults)}))
+                file.write(save(tensors, metadata=about | {"skipped": json.dumps(index.skipped)}))
         except OSError:
             return False
         return True

@@ -67,7 +67,7 @@ class _Shard:
     path: str
     samples: int
     stamp: tuple[int, int] | None
-    faults: Counter
+    skipped: Counter
 
 
 class IndexedShards:
@@ -75,7 +75,7 @@ class IndexedShards:
 
     Each shard is indexed once and its index kept on disk (``store``). Remote shards (anything with ``://``, and
     ``pipe:`` commands) are fetched whole into ``cache``: when they are first read where a manifest beside them says
-    how many samples they hold, else at once. Damaged shards contribute what is readable; ``faults`` counts the rest
+    how many samples they hold, else at once. Damaged shards contribute what is readable; ``skipped`` counts the rest
     by kind. Copies (pickles, forks) share nothing: each process and thread opens its own files.
 
     Raises:
@@ -101,11 +101,11 @@ class IndexedShards:
         self.shards = [found[i] for i in range(len(self.urls))]
         self.sizes = np.array([shard.samples for shard in self.shards], dtype=np.int64)
         self._ends = np.cumsum(self.sizes)
-        self.faults: Counter = Counter()
+        self.skipped: Counter = Counter()
         for shard in self.shards:
-            self.faults.update(shard.faults)
-            if shard.faults:
-                told = ", ".join(f"{kind} × {n}" for kind, n in sorted(shard.faults.items()))
+            self.skipped.update(shard.skipped)
+            if shard.skipped:
+                told = ", ".join(f"{kind} × {n}" for kind, n in sorted(shard.skipped.items()))
                 log.warning("%s: %s", shard.url, told)
         self._local = threading.local()
 
@@ -214,8 +214,8 @@ class IndexedShards:
         """From the kept index, else the manifest's count, else by reading the shard's headers."""
         path, stamp = self._place(url)
         if (stamp is not None or is_remote(url)) and (head := self.store.head(_name(url), stamp)):
-            samples, faults, size = head
-            return _Shard(url, path, samples, stamp or (size, 0), faults)
+            samples, skipped, size = head
+            return _Shard(url, path, samples, stamp or (size, 0), skipped)
         if url in counts:
             return _Shard(url, path, counts[url], None, Counter())
         try:
@@ -224,7 +224,7 @@ class IndexedShards:
             return _Shard(url, path, 0, None, Counter({error.kind: 1}))
         if not self.store.save(_name(url), index):
             self.__dict__.setdefault("_unsaved", {})[url] = index
-        return _Shard(url, path, len(index), index.stamp, index.faults)
+        return _Shard(url, path, len(index), index.stamp, index.skipped)
 
     def _place(self, url: str) -> tuple[str, tuple[int, int] | None]:
         """A shard's local path, and its size and time; the time of a fetched file says nothing."""

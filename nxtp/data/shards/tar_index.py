@@ -32,7 +32,7 @@ class ShardIndex:
 
     Offsets and sizes are int64 bytes within the file, -1 where the member is absent. ``keys`` holds strings
     (NumPy's variable-width StringDType), ``extensions`` positions in :data:`IMAGE_EXTENSIONS`, ``headers`` the CRC-32
-    of the tar headers of image, text and JSON in this order: a file with others there is another file. ``faults``
+    of the tar headers of image, text and JSON in this order: a file with others there is another file. ``skipped``
     counts what was left out, by kind: "truncated shard", "corrupt shard", "empty shard", "compressed shard", "shard
     vanished", "unreadable shard", and of samples "no image", "duplicate key", "incomplete sample".
     """
@@ -48,16 +48,16 @@ class ShardIndex:
     json_size: np.ndarray
     headers: np.ndarray
     stamp: tuple[int, int] | None = None  # size and mtime (ns) of the file that was indexed
-    faults: Counter = field(default_factory=Counter)
+    skipped: Counter = field(default_factory=Counter)
 
     @classmethod
     def of_rows(
-        cls, path: str, keys: list[str], rows: np.ndarray, stamp: tuple[int, int] | None, faults: Counter
+        cls, path: str, keys: list[str], rows: np.ndarray, stamp: tuple[int, int] | None, skipped: Counter
     ) -> ShardIndex:
         """An index of ``keys`` and int64 [samples, 8] ``rows``: extension, offset and size of each member, headers."""
         columns = (np.ascontiguousarray(rows[:, column]) for column in range(1, 8))
         strings = np.array(keys, dtype=np.dtypes.StringDType())
-        return cls(path, strings, rows[:, 0].astype(np.int8), *columns, stamp=stamp, faults=faults)
+        return cls(path, strings, rows[:, 0].astype(np.int8), *columns, stamp=stamp, skipped=skipped)
 
     def rows(self) -> np.ndarray:
         """int64 [samples, 8], as :meth:`of_rows` takes them."""
@@ -71,7 +71,7 @@ class ShardIndex:
     @property
     def truncated(self) -> bool:
         """Whether the file ends before its tar does."""
-        return self.faults["truncated shard"] > 0
+        return self.skipped["truncated shard"] > 0
 
 
 class _Damage(Exception):
@@ -106,8 +106,8 @@ def index_shard(path: str | os.PathLike, file: BinaryIO | None = None) -> ShardI
     except OSError as error:
         log.warning("%s cannot be read: %s", path, error)
         rows.close_damaged(_Damage("unreadable shard"))
-    if not rows.seen and not rows.faults:
-        rows.faults["empty shard"] += 1
+    if not rows.seen and not rows.skipped:
+        rows.skipped["empty shard"] += 1
     return rows.index(path, stamp)
 
 
@@ -118,7 +118,7 @@ class _Rows:
         self.keys: list[str] = []
         self.numbers: list[tuple[int, ...]] = []
         self.seen: set[str] = set()
-        self.faults: Counter = Counter()
+        self.skipped: Counter = Counter()
         self._key: str | None = None
         self._members: dict[str, tuple[int, int, bytes]] = {}
         self._repeated = False
@@ -146,11 +146,11 @@ class _Rows:
             return
         extension = next((e for e in IMAGE_EXTENSIONS if e in members), None)
         if self._repeated:
-            self.faults["duplicate key"] += 1
+            self.skipped["duplicate key"] += 1
         if key in self.seen:
-            self.faults["duplicate key"] += 1
+            self.skipped["duplicate key"] += 1
         elif extension is None:
-            self.faults["no image"] += 1
+            self.skipped["no image"] += 1
         else:
             self.keys.append(key)
             found = [members.get(name, (-1, -1, b"")) for name in (extension, "txt", "json")]
@@ -163,13 +163,13 @@ class _Rows:
 
     def close_damaged(self, damage: _Damage) -> None:
         """End at a damage: the open sample is kept if it is whole, judged by the sample before it."""
-        self.faults[damage.kind] += 1
+        self.skipped[damage.kind] += 1
         if damage.name is not None:
             whole = base_plus_ext(damage.name)[0] != self._key
         else:
             whole = bool(self._usual) and self._usual <= set(self._members)
         if self._key is not None and not whole:
-            self.faults["incomplete sample"] += 1
+            self.skipped["incomplete sample"] += 1
             self._discard()
         self.close()
 
@@ -178,7 +178,7 @@ class _Rows:
 
     def index(self, path: str, stamp: tuple[int, int] | None) -> ShardIndex:
         rows = np.array(self.numbers, dtype=np.int64).reshape(-1, 8)
-        return ShardIndex.of_rows(path, self.keys, rows, stamp, self.faults)
+        return ShardIndex.of_rows(path, self.keys, rows, stamp, self.skipped)
 
 
 def _members(fd: int, end: int) -> Iterator[tuple[str, int, int, bytes]]:

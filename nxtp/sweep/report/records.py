@@ -17,7 +17,7 @@ Tell = Callable[[str], None]
 NEEDED = ("name", "config", "status", "metrics", "seed")
 KEPT = (
     *("format", "name", "sweep", "command", "config", "seed", "data", "started", "wall_time_s", "step", "steps"),
-    *("samples_seen", "samples_offered", "samples_skipped", "parameters", "monitor", "metrics"),
+    *("samples_seen", "samples_read", "samples_skipped", "parameters", "monitor", "metrics"),
     *("code", "versions", "device"),
 )
 ELSEWHERE = ("callbacks", "logger", "hydra", "debug", "resume", "out", "device", "name", "sweep", "seed", "grid")

@@ -44,7 +44,7 @@ class Throughput(L.Callback):
 
     def setup(self, trainer, module, stage: str) -> None:
         if self.flops is None:
-            shape = meta_model(module.model_config, len(module.tokenizer), module.optim_config.trains)
+            shape = meta_model(module.model_config, len(module.tokenizer), module.optim_config.trainable)
             self.flops = ModelFlops(shape)
             if module.features is not None:
                 self.flops.encoder = Flops(0, 0)
