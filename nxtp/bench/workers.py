@@ -20,6 +20,7 @@ from nxtp.model.model import Model, ModelConfig
 from nxtp.model.trainable import TrainableConfig, choose_trainable
 from nxtp.paper.reference import PADDED_LENGTH, published_loss, published_one_shot
 from nxtp.sampling.one_shot import Samples, one_shot
+from nxtp.sweep import study  # noqa: F401  registers study:// with Hydra
 from nxtp.train.optim import OptimConfig
 
 COMPARED_IMAGES = 8  # at most, of a training step

@@ -63,7 +63,7 @@ class ElasticBatchSampler(Sampler):
         shuffle: bool,
         parts: Sequence[Part] | None = None,
         seed: int = 0,
-        window: int = 20_000,
+        shuffle_window: int = 20_000,
         rank: int = 0,
         world: int = 1,
         max_samples: int | None = None,
@@ -74,7 +74,7 @@ class ElasticBatchSampler(Sampler):
         at_least("data.subset_seed", subset_seed, 0)
         self.sizes = np.asarray(shard_sizes, dtype=np.int64)
         self.batch_size, self.seed, self.rank, self.world = batch_size, seed, rank, world
-        self.shuffle, self.window = shuffle, window
+        self.shuffle, self.window = shuffle, shuffle_window
         self.parts = list(parts) if parts is not None else [Part("", range(len(self.sizes)))]
         self._starts = np.cumsum(self.sizes) - self.sizes
         self._part_sizes = [int(self.sizes[list(part.shards)].sum()) for part in self.parts]

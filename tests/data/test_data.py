@@ -26,7 +26,7 @@ TOKENIZER = train_tokenizer(["rose", "lemon", "leaf", "ocean", "stone"], vocab_s
 
 
 def shard_data(train=None, val=None, **settings) -> WebDatasetDataModule:
-    config = DataConfig(train=train, val=val or {}, **{"batch_size": 4, "val_batch_size": 4, "workers": 0} | settings)
+    config = DataConfig(train=train, val=val or {}, **{"batch_size": 4, "val_batch_size": 4, "num_workers": 0} | settings)
     return WebDatasetDataModule(config, TOKENIZER, image_size=32, num_image_tokens=16)
 
 
@@ -41,7 +41,7 @@ sizes = st.lists(st.integers(1, 40), min_size=1, max_size=6)
 @given(sizes, st.integers(1, 7), st.integers(1, 5), st.integers(0, 3), st.integers(0, 50))
 def test_plan_gives_every_sample_once(sizes, batch_size, world, epoch, window):
     total = sum(sizes)
-    common = {"seed": 3, "window": window, "world": world}
+    common = {"seed": 3, "shuffle_window": window, "world": world}
     evaluation = [ElasticBatchSampler(sizes, batch_size, shuffle=False, rank=r, **common) for r in range(world)]
     assert len({len(plan) for plan in evaluation}) == 1, "ranks out of step"
     assert sorted(p for plan in evaluation for p in positions(plan)) == list(range(total))
@@ -143,7 +143,7 @@ def test_weights_say_how_often_a_sample_comes():
 def test_a_mixture_gives_each_sample_as_often_as_its_weight_says(sizes, weights, fraction, ranks, epoch, data):
     """Within the chosen subset, in any epoch, and when other ranks continue at any step."""
     parts = [Part(str(i), range(i, len(sizes), 3), weight) for i, weight in enumerate(weights)]
-    common = {"parts": parts, "fraction": fraction, "window": 25}
+    common = {"parts": parts, "fraction": fraction, "shuffle_window": 25}
     if sum(sizes) == 0:
         return
     chosen = set(positions(ElasticBatchSampler(sizes, 1, shuffle=False, **common)))
@@ -191,8 +191,8 @@ def test_over_epochs_every_sample_comes_equally_often(weight, epochs, times):
         ({"fraction": 1.5}, r"data\.fraction is 1\.5"),
         ({"seed": -1}, "seed is -1: at least 0"),
         ({"subset_seed": -1}, r"data\.subset_seed is -1: at least 0"),
-        ({"samples": 0}, r"data\.samples is 0"),
-        ({"samples": 5, "fraction": 0.5}, "give one of them"),
+        ({"max_samples": 0}, r"data\.max_samples is 0"),
+        ({"max_samples": 5, "fraction": 0.5}, "give one of them"),
         ({"parts": [Part("a", [0], 0.0)]}, "repeat of source 'a' is 0"),
         ({"parts": [Part("a", [0], float("nan"))]}, "repeat of source 'a'"),
     ],

@@ -133,7 +133,7 @@ def test_too_many_bad_samples_end_the_run():
 def test_differences_names_dotted_keys():
     old = {"optim": {"lr": 1, "betas": [1, 2]}, "trainer": {"max_steps": 4}, "name": "a"}
     new = {"optim": {"lr": 2, "betas": [1, 2]}, "trainer": {"max_steps": 8}, "name": "a"}
-    old["data"], new["data"] = {"seed": 1, "workers": 1}, {"seed": 1, "workers": 3}
+    old["data"], new["data"] = {"seed": 1, "num_workers": 1}, {"seed": 1, "num_workers": 3}
     assert differences(old, new) == ["optim.lr"]
 
 
