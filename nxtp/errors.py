@@ -1,9 +1,12 @@
-"""What a user did that cannot work, said in one line, with what to do about it."""
+"""The one error class for mistakes that the user can mend, and the text helpers that messages share."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
+from pathlib import Path
+
+_NAMED = 3  # names in a message, at most
 
 
 class UserError(Exception):
@@ -20,15 +23,19 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def at_least(name: str, value: float, lowest: float) -> None:
-    """
+    """Check a setting.
+
     Raises:
         UserError: ``value`` of the setting ``name`` is below ``lowest``.
     """
     if not value >= lowest:
-        raise UserError(f"{name} is {value}: at least {lowest}, please.")
+        raise UserError(f"{name} must be ≥ {lowest}, got {value}.")
 
 
-_NAMED = 3
+def printable(name: str | Path) -> str:
+    """A file name on one line, safe to print: invalid bytes and control characters are escaped."""
+    text = str(name).encode("utf-8", "backslashreplace").decode()
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def counted(number: int, noun: str) -> str:
@@ -36,13 +43,18 @@ def counted(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'s' * (number != 1)}"
 
 
-def describe(counts: Mapping[str, int], template: str) -> str:
-    """``template`` filled with "kind × n, …", or nothing where there is nothing to tell."""
-    return template.format(", ".join(f"{kind} × {n:,}" for kind, n in sorted(counts.items()))) if counts else ""
-
-
 def some_of(names: Sequence[str], count: int | None = None) -> str:
     """The first three of ``count`` names, of which ``names`` may be only the first, and how many more there are."""
     shown = names[:_NAMED]
     more = (len(names) if count is None else count) - len(shown)
     return ", ".join(shown) + (f" and {more:,} more" if more > 0 else "")
+
+
+def by_kind(counts: Mapping[str, int], names: Mapping[str, Sequence[str]] | None = None) -> str:
+    """ "kind × n, …" or, where ``names`` has the first names of a kind, "kind × n (name, …), …"; '' without counts."""
+
+    def one(kind: str) -> str:
+        known = [printable(name) for name in (names or {}).get(kind, ())]
+        return f"{kind} × {counts[kind]:,}" + (f" ({some_of(known, counts[kind])})" if known else "")
+
+    return ", ".join(one(kind) for kind in sorted(counts))

@@ -16,7 +16,7 @@ import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile
 
-from nxtp.errors import UserError
+from nxtp.errors import UserError, printable
 
 MAX_PIXELS = 178_000_000  # just below what Pillow itself refuses; 0.5 GB as RGB
 _LARGE = 16_000_000  # pixels; such images are decoded one after another: threads must not multiply their memory
@@ -58,12 +58,6 @@ class ImageError(UserError):
 
     def __str__(self) -> str:
         return f"{printable(self.name)}: {self.reason}"
-
-
-def printable(name: str | Path) -> str:
-    """A file's name as it can be printed anywhere, on one line: odd bytes and control characters are escaped."""
-    text = str(name).encode("utf-8", "backslashreplace").decode()
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 class _Refused(Exception):

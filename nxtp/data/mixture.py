@@ -12,7 +12,7 @@ from nxtp.data.shards.cache import RemoteCache
 from nxtp.data.shards.index_store import IndexStore
 from nxtp.data.shards.reader import IndexedShards
 from nxtp.data.shards.urls import expand_shards, identity
-from nxtp.errors import UserError
+from nxtp.errors import UserError, by_kind
 
 log = logging.getLogger("nxtp")
 
@@ -51,7 +51,7 @@ def open_set(name: str, spec: Any, config: DataConfig) -> OpenedSet:
         sorted(url for members in urls.values() for url in members), cache, IndexStore(config.index_dir)
     )
     if len(shards) == 0:
-        raise UserError(f"data.{name}: the shards of {spec} hold no sample ({dict(shards.skipped)}).")
+        raise UserError(f"data.{name}: the shards of {spec} hold no sample ({by_kind(shards.skipped)}).")
     number = {url: i for i, url in enumerate(shards.urls)}
     parts = []
     for source, given in sources.items():

@@ -20,7 +20,7 @@ from nxtp.config import to_dataclass
 from nxtp.data.config import DataConfig
 from nxtp.data.datamodule import ResumableDataLoader, WebDatasetDataModule
 from nxtp.data.labels.from_samples import warn_if_nouns_differ
-from nxtp.errors import UserError
+from nxtp.errors import UserError, by_kind
 from nxtp.eval.embedders import CachedEmbedder, label_embedder
 from nxtp.eval.metrics import ExactMatch, SemanticMatch
 from nxtp.inference.figures import GridItem, save_grid
@@ -28,7 +28,6 @@ from nxtp.inference.recognizer import Recognizer
 from nxtp.runs.atomic import write_json
 from nxtp.runs.record import FILE, RunRecord, read_record
 from nxtp.sampling.closed_vocabulary import Vocabulary, read_classes
-from nxtp.train.module import describe_faults
 
 log = logging.getLogger("nxtp")
 
@@ -94,7 +93,7 @@ def evaluate_sets(cfg: DictConfig, out: Path, record: RunRecord) -> dict[str, fl
     record.samples_seen = int(sum(v for key, v in metrics.items() if key.endswith("/images")))
     console.print(metrics_table(metrics))
     if skipped:
-        log.warning("Skipped samples and shards: %s.", describe_faults(skipped))
+        log.warning("Skipped samples and shards: %s.", by_kind(skipped))
     console.print(f"metrics.json and predictions.jsonl in {out}", highlight=False)
     return metrics
 
@@ -142,7 +141,7 @@ def evaluate_set(
             progress.advance(task, batch.samples_read)
     if sum(skipped.values()) > cfg.data.max_skip_fraction * samples_read:
         raise UserError(
-            f"{sum(skipped.values())} of {samples_read} samples of '{name}' could not be used ({describe_faults(skipped)}): "
+            f"{sum(skipped.values())} of {samples_read} samples of '{name}' could not be used ({by_kind(skipped)}): "
             f"more than data.max_skip_fraction = {cfg.data.max_skip_fraction:g}."
         )
     values = dict(exact.compute())

@@ -148,7 +148,7 @@ def _answer(
     """Print or write ``label``'s answers, and end the process with the exit code."""
     from rich.console import Console
 
-    from nxtp.data.images import printable
+    from nxtp.errors import printable
     from nxtp.inference.figures import print_labels
     from nxtp.inference.streaming import WORKERS, answers
     from nxtp.inference.writer import AnswerFile, json_line, row_of

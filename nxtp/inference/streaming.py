@@ -19,7 +19,7 @@ from nxtp.data.images import ImageError, find_images
 from nxtp.data.shards.cache import RemoteCache
 from nxtp.data.shards.reader import IndexedShards, SampleFault
 from nxtp.data.shards.urls import expand_shards, is_remote
-from nxtp.errors import UserError, describe
+from nxtp.errors import UserError, by_kind
 
 if TYPE_CHECKING:
     from nxtp.sampling.ranking import Labels
@@ -193,7 +193,9 @@ def _shards(specs: list[str], cache_dir: str | None) -> Source:
     """The images of shards in order, and before them what is wrong with the shards as a whole."""
     shards = IndexedShards(expand_shards(specs), None if cache_dir is None else RemoteCache(cache_dir))
     if not len(shards):
-        raise UserError(f"No image in the shards of {', '.join(specs)}{describe(shards.skipped, ' ({})')}.")
+        raise UserError(
+            f"No image in the shards of {', '.join(specs)}{f' ({by_kind(shards.skipped)})' if shards.skipped else ''}."
+        )
 
     def read(position: int) -> bytes:
         try:

@@ -12,8 +12,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from nxtp.data.images import printable
-from nxtp.errors import UserError, counted
+from nxtp.errors import UserError, counted, printable
 from nxtp.inference.streaming import Item, Prediction
 from nxtp.runs.atomic import replacing
 

@@ -15,10 +15,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from nxtp.data.config import DataConfig
-from nxtp.data.images import printable
 from nxtp.data.labels.nouns import noun_backend
 from nxtp.data.mixture import open_set
-from nxtp.errors import UserError, counted, describe
+from nxtp.errors import UserError, by_kind, counted, printable
 from nxtp.inference.figures import bar, save_contact_sheet
 from nxtp.prepare.statistics import Survey, quartiles, sheet_items, survey
 from nxtp.prepare.verification import verify
@@ -107,7 +106,7 @@ def print_survey(console: Console, found: Survey, top: int) -> None:
     kinds = ", ".join(f"{kind} × {n:,}" for kind, n in found.formats.most_common())
     console.print(f"Formats: {kinds or 'none could be read'}. Labels of their own: {found.given:,}.", highlight=False)
     if found.skipped:
-        console.print(f"Cannot be used: {describe(found.skipped, '{}')}.", style="red", highlight=False)
+        console.print(f"Cannot be used: {by_kind(found.skipped)}.", style="red", highlight=False)
     _print_bars(console, "Labels an image", [(str(n), count) for n, count in sorted(found.counts.items())])
     title = f"Most frequent of {len(found.labels):,} labels"
     _print_bars(console, title, found.most_frequent(top))

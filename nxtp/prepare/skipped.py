@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from nxtp.data.images import printable
-from nxtp.errors import some_of
+from nxtp.errors import by_kind
 
 NAMED = 3
 
@@ -28,10 +27,5 @@ class LeftOut:
             known.extend(some[: NAMED - len(known)])
 
     def told(self, template: str) -> str:
-        """``template`` filled with "kind × n (name, …), …", or nothing where nothing was left out."""
-        return template.format(", ".join(self._one(kind) for kind in sorted(self.counts))) if self.counts else ""
-
-    def _one(self, kind: str) -> str:
-        count, names = self.counts[kind], [printable(name) for name in self.names.get(kind, ())]
-        named = some_of(names, count) if names else ""
-        return f"{kind} × {count:,}" + (f" ({named})" if named else "")
+        """``template`` filled with "kind × n (name, …), …", or nothing where nothing was skipped."""
+        return template.format(by_kind(self.counts, self.names)) if self.counts else ""

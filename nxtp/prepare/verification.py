@@ -11,12 +11,12 @@ from typing import Any
 from rich.console import Console
 from rich.progress import track
 
-from nxtp.data.images import ImageError, load_image, printable
+from nxtp.data.images import ImageError, load_image
 from nxtp.data.shards.manifest import MANIFEST, read_manifest, sha256_of
 from nxtp.data.shards.reader import IndexedShards, SampleFault
 from nxtp.data.shards.tar_index import index_shard
 from nxtp.data.shards.urls import sets_below
-from nxtp.errors import UserError
+from nxtp.errors import UserError, printable
 from nxtp.prepare.journal import JOURNAL
 
 

@@ -25,7 +25,7 @@ from nxtp.data.labels.from_samples import label_texts, warn_if_nouns_differ
 from nxtp.data.mixture import OpenedSet, open_set
 from nxtp.data.shards.manifest import manifest_hash
 from nxtp.distributed.parallelize import FSDP2Strategy, ParallelConfig
-from nxtp.errors import UserError, at_least
+from nxtp.errors import UserError, at_least, by_kind
 from nxtp.model.flops import count_parameters, meta_model
 from nxtp.model.model import ModelConfig
 from nxtp.model.tokenizer import LabelTokenizer, train_tokenizer
@@ -36,7 +36,7 @@ from nxtp.train.callbacks.preemption import Preempted, PreemptionHandler, hand_o
 from nxtp.train.callbacks.run_record import RunRecordWriter
 from nxtp.train.callbacks.tracking import end_tracking
 from nxtp.train.checkpoints import FileCheckpoints
-from nxtp.train.module import RecognitionModule, ValidationConfig, describe_faults
+from nxtp.train.module import RecognitionModule, ValidationConfig
 from nxtp.train.optim import OptimConfig
 
 log = logging.getLogger("nxtp")
@@ -109,7 +109,7 @@ def train(cfg: DictConfig) -> float | None:
         hand_on(preempted.number)
         sys.exit(preempted.exit_code)
     if record.samples_skipped:
-        log.warning("Skipped samples and shards: %s.", describe_faults(record.samples_skipped))
+        log.warning("Skipped samples and shards: %s.", by_kind(record.samples_skipped))
     return record.metrics.get(record.monitor)
 
 

@@ -25,7 +25,7 @@ from nxtp.distributed.parallelize import (
     parallelize,
     unsharded,
 )
-from nxtp.errors import UserError
+from nxtp.errors import UserError, by_kind
 from nxtp.eval.embedders import label_embedder
 from nxtp.eval.metrics import ExactMatch, SemanticMatch
 from nxtp.inference.pretrained import rebuildable
@@ -262,7 +262,7 @@ class RecognitionModule(L.LightningModule):
         skipped = self.skipped.total()
         if batch.skipped and self.samples_read >= 100 and skipped > self.max_skip_fraction * self.samples_read:
             raise UserError(
-                f"{skipped} of {self.samples_read} samples could not be used ({describe_faults(self.skipped)}): more than "
+                f"{skipped} of {self.samples_read} samples could not be used ({by_kind(self.skipped)}): more than "
                 f"data.max_skip_fraction = {self.max_skip_fraction:g}. Check the shards, or raise the limit."
             )
 
@@ -305,10 +305,3 @@ class RecognitionModule(L.LightningModule):
         if current["ready"]:
             shift = data.steps_done(position) - current["ready"]
             current.update({stage: count + shift for stage, count in current.items()})
-
-
-def describe_faults(faults: Counter) -> str:
-    """'3 × bad image, 1 × no caption', most frequent first."""
-    return ", ".join(
-        f"{count} × {kind}" for kind, count in sorted(faults.items(), key=lambda item: (-item[1], item[0]))
-    )

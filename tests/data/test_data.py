@@ -26,7 +26,9 @@ TOKENIZER = train_tokenizer(["rose", "lemon", "leaf", "ocean", "stone"], vocab_s
 
 
 def shard_data(train=None, val=None, **settings) -> WebDatasetDataModule:
-    config = DataConfig(train=train, val=val or {}, **{"batch_size": 4, "val_batch_size": 4, "num_workers": 0} | settings)
+    config = DataConfig(
+        train=train, val=val or {}, **{"batch_size": 4, "val_batch_size": 4, "num_workers": 0} | settings
+    )
     return WebDatasetDataModule(config, TOKENIZER, image_size=32, num_image_tokens=16)
 
 

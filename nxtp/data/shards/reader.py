@@ -25,7 +25,7 @@ from nxtp.data.shards.cache import RemoteCache, RemoteError
 from nxtp.data.shards.index_store import IndexStore
 from nxtp.data.shards.tar_index import HEADER, ShardIndex, index_shard
 from nxtp.data.shards.urls import is_remote
-from nxtp.errors import UserError
+from nxtp.errors import UserError, by_kind
 
 log = logging.getLogger(__name__)
 
@@ -105,7 +105,7 @@ class IndexedShards:
         for shard in self.shards:
             self.skipped.update(shard.skipped)
             if shard.skipped:
-                told = ", ".join(f"{kind} × {n}" for kind, n in sorted(shard.skipped.items()))
+                told = by_kind(shard.skipped)
                 log.warning("%s: %s", shard.url, told)
         self._local = threading.local()
 

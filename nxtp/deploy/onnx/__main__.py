@@ -6,8 +6,8 @@ import argparse
 import json
 import sys
 
-from nxtp.data.images import find_images, printable
-from nxtp.errors import UserError
+from nxtp.data.images import find_images
+from nxtp.errors import UserError, printable
 
 
 def main() -> int:
