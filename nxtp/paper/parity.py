@@ -7,9 +7,11 @@ The directory holds ``release_format.pth`` (all parameters of a small model, in 
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import click
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -107,3 +109,10 @@ def main(directory: Path) -> int:
     print_table(rows)
     compared = [row for row in rows if row.verdict != "skipped"]
     return 0 if compared and all(row.verdict == "pass" for row in compared) else 1
+
+
+@click.command()
+@click.argument("directory", type=click.Path(path_type=Path))
+def parity(directory: Path) -> None:
+    """Check this implementation against the numbers recorded in DIRECTORY; exit code 1 on a miss."""
+    sys.exit(main(directory))
