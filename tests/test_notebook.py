@@ -46,7 +46,7 @@ def executed(tmp_path_factory):
     for depth, values in {1: (0.25, 0.35), 4: (0.5, 0.7)}.items():
         for seed, value in enumerate(values):
             config = {"model": {"decoder": {"depth": depth}}}
-            record = {"format": 2, "name": f"{depth},{seed}", "sweep": "depth/laptop", "config": config, "seed": seed}
+            record = {"format": 3, "name": f"{depth},{seed}", "sweep": "depth/laptop", "config": config, "seed": seed}
             lines.append(json.dumps(record | {"status": "finished", "metrics": {"val/recall@10": value}}))
     (study / "records.jsonl").write_text("\n".join(lines))
     pictures.mkdir()

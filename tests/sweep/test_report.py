@@ -46,7 +46,7 @@ def record(depth=1, which="first", seed=0, sweep="depth/laptop", recall=None, **
         "monitor": "val/recall@10",
         "metrics": {"val/recall@10": recall, "train/loss": 0.5},
         "process": {"host": "somehost", "pid": 4711},
-        "format": 2,
+        "format": 3,
     }
     return made | changes
 
@@ -86,7 +86,7 @@ def test_table_has_means_and_spreads_and_published_values_apart_from_laptop_rows
 
 
 def test_published_value_stands_in_the_full_row(study):
-    write(study.parent.parent / "runs", record(2, sweep="depth/sweep", recall=0.7))
+    write(study.parent.parent / "runs", record(2, sweep="depth/full", recall=0.7))
     run(study)
     readme = (study / "README.md").read_text()
     assert "| full | 2 | first | 0.700 | 0.731 (Table A.5) | 100 |" in readme

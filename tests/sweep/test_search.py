@@ -366,7 +366,7 @@ def test_a_directory_in_use_is_refused(monkeypatch):
     ):
         done.run(1)
     record(Path("runs/s"))
-    with pytest.raises(UserError, match="holds a run"):
+    with pytest.raises(UserError, match="contains a run"):
         Search(plan("x=interval(0,1)"))
 
 

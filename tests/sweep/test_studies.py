@@ -17,7 +17,7 @@ from nxtp.sweep.sweep import Sweep
 from nxtp.train.optim import OptimConfig
 
 STUDIES = ["dataset_scale", "decoder_depth", "encoder", "imagenet_variants", "objective", "sampling"]
-SWEEPS = [f"{study}/{size}" for study in STUDIES for size in ("laptop", "sweep")]
+SWEEPS = [f"{study}/{size}" for study in STUDIES for size in ("laptop", "full")]
 
 
 def command(sweep: str) -> str:
@@ -67,7 +67,7 @@ def test_its_report_shows_what_it_varies(sweep):
     varied = {o.split("=", 1)[0] for point in grid.points for o in point}
     shown = {*spec.columns.values(), *spec.over}
     groups = {"sampler": "sampler.name", "ranking": "ranking.name", "objective": "objective.name"}
-    groups |= {"experiment": "objective.name", "data": "data.train.laion.samples"}
+    groups |= {"experiment": "objective.name", "data": "data.train.laion.expected_samples"}
     assert {groups.get(key, key) for key in varied} <= shown
 
 
@@ -75,8 +75,8 @@ def test_its_report_shows_what_it_varies(sweep):
 def test_columns_are_settings(study):
     spec = Spec.read(CHECKOUT / study / "report.yaml")
     settings = set()
-    for size in ("laptop", "sweep"):
-        overrides = base(f"{study}/{size}") + (["data=g70m"] if (study, size) == ("dataset_scale", "sweep") else [])
+    for size in ("laptop", "full"):
+        overrides = base(f"{study}/{size}") + (["data=g70m"] if (study, size) == ("dataset_scale", "full") else [])
         cfg = composed(command(f"{study}/{size}"), overrides)
         settings |= set(leaves(OmegaConf.to_container(cfg)))
     assert set(spec.columns.values()) <= settings

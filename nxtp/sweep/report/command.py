@@ -129,7 +129,7 @@ def report(study: str, runs: Path, check: bool, wandb: str | None) -> None:
         files |= {"plot.svg": picture} if picture else {}
     else:
         directory = folder
-        sweeps = [f.stem for f in folder.glob("*.yaml") if f.stem not in NOT_A_SWEEP] or ["laptop", "sweep"]
+        sweeps = [f.stem for f in folder.glob("*.yaml") if f.stem not in NOT_A_SWEEP] or ["laptop", "full"]
         new = rec.collect([runs / folder.name / s for s in sweeps], tell)
         new = rec.of_study(rec.unique([*new, *remote], tell), folder.name, tell)
         old = rec.of_study(rec.read_lines(folder / "records.jsonl", tell), folder.name, tell)
