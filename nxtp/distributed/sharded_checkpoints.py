@@ -30,7 +30,7 @@ from torch.optim import Optimizer
 
 from nxtp.distributed.saving import Background, copied, not_written, read_file, reason_of
 from nxtp.errors import UserError
-from nxtp.runs.atomic import clear, find, take_place
+from nxtp.runs.atomic import recover, remove, replace
 
 REST = "rest.pt"  # what is not tensors of the model or the optimiser
 INDEX = ".metadata"  # PyTorch's
@@ -62,7 +62,7 @@ class ShardCheckpoints:
             failed: list[str | None] = [None]
             if first:
                 try:
-                    clear(aside)
+                    remove(aside)
                     aside.mkdir(parents=True)
                     torch.save(rest, aside / REST)
                 except (OSError, RuntimeError) as error:
@@ -72,7 +72,7 @@ class ShardCheckpoints:
                 raise OSError(failed[0])
             dcp.save(tensors, storage_writer=dcp.FileSystemWriter(aside), process_group=self._group)
             if first:
-                take_place(aside, path)
+                replace(aside, path)
         except (Exception, CheckpointException) as error:
             if first:
                 shutil.rmtree(aside, ignore_errors=True)
@@ -81,7 +81,7 @@ class ShardCheckpoints:
     def load(self, model: nn.Module, optimizers: Sequence[Optimizer], path: Path) -> dict[str, Any]:
         """Fill model and optimisers, from a file too; the rest is returned. A collective call."""
         self._background.wait()
-        path = find(path) or path
+        path = recover(path) or path
         if not path.is_dir():
             checkpoint = read_file(path)
             states = checkpoint.pop("optimizer_states", [])

@@ -19,7 +19,7 @@ from nxtp.model.model import Model, ModelConfig
 from nxtp.model.tokenizer import FILES as TOKENIZER_FILES
 from nxtp.model.tokenizer import LabelTokenizer
 from nxtp.model.weights import SafetensorsFiles
-from nxtp.runs.atomic import written_aside
+from nxtp.runs.atomic import atomic_directory
 
 FORMAT = 1
 WEIGHTS, CONFIG = "model.safetensors", "config.yaml"
@@ -39,7 +39,7 @@ def write_model_dir(
         write_weights: writes the safetensors file at the path that it is given.
         config: rebuilds the model without other sources.
     """
-    with written_aside(directory) as aside:
+    with atomic_directory(directory) as aside:
         write_weights(aside / WEIGHTS)
         tokenizer.save(aside)
         content = {

@@ -14,7 +14,7 @@ import numpy as np
 
 from nxtp.errors import UserError, counted, printable
 from nxtp.inference.streaming import Item, Prediction
-from nxtp.runs.atomic import replacing
+from nxtp.runs.atomic import atomic_file
 
 SUFFIXES = (".jsonl", ".parquet")
 _ROW_GROUP = 10_000  # rows that are in memory while parquet is written
@@ -103,7 +103,7 @@ class AnswerFile:
     def finish(self) -> None:
         """Make ``out`` of the rows, in one rename, and remove the partial file."""
         try:
-            with replacing(self.out) as file:
+            with atomic_file(self.out) as file:
                 self._copy(file) if self.out.suffix == ".jsonl" else self._to_parquet(file)
         except OSError as error:
             raise UserError(f"'{self.out}' cannot be written: {error.strerror or error}.") from error

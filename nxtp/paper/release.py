@@ -29,7 +29,7 @@ from nxtp.model.trainable import TrainableConfig
 from nxtp.model.weights import PickledFile, SafetensorsFiles, Spec, write_safetensors
 from nxtp.paper.base_weights import Entry, read_clip, read_llama
 from nxtp.paper.release_names import LOGIT_SCALE, our_name, rotary_heads, their_name, to_halves, to_pairs
-from nxtp.runs.atomic import replacing
+from nxtp.runs.atomic import atomic_file
 
 APPENDED = 2  # vocabulary rows behind the tokenizer's: <|image|>, then the padding row
 
@@ -288,6 +288,6 @@ def export_release(directory: Path, to: Path, everything: bool = False) -> int:
     if "logit_scale" in provenance:
         state[f"module.{LOGIT_SCALE}"] = torch.tensor(provenance["logit_scale"])
     content = {"epoch": provenance.get("epoch", 0), "global_step": provenance.get("global_step", 0), "model": state}
-    with replacing(Path(to)) as file:
+    with atomic_file(Path(to)) as file:
         torch.save(content, file)
     return len(state)

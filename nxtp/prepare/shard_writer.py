@@ -13,7 +13,7 @@ from webdataset.writer import TarWriter
 
 from nxtp.data.shards.manifest import ShardInfo, sha256_of
 from nxtp.data.shards.urls import _SKIPPED_NAME, IMAGE_EXTENSIONS
-from nxtp.runs.atomic import replacing
+from nxtp.runs.atomic import atomic_file
 
 log = logging.getLogger("nxtp")
 
@@ -32,7 +32,7 @@ def write_shard(path: Path | str, samples: Iterable[Mapping[str, Any]]) -> Shard
     """
     path = Path(path)
     keys: set[str] = set()
-    with replacing(path) as file, TarWriter(file, encoder=False, compress=False, **_SAME_FOR_ALL) as tar:
+    with atomic_file(path) as file, TarWriter(file, encoder=False, compress=False, **_SAME_FOR_ALL) as tar:
         for sample in samples:
             key = sample["__key__"]
             if key in keys:

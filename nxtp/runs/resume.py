@@ -1,4 +1,4 @@
-"""What a run directory holds already: nothing, a run to continue, one that has finished, or another run."""
+"""Where a killed run resumes: what a run directory already contains, and whether it is the same run."""
 
 from __future__ import annotations
 
@@ -6,35 +6,39 @@ from pathlib import Path
 from typing import Any
 
 from nxtp.errors import UserError
+from nxtp.runs.atomic import recover
 from nxtp.runs.record import read_record
-from nxtp.runs.atomic import find
 
-# Settings that may differ between a run and its continuation: where it is computed, and what is told of it.
+# Settings that may change when a run resumes: where it is computed, and what is logged.
 MAY_CHANGE = ("resume", "logger", "callbacks", "trainer", "parallel", "debug", "hydra")
 MAY_CHANGE += tuple(f"data.{key}" for key in ("num_workers", "cache_dir", "cache_gb", "read_timeout", "index_dir"))
 
 
 def find_checkpoint(run_dir: Path, resolved: dict[str, Any]) -> str | None:
-    """What ``resume`` means here: a checkpoint's path, None to begin, or "finished".
+    """Where a killed run resumes: the checkpoint's path, None to start anew, or "finished".
+
+    Args:
+        resolved: the configuration of the run that starts; ``resume`` is auto, never or a checkpoint's path.
 
     Raises:
-        UserError: the directory holds another run, or ``resume=never`` and it holds one at all.
+        UserError: the directory contains another run, or any run with ``resume=never``; no such checkpoint.
     """
     resume = resolved["resume"]
     if resume not in ("auto", "never"):
         if not Path(resume).exists():
-            raise UserError(f"resume={resume}: no such checkpoint. Say auto, never, or the path of a checkpoint.")
+            raise UserError(f"resume={resume}: no such checkpoint. Use auto, never, or the path of a checkpoint.")
         return str(resume)
     previous = read_record(run_dir)
     if previous is None:
         return None
     if resume == "never":
-        raise UserError(f"'{run_dir}' already holds a run and resume=never: choose another name, or delete it.")
-    last = find(last_checkpoint(run_dir))
+        raise UserError(f"'{run_dir}' already contains a run and resume=never: choose another name, or delete it.")
+    last = recover(last_checkpoint(run_dir))
     changed = differences(previous["config"], resolved)
     if changed and not (previous["status"] == "failed" and last is None):  # then there is nothing to lose
+        changes = ", ".join(changed[:6])
         raise UserError(
-            f"'{run_dir}' holds a run with other settings ({', '.join(changed[:6])}): choose another name or delete it."
+            f"'{run_dir}' contains a run with other settings ({changes}): choose another name, or delete it."
         )
     if previous["status"] == "finished":
         return "finished"
@@ -46,7 +50,7 @@ def last_checkpoint(run_dir: Path) -> Path:
 
 
 def differences(old: Any, new: Any, prefix: str = "") -> list[str]:
-    """Dotted keys in which two configurations differ, but for those in ``MAY_CHANGE``."""
+    """Dotted keys in which two configurations differ, without those in ``MAY_CHANGE``."""
     if prefix in MAY_CHANGE:
         return []
     if not (isinstance(old, dict) and isinstance(new, dict)):
@@ -56,11 +60,8 @@ def differences(old: Any, new: Any, prefix: str = "") -> list[str]:
 
 
 def is_finished(run_dir: Path, resolved: dict[str, Any]) -> bool:
-    """Whether the directory holds this very run, finished."""
+    """Whether the directory contains this run, finished."""
     previous = read_record(run_dir)
-    return (
-        previous is not None
-        and previous["status"] == "finished"
-        and resolved.get("resume", "auto") == "auto"
-        and not differences(previous["config"], resolved)
-    )
+    if previous is None or previous["status"] != "finished" or resolved.get("resume", "auto") != "auto":
+        return False
+    return not differences(previous["config"], resolved)

@@ -18,7 +18,7 @@ from torch import Tensor
 from nxtp.distributed.saving import Background, copied, not_written, read_file
 from nxtp.distributed.sharded_checkpoints import REST, TensorsOnly, read_into, read_shards, under
 from nxtp.model.weights import Spec, Weights
-from nxtp.runs.atomic import clear, find, take_place
+from nxtp.runs.atomic import recover, remove, replace
 
 
 class FileCheckpoints(TorchCheckpointIO):
@@ -35,12 +35,12 @@ class FileCheckpoints(TorchCheckpointIO):
         aside = path.with_name(f".{path.name}.part")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            clear(aside)
+            remove(aside)
             with aside.open("wb") as file:
                 torch.save(checkpoint, file)
                 file.flush()
                 os.fsync(file.fileno())
-            take_place(aside, path)
+            replace(aside, path)
         except (OSError, RuntimeError) as error:
             with suppress(OSError):
                 aside.unlink()
@@ -48,7 +48,7 @@ class FileCheckpoints(TorchCheckpointIO):
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = True) -> dict[str, Any]:
         self._background.wait()
-        path = find(Path(path)) or Path(path)
+        path = recover(Path(path)) or Path(path)
         return read_shards(path) if path.is_dir() else read_file(path)
 
     def remove_checkpoint(self, path: Any) -> None:
@@ -71,7 +71,7 @@ class CheckpointWeights(Weights):
     """
 
     def __init__(self, path: Path):
-        self.path = find(Path(path)) or Path(path)
+        self.path = recover(Path(path)) or Path(path)
         if self.path.is_dir():
             self.rest = read_file(self.path / REST)
             stored = under("model.", TensorsOnly(self.path).read_metadata().state_dict_metadata)

@@ -29,7 +29,7 @@ from nxtp.errors import UserError, at_least, by_kind
 from nxtp.model.flops import count_parameters, meta_model
 from nxtp.model.model import ModelConfig
 from nxtp.model.tokenizer import LabelTokenizer, train_tokenizer
-from nxtp.runs.atomic import written_aside
+from nxtp.runs.atomic import atomic_directory
 from nxtp.runs.record import RunRecord
 from nxtp.runs.resume import find_checkpoint, last_checkpoint
 from nxtp.train.callbacks.preemption import Preempted, PreemptionHandler, hand_on
@@ -188,7 +188,7 @@ def find_tokenizer(model: ModelConfig, data: DataConfig, run_dir: Path, sets: di
     labels = label_texts(sets["train"].shards, data)
     tokenizer = train_tokenizer(labels, vocab_size=model.vocab_size, prompts=[model.prompt])
     if rank_zero_only.rank == 0:
-        with written_aside(kept) as aside:  # other ranks find it whole, or make the same one
+        with atomic_directory(kept) as aside:  # other ranks find it whole, or make the same one
             tokenizer.save(aside)
     return tokenizer
 

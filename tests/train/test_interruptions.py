@@ -27,7 +27,7 @@ from nxtp.distributed.sharded_checkpoints import (
 )
 from nxtp.errors import UserError
 from nxtp.inference.recognizer import Recognizer
-from nxtp.runs.atomic import find, take_place
+from nxtp.runs.atomic import recover, replace
 from nxtp.train.checkpoints import FileCheckpoints
 
 pytestmark = pytest.mark.xdist_group("ranks")
@@ -399,7 +399,7 @@ def test_a_directory_moves_aside_where_an_old_file_lies(tmp_path):
     aside.mkdir()
     (aside / "x").write_text("two")
     old.write_text("one")
-    take_place(aside, path)
+    replace(aside, path)
     assert (path / "x").read_text() == "two"
     assert not old.exists()
 
@@ -410,9 +410,9 @@ def test_a_directory_takes_the_place_of_another(tmp_path):
     for content in ("one", "two"):
         aside.mkdir()
         (aside / "x").write_text(content)
-        take_place(aside, path)
+        replace(aside, path)
         assert (path / "x").read_text() == content
     path.rename(tmp_path / ".last.ckpt.old")
-    assert find(path) == path
+    assert recover(path) == path
     assert (path / "x").read_text() == "two"
-    assert find(tmp_path / "other.ckpt") is None
+    assert recover(tmp_path / "other.ckpt") is None

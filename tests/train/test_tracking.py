@@ -216,7 +216,7 @@ def test_a_key_in_the_configuration_is_refused(tracked, sweep):
         "train", *sweep, "name=s", "data.train=train", "logger=wandb", f"+logger.wandb.api_key={KEY}",
         cwd=tracked.root, code=1,
     )  # fmt: skip
-    assert "logger.wandb.api_key holds a secret" in said
+    assert "logger.wandb.api_key contains a secret" in said
     assert "WANDB_API_KEY" in said
     assert KEY not in said
     assert [path for path in (tracked.root / "runs" / "s").rglob("*") if path.is_file()] == []
@@ -225,7 +225,7 @@ def test_a_key_in_the_configuration_is_refused(tracked, sweep):
 def test_the_value_of_a_secret_variable_is_refused_anywhere(monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     refuse_secrets({"model": {"tokenizer": "x", "token": None}, "api_key": None, "notes": ["harmless"]})
-    with pytest.raises(UserError, match=r"^notes\[1\] holds a secret \(the value of WANDB_API_KEY\)") as error:
+    with pytest.raises(UserError, match=r"^notes\[1\] contains a secret \(the value of WANDB_API_KEY\)") as error:
         refuse_secrets({"notes": ["harmless", f"my key: {KEY}"]})
     assert KEY not in str(error.value)
 

@@ -198,7 +198,7 @@ def test_a_finished_run_is_not_repeated_nor_overwritten(workplace):
     assert "optim.lr" in other.stderr.splitlines()[-1]
     never = run_nxtp(*command, "resume=never", cwd=root)
     assert never.returncode == 1
-    assert "already holds a run" in never.stderr
+    assert "already contains a run" in never.stderr
     assert (root / "runs" / "r" / "run.json").read_text() == before
 
 

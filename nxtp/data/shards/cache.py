@@ -21,7 +21,7 @@ import webdataset  # noqa: F401  makes webdataset.gopen a module in sys.modules 
 
 from nxtp.data.shards.manifest import MANIFEST
 from nxtp.errors import UserError
-from nxtp.runs.atomic import replacing
+from nxtp.runs.atomic import atomic_file
 
 log = logging.getLogger(__name__)
 
@@ -125,7 +125,7 @@ class RemoteCache:
 
     def _download(self, url: str, path: Path) -> None:
         try:
-            with replacing(path) as file, _open(url) as source:  # closing the source tells whether it failed
+            with atomic_file(path) as file, _open(url) as source:  # closing the source tells whether it failed
                 for chunk in _chunks(source, self.stall):
                     file.write(chunk)
         except RemoteError:

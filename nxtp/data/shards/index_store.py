@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from nxtp.data.shards.tar_index import ShardIndex
-from nxtp.runs.atomic import replacing
+from nxtp.runs.atomic import atomic_file
 
 FORMAT = "3"
 
@@ -64,7 +64,7 @@ class IndexStore:
         }
         about = {"format": FORMAT, "name": name, "samples": str(len(index)), "stamp": json.dumps(index.stamp)}
         try:
-            with replacing(self._file(name)) as file:
+            with atomic_file(self._file(name)) as file:
                 file.write(save(tensors, metadata=about | {"skipped": json.dumps(index.skipped)}))
         except OSError:
             return False

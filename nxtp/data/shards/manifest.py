@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from nxtp.errors import UserError
-from nxtp.runs.atomic import replacing
+from nxtp.runs.atomic import atomic_file
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +65,7 @@ def write_manifest(
     }
     path = Path(directory) / MANIFEST
     text = json.dumps(manifest, indent=1, sort_keys=True, ensure_ascii=False)
-    with replacing(path) as file:
+    with atomic_file(path) as file:
         file.write(f"{text}\n".encode())
     return path
 

@@ -20,7 +20,7 @@ from nxtp.deploy.onnx.runner import CONFIG, DECODER, DECODER_INPUTS, ENCODER, TO
 from nxtp.errors import UserError
 from nxtp.inference.recognizer import Recognizer
 from nxtp.model.model import Model
-from nxtp.runs.atomic import written_aside
+from nxtp.runs.atomic import atomic_directory
 from nxtp.sampling.one_shot import MAX_LABEL_TOKENS
 
 NEEDED = ("onnx", "onnxscript", "onnxruntime")
@@ -98,7 +98,7 @@ def export_onnx(recognizer: Recognizer, out: Path, int8: bool = False) -> Config
             f"the model is {model.image_token.dtype} on {model.image_token.device}; float32 on cpu, please"
         )
     config = runner_config(recognizer, "int8" if int8 else "float32")
-    with written_aside(out) as aside:
+    with atomic_directory(out) as aside:
         with _quiet(), torch.no_grad():
             _write(EncoderGraph(model), encoder_inputs(config), aside / ENCODER)
             _write(DecoderGraph(model), decoder_inputs(config), aside / DECODER)
