@@ -16,7 +16,7 @@ from nxtp.data.features.store import FeatureStore
 from nxtp.data.images import ImageError, load_image
 from nxtp.data.labels.from_samples import labels_of
 from nxtp.data.labels.nouns import noun_backend
-from nxtp.data.shards.reader import IndexedShards, RawSample, SampleFault
+from nxtp.data.shards.reader import IndexedShards, RawSample, SampleError
 from nxtp.data.transforms import to_pixels
 from nxtp.errors import UserError
 from nxtp.model.layout import Layout, Objective, lay_out
@@ -91,7 +91,7 @@ class BatchDataset(Dataset):
                 raw = self.shards.read(position)
                 labels = self.labels_of(raw)
                 pixels = self.pixels_of(raw)
-            except SampleFault as fault:
+            except SampleError as fault:
                 skipped[fault.kind] += 1
                 continue
             except ImageError:
@@ -136,7 +136,7 @@ class BatchDataset(Dataset):
         """A sample's image, uint8 [3, S, S], or where there are features its features [N, D_encoder].
 
         Raises:
-            SampleFault: there are none.
+            SampleError: there are none.
             ImageError: the image cannot be decoded.
         """
         if self.features is None:
@@ -144,21 +144,21 @@ class BatchDataset(Dataset):
         try:
             features = self.features.read(raw.image)
         except KeyError:
-            raise SampleFault("no features", raw.key, raw.shard) from None
+            raise SampleError("no features", raw.key, raw.shard) from None
         if features is None:
-            raise SampleFault("bad image", raw.key, raw.shard)
+            raise SampleError("bad image", raw.key, raw.shard)
         return features
 
     def labels_of(self, raw: RawSample) -> list[str]:
         """Of a sample's labels those that have tokens.
 
         Raises:
-            SampleFault: none has.
+            SampleError: none has.
         """
         labels = labels_of(raw, self.nouns)
         if self.training and raw.labels is not None and self.config.given_labels == "first":
             labels = labels[:1]
         labels = [label for label, ids in zip(labels, self.tokenizer.encode_labels(labels), strict=True) if ids]
         if not labels:
-            raise SampleFault("no labels", raw.key, raw.shard)
+            raise SampleError("no labels", raw.key, raw.shard)
         return labels

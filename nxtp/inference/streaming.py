@@ -17,7 +17,7 @@ from torch import Tensor
 
 from nxtp.data.images import ImageError, find_images
 from nxtp.data.shards.cache import RemoteCache
-from nxtp.data.shards.reader import IndexedShards, SampleFault
+from nxtp.data.shards.reader import IndexedShards, SampleError
 from nxtp.data.shards.urls import expand_shards, is_remote
 from nxtp.errors import UserError, by_kind
 
@@ -200,7 +200,7 @@ def _shards(specs: list[str], cache_dir: str | None) -> Source:
     def read(position: int) -> bytes:
         try:
             return shards.read(position).image
-        except SampleFault as fault:
+        except SampleError as fault:
             raise ImageError(fault.key, fault.kind) from fault
 
     def items() -> Iterator[Item]:

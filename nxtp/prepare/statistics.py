@@ -17,7 +17,7 @@ from nxtp.data.images import ImageError, load_image
 from nxtp.data.labels.from_samples import labels_of
 from nxtp.data.labels.nouns import NounBackend
 from nxtp.data.mixture import OpenedSet
-from nxtp.data.shards.reader import SampleFault
+from nxtp.data.shards.reader import SampleError
 from nxtp.inference.figures import SheetItem
 
 SHEET_PIXELS = 224
@@ -66,7 +66,7 @@ def survey(opened: OpenedSet, nouns: NounBackend, limit: int | None = 10_000) ->
             raw = shards.read(position)
             with Image.open(io.BytesIO(raw.image)) as header:
                 width, height, kind = *header.size, header.format
-        except SampleFault as fault:
+        except SampleError as fault:
             found.skipped[fault.kind] += 1
             continue
         except Exception:  # Pillow raises nearly any type on damaged files
@@ -81,7 +81,7 @@ def survey(opened: OpenedSet, nouns: NounBackend, limit: int | None = 10_000) ->
             found.words.append(len(raw.caption.split()))
         try:
             labels = labels_of(raw, nouns)
-        except SampleFault as fault:
+        except SampleError as fault:
             found.skipped[fault.kind] += 1
             found.counts[0] += 1
             continue
@@ -99,11 +99,11 @@ def sheet_items(opened: OpenedSet, nouns: NounBackend, images: int, seed: int) -
         try:
             raw = opened.shards.read(int(position))
             picture = load_image(raw.image, near=SHEET_PIXELS)
-        except (SampleFault, ImageError):
+        except (SampleError, ImageError):
             continue
         try:
             labels = labels_of(raw, nouns)
-        except SampleFault:
+        except SampleError:
             labels = []
         picture.thumbnail((2 * SHEET_PIXELS, 2 * SHEET_PIXELS))
         shown += 1

@@ -20,7 +20,7 @@ from helpers import serving
 from nxtp.data.shards.cache import RemoteCache
 from nxtp.data.shards.index_store import IndexStore
 from nxtp.data.shards.manifest import ShardInfo, manifest_hash, read_manifest, sha256_of, write_manifest
-from nxtp.data.shards.reader import MAX_CAPTION_BYTES, IndexedShards, SampleFault
+from nxtp.data.shards.reader import MAX_CAPTION_BYTES, IndexedShards, SampleError
 from nxtp.data.shards.tar_index import index_shard
 from nxtp.data.shards.urls import expand_shards
 from nxtp.errors import UserError
@@ -346,7 +346,7 @@ def test_random_damage_raises_nothing_but_sample_faults(tmp_path, format):
         shards = IndexedShards([str(path)])
         assert len(shards) == 4 or shards.skipped
         for i in range(len(shards)):
-            with suppress(SampleFault):
+            with suppress(SampleError):
                 shards.read(i)
 
 
@@ -433,14 +433,14 @@ def test_texts(tmp_path, members, caption, labels):
 def test_bad_member_is_a_sample_fault(tmp_path, extension, data, kind):
     path = tar(tmp_path / "a.tar", [("a.jpg", b"x"), (f"a.{extension}", data), ("b.jpg", b"y")])
     shards = IndexedShards([path])
-    with pytest.raises(SampleFault) as error:
+    with pytest.raises(SampleError) as error:
         shards.read(0)
     assert (error.value.kind, error.value.key, error.value.shard) == (kind, "a", path)
     assert shards.read(1).image == b"y"
 
 
 def test_sample_fault_is_pickled():
-    fault = pickle.loads(pickle.dumps(SampleFault("corrupt json", "000001", "a.tar")))
+    fault = pickle.loads(pickle.dumps(SampleError("corrupt json", "000001", "a.tar")))
     assert (fault.kind, fault.key, fault.shard) == ("corrupt json", "000001", "a.tar")
     assert str(fault) == "corrupt json: 000001 in a.tar"
 
@@ -457,7 +457,7 @@ def test_shards_that_change_under_the_reader(tmp_path):
     write_shard(paths[2], SAMPLES[:1])
     kinds = []
     for position in (last, len(SAMPLES), 2 * len(SAMPLES)):
-        with pytest.raises(SampleFault) as error:
+        with pytest.raises(SampleError) as error:
             shards.read(position)
         kinds.append(error.value.kind)
     assert kinds == ["truncated member", "shard vanished", "shard changed"]
@@ -467,7 +467,7 @@ def test_other_content_under_the_same_headers_is_told_by_its_time(shard):
     shards, status = IndexedShards([str(shard)]), shard.stat()
     shard.write_bytes(shard.read_bytes().replace(b"a dog 1", b"a cat 1"))
     os.utime(shard, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
-    with pytest.raises(SampleFault, match="shard changed"):
+    with pytest.raises(SampleError, match="shard changed"):
         shards.read(1)
 
 
@@ -539,7 +539,7 @@ def test_a_replacement_of_the_same_size_and_time_is_not_read_at_old_offsets(tmp_
     assert shard.stat().st_size == status.st_size
     stale = IndexedShards([str(shard)], store=store)
     for position in range(len(stale)):
-        with pytest.raises(SampleFault, match="shard changed"):
+        with pytest.raises(SampleError, match="shard changed"):
             stale.read(position)
     again = IndexedShards([str(shard)], store=store)
     assert read_all(again) == [s["jpg"] for s in others], "indexed anew at the next start"
@@ -553,7 +553,7 @@ def test_a_fetched_replacement_is_not_read_at_old_offsets(tmp_path, site, size):
     others = [{**s, "__key__": f"b{i:06d}"} for i, s in enumerate(reversed(SAMPLES))]
     others = others if size == "the same" else others[:7]
     write_shard(root / "r-0.tar", others)
-    with pytest.raises(SampleFault, match="shard changed"):
+    with pytest.raises(SampleError, match="shard changed"):
         IndexedShards(urls, RemoteCache(tmp_path / "other"), store).read(0)
     again = IndexedShards(urls, RemoteCache(tmp_path / "other"), store)
     assert [again.read(i).image for i in range(len(others))] == [s["jpg"] for s in others]
@@ -590,7 +590,7 @@ def test_images_are_checked_against_their_checksum(tmp_path):
     write_shard(tmp_path / "a.tar", [{"__key__": k, "jpg": d, "json": record} for k, d in (("a", good), ("b", bad))])
     shards = IndexedShards([str(tmp_path / "a.tar")])
     assert shards.read(0).image == good
-    with pytest.raises(SampleFault, match="damaged image"):
+    with pytest.raises(SampleError, match="damaged image"):
         shards.read(1)
 
 
@@ -683,7 +683,7 @@ def test_remote_faults_are_counted_once_tried(tmp_path, site):
         try:
             shards.read(position)
             kinds["read"] += 1
-        except SampleFault as fault:
+        except SampleError as fault:
             kinds[fault.kind] += 1
     assert kinds == {"read": 14, "stalled shard": 10, "unreachable shard": 10, "missing sample": 6}
     assert handler.asked.count("r-1.tar") == 1, "not tried again for every sample"

@@ -22,7 +22,7 @@ from nxtp.data.features.store import DTYPES, FeatureStore, FeatureWriter, Meta, 
 from nxtp.data.images import ImageError, load_image
 from nxtp.model.model import ModelConfig
 from nxtp.data.transforms import to_pixels
-from nxtp.data.shards.reader import SampleFault, IndexedShards
+from nxtp.data.shards.reader import SampleError, IndexedShards
 from nxtp.data.config import DataConfig
 from nxtp.data.mixture import open_set
 
@@ -102,7 +102,7 @@ class Missing(Dataset):
         for position in positions.tolist():
             try:
                 image = self.shards.read(position).image
-            except SampleFault:
+            except SampleError:
                 continue  # training skips it too
             key = image_key(image)
             if key in found or key in self.store:

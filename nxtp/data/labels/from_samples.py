@@ -14,7 +14,7 @@ from nxtp.data.config import DataConfig, named_sources
 from nxtp.data.labels.cleaning import clean_labels
 from nxtp.data.labels.nouns import NounBackend, noun_backend
 from nxtp.data.shards.manifest import read_manifest
-from nxtp.data.shards.reader import IndexedShards, RawSample, SampleFault
+from nxtp.data.shards.reader import IndexedShards, RawSample, SampleError
 
 log = logging.getLogger("nxtp")
 
@@ -40,7 +40,7 @@ def label_texts(shards: IndexedShards, config: DataConfig, limit: int = 20_000) 
     nouns = noun_backend(config.nouns)
     found: set[str] = set()
     for position in np.unique(np.linspace(0, len(shards) - 1, min(limit, len(shards)), dtype=np.int64)):
-        with suppress(SampleFault):
+        with suppress(SampleError):
             found.update(labels_of(shards.read(int(position)), nouns))
     shards.close()  # loader workers open their own
     return sorted(found)
@@ -50,14 +50,14 @@ def labels_of(raw: RawSample, nouns: NounBackend) -> list[str]:
     """Labels given explicitly win over nouns from a caption.
 
     Raises:
-        SampleFault: "no caption" (nor labels), or "no labels" (no noun in the caption).
+        SampleError: "no caption" (nor labels), or "no labels" (no noun in the caption).
     """
     if raw.labels is not None:
         labels = clean_labels(raw.labels)
     elif raw.caption is not None:
         labels = nouns(raw.caption)
     else:
-        raise SampleFault("no caption", raw.key, raw.shard)
+        raise SampleError("no caption", raw.key, raw.shard)
     if not labels:
-        raise SampleFault("no labels", raw.key, raw.shard)
+        raise SampleError("no labels", raw.key, raw.shard)
     return labels

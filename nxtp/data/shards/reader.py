@@ -37,7 +37,7 @@ _OPEN_INDEXES = 32
 _LOCAL_SCHEME = re.compile(r"^file:(//)?")
 
 
-class SampleFault(Exception):
+class SampleError(Exception):
     """A sample that cannot be used: skipped and counted by ``kind``."""
 
     def __init__(self, kind: str, key: str, shard: str):
@@ -127,7 +127,7 @@ class IndexedShards:
         number, row = self._locate(position)
         try:
             return str(self._index(number).keys[row])
-        except (SampleFault, IndexError):
+        except (SampleError, IndexError):
             return f"[{row}]"
 
     def prefetch(self, numbers: Iterable[int]) -> None:
@@ -141,7 +141,7 @@ class IndexedShards:
         """The sample at ``position``.
 
         Raises:
-            SampleFault: "shard vanished", "shard changed" (since it was indexed), "unreadable shard", "unreachable
+            SampleError: "shard vanished", "shard changed" (since it was indexed), "unreadable shard", "unreachable
                 shard", "stalled shard", "missing sample" (the manifest promised more), "truncated member",
                 "oversized image|caption|json", "corrupt json", "bad labels" (not a list of strings) or "damaged
                 image" (other bytes than its JSON's ``crc32``).
@@ -151,7 +151,7 @@ class IndexedShards:
         url = self.urls[number]
         shard = self._index(number)
         if row >= len(shard):
-            raise SampleFault("missing sample", f"{url}[{row}]", url)
+            raise SampleError("missing sample", f"{url}[{row}]", url)
         key = str(shard.keys[row])
 
         headers: dict[str, bytes] = {}
@@ -161,15 +161,15 @@ class IndexedShards:
             if offset < 0:
                 return None
             if size > limit:
-                raise SampleFault(f"oversized {what}", key, url)
+                raise SampleError(f"oversized {what}", key, url)
             try:
                 data = os.pread(self._open(number, key), HEADER + size, offset - HEADER)
             except FileNotFoundError:
-                raise SampleFault("shard vanished", key, url) from None
+                raise SampleError("shard vanished", key, url) from None
             except OSError as error:
-                raise SampleFault("unreadable shard", key, url) from error
+                raise SampleError("unreadable shard", key, url) from error
             if len(data) < HEADER + size:
-                raise SampleFault("truncated member", key, url)
+                raise SampleError("truncated member", key, url)
             headers[what] = data[:HEADER]
             return data[HEADER:]
 
@@ -178,7 +178,7 @@ class IndexedShards:
         image = member("image", shard.image_offset, shard.image_size, MAX_IMAGE_BYTES)
         if zlib.crc32(b"".join(headers.get(what, b"") for what in ("image", "caption", "json"))) != shard.headers[row]:
             self.store.forget(_name(url))  # size and time are those of the file that was indexed, the content is not
-            raise SampleFault("shard changed", key, url)
+            raise SampleError("shard changed", key, url)
         caption = None if text is None else decode_text(text)
         labels = checksum = None
         if record is not None:
@@ -187,16 +187,16 @@ class IndexedShards:
             except (ValueError, RecursionError):
                 values = None
             if not isinstance(values, dict):
-                raise SampleFault("corrupt json", key, url)
+                raise SampleError("corrupt json", key, url)
             labels, checksum = values.get("labels"), values.get("crc32")
             if labels is not None:
                 if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
-                    raise SampleFault("bad labels", key, url)
+                    raise SampleError("bad labels", key, url)
                 labels = [sound_text(label) for label in labels]
             if not caption and isinstance(values.get("caption"), str):
                 caption = sound_text(values["caption"]).strip()
         if isinstance(checksum, int) and zlib.crc32(image) != checksum:
-            raise SampleFault("damaged image", key, url)
+            raise SampleError("damaged image", key, url)
         return RawSample(key, url, image, caption or None, labels)
 
     def close(self) -> None:
@@ -250,7 +250,7 @@ class IndexedShards:
             try:
                 index = self._indexed(shard.url, shard.path)
             except RemoteError as error:
-                raise SampleFault(error.kind, "", shard.url) from error
+                raise SampleError(error.kind, "", shard.url) from error
             self.store.save(_name(shard.url), index)
         indexes[number] = index
         if len(indexes) > _OPEN_INDEXES:
@@ -279,7 +279,7 @@ class IndexedShards:
             try:
                 file = self.cache.opened(shard.url)
             except RemoteError as error:
-                raise SampleFault(error.kind, key, shard.url) from error
+                raise SampleError(error.kind, key, shard.url) from error
         else:
             file = open(shard.path, "rb", buffering=0)  # noqa: SIM115
         status = os.fstat(file.fileno())
@@ -288,7 +288,7 @@ class IndexedShards:
         if found[0] != expected[0] or (not is_remote(shard.url) and found != expected):
             file.close()
             self.store.forget(_name(shard.url))
-            raise SampleFault("shard changed", key, shard.url)
+            raise SampleError("shard changed", key, shard.url)
         files[number] = file
         if len(files) > _OPEN_SHARDS:
             files.popitem(last=False)[1].close()
