@@ -28,8 +28,8 @@ from nxtp.data.config import DataConfig, named_sources
 from nxtp.distributed.parallelize import ParallelConfig, blocks_of
 from nxtp.errors import UserError
 from nxtp.model.flops import Flops, ModelFlops, meta_model, peak_flops, training_flops
+from nxtp.model.layout import PUBLISHED_LENGTH
 from nxtp.model.model import Model, ModelConfig
-from nxtp.paper.reference import PADDED_LENGTH
 from nxtp.train.optim import OptimConfig
 
 
@@ -93,7 +93,7 @@ def _regathered(model: Model) -> int:
 
 def published_flops(model: Model) -> float:
     """FLOPs an image as the published code executes them: two branches of 512 positions, all of them to logits."""
-    parts = ModelFlops(model).parts(1, PADDED_LENGTH, PADDED_LENGTH)
+    parts = ModelFlops(model).parts(1, PUBLISHED_LENGTH, PUBLISHED_LENGTH)
     branch = Flops.sum(parts[name] for name in ("decoder", "attention", "output layer"))
     return (parts["encoder"].total + parts["projection"].total) + 2 * branch.total
 

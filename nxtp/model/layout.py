@@ -20,6 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+PUBLISHED_LENGTH = 512  # image and text positions of every published training sequence
+
 
 class Objective(StrEnum):
     """Where a label stands, and where its first token is predicted.

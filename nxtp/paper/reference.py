@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nxtp.model.layout import PUBLISHED_LENGTH
 from nxtp.model.model import Model
 from nxtp.sampling.one_shot import MAX_LABEL_TOKENS, Samples
 
-PADDED_LENGTH = 512  # image and text positions of every published training sequence
 _IGNORE = -1
 
 
@@ -42,7 +42,7 @@ def published_loss(
     *,
     prompt: Sequence[int],
     delimiter: int,
-    pad_to: int = PADDED_LENGTH,
+    pad_to: int = PUBLISHED_LENGTH,
 ) -> Tensor:
     """The loss of a published training step, float32 []; equals objective ``published``.
 

@@ -73,7 +73,7 @@ def measured_peak(optim: OptimConfig, step: Step, parallel: ParallelConfig, mesh
 
 
 @pytest.mark.parametrize(
-    ("trains", "checkpointing", "accumulates", "precision"),
+    ("trainable", "checkpointing", "accumulates", "precision"),
     [
         (TrainableConfig(), False, False, "32-true"),
         (PUBLISHED_LIKE, False, False, "32-true"),

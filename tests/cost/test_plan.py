@@ -44,7 +44,7 @@ class Sent(TorchDispatchMode):
 
 
 @pytest.mark.parametrize(
-    "trains",
+    "trainable",
     [
         {},
         {"encoder": 1, "embedding": False},
