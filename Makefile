@@ -14,7 +14,7 @@ export TOKENIZERS_PARALLELISM = false
 
 install: $(READY)
 
-# Made once, and made anew when the requirements change.
+# Created once, and again when the requirements change.
 $(READY): pyproject.toml constraints.txt
 	rm -rf $(VENV)
 	$(PYTHON) -m venv $(VENV)
@@ -24,6 +24,8 @@ $(READY): pyproject.toml constraints.txt
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-logo
+	$(BIN)/mypy
 
 # Two test processes with two threads each would stall each other on two cores; so would two tests of several ranks, which
 # therefore are one group.
@@ -47,4 +49,4 @@ scenes: $(READY)
 	$(BIN)/nxtp evaluate model=runs/scenes/model data=scenes out=runs/scenes
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache
