@@ -1,4 +1,4 @@
-"""COCO captions 2017 as shards, one set a split.
+"""COCO captions 2017 as shards, one set per split.
 
     python data/coco.py /datasets/coco --out data/shards/coco
 
@@ -15,12 +15,12 @@ import click
 
 from nxtp.errors import UserError
 from nxtp.prepare.items import Item, write_items
-from nxtp.prepare.options import Writing, writing_options
-from nxtp.prepare.skipped import LeftOut
+from nxtp.prepare.options import WriterOptions, writer_options
+from nxtp.prepare.writer import Skipped
 
 
-def coco_items(source: Path, split: str, *, separate: bool = False) -> tuple[list[Item], LeftOut]:
-    """(items, what is left out) of one split; an image's captions joined by spaces, or one item a caption.
+def coco_items(source: Path, split: str, *, separate: bool = False) -> tuple[list[Item], Skipped]:
+    """(items, skipped) of one split; an image's captions joined by spaces, or one item per caption.
 
     Raises:
         UserError: the annotations are missing or are not COCO's.
@@ -37,8 +37,8 @@ def coco_items(source: Path, split: str, *, separate: bool = False) -> tuple[lis
     except FileNotFoundError:
         raise UserError(f"{path} is missing. Download and unpack COCO 2017 from https://cocodataset.org.") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{path} does not hold COCO captions ({type(error).__name__}: {error}).") from error
-    items, skipped = [], LeftOut()
+        raise UserError(f"{path} does not contain COCO captions ({type(error).__name__}: {error}).") from error
+    items, skipped = [], Skipped()
     for image in sorted(files):
         texts, key, file = captions[image], files[image].stem, str(source / f"{split}2017" / files[image].name)
         if not texts:
@@ -54,9 +54,9 @@ def coco_items(source: Path, split: str, *, separate: bool = False) -> tuple[lis
 @click.argument("source", type=click.Path(path_type=Path, exists=True, file_okay=False))
 @click.option("--out", type=click.Path(path_type=Path), default=Path("data/shards/coco"), show_default=True)
 @click.option("--splits", default="train,val", show_default=True)
-@click.option("--separate", is_flag=True, help="One sample a caption; by default an image's captions are joined.")
-@writing_options
-def main(source: Path, out: Path, splits: str, separate: bool, writing: Writing) -> None:
+@click.option("--separate", is_flag=True, help="One sample per caption; by default an image's captions are joined.")
+@writer_options
+def main(source: Path, out: Path, splits: str, separate: bool, options: WriterOptions) -> None:
     """COCO captions 2017 in SOURCE → shards in OUT/train and OUT/val.
 
     SOURCE is the unpacked download of https://cocodataset.org: annotations/captions_{train,val}2017.json beside the
@@ -68,7 +68,7 @@ def main(source: Path, out: Path, splits: str, separate: bool, writing: Writing)
     for split in splits.split(","):
         items, skipped = coco_items(source, split.strip(), separate=separate)
         made_by = {"script": "coco", "split": split.strip(), "captions": "separate" if separate else "joined"}
-        write_items(out / split.strip(), items, made_by=made_by, skipped=skipped, writing=writing)
+        write_items(out / split.strip(), items, made_by=made_by, skipped=skipped, options=options)
 
 
 if __name__ == "__main__":

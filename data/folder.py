@@ -18,13 +18,12 @@ from nxtp.data.labels.cleaning import clean_labels
 from nxtp.data.shards.reader import decode_text
 from nxtp.errors import UserError
 from nxtp.prepare.items import Item, write_items
-from nxtp.prepare.options import Writing, writing_options
-from nxtp.prepare.shard_pool import Skip
-from nxtp.prepare.skipped import LeftOut
+from nxtp.prepare.options import WriterOptions, writer_options
+from nxtp.prepare.writer import Skip, Skipped
 
 
-def folder_items(source: Path) -> tuple[list[Item], LeftOut]:
-    """(items, what is left out) of all images below ``source``.
+def folder_items(source: Path) -> tuple[list[Item], Skipped]:
+    """(items, skipped) of all images below ``source``.
 
     Raises:
         UserError: no image there.
@@ -32,13 +31,13 @@ def folder_items(source: Path) -> tuple[list[Item], LeftOut]:
     images, problems = find_images([source])
     if not images:
         raise UserError(str(problems[0]) if problems else f"{source}: no image in this directory")
-    items, skipped = [], LeftOut()
+    items, skipped = [], Skipped()
     for image in images:
         name = str(image.relative_to(source))
         try:
             caption, record = _texts(image)
         except Skip as skip:
-            skipped.add(skip.kind, name)
+            skipped.add(str(skip), name)
             continue
         key = "_".join(image.relative_to(source).with_suffix("").parts)
         items.append(Item(key, str(image), caption, record))
@@ -66,8 +65,8 @@ def _texts(image: Path) -> tuple[str | None, dict[str, Any]]:
         raise Skip("labels not a list of strings")
     if not clean_labels(labels or []):
         values.pop("labels", None)  # an empty list would win over the caption
-    told = values.get("caption")
-    if not caption and "labels" not in values and not (isinstance(told, str) and told.strip()):
+    other = values.get("caption")
+    if not caption and "labels" not in values and not (isinstance(other, str) and other.strip()):
         raise Skip("no caption")
     return caption or None, values
 
@@ -75,17 +74,17 @@ def _texts(image: Path) -> tuple[str | None, dict[str, Any]]:
 @click.command()
 @click.argument("source", type=click.Path(path_type=Path, exists=True, file_okay=False))
 @click.option("--out", type=click.Path(path_type=Path), required=True)
-@writing_options
-def main(source: Path, out: Path, writing: Writing) -> None:
+@writer_options
+def main(source: Path, out: Path, options: WriterOptions) -> None:
     """Images below SOURCE, each with a .txt caption and/or a .json of labels beside it → shards in OUT.
 
-    Any bitmap format, any depth of subfolders. NAME.txt is the caption of NAME.jpg, NAME.json holds {"labels": […]}.
+    Any bitmap format, any depth of subfolders. NAME.txt is the caption of NAME.jpg, NAME.json contains {"labels": […]}.
 
     \b
     python data/folder.py /datasets/mine --out data/shards/mine
     """
     items, skipped = folder_items(source)
-    write_items(out, items, made_by={"script": "folder"}, skipped=skipped, writing=writing)
+    write_items(out, items, made_by={"script": "folder"}, skipped=skipped, options=options)
 
 
 if __name__ == "__main__":

@@ -8,9 +8,9 @@
     python data/imagenet.py /datasets/imagenet-a --set a --out data/shards/imagenet_a
     python data/imagenet.py /datasets/objectnet-1.0/images --set objectnet --crop-border 2 --out data/shards/objectnet
 
-A source is a directory of class folders, a directory of flat images, or one of the official tars, read where they lie.
+A source is a directory of class folders, a directory of flat images, or one of the official tars, read in place.
 Flat validation images need --truth: the development kit, Kaggle's LOC_val_solution.csv, or a text file with one WordNet
-id a line in the order of the images. The sets come from https://image-net.org, https://github.com/modestyachts/ImageNetV2,
+id per line in the order of the images. The sets come from https://image-net.org, https://github.com/modestyachts/ImageNetV2,
 https://github.com/hendrycks/natural-adv-examples, https://github.com/hendrycks/imagenet-r,
 https://github.com/HaohanWang/ImageNet-Sketch and https://objectnet.dev; class names and ReaL's labels are timm's.
 """
@@ -32,8 +32,8 @@ import click
 from nxtp.data.labels.imagenet import NAMES, SUBSETS, ImageNetClass, by_wnid, imagenet_classes, real_labels, subset
 from nxtp.errors import UserError
 from nxtp.prepare.items import Item, Span, write_items
-from nxtp.prepare.options import Writing, writing_options
-from nxtp.prepare.skipped import LeftOut
+from nxtp.prepare.options import WriterOptions, writer_options
+from nxtp.prepare.writer import Skipped
 
 SETS = ("1k", "v2", "real", "a", "r", "sketch", "objectnet")
 _IMAGE = re.compile(r"\.(jpe?g|png|webp|bmp)$", re.IGNORECASE)
@@ -41,7 +41,7 @@ _VALIDATION = re.compile(r"ILSVRC2012_val_(\d{8})")
 
 
 class Found(NamedTuple):
-    """An image of a source: its class folder ("" where it lies flat), its name without extension, its bytes."""
+    """An image of a source: its class folder ("" if there is none), its name without extension, its bytes."""
 
     folder: str
     stem: str
@@ -66,7 +66,7 @@ def find(source: Path) -> Iterator[Found]:
         with tarfile.open(source, "r:") as outer:
             for member in sorted(outer.getmembers(), key=lambda m: m.name):
                 path = PurePosixPath(member.name)
-                if member.isfile() and path.suffix == ".tar":  # a class: its tar lies uncompressed in this one
+                if member.isfile() and path.suffix == ".tar":  # a class: its tar is stored uncompressed in this one
                     with tarfile.open(fileobj=outer.extractfile(member), mode="r:") as inner:
                         for image in sorted(inner.getmembers(), key=lambda m: m.name):
                             if image.isfile() and _IMAGE.search(image.name):
@@ -78,7 +78,7 @@ def find(source: Path) -> Iterator[Found]:
                     yield Found(folder, path.stem, Span(str(source), member.offset_data, member.size))
     except tarfile.TarError as error:
         raise UserError(
-            f"{source} cannot be read as an uncompressed tar ({error}). Unpack it, or fetch it anew."
+            f"{source} cannot be read as an uncompressed tar ({error}). Unpack it, or download it again."
         ) from None
 
 
@@ -86,7 +86,7 @@ def validation_truth(path: Path) -> dict[int, ImageNetClass]:
     """Number of a validation image (from 1) → its class.
 
     ``path`` is the development kit (a .tar.gz, or unpacked), Kaggle's LOC_val_solution.csv, or a text file with one
-    WordNet id a line in the order of the images.
+    WordNet id per line in the order of the images.
 
     Raises:
         UserError: it is none of these.
@@ -103,7 +103,7 @@ def validation_truth(path: Path) -> dict[int, ImageNetClass]:
         return {number: by_wnid()[wnid] for number, wnid in enumerate(wnids, start=1)}
     except (OSError, KeyError, ValueError, TypeError, tarfile.TarError) as error:
         raise UserError(
-            f"{path} does not say the classes of validation images ({type(error).__name__}: {error})."
+            f"{path} does not contain the classes of validation images ({type(error).__name__}: {error})."
         ) from error
 
 
@@ -126,25 +126,25 @@ def _development_kit(path: Path) -> list[str]:
 
 
 def objectnet_labels(source: Path) -> Callable[[str], str]:
-    """Folder → label: ObjectNet's own table where it lies beside the images, else the folder's name in words."""
+    """Folder → label: by ObjectNet's own table if it is beside the images, else the folder's name in words."""
     table = source.parent / "mappings" / "folder_to_objectnet_label.json"
     names = json.loads(table.read_text()) if table.is_file() else {}
     return lambda folder: str(names.get(folder, re.sub(r"[_\s]+", " ", folder).strip())).lower()
 
 
-def imagenet_items(source: Path, kind: str, *, truth: Path | None, names: str) -> tuple[list[Item], LeftOut]:
-    """(items, what is left out). The record of an item holds ``labels`` and, but for ObjectNet, the class's index
+def imagenet_items(source: Path, kind: str, *, truth: Path | None, names: str) -> tuple[list[Item], Skipped]:
+    """(items, skipped). The record of an item has ``labels`` and, except for ObjectNet, the class's index
     (``class``; ReaL: ``classes``) and ``wnid``.
 
     Raises:
-        UserError: folders that are no classes, or flat images without ``truth``.
+        UserError: folders that are not classes, or flat images without ``truth``.
     """
     classes = imagenet_classes()
     allowed = subset(f"imagenet_{kind}") if f"imagenet_{kind}" in SUBSETS else None
     number_of = validation_truth(truth) if truth else {}
     objectnet = objectnet_labels(source) if kind == "objectnet" else None
     items: list[Item] = []
-    skipped = LeftOut()
+    skipped = Skipped()
     for folder, stem, image in find(source):
         number = int(match[1]) if (match := _VALIDATION.fullmatch(stem)) else None
         if objectnet is not None:
@@ -165,11 +165,10 @@ def imagenet_items(source: Path, kind: str, *, truth: Path | None, names: str) -
         else:
             found = by_wnid().get(folder) or number_of.get(number)
         if found is None and folder:
-            raise UserError(
-                f"{source}: the folder '{folder}' is no class of ImageNet-1k{' (give --set v2)' * folder.isdecimal()}."
-            )
+            advice = " (add --set v2)" * folder.isdecimal()
+            raise UserError(f"{source}: the folder '{folder}' is not a class of ImageNet-1k{advice}.")
         if found is None:
-            raise UserError(f"{source}: '{stem}' lies in no class folder: give --truth, see --help.")
+            raise UserError(f"{source}: '{stem}' is not in a class folder: add --truth, see --help.")
         if allowed is not None and found.index not in allowed:
             raise UserError(f"{source}: class '{folder}' is not among the {len(allowed)} of ImageNet-{kind.upper()}.")
         record = {"labels": found.labels(names), "class": found.index, "wnid": found.wnid}
@@ -189,16 +188,16 @@ def _key(folder: str, stem: str) -> str:
     "--names", type=click.Choice(NAMES), default="synonyms", show_default=True, help="Which names are labels."
 )
 @click.option("--truth", type=click.Path(path_type=Path, exists=True), help="Classes of flat validation images.")
-@click.option("--crop-border", type=click.IntRange(0), default=0, help="Pixels to cut off; ObjectNet's are marked red.")
+@click.option("--crop-border", type=click.IntRange(0), default=0, help="Pixels to cut off; ObjectNet needs 2.")
 @click.option("--out", type=click.Path(path_type=Path), required=True)
-@writing_options
+@writer_options
 def main(
-    source: Path, kind: str, names: str, truth: Path | None, crop_border: int, out: Path, writing: Writing
+    source: Path, kind: str, names: str, truth: Path | None, crop_border: int, out: Path, options: WriterOptions
 ) -> None:
     """ImageNet-1k, V2, ReaL, A, R, Sketch or ObjectNet in SOURCE → shards in OUT.
 
     SOURCE is a directory of class folders, a directory of flat images, or an official tar. Flat validation images need
-    --truth: the development kit, Kaggle's LOC_val_solution.csv, or a WordNet id a line in the order of the images.
+    --truth: the development kit, Kaggle's LOC_val_solution.csv, or one WordNet id per line in the order of the images.
 
     \b
     1k, real   https://image-net.org
@@ -213,7 +212,7 @@ def main(
     """
     items, skipped = imagenet_items(source, kind, truth=truth, names=names)
     made_by = {"script": "imagenet", "set": kind, "names": names}
-    write_items(out, items, made_by=made_by, skipped=skipped, writing=writing, crop_border=crop_border)
+    write_items(out, items, made_by=made_by, skipped=skipped, options=options, crop_border=crop_border)
 
 
 if __name__ == "__main__":

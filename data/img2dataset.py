@@ -4,10 +4,9 @@
         --output_format webdataset --output_folder data/shards/cc3m/train --image_size 336 --resize_mode keep_ratio
     python data/img2dataset.py data/shards/cc3m/train
 
-Its shards (00000.tar with 00000_stats.json) already are what `nxtp train` reads. This counts and hashes them and
-takes over what img2dataset could not download. Shards that a killed download left unfinished (no _stats.json) are
-named; continue the download, then run this again: shards that are in the manifest and have not changed are not read
-twice.
+`nxtp train` reads its shards (00000.tar with 00000_stats.json) as they are. This script counts and hashes them, and
+counts what img2dataset could not download. Shards of a download that was killed have no _stats.json and are counted as
+unfinished: continue the download, then run this again. Shards that have not changed are not hashed twice.
 """
 
 from __future__ import annotations
@@ -24,11 +23,12 @@ from rich.progress import track
 
 from nxtp.data.shards.manifest import ShardInfo, read_manifest, sha256_of, write_manifest
 from nxtp.data.shards.tar_index import index_shard
-from nxtp.errors import UserError, counted
+from nxtp.errors import UserError
+from nxtp.prepare.writer import size_of
 
 
 def describe_shard(path: Path, known: dict[str, ShardInfo], since: float) -> tuple[ShardInfo, Counter]:
-    """A shard's line of the manifest, and what img2dataset and this reader leave out of it, by kind."""
+    """The shard's line of the manifest, and what img2dataset and this reader skip, by kind."""
     skipped: Counter = Counter()
     stats = path.with_name(f"{path.stem}_stats.json")
     try:
@@ -59,22 +59,22 @@ def _not_writable(directory: Path, why: str) -> UserError:
     type=click.IntRange(1),
     default=os.cpu_count() or 1,
     show_default="all cores",
-    help="Shards read at a time.",
+    help="Shards read at once.",
 )
 def main(directory: Path, workers: int) -> None:
-    """Write DIRECTORY/manifest.json for img2dataset's shards there; the shards stay as they are.
+    """Write DIRECTORY/manifest.json for img2dataset's shards there; the shards do not change.
 
-    The shards come from https://github.com/rom1504/img2dataset with --output_format webdataset, which wants a list of
+    The shards come from https://github.com/rom1504/img2dataset with --output_format webdataset, which takes a list of
     URLs and captions: Conceptual Captions, SBU, LAION, …
 
     \b
     python data/img2dataset.py data/shards/cc3m/train
     """
-    console = Console(stderr=True)
+    console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
     try:
         shards = sorted(directory.glob("*.tar"))
         if not shards:
-            raise UserError(f"{directory} holds no *.tar: run img2dataset with --output_format webdataset.")
+            raise UserError(f"{directory} has no *.tar: run img2dataset with --output_format webdataset.")
         if not os.access(directory, os.W_OK):
             raise _not_writable(directory, "no permission")
         before = read_manifest(directory)
@@ -84,27 +84,20 @@ def main(directory: Path, workers: int) -> None:
         infos = []
         with ThreadPoolExecutor(workers) as pool:
             rows = pool.map(lambda shard: describe_shard(shard, known, since), shards)
-            for info, left_out in track(rows, "hashing shards", total=len(shards), console=console):
+            for info, more in track(rows, "hashing shards", total=len(shards), console=console):
                 infos.append(info)
-                skipped.update(left_out)
+                skipped.update(more)
         try:
             write_manifest(directory, infos, made_by={"script": "img2dataset"}, skipped=dict(sorted(skipped.items())))
         except OSError as error:
             raise _not_writable(directory, error.strerror) from error
     except UserError as error:
         raise click.ClickException(str(error)) from error
-    samples, size = sum(info.samples for info in infos), sum(info.bytes for info in infos)
-    console.print(
-        f"{directory}: {counted(samples, 'sample')} in {counted(len(infos), 'shard')}, {size / 1e9:.2f} GB.",
-        highlight=False,
-        soft_wrap=True,
-    )
+    console.print(f"{directory}: {size_of(infos)}.")
     for kind, count in skipped.most_common():
-        console.print(f"  {count:>12,}  {kind}", highlight=False, markup=False, soft_wrap=True)
+        console.print(f"  {count:>12,}  {kind}")
     if skipped["unfinished shard"]:
-        console.print(
-            "Unfinished shards are read as far as they go: continue img2dataset, then run this again.", soft_wrap=True
-        )
+        console.print("Unfinished shards are read as far as they go: continue img2dataset, then run this again.")
 
 
 if __name__ == "__main__":

@@ -6,8 +6,8 @@
     python data/openimages.py --images /datasets/openimages/validation \\
         --labels oidv7-val-annotations-human-imagelabels.csv --classes oidv7-class-descriptions.csv --out …
 
-Images and files: https://storage.googleapis.com/openimages/web/download_v7.html (several .jsonl parts of the training
-narratives may be given, one --narratives each).
+Images and files: https://storage.googleapis.com/openimages/web/download_v7.html (give each .jsonl part of the
+training narratives with its own --narratives).
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ import click
 
 from nxtp.errors import UserError
 from nxtp.prepare.items import Item, write_items
-from nxtp.prepare.options import Writing, writing_options
-from nxtp.prepare.skipped import LeftOut
+from nxtp.prepare.options import WriterOptions, writer_options
+from nxtp.prepare.writer import Skipped
 
 
 def narratives(files: Sequence[Path]) -> dict[str, str]:
@@ -75,12 +75,12 @@ def image_labels(labels: Path, classes: Path) -> dict[str, list[str]]:
 @click.option("--labels", type=click.Path(path_type=Path, exists=True), help="…-human-imagelabels.csv")
 @click.option("--classes", type=click.Path(path_type=Path, exists=True), help="oidv7-class-descriptions.csv")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("data/shards/openimages/val"), show_default=True)
-@writing_options
-def main(images: Path, stories, labels: Path | None, classes: Path | None, out: Path, writing: Writing) -> None:
+@writer_options
+def main(images: Path, stories, labels: Path | None, classes: Path | None, out: Path, options: WriterOptions) -> None:
     """Open Images V7 → shards with captions (--narratives) and/or labels (--labels and --classes).
 
-    Images and files: https://storage.googleapis.com/openimages/web/download_v7.html. Of narratives in several parts
-    give each with a --narratives of its own.
+    Images and files: https://storage.googleapis.com/openimages/web/download_v7.html. Give each
+    part of the narratives with its own --narratives.
 
     \b
     python data/openimages.py --images /datasets/openimages/validation \\
@@ -92,7 +92,7 @@ def main(images: Path, stories, labels: Path | None, classes: Path | None, out: 
         raise click.UsageError("--labels and --classes go together.")
     captions = narratives(stories)
     verified = image_labels(labels, classes) if labels else {}
-    items, skipped = [], LeftOut()
+    items, skipped = [], Skipped()
     for image in sorted({*captions, *verified}):
         if labels and not verified.get(image):
             skipped.add("no label", image)
@@ -102,7 +102,7 @@ def main(images: Path, stories, labels: Path | None, classes: Path | None, out: 
             record = {"labels": verified[image]} if labels else None
             items.append(Item(image, str(images / f"{image}.jpg"), captions.get(image), record))
     made_by = {"script": "openimages", "narratives": bool(stories), "labels": bool(labels)}
-    write_items(out, items, made_by=made_by, skipped=skipped, writing=writing)
+    write_items(out, items, made_by=made_by, skipped=skipped, options=options)
 
 
 if __name__ == "__main__":

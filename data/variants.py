@@ -1,4 +1,4 @@
-"""Shifted variants of a set of shards: noise, blur, or edges in place of the pictures; captions and labels stay.
+"""Shifted variants of a set of shards: noise, blur or edges in its pictures; captions and labels stay the same.
 
     python data/variants.py data/shards/classes/val --kind noise --out data/shards/classes/val_noise
 
@@ -18,16 +18,15 @@ from PIL import Image, ImageFilter, ImageOps
 
 from nxtp.data.images import ImageError, load_image
 from nxtp.data.shards.manifest import manifest_hash
-from nxtp.data.shards.reader import IndexedShards, SampleFault
+from nxtp.data.shards.reader import IndexedShards, SampleError
 from nxtp.data.shards.urls import expand_shards
 from nxtp.errors import UserError
-from nxtp.prepare.options import Writing
-from nxtp.prepare.set_writer import write_set
-from nxtp.prepare.shard_pool import Skip
+from nxtp.prepare.options import WriterOptions
+from nxtp.prepare.writer import Skip, write_set
 
 KINDS = {
-    "noise": (0.15, "standard deviation of Gaussian noise, as a share of the range"),
-    "blur": (0.03, "radius of a Gaussian blur, as a share of the short side"),
+    "noise": (0.15, "standard deviation of Gaussian noise, as a fraction of the range"),
+    "blur": (0.03, "radius of a Gaussian blur, as a fraction of the short side"),
     "edges": (1.0, "contrast of dark edges on white, like a sketch"),
 }
 
@@ -48,12 +47,12 @@ def altered(position: int, shards: IndexedShards, kind: str, strength: float, se
     """Sample ``position`` of a set, as a shard's sample.
 
     Raises:
-        Skip: it has no readable picture.
+        Skip: its picture cannot be read.
     """
     try:
         raw = shards.read(position)
         picture = load_image(raw.image)
-    except SampleFault as fault:
+    except SampleError as fault:
         raise Skip(fault.kind) from None
     except ImageError:
         raise Skip("bad image") from None
@@ -69,30 +68,30 @@ def altered(position: int, shards: IndexedShards, kind: str, strength: float, se
     return sample
 
 
-def make_variant(source: Path, out: Path, kind: str, strength: float | None, seed: int, writing: Writing) -> None:
+def make_variant(source: Path, out: Path, kind: str, strength: float | None, seed: int, options: WriterOptions) -> None:
     """
     Raises:
-        UserError: no shards in ``source``, or ``out`` holds something else.
+        UserError: ``strength`` is not positive, no shards in ``source``, or ``out`` contains another set.
     """
     if strength is None:
         strength = KINDS[kind][0]
     if strength <= 0:
-        raise UserError(f"--strength is {strength:g}: above 0, please ({KINDS[kind][1]}).")
+        raise UserError(f"--strength must be > 0, got {strength:g} ({KINDS[kind][1]}).")
     shards = IndexedShards(expand_shards(str(source)))
     made_by = {"script": "variants", "version": 1, "kind": kind, "strength": strength, "seed": seed}
     made_by |= {"source": source.name, "manifest": manifest_hash(source)}
     items, make = range(len(shards)), partial(altered, shards=shards, kind=kind, strength=strength, seed=seed)
     shards.close()  # each process opens its own
-    write_set(out, items, make, made_by=made_by, writing=writing)
+    write_set(out, items, make, made_by=made_by, options=options)
 
 
 @click.command(context_settings={"show_default": True})
 @click.argument("source", type=click.Path(path_type=Path, exists=True, file_okay=False))
 @click.option("--kind", type=click.Choice(list(KINDS)), required=True)
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Directory of the shards.")
-@click.option("--strength", type=float, help="; ".join(f"{k}: {told} [{v:g}]" for k, (v, told) in KINDS.items()))
+@click.option("--strength", type=float, help="; ".join(f"{k}: {text} [{v:g}]" for k, (v, text) in KINDS.items()))
 @click.option("--seed", type=click.IntRange(0), default=0, help="Of the noise.")
-@click.option("--shard-size", default=5_000, help="Samples a shard.")
+@click.option("--shard-size", default=5_000, help="Samples per shard.")
 @click.option("--workers", default=2, help="Processes.")
 @click.option("--overwrite", is_flag=True, help="Replace a set that was made with other options.")
 def main(source, kind, out, strength, seed, shard_size, workers, overwrite):
@@ -102,7 +101,7 @@ def main(source, kind, out, strength, seed, shard_size, workers, overwrite):
     python data/variants.py data/shards/classes/val --kind blur --out data/shards/classes/val_blur
     """
     try:
-        make_variant(source, out, kind, strength, seed, Writing(shard_size, workers, overwrite=overwrite))
+        make_variant(source, out, kind, strength, seed, WriterOptions(shard_size, workers, overwrite=overwrite))
     except UserError as error:
         raise click.ClickException(str(error)) from error
 

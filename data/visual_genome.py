@@ -16,8 +16,8 @@ import click
 
 from nxtp.errors import UserError
 from nxtp.prepare.items import Item, write_items
-from nxtp.prepare.options import Writing, writing_options
-from nxtp.prepare.skipped import LeftOut
+from nxtp.prepare.options import WriterOptions, writer_options
+from nxtp.prepare.writer import Skipped
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
@@ -29,8 +29,8 @@ def _rows(path: Path) -> list[dict[str, Any]]:
         raise UserError(f"{path} is not JSON ({error}).") from error
 
 
-def visual_genome_items(source: Path, text: str) -> tuple[list[Item], LeftOut]:
-    """(items, what is left out); ``text`` is "objects" or "regions".
+def visual_genome_items(source: Path, text: str) -> tuple[list[Item], Skipped]:
+    """(items, skipped); ``text`` is "objects" or "regions".
 
     Raises:
         UserError: a file is missing or has other keys.
@@ -44,9 +44,9 @@ def visual_genome_items(source: Path, text: str) -> tuple[list[Item], LeftOut]:
             for row in _rows(source / "region_descriptions.json"):
                 texts[row["id"]] = [region["phrase"] for region in row["regions"]]
         urls = {row["image_id"]: row["url"] for row in _rows(source / "image_data.json")}
-        items, skipped = [], LeftOut()
+        items, skipped = [], Skipped()
         for image in sorted(urls):
-            # an image lies in the folder that its address names
+            # the image's folder is the one in its URL
             folder, name = PurePosixPath(urls[image]).parts[-2:]
             given = list(dict.fromkeys(t for t in (" ".join(t.split()) for t in texts.get(image, [])) if t))
             file = str(source / folder / name)
@@ -65,8 +65,8 @@ def visual_genome_items(source: Path, text: str) -> tuple[list[Item], LeftOut]:
 @click.argument("source", type=click.Path(path_type=Path, exists=True, file_okay=False))
 @click.option("--out", type=click.Path(path_type=Path), default=Path("data/shards/visual_genome"), show_default=True)
 @click.option("--text", type=click.Choice(["objects", "regions"]), default="objects", show_default=True)
-@writing_options
-def main(source: Path, out: Path, text: str, writing: Writing) -> None:
+@writer_options
+def main(source: Path, out: Path, text: str, options: WriterOptions) -> None:
     """Visual Genome in SOURCE → shards in OUT: object names as labels, or region descriptions as a caption.
 
     SOURCE is the unpacked download of https://homes.cs.washington.edu/~ranjay/visualgenome: image_data.json and
@@ -76,7 +76,7 @@ def main(source: Path, out: Path, text: str, writing: Writing) -> None:
     python data/visual_genome.py /datasets/visual_genome --text objects
     """
     items, skipped = visual_genome_items(source, text)
-    write_items(out, items, made_by={"script": "visual_genome", "text": text}, skipped=skipped, writing=writing)
+    write_items(out, items, made_by={"script": "visual_genome", "text": text}, skipped=skipped, options=options)
 
 
 if __name__ == "__main__":

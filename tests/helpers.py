@@ -37,7 +37,7 @@ from nxtp.model.decoder import DecoderConfig
 from nxtp.model.encoder import EncoderConfig
 from nxtp.model.model import Model, ModelConfig
 from nxtp.model.tokenizer import train_tokenizer
-from nxtp.prepare.shard_writer import write_shard
+from nxtp.prepare.writer import write_shard
 from nxtp.sweep import study  # noqa: F401  registers study:// with Hydra
 
 COLOURS = {"rose": (200, 40, 60), "lemon": (220, 200, 40), "leaf": (40, 160, 60), "ocean": (30, 80, 200)}

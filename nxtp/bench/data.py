@@ -41,7 +41,7 @@ from nxtp.data.transforms import to_pixels
 from nxtp.errors import UserError
 from nxtp.model.flops import meta_model, peak_flops, training_flops
 from nxtp.model.tokenizer import train_tokenizer
-from nxtp.prepare.shard_writer import write_shard
+from nxtp.prepare.writer import write_shard
 
 SHARDS = 4
 PHOTOS = 48  # distinct ones, which are repeated

@@ -1,4 +1,4 @@
-"""Source items → samples: a script lists what its source holds (:class:`Item`), :func:`write_items` does the rest."""
+"""Source items → samples: a script lists the :class:`Item` of its source, :func:`write_items` does the rest."""
 
 from __future__ import annotations
 
@@ -16,23 +16,20 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
-from rich.console import Console
 
 from nxtp.data.images import ImageError, load_image
 from nxtp.data.labels.nouns import noun_backend
-from nxtp.data.shards.reader import MAX_CAPTION_BYTES, MAX_IMAGE_BYTES, MAX_JSON_BYTES, sound_text
-from nxtp.errors import UserError
-from nxtp.prepare.options import Writing
-from nxtp.prepare.set_writer import write_set
-from nxtp.prepare.shard_pool import Skip
-from nxtp.prepare.skipped import LeftOut
+from nxtp.data.shards.reader import MAX_CAPTION_BYTES, MAX_IMAGE_BYTES, MAX_JSON_BYTES, valid_text
+from nxtp.errors import UserError, counted
+from nxtp.prepare.options import WriterOptions
+from nxtp.prepare.writer import Skip, Skipped, write_set
 
 _EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
-_LONGEST_JPEG = 65_500  # pixels a side that libjpeg writes
+_LONGEST_JPEG = 65_500  # pixels per side that libjpeg writes
 
 
 class Span(NamedTuple):
-    """Bytes of a file: a member of an uncompressed tar, read where it lies."""
+    """Bytes of a file: a member of an uncompressed tar, read in place."""
 
     path: str
     offset: int
@@ -40,17 +37,21 @@ class Span(NamedTuple):
 
 
 class Item(NamedTuple):
-    """One sample to be: its key, where its image's bytes are, its caption, and what its JSON says beside it."""
+    """The source of one sample: its key, where its image is stored, its caption, and its JSON."""
 
     key: str
     image: str | Span
     caption: str | None = None
     record: Mapping[str, Any] | None = None
 
-    def identity(self) -> str:
-        """What makes it this item, whatever directory the source lies in."""
+    def __str__(self) -> str:
+        return self.image if isinstance(self.image, str) else self.key
+
+    def identity(self) -> bytes:
+        """What makes it this item, wherever the source is stored."""
         image = os.path.basename(self.image) if isinstance(self.image, str) else self.image[1:]
-        return json.dumps([self.key, image, self.caption, self.record], sort_keys=True)
+        text = json.dumps([self.key, image, self.caption, self.record], sort_keys=True)
+        return text.encode("utf-8", "backslashreplace") + b"\n"
 
 
 def write_items(
@@ -58,47 +59,42 @@ def write_items(
     items: Iterable[Item],
     *,
     made_by: Mapping[str, Any],
-    skipped: LeftOut | None = None,
-    writing: Writing | None = None,
+    skipped: Skipped | None = None,
+    options: WriterOptions | None = None,
     crop_border: int = 0,
-    console: Console | None = None,
 ) -> dict[str, Any]:
     """Write ``items`` as a set of shards, in an order that is shuffled once and for all.
 
     Args:
         out: the set's directory.
+        made_by: the script's name and options; stored in the manifest, they tell one set from another.
+        skipped: source items that give no :class:`Item`.
         crop_border: pixels to cut off all sides of every image, which makes it a PNG.
-        made_by: the script's name and options; stands in the manifest and tells one set from another.
-        skipped: what listing the source left out.
 
     Returns:
         The manifest.
 
     Raises:
-        UserError: no items, two of one key, or ``out`` holds a set made with other options.
+        UserError: no items, two of one key, or ``out`` contains a set made with other options.
     """
-    writing = writing or Writing()
+    options = options or WriterOptions()
     items = [item._replace(key=_readable_key(item.key)) for item in items]
-    keys = Counter(item.key for item in items)
-    twice = [key for key, count in keys.items() if count > 1]
+    twice = [key for key, count in Counter(item.key for item in items).items() if count > 1]
     if twice:
-        raise UserError(f"{len(twice)} keys come twice in the source, the first is '{twice[0]}'.")
+        raise UserError(f"The source has {counted(len(twice), 'key')} more than once, the first is '{twice[0]}'.")
     order = np.random.default_rng(0).permutation(len(items))
-    backend = noun_backend(writing.nouns) if writing.nouns else None
+    backend = noun_backend(options.nouns) if options.nouns else None
+    digest = hashlib.sha256()
+    for item in items:
+        digest.update(item.identity())
     return write_set(
         out,
         [items[i] for i in order],
-        partial(_sample, writing=writing, crop_border=crop_border),
-        made_by={
-            **made_by,
-            **writing.made_by(),
-            "crop_border": crop_border,
-            "source": _digest(item.identity() for item in items),
-        },
+        partial(_sample, options=options, crop_border=crop_border),
+        made_by={**made_by, **options.made_by(), "crop_border": crop_border, "source": digest.hexdigest()[:16]},
         skipped=skipped,
         nouns={"backend": backend.name, "version": backend.version} if backend else None,
-        writing=writing,
-        console=console,
+        options=options,
     )
 
 
@@ -107,39 +103,27 @@ def _readable_key(key: str) -> str:
     return re.sub(r"[./\\\x00-\x1f\x7f\ud800-\udfff]", "_", key)
 
 
-def _digest(texts: Iterable[str]) -> str:
-    digest = hashlib.sha256()
-    for text in texts:
-        digest.update(text.encode("utf-8", "backslashreplace") + b"\n")
-    return digest.hexdigest()[:16]
-
-
-def _sample(item: Item, writing: Writing, crop_border: int) -> dict[str, Any]:
+def _sample(item: Item, options: WriterOptions, crop_border: int) -> dict[str, Any]:
     """
     Raises:
-        Skip: the image is missing, empty or none; the caption gives no noun; something is larger than is read.
+        Skip: the image is missing, empty or not an image; the caption has no noun; something is too large to be read.
     """
-    try:
-        return _sample_or_skip(item, writing, crop_border)
-    except Skip as skip:
-        raise Skip(skip.kind, item.image if isinstance(item.image, str) else item.key) from None
-
-
-def _sample_or_skip(item: Item, writing: Writing, crop_border: int) -> dict[str, Any]:
-    data = _read(item.image)
-    data, extension = _as_wanted(data, writing, crop_border)
+    data, extension = _convert(_read(item.image), options, crop_border)
     sample: dict[str, Any] = {"__key__": item.key, extension: data}
     if item.caption is not None:
-        sample["txt"] = sound_text(item.caption)
+        sample["txt"] = valid_text(item.caption)
     record = dict(item.record or {}) | {"crc32": zlib.crc32(data)}
-    if writing.nouns is not None and item.caption is not None and "labels" not in record:
-        record["labels"] = noun_backend(writing.nouns)(sample["txt"])
+    if options.nouns is not None and item.caption is not None and "labels" not in record:
+        record["labels"] = noun_backend(options.nouns)(sample["txt"])
         if not record["labels"]:
             raise Skip("no nouns")
-    text = sound_text(json.dumps(record, ensure_ascii=False))
-    sizes = {"image": len(data), "caption": len(sample.get("txt", "").encode()), "json": len(text.encode())}
-    for what, limit in (("image", MAX_IMAGE_BYTES), ("caption", MAX_CAPTION_BYTES), ("json", MAX_JSON_BYTES)):
-        if sizes[what] > limit:
+    text = valid_text(json.dumps(record, ensure_ascii=False))
+    for what, size, limit in (
+        ("image", len(data), MAX_IMAGE_BYTES),
+        ("caption", len(sample.get("txt", "").encode()), MAX_CAPTION_BYTES),
+        ("json", len(text.encode()), MAX_JSON_BYTES),
+    ):
+        if size > limit:
             raise Skip(f"oversized {what}")
     return sample | {"json": json.loads(text)}
 
@@ -161,8 +145,8 @@ def _read(image: str | Span) -> bytes:
     return data
 
 
-def _as_wanted(data: bytes, writing: Writing, border: int) -> tuple[bytes, str]:
-    """The image's bytes and its extension by what it is, not by its name. Other formats become PNG, losslessly."""
+def _convert(data: bytes, options: WriterOptions, border: int) -> tuple[bytes, str]:
+    """The image's bytes and its extension by content, not by name. Formats that shards lack become PNG, losslessly."""
     try:
         with Image.open(io.BytesIO(data)) as header:
             extension, size = _EXTENSIONS.get(header.format or ""), header.size
@@ -170,8 +154,8 @@ def _as_wanted(data: bytes, writing: Writing, border: int) -> tuple[bytes, str]:
         raise Skip("bad image") from None
     if min(size) <= 2 * border:
         raise Skip("image smaller than its border")
-    smaller = writing.resize is not None and min(size) > writing.resize
-    if extension is not None and not smaller and not border and not writing.check:
+    smaller = options.resize is not None and min(size) > options.resize
+    if extension is not None and not smaller and not border and not options.check:
         return data, extension
     try:
         image = load_image(data)
@@ -181,12 +165,12 @@ def _as_wanted(data: bytes, writing: Writing, border: int) -> tuple[bytes, str]:
     if border:
         image = image.crop((border, border, image.width - border, image.height - border))
     if smaller:
-        scale = writing.resize / min(image.size)
+        scale = options.resize / min(image.size)
         size = tuple(round(side * scale) for side in image.size)
         if max(size) > _LONGEST_JPEG:
             raise Skip(f"longer than {_LONGEST_JPEG:,} pixels after --resize")
         image = image.resize(size, Image.Resampling.BICUBIC)
-        image.save(buffer, "JPEG", quality=writing.quality)
+        image.save(buffer, "JPEG", quality=options.quality)
         return buffer.getvalue(), "jpg"
     if extension is not None and not border:
         return data, extension

@@ -1,4 +1,4 @@
-"""How a set is written: the options that all preparation scripts share."""
+"""The options that all preparation scripts share."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from nxtp.errors import UserError, at_least
 
 
 @dataclass(frozen=True)
-class Writing:
-    """How a set is written; the options that all scripts share.
+class WriterOptions:
+    """How a set is written.
 
-    ``shard_size``  samples a shard
+    ``shard_size``  samples per shard
     ``workers``     processes
-    ``resize``      make the short side at most this many pixels, keeping the ratio; None copies images byte for byte
-    ``quality``     of the JPEGs that a resize writes
-    ``nouns``       a noun backend: store the labels of captions, so that training need not find them
-    ``check``       decode every image and leave out those that cannot be decoded
+    ``resize``      pixels of the short side, at most; the ratio is kept. None copies images byte for byte
+    ``quality``     of the JPEGs that ``resize`` writes
+    ``nouns``       the noun backend whose labels are stored, so that training need not find them
+    ``check``       decode every image, and skip those that cannot be decoded
     ``overwrite``   replace a set that was made with other options
     """
 
@@ -41,7 +41,7 @@ class Writing:
         if self.resize is not None:
             at_least("--resize", self.resize, 16)
         if not 1 <= self.quality <= 100:
-            raise UserError(f"--quality is {self.quality}: between 1 and 100, please.")
+            raise UserError(f"--quality must be from 1 to 100, got {self.quality}.")
         if self.nouns is not None:
             noun_backend(self.nouns)
 
@@ -51,26 +51,28 @@ class Writing:
         return {"shard_size": self.shard_size, "check": self.check} | images
 
 
-def writing_options(command: Callable) -> Callable:
-    """The shared options of a script's command, gathered into its argument ``writing``; user errors in one line."""
+_OPTIONS = (
+    click.option("--shard-size", default=5_000, show_default=True, help="Samples per shard."),
+    click.option("--workers", default=os.cpu_count() or 1, show_default="all cores", help="Processes."),
+    click.option("--resize", type=int, metavar="PIXELS", help="Short side, at most. By default images are copied."),
+    click.option("--quality", default=95, show_default=True, help="JPEG quality after --resize."),
+    click.option("--nouns", metavar="BACKEND", help="Store the captions' nouns as labels: textblob, nltk, …"),
+    click.option("--check", is_flag=True, help="Decode every image; skip those that cannot be decoded."),
+    click.option("--overwrite", is_flag=True, help="Replace a set that was made with other options."),
+)
+
+
+def writer_options(command: Callable) -> Callable:
+    """Add the shared options to a command, which gets them as its argument ``options``; errors are one line."""
 
     @wraps(command)
-    def run(shard_size, workers, resize, quality, nouns, check, overwrite, **options):
+    def run(shard_size, workers, resize, quality, nouns, check, overwrite, **arguments):
         try:
-            writing = Writing(shard_size, workers, resize, quality, nouns, check, overwrite)
-            return command(writing=writing, **options)
+            options = WriterOptions(shard_size, workers, resize, quality, nouns, check, overwrite)
+            return command(options=options, **arguments)
         except UserError as error:
             raise click.ClickException(str(error)) from error
 
-    help_resize = "Short side at most this many pixels, ratio kept. By default images are copied byte for byte."
-    for option in (
-        click.option("--overwrite", is_flag=True, help="Replace a set that was made with other options."),
-        click.option("--check", is_flag=True, help="Decode every image; leave out those that cannot be decoded."),
-        click.option("--nouns", metavar="BACKEND", help="Store the captions' nouns as labels: textblob, nltk, …"),
-        click.option("--quality", default=95, show_default=True, help="JPEG quality after --resize."),
-        click.option("--resize", type=int, metavar="PIXELS", help=help_resize),
-        click.option("--workers", default=os.cpu_count() or 1, show_default="all cores", help="Processes."),
-        click.option("--shard-size", default=5_000, show_default=True, help="Samples a shard."),
-    ):
+    for option in reversed(_OPTIONS):
         run = option(run)
     return run

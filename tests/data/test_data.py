@@ -20,7 +20,7 @@ from nxtp.data.labels.from_samples import label_texts, warn_if_nouns_differ
 from nxtp.data.sampler import ElasticBatchSampler, Part, subset_counts
 from nxtp.errors import UserError
 from nxtp.model.tokenizer import train_tokenizer
-from nxtp.prepare.shard_writer import write_shard
+from nxtp.prepare.writer import write_shard
 
 TOKENIZER = train_tokenizer(["rose", "lemon", "leaf", "ocean", "stone"], vocab_size=400)
 

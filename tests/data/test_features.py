@@ -13,7 +13,7 @@ from helpers import TINY_OVERRIDES, curve, jpeg, nxtp_runs, sample, write_shards
 
 from nxtp.data.features.store import LOCK, META, FeatureStore, FeatureWriter, Meta, image_key
 from nxtp.errors import UserError
-from nxtp.prepare.shard_writer import write_shard
+from nxtp.prepare.writer import write_shard
 
 FROZEN = [
     "optim.trainable.encoder=none",

@@ -24,7 +24,7 @@ from nxtp.data.shards.reader import MAX_CAPTION_BYTES, IndexedShards, SampleErro
 from nxtp.data.shards.tar_index import index_shard
 from nxtp.data.shards.urls import expand_shards
 from nxtp.errors import UserError
-from nxtp.prepare.shard_writer import write_shard
+from nxtp.prepare.writer import write_shard
 
 SAMPLES = [
     {

@@ -29,11 +29,8 @@ from nxtp.data.shards.reader import IndexedShards
 from nxtp.data.shards.urls import expand_shards
 from nxtp.errors import UserError
 from nxtp.prepare.items import Item, write_items
-from nxtp.prepare.journal import JOURNAL, Journal
-from nxtp.prepare.options import Writing
-from nxtp.prepare.set_writer import write_set
-from nxtp.prepare.shard_pool import Skip
-from nxtp.prepare.shard_writer import write_shard
+from nxtp.prepare.options import WriterOptions
+from nxtp.prepare.writer import UNFINISHED, Skip, write_set, write_shard
 
 DATA = Path(__file__).parents[2] / "data"
 
@@ -457,23 +454,23 @@ def contents(directory: Path) -> dict[str, bytes]:
 
 def test_any_number_of_workers_writes_the_same(tmp_path, items):
     for workers in (1, 3):
-        write_items(tmp_path / str(workers) / "s", items, made_by={}, writing=Writing(shard_size=6, workers=workers))
+        write_items(tmp_path / str(workers) / "s", items, made_by={}, options=WriterOptions(shard_size=6, workers=workers))
     assert contents(tmp_path / "1" / "s") == contents(tmp_path / "3" / "s")
     assert len(contents(tmp_path / "1" / "s")) == 4 + 1
 
 
 def test_a_second_run_does_nothing_and_a_lost_shard_is_made_again(tmp_path, items, capsys):
-    out, writing = tmp_path / "s", Writing(shard_size=6)
+    out, options = tmp_path / "s", WriterOptions(shard_size=6)
     items = [*items, Item("gone", str(tmp_path / "gone.jpg"), "x")]
-    write_items(out, items, made_by={}, writing=writing)
+    write_items(out, items, made_by={}, options=options)
     before, times = contents(out), {p: p.stat().st_mtime_ns for p in out.iterdir()}
-    write_items(out, items, made_by={}, writing=writing)
+    write_items(out, items, made_by={}, options=options)
     assert {p: p.stat().st_mtime_ns for p in out.iterdir()} == times
     assert "nothing to do" in capsys.readouterr().err
     with open(out / "s-00003.tar", "r+b") as file:  # the same size, other bytes: the only one that differs
         file.seek(700)
         file.write(b"XXXX")
-    write_items(out, items, made_by={}, writing=writing)
+    write_items(out, items, made_by={}, options=options)
     told = capsys.readouterr().err
     assert "1 shard missing or damaged, made again: s-00003.tar" in told
     assert "nothing to do" not in told
@@ -483,27 +480,27 @@ def test_a_second_run_does_nothing_and_a_lost_shard_is_made_again(tmp_path, item
     with open(out / "s-00002.tar", "r+b") as file:  # the same size, other bytes
         file.seek(700)
         file.write(b"XXXX")
-    write_items(out, items, made_by={}, writing=writing)
+    write_items(out, items, made_by={}, options=options)
     assert contents(out) == before, "missing and damaged shards are remade, with the same counts"
 
 
 def test_another_making_is_refused_unless_asked(tmp_path, items):
     out = tmp_path / "s"
-    write_items(out, items, made_by={"script": "a"}, writing=Writing(shard_size=6))
+    write_items(out, items, made_by={"script": "a"}, options=WriterOptions(shard_size=6))
     with pytest.raises(UserError, match=r"other options \(shard_size\)"):
-        write_items(out, items, made_by={"script": "a"}, writing=Writing(shard_size=7))
+        write_items(out, items, made_by={"script": "a"}, options=WriterOptions(shard_size=7))
     with pytest.raises(UserError, match=r"other options \(source\)"):
-        write_items(out, items[:-1], made_by={"script": "a"}, writing=Writing(shard_size=6))
-    write_items(out, items, made_by={"script": "a"}, writing=Writing(shard_size=50, overwrite=True))
+        write_items(out, items[:-1], made_by={"script": "a"}, options=WriterOptions(shard_size=6))
+    write_items(out, items, made_by={"script": "a"}, options=WriterOptions(shard_size=50, overwrite=True))
     assert [p.name for p in out.glob("*.tar")] == ["s-00000.tar"]
     (out / "manifest.json").unlink()
     with pytest.raises(UserError, match="shards of unknown making"):
-        write_items(out, items, made_by={"script": "a"}, writing=Writing(shard_size=50))
+        write_items(out, items, made_by={"script": "a"}, options=WriterOptions(shard_size=50))
 
 
 def test_a_failed_run_continues(tmp_path, items):
-    out, writing = tmp_path / "s", Writing(shard_size=6)
-    write_items(tmp_path / "whole" / "s", items, made_by={}, writing=writing)
+    out, options = tmp_path / "s", WriterOptions(shard_size=6)
+    write_items(tmp_path / "whole" / "s", items, made_by={}, options=options)
     made = []
 
     def make(item):
@@ -517,21 +514,21 @@ def test_a_failed_run_continues(tmp_path, items):
         return {"__key__": item.key, "jpg": Path(item.image).read_bytes()}
 
     with pytest.raises(KeyboardInterrupt):
-        write_set(out, items, make, made_by={}, writing=writing)
+        write_set(out, items, make, made_by={}, options=options)
     assert read_manifest(out) is None
     assert (out / JOURNAL).is_file()
     assert sorted(p.name for p in out.glob("*.tar")) == ["s-00000.tar", "s-00001.tar"]
     with open(out / JOURNAL, "a") as file:
         file.write('{"torn')
     made.clear()
-    write_set(out, items, whole, made_by={}, writing=writing)
+    write_set(out, items, whole, made_by={}, options=options)
     assert made == items[12:], "finished shards are kept"
     assert not (out / JOURNAL).exists()
     assert len(samples(out)) == 20
 
 
 def test_a_set_whose_shards_may_be_empty_is_whole(tmp_path, items):
-    out, writing, made = tmp_path / "s", Writing(shard_size=1), []
+    out, options, made = tmp_path / "s", WriterOptions(shard_size=1), []
 
     def make(item):
         made.append(item)
@@ -540,7 +537,7 @@ def test_a_set_whose_shards_may_be_empty_is_whole(tmp_path, items):
         return {"__key__": item.key, "jpg": b"x"}
 
     for _ in range(2):
-        assert write_set(out, items, make, made_by={}, writing=writing)["samples"] == 19
+        assert write_set(out, items, make, made_by={}, options=options)["samples"] == 19
     assert made == items, "made once"
 
 
@@ -574,23 +571,23 @@ def test_a_kill_at_any_write_of_the_journal_loses_no_shard(tmp_path, items, whol
 
         return add
 
-    out, writing = tmp_path / "s", Writing(shard_size=6)
-    write_set(tmp_path / "sound" / "s", items, make, made_by={}, writing=writing)
+    out, options = tmp_path / "s", WriterOptions(shard_size=6)
+    write_set(tmp_path / "sound" / "s", items, make, made_by={}, options=options)
     for at in range(1, 9):
         if whole:
-            write_set(out, items, make, made_by={}, writing=writing)
+            write_set(out, items, make, made_by={}, options=options)
             (out / "s-00002.tar").unlink()
         else:
             with pytest.raises(KeyboardInterrupt):
-                write_set(out, items, stopped, made_by={}, writing=writing)
+                write_set(out, items, stopped, made_by={}, options=options)
         with monkeypatch.context() as patch:
             patch.setattr(Journal, "add", torn(at))
             try:
-                write_set(out, items, make, made_by={}, writing=writing)
+                write_set(out, items, make, made_by={}, options=options)
                 finished = True
             except Killed:
                 finished = False
-        write_set(out, items, make, made_by={}, writing=writing)
+        write_set(out, items, make, made_by={}, options=options)
         assert contents(out) == contents(tmp_path / "sound" / "s"), at
         shutil.rmtree(out)
         if finished:
@@ -631,7 +628,7 @@ def make(n):
     time.sleep(0.01)
     return {"__key__": f"{n:04d}", "jpg": b"x" * n}
 if __name__ == "__main__":
-    write_set(sys.argv[1], range(300), make, made_by={}, writing=Writing(shard_size=20, workers=2))
+    write_set(sys.argv[1], range(300), make, made_by={}, options=WriterOptions(shard_size=20, workers=2))
 """
 
 
@@ -695,7 +692,7 @@ def test_resize_keeps_the_ratio_and_small_images(tmp_path):
     small = picture(source / "small.jpg", 1, format="JPEG")
     Image.new("RGB", (200, 100), "red").save(source / "large.png")
     items = [Item(p.stem, str(p), "x") for p in sorted(source.iterdir())]
-    write_items(tmp_path / "s", items, made_by={}, writing=Writing(resize=50, quality=90))
+    write_items(tmp_path / "s", items, made_by={}, options=WriterOptions(resize=50, quality=90))
     found = samples(tmp_path / "s")
     assert found["small"]["image"] == small
     image = Image.open(io.BytesIO(found["large"]["image"]))
@@ -714,7 +711,7 @@ def test_bad_images_are_counted(tmp_path):
     ]
     kinds = {"bad image": 1, "empty image": 1, "missing image": 1}
     assert write_items(tmp_path / "s", items, made_by={})["skipped"] == kinds
-    checked = write_items(tmp_path / "c", items, made_by={}, writing=Writing(check=True))
+    checked = write_items(tmp_path / "c", items, made_by={}, options=WriterOptions(check=True))
     assert checked["skipped"] == kinds | {"bad image": 2}
     with pytest.raises(UserError, match="keys come twice in the source, the first is"):
         write_items(tmp_path / "d", items + items, made_by={})
@@ -783,7 +780,7 @@ def test_a_resize_that_no_jpeg_can_hold_is_left_out(tmp_path):
     Image.new("1", (140_000, 40)).save(tmp_path / "long.png")
     picture(tmp_path / "good.jpg")
     items = [Item("long", str(tmp_path / "long.png"), "x"), Item("good", str(tmp_path / "good.jpg"), "x")]
-    manifest = write_items(tmp_path / "s", items, made_by={}, writing=Writing(resize=20))
+    manifest = write_items(tmp_path / "s", items, made_by={}, options=WriterOptions(resize=20))
     assert manifest["skipped"] == {"longer than 65,500 pixels after --resize": 1}
     assert list(samples(tmp_path / "s")) == ["good"]
 

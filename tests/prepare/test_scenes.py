@@ -47,7 +47,7 @@ def test_a_larger_set_begins_with_the_smaller_one(made, tmp_path):
 
 
 def test_another_seed_gives_other_scenes(made, tmp_path):
-    other = scenes.make_scenes(tmp_path, **SMALL, options=scenes.Options(seed=1))
+    other = scenes.make_scenes(tmp_path, **SMALL, options=scenes.SceneOptions(seed=1))
     assert not set(hashes(other)["val"]) & set(hashes(made)["val"])
 
 
@@ -61,8 +61,8 @@ def test_a_second_run_does_nothing(made, capsys):
 def test_other_options_do_not_replace_what_is_there(tmp_path):
     scenes.make_scenes(tmp_path, **SMALL)
     with pytest.raises(UserError, match="other options"):
-        scenes.make_scenes(tmp_path, **SMALL, options=scenes.Options(concepts=50))
-    scenes.make_scenes(tmp_path, **SMALL, options=scenes.Options(concepts=50), overwrite=True)
+        scenes.make_scenes(tmp_path, **SMALL, options=scenes.SceneOptions(concepts=50))
+    scenes.make_scenes(tmp_path, **SMALL, options=scenes.SceneOptions(concepts=50), overwrite=True)
     assert len(read_manifest(tmp_path / "val")["made_by"]["labels"]) == 50
 
 
@@ -87,7 +87,7 @@ def test_samples_say_what_they_should(made):
 
 
 def test_captions_name_the_objects():
-    options, extract = scenes.Options(concepts=len(scenes.concept_table())), noun_backend()
+    options, extract = scenes.SceneOptions(concepts=len(scenes.concept_table())), noun_backend()
     hits = said = true = 0
     for number in range(1500):
         rng = np.random.default_rng([1, number])
@@ -101,10 +101,10 @@ def test_captions_name_the_objects():
 
 def test_concepts_from_another_number_on():
     table = scenes.concept_table()
-    found = {label for n in range(60) for label in scenes.make_scene("val", n, scenes.Options(5, first=20)).labels}
+    found = {label for n in range(60) for label in scenes.make_scene("val", n, scenes.SceneOptions(5, first=20)).labels}
     assert found == {concept.noun for concept in table[20:25]}
-    with pytest.raises(UserError, match="from number 540 on"):
-        scenes._check(scenes.Options(20, first=540))
+    with pytest.raises(UserError, match="with --first 540"):
+        scenes._check(scenes.SceneOptions(20, first=540))
 
 
 def test_synonyms_are_labels_and_no_other_concepts_name():
@@ -113,7 +113,7 @@ def test_synonyms_are_labels_and_no_other_concepts_name():
     assert set(scenes.synonyms()) <= nouns
     assert not nouns & set(names)
     assert len(names) == len(set(names)) >= 40
-    plain, named = (scenes.Options(100, max_objects=1, synonyms=s) for s in (False, True))
+    plain, named = (scenes.SceneOptions(100, max_objects=1, synonyms=s) for s in (False, True))
     with_others = 0
     for number in range(40):
         (noun,) = scenes.make_scene("train", number, plain).labels
@@ -126,7 +126,7 @@ def test_synonyms_are_labels_and_no_other_concepts_name():
 
 
 def test_other_names_are_part_of_what_a_set_was_made_by(tmp_path, monkeypatch):
-    options = scenes.Options(4, max_objects=1, synonyms=True)
+    options = scenes.SceneOptions(4, max_objects=1, synonyms=True)
     counts = {"train": 3, "val": 0, "val_style": 0}
     scenes.make_scenes(tmp_path, **counts, options=options, workers=1)
     monkeypatch.setattr(scenes, "synonyms", lambda: {"banana": ["ba-na-na"]})
@@ -135,7 +135,7 @@ def test_other_names_are_part_of_what_a_set_was_made_by(tmp_path, monkeypatch):
 
 
 def test_styles_differ_but_not_the_concepts():
-    options = scenes.Options(concepts=20)
+    options = scenes.SceneOptions(concepts=20)
     for codepoint in [c.codepoint for c in scenes.concept_table()[:5]]:
         art = [np.asarray(scenes.sprite(a, codepoint), dtype=float) for a in ("twemoji", "openmoji")]
         assert np.abs(art[0] - art[1]).mean() > 5
@@ -160,4 +160,4 @@ def test_pictures_are_not_too_small_and_stay_inside():
 )
 def test_options_out_of_range(tmp_path, change, message):
     with pytest.raises(UserError, match=message):
-        scenes.make_scenes(tmp_path, **SMALL, options=scenes.Options(**change))
+        scenes.make_scenes(tmp_path, **SMALL, options=scenes.SceneOptions(**change))

@@ -14,8 +14,7 @@ from nxtp.data.shards.manifest import write_manifest
 from nxtp.errors import UserError
 from nxtp.inference.figures import _LABELS, _fitted, _lines, _width
 from nxtp.prepare.commands import data
-from nxtp.prepare.journal import JOURNAL
-from nxtp.prepare.shard_writer import write_shard
+from nxtp.prepare.writer import UNFINISHED, write_shard
 
 
 def run(*arguments, code=0):
@@ -44,15 +43,15 @@ def test_show_counts_and_draws(mixed, tmp_path):
     out = tmp_path / "sheet.png"
     result = run("show", mixed, "--out", out, "--images", 8)
     text = result.stdout
-    assert "12 samples, 12 of them looked at" in text
+    assert "12 samples, 12 of them read" in text
     assert "bad image × 1, damaged image × 1, no caption × 1, no labels × 1" in text
-    assert "Labels of their own: 1" in text
+    assert "Given labels: 1" in text
     assert "grand piano" in text
     with Image.open(out) as sheet:
         assert sheet.width == 1500
         assert len(sheet.convert("RGB").getcolors(1 << 24)) > 500
     numbers = json.loads(run("show", mixed, "--json", "--images", 0).stdout)
-    assert numbers["labels_an_image"] == {"0": 2, "2": 7, "3": 1}
+    assert numbers["labels_per_image"] == {"0": 2, "2": 7, "3": 1}
     assert dict(numbers["labels"]["most_frequent"])["stone"] == 6
     assert numbers["labels"]["given"] == 1
     assert numbers["widths"] == {"min": 32, "lower": 32, "median": 32, "upper": 32, "max": 48}
@@ -62,7 +61,7 @@ def test_show_counts_and_draws(mixed, tmp_path):
 def test_show_looks_at_a_spread_of_a_large_set(tmp_path):
     write_shards(tmp_path, [30, 30])
     numbers = json.loads(run("show", tmp_path, "--json", "--images", 0, "--samples", 10).stdout)
-    assert (numbers["samples"], numbers["looked_at"]) == (60, 10)
+    assert (numbers["samples"], numbers["samples_read"]) == (60, 10)
 
 
 def test_verify_finds_what_differs(tmp_path):
@@ -74,14 +73,15 @@ def test_verify_finds_what_differs(tmp_path):
     with (tmp_path / "part-00002.tar").open("ab") as file:
         file.write(bytes(512))
     write_shard(tmp_path / "new.tar", [sample(50)])
-    (tmp_path / JOURNAL).touch()
+    (tmp_path / UNFINISHED).mkdir()
+    (tmp_path / UNFINISHED / "settings.json").touch()
     told = run("verify", tmp_path, code=1).stderr
     for line in (
         "part-00000.tar: missing",
-        "part-00001.tar: its SHA-256 is not the manifest's",
+        "part-00001.tar: another SHA-256 than in the manifest",
         "part-00002.tar: 10,752 bytes; the manifest says 10,240",
         "new.tar: not in the manifest",
-        f"{JOURNAL}: the preparation was interrupted",
+        "the preparation was interrupted",
     ):
         assert line in told
     assert "part-00003" not in told
@@ -122,8 +122,8 @@ def test_verify_takes_a_single_shard(tmp_path):
     write_shards(tmp_path, [3, 2])
     whole, damaged = (tmp_path / f"part-0000{n}.tar" for n in (0, 1))
     damaged.write_bytes(damaged.read_bytes().replace(b"stone", b"stove"))
-    assert "3 samples in 1 shard, 0.00 GB: all as the manifest says." in run("verify", whole).stdout
-    assert "its SHA-256 is not the manifest's" in run("verify", damaged, code=1).stderr
+    assert "3 samples in 1 shard, 10.2 kB, all as in the manifest." in run("verify", whole).stdout
+    assert "another SHA-256 than in the manifest" in run("verify", damaged, code=1).stderr
     write_shard(tmp_path / "new.tar", [sample(50)])
     assert "new.tar: not in the manifest" in run("verify", tmp_path / "new.tar", code=1).stderr
 

@@ -12,7 +12,7 @@ from PIL import Image
 from nxtp.data.shards.manifest import read_manifest
 from nxtp.data.shards.reader import IndexedShards
 from nxtp.data.shards.urls import expand_shards
-from nxtp.prepare.shard_writer import write_shard
+from nxtp.prepare.writer import write_shard
 
 
 def make(source, out, *arguments, fails=False):
@@ -71,5 +71,5 @@ def test_samples_without_a_caption_or_a_picture(tmp_path):
 
 def test_a_strength_of_nothing_is_refused(tmp_path):
     source = write_shards(tmp_path / "s", [2])
-    assert "--strength is 0: above 0" in make(source, tmp_path / "v", "--kind", "noise", "--strength", "0", fails=True)
+    assert "--strength must be > 0, got 0" in make(source, tmp_path / "v", "--kind", "noise", "--strength", "0", fails=True)
     assert not (tmp_path / "v").exists()

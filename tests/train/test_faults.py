@@ -14,7 +14,7 @@ import pytest
 from helpers import TINY_OVERRIDES, jpeg, run_nxtp, serving
 
 from nxtp.data.shards.manifest import write_manifest
-from nxtp.prepare.shard_writer import write_shard
+from nxtp.prepare.writer import write_shard
 
 DAMAGED = 1000  # samples in each way
 GOOD = 8  # sound samples in each of the damaged shards

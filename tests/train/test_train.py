@@ -18,7 +18,7 @@ from nxtp.inference.recognizer import Recognizer
 from nxtp.model.layout import Objective, lay_out
 from nxtp.model.tokenizer import train_tokenizer
 from nxtp.model.trainable import TrainableConfig
-from nxtp.prepare.shard_writer import write_shard
+from nxtp.prepare.writer import write_shard
 from nxtp.runs.resume import differences
 from nxtp.train.module import RecognitionModule
 from nxtp.train.optim import OptimConfig
