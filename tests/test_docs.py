@@ -1,0 +1,47 @@
+"""What the documentation names exists: files, links, modules, commands and configuration groups."""
+
+import re
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from nxtp.cli import COMMANDS
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("experiments/**/*.md")])
+FOLDERS = "nxtp|conf|tests|docs|experiments|data"
+WRITTEN = re.compile(r"^data/(shards|raw|features)|^experiments/NAME|NAME|/mine|mine\.")  # what a reader's command creates
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_a_page_names_what_exists(page):
+    text = page.read_text()
+    missing = []
+    for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text):
+        if "://" not in target and not (page.parent / target).exists():
+            missing.append(f"link {target}")
+    for path in re.findall(rf"(?<![\w/.-])((?:{FOLDERS})/[\w./-]*\w)", text):
+        if not (WRITTEN.search(path) or any((base / path).exists() for base in (ROOT, ROOT / "nxtp"))):
+            missing.append(f"file {path}")
+    for module in re.findall(r"(?<![\w./-])(nxtp(?:\.[a-z_]+)+)", text):
+        if not known_module(module):
+            missing.append(f"module {module}")
+    for command in re.findall(r"(?:^ *|`)nxtp ([a-z]+)", text, re.M):
+        if command not in COMMANDS:
+            missing.append(f"command nxtp {command}")
+    assert not missing
+
+
+def known_module(name: str) -> bool:
+    """A module, or a name in one."""
+    while name.count(".") > 0:
+        try:
+            if find_spec(name) is not None:
+                return True
+        except ModuleNotFoundError:
+            pass
+        name, _, last = name.rpartition(".")
+        if name != "nxtp" and (spec := find_spec(name)) is not None and spec.origin:
+            return re.search(rf"\b{last}\b", Path(spec.origin).read_text()) is not None
+    return False
