@@ -9,13 +9,8 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, cast
 
-import hydra
-from hydra._internal.utils import get_args_parser
-from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException, MissingConfigException
-from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationToMissingValueError, MissingMandatoryValue, OmegaConfBaseException
 
@@ -34,7 +29,7 @@ def conf_dir() -> Path:
     return inside if inside.is_dir() else PACKAGE.parent / "conf"
 
 
-class Sweeper(Protocol):
+class SweepRunner(Protocol):
     """What :func:`compose_and_run` needs to sweep a command; nxtp.sweep, which is above this module, provides it."""
 
     sweep: Any  # None where one run is asked for
@@ -50,7 +45,10 @@ class Sweeper(Protocol):
 
 
 def compose_and_run(
-    function: Callable[[DictConfig], Any] | str, config_name: str, argv: Sequence[str], sweeper: Sweeper | None = None
+    function: Callable[[DictConfig], Any] | str,
+    config_name: str,
+    argv: Sequence[str],
+    sweeper: SweepRunner | None = None,
 ) -> Any:
     """Run ``function`` on the configuration composed from conf/, the user's own ./conf and ``argv``.
 
@@ -62,6 +60,11 @@ def compose_and_run(
     Raises:
         UserError: an unknown key, group, option or value, with the nearest known one; or runs of a sweep that failed.
     """
+    import hydra
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.errors import HydraException
+    from hydra.types import RunMode
+
     argv = list(argv)
     shipped, own = conf_dir(), Path.cwd() / "conf"
     if own.is_dir() and own.resolve() != shipped and not any(a in ("--config-dir", "-cd") for a in argv):
@@ -109,7 +112,9 @@ def compose_and_run(
 
 
 def with_override(override: str, argv: list[str]) -> list[str]:
-    """``argv`` with one more override, beside the others: they must stand together."""
+    """``argv`` with one more override, next to the others: Hydra wants them together."""
+    from hydra._internal.utils import get_args_parser
+
     given = get_args_parser().parse_args(argv).overrides
     place = argv.index(given[-1]) + 1 if given else len(argv)
     return [*argv[:place], override, *argv[place:]]
@@ -127,6 +132,9 @@ def composed(config_name: str, overrides: Sequence[str]) -> DictConfig:
     Raises:
         UserError: an unknown key, group or option, with the nearest known one.
     """
+    import hydra
+    from hydra.errors import HydraException
+
     own = Path.cwd() / "conf"
     paths = ["study://"]
     if own.is_dir() and own.resolve() != conf_dir():
@@ -141,18 +149,20 @@ def composed(config_name: str, overrides: Sequence[str]) -> DictConfig:
 
 def explain(error: BaseException) -> str:
     """A configuration error in one line, with the nearest known name where there is one."""
+    from hydra.errors import MissingConfigException
+
     if isinstance(error, (MissingMandatoryValue, InterpolationToMissingValueError)):
-        missing = re.search(r"[Mm]issing(?: mandatory)? value:? *'?([\w.]+)", str(error))
-        return f"'{missing[1] if missing else error}' has no value: set it on the command line, as in name=mine."
+        found = re.search(r"[Mm]issing(?: mandatory)? value:? *'?([\w.]+)", str(error))
+        return f"'{found[1] if found else error}' has no value: set it on the command line, as in name=mine."
     cause: BaseException | None = error
     while cause is not None:
         parent, key = getattr(cause, "parent_node", None), getattr(cause, "key", None)
         if isinstance(parent, DictConfig) and key is not None and key not in parent:
             known = [str(k) for k in parent]
-            if parent._get_parent() is None:  # at the top, groups that default to null are no keys
+            if parent._get_parent() is None:  # at the top, groups that default to null are not keys
                 known = sorted({*known, *(p.name for p in conf_dir().iterdir() if p.is_dir())} - {"hydra"})
             where = str(getattr(cause, "full_key", "") or key)
-            return f"No configuration key '{where}'.{nearest(str(key), known)} Known there: {', '.join(sorted(known))}."
+            return f"No configuration key '{where}'.{nearest(str(key), known)} Known keys: {', '.join(sorted(known))}."
         cause = cause.__cause__ or cause.__context__
     text = " ".join(line.strip() for line in str(error).splitlines() if line.strip())
     if isinstance(error, MissingConfigException):
@@ -162,10 +172,10 @@ def explain(error: BaseException) -> str:
             return f"No {group} '{name}'.{nearest(name, known)} Known: {', '.join(known) or 'none'}."
         missing = (error.missing_cfg_file or "").rsplit("/", 1)[-1]
         return text.split("Config search path")[0].strip() + nearest(missing, error.options or [])
-    group = re.search(r"Could not override '([^'@]+)", text)
-    if group and "No match in the defaults list" in text:
+    overridden = re.search(r"Could not override '([^'@]+)", text)
+    if overridden and "No match in the defaults list" in text:
         groups = sorted(str(p.relative_to(conf_dir())) for p in conf_dir().rglob("*") if p.is_dir())
-        return f"No configuration group '{group[1]}'.{nearest(group[1], groups)} Known: {', '.join(groups)}."
+        return f"No configuration group '{overridden[1]}'.{nearest(overridden[1], groups)} Known: {', '.join(groups)}."
     return text
 
 
@@ -177,8 +187,8 @@ def to_dataclass(cls: type[T], node: Any, where: str) -> T:
     """
     plain = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(cls), plain or {})
-        return OmegaConf.to_object(merged)
+        merged: Any = OmegaConf.merge(OmegaConf.structured(cls), plain or {})
+        return cast(T, OmegaConf.to_object(merged))
     except OmegaConfBaseException as error:
         key = str(error.full_key or error.key)
         if error.parent_node is not None and error.key is not None and error.key not in error.parent_node:
@@ -187,7 +197,7 @@ def to_dataclass(cls: type[T], node: Any, where: str) -> T:
 
 
 def _wandb_offline() -> bool:
-    """True where no W&B key is at hand: runs are then kept on disk, to be synchronised later."""
+    """True without a W&B key: the run is then logged to disk, to be synchronised later."""
     from nxtp.runs.secrets import has_key
 
     return not has_key()
@@ -201,6 +211,6 @@ def _cpu_precision() -> str:
     return "bf16-mixed" if able.get("avx512_bf16") or able.get("amx_bf16") else "32-true"
 
 
-# When this module is imported: a launcher's own processes compose a run's configuration anew.
+# At import, since the processes of a launcher compose a run's configuration again.
 OmegaConf.register_new_resolver("nxtp.wandb_offline", _wandb_offline, replace=True)
 OmegaConf.register_new_resolver("nxtp.cpu_precision", _cpu_precision, replace=True)
