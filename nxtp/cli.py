@@ -13,54 +13,36 @@ from nxtp.errors import UserError, nearest
 
 # name → (what it runs, its line in `nxtp --help`)
 COMMANDS = {
-    "train": ("hydra", "Train a model, or with -m a sweep of them: nxtp train experiment=demo"),
-    "sweep": ("nxtp.sweep.commands:sweep", "Show the state of a sweep's runs: nxtp sweep status STUDY"),
-    "report": ("nxtp.sweep.report.command:report", "Run records → table and plot: nxtp report STUDY | DIR"),
-    "evaluate": ("hydra", "Metrics of a model directory on shards: nxtp evaluate model=DIR data=scenes"),
-    "predict": ("nxtp.inference.predict:predict", "Labels of images: nxtp predict IMAGE… --model DIR --top-k 20"),
-    "classify": (
-        "nxtp.inference.predict:classify",
-        "The probability of each given label: nxtp classify IMAGE… --model DIR --classes FILE|imagenet1k",
-    ),
-    "describe": (
-        "hydra",
-        "Parameters, tokens, FLOPs and memory per rank of a configuration: nxtp describe experiment=demo",
-    ),
-    "features": (
-        "hydra",
-        "Compute a frozen encoder's features once: nxtp features data.train=SHARDS data.features=DIR …",
-    ),
-    "data": (
-        "nxtp.prepare.commands:data",
-        "Look at shards and check them: nxtp data show SHARDS, nxtp data verify DIR",
-    ),
-    "convert": (
-        "nxtp.paper.convert:convert",
-        "Convert published checkpoints, both ways: nxtp convert CKPT --llama DIR --clip openai --out DIR",
-    ),
-    "app": ("nxtp.deploy.app.command:app", "Open a page to try a model in a browser: nxtp app DIR"),
-    "serve": ("nxtp.deploy.server:serve", "Serve a model over HTTP, with batching: nxtp serve DIR"),
-    "export": (
-        "nxtp.deploy.export:export",
-        "A checkpoint → a model directory, or that → ONNX: nxtp export CKPT|DIR --out DIR [--format onnx]",
-    ),
-    "parity": (
-        "nxtp.paper.parity:parity",
-        "Check against recorded numbers of the published implementation: nxtp parity DIR",
-    ),
-    "bench": (
-        "nxtp.bench.command:bench",
-        "Benchmark against the reference implementation: nxtp bench train|predict|data|metric",
-    ),
+    "train": ("hydra", "Train a model; with -m or study=, a sweep of models"),
+    "sweep": ("nxtp.sweep.commands:sweep", "Show the runs of a sweep: state, progress, best metric"),
+    "report": ("nxtp.sweep.report.command:report", "Make a table and a plot from run records"),
+    "evaluate": ("hydra", "Measure a model directory on shards"),
+    "predict": ("nxtp.inference.predict:predict", "Label images, most probable label first"),
+    "classify": ("nxtp.inference.predict:classify", "Give the probability of each of your classes"),
+    "describe": ("hydra", "Count parameters, FLOPs and memory of a configuration"),
+    "features": ("hydra", "Compute a frozen encoder's features once"),
+    "prepare": ("nxtp.prepare.commands:prepare", "Make shards from a dataset or a folder of pictures"),
+    "data": ("nxtp.prepare.commands:data", "Look at shards and check them"),
+    "convert": ("nxtp.paper.commands:convert", "Convert published checkpoints, both ways"),
+    "app": ("nxtp.deploy.app.command:app", "Try a model on a page in the browser"),
+    "serve": ("nxtp.deploy.server:serve", "Serve a model over HTTP"),
+    "export": ("nxtp.deploy.export:export", "Write a checkpoint as a model directory, or a model as ONNX"),
+    "parity": ("nxtp.paper.commands:parity", "Check against recorded numbers of the published implementation"),
+    "bench": ("nxtp.bench.command:bench", "Benchmark against the reference implementation"),
 }
 EXTRAS = {"serve": "serve"}  # commands whose module needs an optional dependency → the extra that installs it
 
-# Commands whose arguments are Hydra's: what they run, on which configuration of conf/, with which overrides.
+# Commands whose arguments are Hydra's: what they run, on which configuration of conf/, with which overrides; an example.
 HYDRA_COMMANDS = {
-    "train": ("nxtp.train.command:train", "train", ()),
-    "evaluate": ("nxtp.eval.command:evaluate", "evaluate", ()),
-    "describe": ("nxtp.cost.describe:describe", "train", ("name=describe",)),
-    "features": ("nxtp.data.features.compute:extract", "train", ("name=features",)),
+    "train": ("nxtp.train.command:train", "train", (), "experiment=demo optim.lr=3e-4 name=mine"),
+    "evaluate": ("nxtp.eval.command:evaluate", "evaluate", (), "model=runs/demo/model data=scenes top_k=5"),
+    "describe": ("nxtp.cost.describe:describe", "train", ("name=describe",), "experiment=g3m trainer=fsdp"),
+    "features": (
+        "nxtp.data.features.compute:extract",
+        "train",
+        ("name=features",),
+        "data.train=SHARDS data.features=DIR",
+    ),
 }
 
 
@@ -96,16 +78,19 @@ class Commands(click.Group):
 
 def _hydra_command(name: str) -> click.Command:
     """A command that passes all arguments to Hydra, `--help` too."""
-    function, config_name, overrides = HYDRA_COMMANDS[name]
+    function, config_name, overrides, example = HYDRA_COMMANDS[name]
 
     def run(context: click.Context) -> None:
-        from nxtp.config import compose_and_run
-        from nxtp.sweep.sweep import Sweeper
+        from nxtp.config import compose_and_run, help_text
+        from nxtp.sweep.sweep import ProcessSweepRunner
 
         arguments = [*overrides, *context.args]
         if name == "evaluate":  # `model` is a configuration group of training; here it names a directory
             arguments = [f"model_dir={a.removeprefix('model=')}" if a.startswith("model=") else a for a in arguments]
-        compose_and_run(function, config_name, arguments, None if overrides else Sweeper(name))
+        if {"--help", "-h"} & set(arguments):
+            click.echo(f"{COMMANDS[name][1]}: nxtp {name} {example}\n\n{help_text(name, config_name, arguments)}")
+            return
+        compose_and_run(function, config_name, arguments, None if overrides else ProcessSweepRunner(name))
 
     settings = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}
     return click.Command(name, callback=click.pass_context(run), context_settings=settings, add_help_option=False)

@@ -7,11 +7,12 @@ import logging
 import os
 import re
 import sys
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, cast
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import InterpolationToMissingValueError, MissingMandatoryValue, OmegaConfBaseException
 
 from nxtp.errors import UserError, nearest
@@ -109,6 +110,40 @@ def compose_and_run(
     elif failed:
         raise failed[0]
     return result
+
+
+def help_text(command: str, config_name: str, argv: Sequence[str]) -> str:
+    """What `nxtp COMMAND --help` prints: groups with their options, the composed configuration, Hydra's most used flags.
+
+    Hydra's own help takes seconds (it opens every group again for each group), and lists groups that a command lacks.
+    """
+    from hydra._internal.utils import get_args_parser
+
+    cfg = composed(config_name, get_args_parser().parse_args(list(argv)).overrides)
+    with open_dict(cfg):
+        del cfg["hydra"]
+    places = [conf_dir(), Path.cwd() / "conf"]
+    defaults = OmegaConf.load(conf_dir() / f"{config_name}.yaml").defaults
+    listed = [group for entry in defaults if isinstance(entry, DictConfig) for group in entry]
+    lines = []
+    for group in [str(group) for group in listed if not str(group).startswith("override")] + ["hydra"]:
+        options = {place / group: None for place in places if (place / group).is_dir()}
+        for folder in [*options, *(f for place in options for f in sorted(place.iterdir()) if f.is_dir())]:
+            found = sorted(f.stem for f in folder.glob("*.yaml"))
+            name = folder.relative_to(next(place for place in places if folder.is_relative_to(place)))
+            lines += [f"  {name}={'|'.join(found)}"] if found else []
+        lines += [f"  {group}={'|'.join(OTHER_GROUPS[group]())}"] if group in OTHER_GROUPS else []
+    return f"""nxtp {command} [GROUP=OPTION] [KEY=VALUE] …
+
+GROUP=OPTION takes a file of conf/ (yours in ./conf, then nxtp's):
+{chr(10).join(lines)}
+
+KEY=VALUE sets one value (+KEY=VALUE adds one, ~KEY removes one) of:
+{textwrap.indent(OmegaConf.to_yaml(cfg), "  ")}
+-m, --multirun      run every combination of comma-separated values
+--cfg job           print the configuration and stop
+--hydra-help        all flags of Hydra
+"""
 
 
 def with_override(override: str, argv: list[str]) -> list[str]:
