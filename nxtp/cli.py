@@ -32,7 +32,7 @@ COMMANDS = {
 }
 EXTRAS = {"serve": "serve"}  # commands whose module needs an optional dependency → the extra that installs it
 
-# Commands whose arguments are Hydra's: what they run, on which configuration of conf/, with which overrides; an example.
+# Commands with Hydra's arguments: what they run, on which configuration of conf/, with which overrides; an example.
 HYDRA_COMMANDS = {
     "train": ("nxtp.train.command:train", "train", (), "experiment=demo optim.lr=3e-4 name=mine"),
     "evaluate": ("nxtp.eval.command:evaluate", "evaluate", (), "model=runs/demo/model data=scenes top_k=5"),

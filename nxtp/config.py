@@ -113,7 +113,7 @@ def compose_and_run(
 
 
 def help_text(command: str, config_name: str, argv: Sequence[str]) -> str:
-    """What `nxtp COMMAND --help` prints: groups with their options, the composed configuration, Hydra's most used flags.
+    """What `nxtp COMMAND --help` prints: groups with their options, the configuration, Hydra's most used flags.
 
     Hydra's own help takes seconds (it opens every group again for each group), and lists groups that a command lacks.
     """
