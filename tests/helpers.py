@@ -22,54 +22,21 @@ from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-import numpy as np
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import open_dict
 from PIL import Image
+from small_shards import COLOURS, jpeg, sample, write_shards  # noqa: F401  for the tests that import them from here
 
 from nxtp.config import conf_dir
-from nxtp.data.shards.manifest import write_manifest
 from nxtp.deploy.ports import free_port
 from nxtp.inference.recognizer import Recognizer
 from nxtp.model.decoder import DecoderConfig
 from nxtp.model.encoder import EncoderConfig
 from nxtp.model.model import Model, ModelConfig
 from nxtp.model.tokenizer import train_tokenizer
-from nxtp.prepare.writer import write_shard
 from nxtp.sweep import study  # noqa: F401  registers study:// with Hydra
-
-COLOURS = {"rose": (200, 40, 60), "lemon": (220, 200, 40), "leaf": (40, 160, 60), "ocean": (30, 80, 200)}
-
-
-def jpeg(colour: tuple[int, int, int], size: int = 32, seed: int = 0) -> bytes:
-    noise = np.random.default_rng(seed).integers(-20, 20, (size, size, 3))
-    pixels = np.clip(np.asarray(colour) + noise, 0, 255).astype(np.uint8)
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "JPEG")
-    return buffer.getvalue()
-
-
-def sample(number: int, *, labels: bool = False) -> dict:
-    """Sample ``number``: one colour, named in its caption (and in its labels where asked)."""
-    name = list(COLOURS)[number % len(COLOURS)]
-    content = {"__key__": f"{number:06d}", "jpg": jpeg(COLOURS[name], seed=number), "txt": f"a {name} and a stone"}
-    if labels:
-        content["json"] = {"labels": [name, "stone"]}
-    return content
-
-
-def write_shards(directory: Path, sizes: list[int], *, labels: bool = False) -> Path:
-    """Shards of the given sizes with consecutive samples, and their manifest."""
-    directory.mkdir(parents=True, exist_ok=True)
-    infos, first = [], 0
-    for index, size in enumerate(sizes):
-        samples = [sample(first + i, labels=labels) for i in range(size)]
-        infos.append(write_shard(directory / f"part-{index:05d}.tar", samples))
-        first += size
-    write_manifest(directory, infos, made_by={"test": True})
-    return directory
 
 
 def tiny_config(image_size: int = 32, **decoder) -> ModelConfig:

@@ -14,14 +14,16 @@ import sys
 import tarfile
 import time
 import zlib
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import psutil
 import pytest
 from click.testing import CliRunner
-from helpers import jpeg
 from PIL import Image
+from small_shards import jpeg, sample
+from webdataset.writer import TarWriter
 
 from nxtp.data.labels.imagenet import by_wnid, imagenet_classes, real_labels, subset
 from nxtp.data.shards.manifest import read_manifest, sha256_of
@@ -122,7 +124,7 @@ def test_coco_without_annotations(tmp_path):
     (tmp_path / "annotations").mkdir()
     assert "captions_train2017.json is missing" in run("coco", tmp_path, "--out", tmp_path / "o", fails=True)
     (tmp_path / "annotations" / "captions_train2017.json").write_text('{"images": [{"id": 1}]}')
-    assert "does not hold COCO captions" in run("coco", tmp_path, "--out", tmp_path / "o", fails=True)
+    assert "does not contain COCO captions" in run("coco", tmp_path, "--out", tmp_path / "o", fails=True)
     assert not list((tmp_path).glob("o/*")), "nothing half-written"
 
 
@@ -163,7 +165,7 @@ def test_img2dataset_is_read_in_place(tmp_path):
     os.utime(damaged, (0, 0))
     run("img2dataset", tmp_path)
     assert read_manifest(tmp_path)["shards"][0]["sha256"] == sha256_of(damaged)
-    assert "holds no *.tar" in run("img2dataset", DATA, fails=True)
+    assert "has no *.tar" in run("img2dataset", DATA, fails=True)
 
 
 def test_openimages(tmp_path):
@@ -365,8 +367,8 @@ def test_imagenet_validation_with_each_kind_of_truth(tmp_path):
         out = tmp_path / f"out-{truth[:5]}"
         run("imagenet", tmp_path / "val.tar", "--truth", tmp_path / truth, "--out", out)
         assert {int(k[-1]): r["wnid"] for k, r in json_of(out).items()} == dict(enumerate(wnids, start=1)), truth
-    assert "give --truth" in run("imagenet", tmp_path / "val.tar", "--out", tmp_path / "x", fails=True)
-    assert "does not say the classes" in run(
+    assert "add --truth" in run("imagenet", tmp_path / "val.tar", "--out", tmp_path / "x", fails=True)
+    assert "does not contain the classes" in run(
         "imagenet", tmp_path / "val.tar", "--truth", DATA / "concepts.csv", "--out", tmp_path / "x", fails=True
     )
 
@@ -379,7 +381,7 @@ def test_imagenet_variants(tmp_path, class_folders):
         "765_0af3f1b55de791c4436373": 765,
         "0_0af3f1b55de791c4436373": 0,
     }
-    assert "give --set v2" in run("imagenet", tmp_path / "v2", "--out", tmp_path / "x", fails=True)
+    assert "add --set v2" in run("imagenet", tmp_path / "v2", "--out", tmp_path / "x", fails=True)
 
     classes = imagenet_classes()
     for kind in ("a", "r"):
@@ -424,7 +426,9 @@ def test_imagenet_variants(tmp_path, class_folders):
     assert np.array_equal(cropped, whole[2:-2, 2:-2])
 
     picture(tmp_path / "other" / "cats" / "a.jpg")
-    assert "the folder 'cats' is no class" in run("imagenet", tmp_path / "other", "--out", tmp_path / "x", fails=True)
+    assert "the folder 'cats' is not a class" in run(
+        "imagenet", tmp_path / "other", "--out", tmp_path / "x", fails=True
+    )
 
 
 def test_imagenet_names():
@@ -454,12 +458,14 @@ def contents(directory: Path) -> dict[str, bytes]:
 
 def test_any_number_of_workers_writes_the_same(tmp_path, items):
     for workers in (1, 3):
-        write_items(tmp_path / str(workers) / "s", items, made_by={}, options=WriterOptions(shard_size=6, workers=workers))
+        write_items(
+            tmp_path / str(workers) / "s", items, made_by={}, options=WriterOptions(shard_size=6, workers=workers)
+        )
     assert contents(tmp_path / "1" / "s") == contents(tmp_path / "3" / "s")
     assert len(contents(tmp_path / "1" / "s")) == 4 + 1
 
 
-def test_a_second_run_does_nothing_and_a_lost_shard_is_made_again(tmp_path, items, capsys):
+def test_a_second_run_does_nothing_and_a_lost_shard_is_written_again(tmp_path, items, capsys):
     out, options = tmp_path / "s", WriterOptions(shard_size=6)
     items = [*items, Item("gone", str(tmp_path / "gone.jpg"), "x")]
     write_items(out, items, made_by={}, options=options)
@@ -467,67 +473,75 @@ def test_a_second_run_does_nothing_and_a_lost_shard_is_made_again(tmp_path, item
     write_items(out, items, made_by={}, options=options)
     assert {p: p.stat().st_mtime_ns for p in out.iterdir()} == times
     assert "nothing to do" in capsys.readouterr().err
-    with open(out / "s-00003.tar", "r+b") as file:  # the same size, other bytes: the only one that differs
-        file.seek(700)
-        file.write(b"XXXX")
+    damage(out / "s-00003.tar")  # the only one that differs
     write_items(out, items, made_by={}, options=options)
-    told = capsys.readouterr().err
-    assert "1 shard missing or damaged, made again: s-00003.tar" in told
-    assert "nothing to do" not in told
+    message = capsys.readouterr().err
+    assert "1 shard missing or damaged, written again: s-00003.tar" in message
+    assert "nothing to do" not in message
     assert contents(out) == before
     assert (out / "s-00000.tar").stat().st_mtime_ns == times[out / "s-00000.tar"], "the others are kept"
     (out / "s-00001.tar").unlink()
-    with open(out / "s-00002.tar", "r+b") as file:  # the same size, other bytes
+    damage(out / "s-00002.tar")
+    write_items(out, items, made_by={}, options=options)
+    assert contents(out) == before, "missing and damaged shards are written again, with the same counts"
+
+
+def damage(path: Path) -> None:
+    """The same size, other bytes."""
+    with open(path, "r+b") as file:
         file.seek(700)
         file.write(b"XXXX")
-    write_items(out, items, made_by={}, options=options)
-    assert contents(out) == before, "missing and damaged shards are remade, with the same counts"
 
 
-def test_another_making_is_refused_unless_asked(tmp_path, items):
+def test_other_options_are_refused_unless_asked(tmp_path, items):
     out = tmp_path / "s"
     write_items(out, items, made_by={"script": "a"}, options=WriterOptions(shard_size=6))
     with pytest.raises(UserError, match=r"other options \(shard_size\)"):
         write_items(out, items, made_by={"script": "a"}, options=WriterOptions(shard_size=7))
     with pytest.raises(UserError, match=r"other options \(source\)"):
         write_items(out, items[:-1], made_by={"script": "a"}, options=WriterOptions(shard_size=6))
+    assert not (out / UNFINISHED).exists(), "a refused run leaves nothing"
     write_items(out, items, made_by={"script": "a"}, options=WriterOptions(shard_size=50, overwrite=True))
     assert [p.name for p in out.glob("*.tar")] == ["s-00000.tar"]
     (out / "manifest.json").unlink()
-    with pytest.raises(UserError, match="shards of unknown making"):
+    with pytest.raises(UserError, match="shards of unknown origin"):
         write_items(out, items, made_by={"script": "a"}, options=WriterOptions(shard_size=50))
+
+
+def make_plain(item: Item) -> dict:
+    return {"__key__": item.key, "jpg": Path(item.image).read_bytes()}
 
 
 def test_a_failed_run_continues(tmp_path, items):
     out, options = tmp_path / "s", WriterOptions(shard_size=6)
-    write_items(tmp_path / "whole" / "s", items, made_by={}, options=options)
     made = []
 
     def make(item):
         if len(made) == 14:
             raise KeyboardInterrupt
         made.append(item)
-        return {"__key__": item.key, "jpg": Path(item.image).read_bytes()}
+        return make_plain(item)
 
-    def whole(item):
+    def make_all(item):
         made.append(item)
-        return {"__key__": item.key, "jpg": Path(item.image).read_bytes()}
+        return make_plain(item)
 
     with pytest.raises(KeyboardInterrupt):
         write_set(out, items, make, made_by={}, options=options)
     assert read_manifest(out) is None
-    assert (out / JOURNAL).is_file()
+    assert (out / UNFINISHED).is_dir()
     assert sorted(p.name for p in out.glob("*.tar")) == ["s-00000.tar", "s-00001.tar"]
-    with open(out / JOURNAL, "a") as file:
-        file.write('{"torn')
+    with pytest.raises(UserError, match=r"other options \(script\)"):
+        write_set(out, items, make_all, made_by={"script": "other"}, options=options)
+    (out / UNFINISHED / "s-00002.tar.json").write_text('{"torn')
     made.clear()
-    write_set(out, items, whole, made_by={}, options=options)
+    write_set(out, items, make_all, made_by={}, options=options)
     assert made == items[12:], "finished shards are kept"
-    assert not (out / JOURNAL).exists()
+    assert not (out / UNFINISHED).exists()
     assert len(samples(out)) == 20
 
 
-def test_a_set_whose_shards_may_be_empty_is_whole(tmp_path, items):
+def test_a_set_with_shards_without_samples_is_finished(tmp_path, items):
     out, options, made = tmp_path / "s", WriterOptions(shard_size=1), []
 
     def make(item):
@@ -538,92 +552,83 @@ def test_a_set_whose_shards_may_be_empty_is_whole(tmp_path, items):
 
     for _ in range(2):
         assert write_set(out, items, make, made_by={}, options=options)["samples"] == 19
-    assert made == items, "made once"
+    assert made == items, "each once"
 
 
 class Killed(BaseException):
-    """Nothing is cleaned up after it but what a context manager does."""
+    """Raised in place of SIGKILL."""
 
 
-@pytest.mark.parametrize("whole", [False, True])
-def test_a_kill_at_any_write_of_the_journal_loses_no_shard(tmp_path, items, whole, monkeypatch):
-    """Each instant at which a continued run writes its journal, cut short there: the next run still continues."""
+@pytest.mark.parametrize("before", ["unfinished", "finished", "other options"])
+def test_a_kill_at_any_change_of_the_directory_loses_nothing(tmp_path, items, before, monkeypatch):
+    """A run ends before or after any one of its renames and deletions; the next run continues."""
+    out, options = tmp_path / "s", WriterOptions(shard_size=6, overwrite=before == "other options")
 
-    def make(item):
-        return {"__key__": item.key, "jpg": Path(item.image).read_bytes()}
-
-    def stopped(item):
+    def stop(item):
         if item is items[13]:
             raise KeyboardInterrupt
-        return make(item)
+        return make_plain(item)
 
-    def torn(at: int):
-        """Journal.add that is killed within its ``at``-th call."""
-        calls, real = [], Journal.add
-
-        def add(journal, *rows):
-            calls.append(rows)
-            if len(calls) == at:
-                journal.file.write("".join(json.dumps(row) + "\n" for row in rows)[:-9])
-                journal.file.flush()
+    def killed(function, state):
+        def call(*arguments, **keywords):
+            state["calls"] += 1
+            if state["calls"] > state["last"]:
+                raise Killed  # nothing is cleaned up either
+            result = function(*arguments, **keywords)
+            if state["calls"] == state["last"] and state["after"]:
+                state["last"] = 0
                 raise Killed
-            real(journal, *rows)
+            return result
 
-        return add
+        return call
 
-    out, options = tmp_path / "s", WriterOptions(shard_size=6)
-    write_set(tmp_path / "sound" / "s", items, make, made_by={}, options=options)
-    for at in range(1, 9):
-        if whole:
-            write_set(out, items, make, made_by={}, options=options)
-            (out / "s-00002.tar").unlink()
-        else:
+    write_set(tmp_path / "sound" / "s", items, make_plain, made_by={}, options=options)
+    sound = contents(tmp_path / "sound" / "s")
+    for last, after in ((last, after) for last in range(1, 40) for after in (False, True)):
+        if before == "finished":
+            write_set(out, items, make_plain, made_by={}, options=options)
+            (out / "s-00001.tar").unlink()
+            damage(out / "s-00002.tar")
+        elif before == "unfinished":
             with pytest.raises(KeyboardInterrupt):
-                write_set(out, items, stopped, made_by={}, options=options)
+                write_set(out, items, stop, made_by={}, options=options)
+        else:
+            write_set(out, items, make_plain, made_by={"other": 1}, options=WriterOptions(shard_size=5))
+        kept = {path: path.stat().st_mtime_ns for path in out.glob("*.tar") if sound[path.name] == path.read_bytes()}
+        finished = False
         with monkeypatch.context() as patch:
-            patch.setattr(Journal, "add", torn(at))
-            try:
-                write_set(out, items, make, made_by={}, options=options)
+            state = {"calls": 0, "last": last, "after": after}
+            for module, name in ((os, "replace"), (os, "unlink"), (os, "rmdir"), (Path, "unlink")):
+                patch.setattr(module, name, killed(getattr(module, name), state))
+            with suppress(Killed):
+                write_set(out, items, make_plain, made_by={}, options=options)
                 finished = True
-            except Killed:
-                finished = False
-        write_set(out, items, make, made_by={}, options=options)
-        assert contents(out) == contents(tmp_path / "sound" / "s"), at
+        write_set(out, items, make_plain, made_by={}, options=options)
+        assert contents(out) == sound, (last, after)
+        if before != "other options":
+            assert all(path.stat().st_mtime_ns == time for path, time in kept.items()), "finished shards are kept"
         shutil.rmtree(out)
         if finished:
-            assert at > 2
+            assert last > 4
             return
-    raise AssertionError("the journal is written more often than expected")
+    raise AssertionError("a run changes its directory more often than expected")
 
 
-def test_reopening_a_journal_never_empties_it(tmp_path):
-    """A journal is never shorter than its whole lines, at any system call."""
-    write_shard(tmp_path / "s-00000.tar", [{"__key__": "a", "jpg": b"x"}])
-    row = {"info": {"name": "s-00000.tar", "samples": 1, "bytes": 1, "sha256": "0"}, "skipped": {}}
-    lines = "".join(json.dumps(line) + "\n" for line in ({"made_by": {"a": 1}, "skipped": None}, row))
-    (tmp_path / JOURNAL).write_text(lines + '{"torn')
-    read_lengths = []
-
-    class Watched:
-        def __init__(self, file):
-            self.file = file
-
-        def __getattr__(self, name):
-            read_lengths.append((tmp_path / JOURNAL).stat().st_size)
-            return getattr(self.file, name)
-
-    with open(tmp_path / JOURNAL, "a+") as file:
-        journal = Journal(tmp_path, {"a": 1}, Watched(file))
-        assert list(journal.finished(["s-00000.tar"])) == ["s-00000.tar"]
-        journal.add(row)
-    assert min(read_lengths) >= len(lines)
-    assert (tmp_path / JOURNAL).read_text() == lines + json.dumps(row, sort_keys=True) + "\n"
+def test_a_shard_is_what_webdataset_writes(tmp_path):
+    rows = [sample(n, labels=n % 2 == 0) for n in range(3)] + [{"__key__": "写真", "png": b"x" * 5000, "txt": ""}]
+    write_shard(tmp_path / "a.tar", rows)
+    same = {"user": "", "group": "", "mode": 0o644, "mtime": 0}
+    with open(tmp_path / "b.tar", "wb") as file, TarWriter(file, encoder=False, compress=False, **same) as tar:
+        for row in rows:
+            text = {"json": json.dumps(row["json"], separators=(",", ":")).encode()} if "json" in row else {}
+            tar.write(row | {"txt": row["txt"].encode()} | text)
+    assert (tmp_path / "a.tar").read_bytes() == (tmp_path / "b.tar").read_bytes()
 
 
 SLOW = """
 import sys, time
-from nxtp.set_writer import write_set
-from nxtp.writing_options import Writing
+from nxtp.prepare.options import WriterOptions
+from nxtp.prepare.writer import write_set
 def make(n):
     time.sleep(0.01)
     return {"__key__": f"{n:04d}", "jpg": b"x" * n}
@@ -647,9 +652,9 @@ def test_a_killed_run_continues(tmp_path):
     assert again.returncode == 0, again.stderr
     after = {p.name: p.stat().st_mtime_ns for p in out.glob("*.tar")}
     assert len(after) == 15
-    assert sum(after[name] == kept[name] for name in kept) >= 3, "but for one that was not in the journal yet"
+    assert sum(after[name] == kept[name] for name in kept) >= 3, "except for one whose JSON was not written yet"
     assert read_manifest(out)["samples"] == 300
-    assert not [p for p in out.iterdir() if p.name.startswith(".")], "no leavings"
+    assert not [p for p in out.iterdir() if p.name.startswith(".")], "nothing hidden is left"
 
 
 def test_workers_end_with_a_killed_run(tmp_path):
@@ -683,7 +688,9 @@ def test_two_runs_do_not_write_one_set(tmp_path, items):
             write_set(out, items, make, made_by={})
         raise Skip("tested")
 
-    with pytest.raises(UserError, match=r"no source item could be used \(tested × 20\)"):
+    with pytest.raises(
+        UserError, match=r"no item of the source can be used. Skipped: tested × 20 \(.*0.jpg, .* and 17 more\)"
+    ):
         write_set(out, items, make, made_by={})
 
 
@@ -713,7 +720,7 @@ def test_bad_images_are_counted(tmp_path):
     assert write_items(tmp_path / "s", items, made_by={})["skipped"] == kinds
     checked = write_items(tmp_path / "c", items, made_by={}, options=WriterOptions(check=True))
     assert checked["skipped"] == kinds | {"bad image": 2}
-    with pytest.raises(UserError, match="keys come twice in the source, the first is"):
+    with pytest.raises(UserError, match="The source has 5 keys more than once, the first is"):
         write_items(tmp_path / "d", items + items, made_by={})
     with pytest.raises(UserError, match="gives no sample"):
         write_items(tmp_path / "e", [], made_by={})
@@ -728,7 +735,7 @@ def test_odd_texts_and_keys_are_written_as_they_can_be_read(tmp_path):
     found = samples(tmp_path / "s")
     assert {key: s["caption"] for key, s in found.items()} == {"v1_2_b": "caf?", "caf_": "x", "a_b": "y"}
     assert json_of(tmp_path / "s")["v1_2_b"]["of"] == "caf?"
-    with pytest.raises(UserError, match="keys come twice in the source, the first is 'v1_2'"):
+    with pytest.raises(UserError, match="The source has 1 key more than once, the first is 'v1_2'"):
         write_items(tmp_path / "t", [Item("v1.2", "x"), Item("v1_2", "x")], made_by={})
 
 
@@ -745,7 +752,7 @@ def test_other_annotations_are_a_user_error(coco, tmp_path, change):
     path = coco / "annotations" / "captions_val2017.json"
     path.write_text(re.sub(r'"caption": "[^"]*"', change, path.read_text()))
     told = run("coco", coco, "--out", tmp_path / "out", "--splits", "val", fails=True)
-    assert "does not hold COCO captions" in told
+    assert "does not contain COCO captions" in told
 
 
 def test_openimages_tables_in_other_encodings(tmp_path):

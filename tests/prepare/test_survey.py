@@ -4,11 +4,11 @@ import json
 
 import pytest
 from click.testing import CliRunner
-from helpers import jpeg, sample, write_shards
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 from rich.cells import cell_len
+from small_shards import jpeg, sample, write_shards
 
 from nxtp.data.shards.manifest import write_manifest
 from nxtp.errors import UserError

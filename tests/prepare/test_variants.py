@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import variants
 from click.testing import CliRunner
-from helpers import jpeg, write_shards
 from PIL import Image
+from small_shards import jpeg, write_shards
 
 from nxtp.data.shards.manifest import read_manifest
 from nxtp.data.shards.reader import IndexedShards
@@ -71,5 +71,7 @@ def test_samples_without_a_caption_or_a_picture(tmp_path):
 
 def test_a_strength_of_nothing_is_refused(tmp_path):
     source = write_shards(tmp_path / "s", [2])
-    assert "--strength must be > 0, got 0" in make(source, tmp_path / "v", "--kind", "noise", "--strength", "0", fails=True)
+    assert "--strength must be > 0, got 0" in make(
+        source, tmp_path / "v", "--kind", "noise", "--strength", "0", fails=True
+    )
     assert not (tmp_path / "v").exists()
