@@ -1,11 +1,12 @@
-"""The weights that a released checkpoint was trained from: LLaMA's and CLIP's files, under this project's names."""
+"""Weight files of LLaMA and CLIP, which complete a released checkpoint: their tensors under our names."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,25 +17,56 @@ from nxtp.errors import UserError, nearest
 from nxtp.model.decoder import DecoderConfig, plain_config, resolve, weight_files
 from nxtp.model.encoder import EncoderConfig, pretrained_tower
 from nxtp.model.weights import PickledFile, SafetensorsFiles, Spec, Weights, open_weights
-from nxtp.paper.release_names import our_name, rotary_heads, to_halves
+from nxtp.paper.release_names import UNUSED, our_name
+from nxtp.paper.rope_order import halves_from_pairs, rotated_heads
 
 CLIP = EncoderConfig(name="ViT-L-14", quick_gelu=True, image_size=224)  # the published encoder
-_HEAD_WIDTH = 64  # of every CLIP ViT that OpenAI published; a weight file does not say it
+_HEAD_WIDTH = 64  # of every CLIP ViT by OpenAI; a weight file does not contain it
 
 
 class Entry(NamedTuple):
-    """A tensor to be read when it is needed."""
+    """A tensor that is read when it is needed."""
 
     spec: Spec
     read: Callable[[], Tensor]
 
+    @classmethod
+    def of(cls, weights: Weights, name: str) -> Entry:
+        return cls(weights.specs[name], partial(weights.read, name))
 
-def read_llama(source: Path | str) -> tuple[dict[str, Any], dict[str, Entry]]:
-    """LLaMA's configuration (fields of Hugging Face's) and its tensors, from either form in which it is given out.
+
+def published_entries(weights: PickledFile, heads: int, key_heads: int, prefix: str = "") -> dict[str, Entry]:
+    """The tensors of a file in the published naming, under our names and in Hugging Face's RoPE order.
 
     Args:
-        source: a Hugging Face directory with safetensors, Meta's ``consolidated.00.pth`` with ``params.json`` beside
-            it, or the directory of those two.
+        heads, key_heads: attention heads of the decoder's queries and keys.
+        prefix: put before each of the file's names.
+
+    Raises:
+        UserError: parameters that the published implementation does not have; names all of them.
+    """
+    names = {name: prefix + name.removeprefix("module.") for name in weights.specs}
+    surplus = [name for name, theirs in names.items() if theirs not in UNUSED and our_name(theirs) is None]
+    if surplus:
+        raise UserError(f"'{weights.path}' has {len(surplus)} surplus parameters: {', '.join(surplus)}.")
+    entries: dict[str, Entry] = {}
+    for name, theirs in names.items():
+        if (ours := our_name(theirs)) is not None and theirs not in UNUSED:
+            entry, count = Entry.of(weights, name), rotated_heads(ours, heads, key_heads)
+            entries[ours] = entry if count is None else Entry(entry.spec, partial(_read_halves, entry, count))
+    return entries
+
+
+def _read_halves(entry: Entry, heads: int) -> Tensor:
+    return halves_from_pairs(entry.read(), heads)
+
+
+def read_llama(source: Path | str) -> tuple[dict[str, Any], dict[str, Entry]]:
+    """LLaMA's configuration (Hugging Face's fields) and its tensors.
+
+    Args:
+        source: a Hugging Face directory with safetensors, or Meta's ``consolidated.00.pth`` with ``params.json`` beside
+            it, or the directory of these two.
 
     Raises:
         UserError: neither of them, or damaged.
@@ -45,68 +77,63 @@ def read_llama(source: Path | str) -> tuple[dict[str, Any], dict[str, Entry]]:
     if path.is_file():
         return _read_meta(path)
     if not path.is_dir():
-        raise UserError(f"No LLaMA weights at '{source}': a Hugging Face directory or Meta's consolidated.00.pth.")
+        raise UserError(f"No LLaMA weights at '{source}': give a Hugging Face directory or Meta's consolidated.00.pth.")
     config, _ = resolve(DecoderConfig(source=str(path)))
     if config.model_type != "llama":
         raise UserError(f"'{source}' is a {config.model_type}; released checkpoints were trained from LLaMA.")
     weights = SafetensorsFiles(weight_files(str(path)))
-    entries = {f"decoder.lm.{name}": _entry(weights, name) for name in weights.specs}
-    return plain_config(config), {name: e for name, e in entries.items() if not name.endswith("rotary_emb.inv_freq")}
+    names = [name for name in weights.specs if not name.endswith("rotary_emb.inv_freq")]
+    return plain_config(config), {f"decoder.lm.{name}": Entry.of(weights, name) for name in names}
 
 
 def _read_meta(path: Path) -> tuple[dict[str, Any], dict[str, Entry]]:
     if path.with_name("consolidated.01.pth").exists():
         raise UserError(
-            f"'{path.parent}' holds a LLaMA split over several files; the published model uses the 7 B one."
+            f"'{path.parent}' has LLaMA in several files; the published model uses the 7 B one, a single file."
         )
     settings = path.with_name("params.json")
     try:
         params = json.loads(settings.read_text())
-        heads = int(params["n_heads"])
-        eps = float(params["norm_eps"])
+        heads, eps = int(params["n_heads"]), float(params["norm_eps"])
+        key_heads, theta = int(params.get("n_kv_heads") or heads), float(params.get("rope_theta", 10000.0))
     except FileNotFoundError:
         raise UserError(f"'{path}' needs its params.json beside it; '{settings}' is missing.") from None
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"'{settings}' is not LLaMA's params.json: {error!r}.") from error
     weights = PickledFile(path, keys=())
-    key_heads = int(params.get("n_kv_heads") or heads)
-    entries: dict[str, Entry] = {}
-    for name, spec in weights.specs.items():
-        if name == "rope.freqs":
-            continue
-        ours = our_name(f"language_decoder.{name}")
-        count = rotary_heads(ours, heads, key_heads)
-        if count is None:
-            entries[ours] = _entry(weights, name)
-        else:
-            entries[ours] = Entry(spec, lambda name=name, count=count: to_halves(weights.read(name), count))
+    entries = published_entries(weights, heads, key_heads, prefix="language_decoder.")
     try:
         rows, width = weights.specs["tok_embeddings.weight"].shape
         hidden = weights.specs["layers.0.feed_forward.w1.weight"].shape[0]
     except (KeyError, ValueError):
-        raise UserError(f"'{path}' does not hold LLaMA's weights: tok_embeddings or layers.0 is missing.") from None
-    blocks = {int(m[1]) for name in weights.specs if (m := re.match(r"layers\.(\d+)\.", name))}
-    config = {
-        "model_type": "llama",
-        "hidden_size": width,
-        "intermediate_size": hidden,
-        "num_hidden_layers": max(blocks) + 1,
-        "num_attention_heads": heads,
-        "num_key_value_heads": key_heads,
-        "rms_norm_eps": eps,
-        "rope_theta": float(params.get("rope_theta", 10000.0)),
-        "vocab_size": rows,
-        "max_position_embeddings": 4096,
-        "tie_word_embeddings": False,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "pad_token_id": None,
-    }
+        raise UserError(f"'{path}' does not contain LLaMA's weights: tok_embeddings or layers.0 is missing.") from None
+    config = llama_config(
+        hidden_size=width,
+        intermediate_size=hidden,
+        num_hidden_layers=count_blocks(weights.specs),
+        num_attention_heads=heads,
+        num_key_value_heads=key_heads,
+        rms_norm_eps=eps,
+        rope_theta=theta,
+        vocab_size=rows,
+    )
     return config, entries
 
 
+def llama_config(**dimensions: Any) -> dict[str, Any]:
+    """Hugging Face's fields of a published decoder: its ``dimensions``, and what all of them share."""
+    shared = {"max_position_embeddings": 4096, "tie_word_embeddings": False, "pad_token_id": None}
+    return {"model_type": "llama", **dimensions, **shared, "bos_token_id": 1, "eos_token_id": 2}
+
+
+def count_blocks(names: Iterable[str]) -> int:
+    """The number of transformer blocks (``layers.N`` or ``resblocks.N``) that one tower's names have; 0 without any."""
+    found = (re.search(r"\b(?:layers|resblocks)\.(\d+)\.", name) for name in names)
+    return max((int(match[1]) + 1 for match in found if match), default=0)
+
+
 def read_clip(source: str) -> tuple[EncoderConfig, dict[str, Entry]]:
-    """The image tower of a CLIP: its configuration, inferred from the tensors' shapes, and the tensors.
+    """The image tower of a CLIP: its configuration, inferred from the tensors' shapes, and its tensors.
 
     Args:
         source: a weight file (safetensors, a PyTorch pickle, OpenAI's TorchScript archive), or an open_clip tag of
@@ -121,17 +148,14 @@ def read_clip(source: str) -> tuple[EncoderConfig, dict[str, Entry]]:
         prefix = next((match[1] for match in found if match), None)
         if prefix is None:
             raise UserError(f"'{source}' is not a CLIP vision transformer: it has no visual.conv1.weight.")
-        tensors = {
-            name.removeprefix(prefix): _entry(weights, name) for name in weights.specs if name.startswith(prefix)
-        }
+        names = [name for name in weights.specs if name.startswith(prefix)]
+        tensors = {name.removeprefix(prefix): Entry.of(weights, name) for name in names}
     else:
         tags = open_clip.list_pretrained_tags_by_model(CLIP.name)
         if source not in tags:
             raise UserError(f"'{source}' is neither a file nor an open_clip tag of {CLIP.name}.{nearest(source, tags)}")
         state = pretrained_tower(replace(CLIP, pretrained=source))
-        tensors = {
-            name: Entry(Spec(tuple(t.shape), t.dtype), lambda name=name: state[name]) for name, t in state.items()
-        }
+        tensors = {n: Entry(Spec(tuple(t.shape), t.dtype), partial(state.__getitem__, n)) for n, t in state.items()}
     return _encoder_config(tensors, source), {f"encoder.visual.{name}": entry for name, entry in tensors.items()}
 
 
@@ -141,17 +165,12 @@ def _encoder_config(tensors: dict[str, Entry], source: str) -> EncoderConfig:
         positions = tensors["positional_embedding"].spec.shape[0] - 1
         mlp = tensors["transformer.resblocks.0.mlp.c_fc.weight"].spec.shape[0]
     except (KeyError, ValueError):
-        raise UserError(f"'{source}' is not a CLIP vision transformer: its tensors are not those of one.") from None
-    layers = {int(m[1]) for name in tensors if (m := re.match(r"transformer\.resblocks\.(\d+)\.", name))}
+        raise UserError(f"'{source}' is not a CLIP vision transformer: it lacks tensors of one.") from None
     vision = {
-        "layers": max(layers) + 1,
+        "layers": count_blocks(tensors),
         "width": width,
         "head_width": min(_HEAD_WIDTH, width),
         "patch_size": patch,
         "mlp_ratio": mlp / width,
     }
     return replace(CLIP, name=None, vision=vision, image_size=round(positions**0.5) * patch)
-
-
-def _entry(weights: Weights, name: str) -> Entry:
-    return Entry(weights.specs[name], lambda: weights.read(name))

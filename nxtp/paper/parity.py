@@ -1,24 +1,21 @@
-"""`nxtp parity DIR`: our numbers against those that the published implementation computed.
+"""Our results against those that the published implementation computed.
 
-The directory holds ``release_format.pth`` (all parameters of a small model, in the released naming), ``meta.json``
-(its dimensions and token ids), ``expected.safetensors`` (inputs and results) and, if it likes,
-``samplers.safetensors`` and ``ranked_labels.json``. A row compares one result.
+The directory has ``release_format.pth`` (all parameters of a small model, in the released naming), ``meta.json`` (its
+dimensions and token ids), ``expected.safetensors`` (inputs and results) and, optionally, ``samplers.safetensors`` and
+``ranked_labels.json``. A row compares one result.
 """
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import click
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from nxtp.errors import UserError
-from nxtp.paper.parity_checks import Check, Miss, Ours, Skip, checks, not_compared
+from nxtp.paper.parity_checks import Check, Miss, Ours, Skip, checks
 from nxtp.paper.parity_fixture import Recording
 
 TOLERANCE = 1e-4  # max |ours - theirs| / max |theirs|, float32
@@ -43,21 +40,18 @@ class Row:
 
 
 def run_parity(directory: Path) -> list[Row]:
-    """Compare everything that the directory records.
+    """Compare every result in the directory.
 
     Raises:
         UserError: the directory is unusable.
     """
     recording = Recording.read(Path(directory))
-    if "images" not in recording.expected:
-        raise UserError(f"'{recording.directory / 'expected.safetensors'}' holds no images: nothing can be compared.")
-    ours = Ours(recording)
-    every = list(checks(recording))
+    ours, every = Ours(recording), list(checks(recording))
     rows = [_row(check, ours, recording) for check in every]
-    unknown = not_compared(recording, every)
-    return rows + [
-        Row(name, tuple(recording.expected[name].shape), None, "skipped", "no row for it") for name in unknown
-    ]
+    compared = {name for check in every for name in check.needs} | {"images"}
+    for name in sorted(recording.expected.keys() - compared):
+        rows.append(Row(name, tuple(recording.expected[name].shape), None, "skipped", "no row for it"))
+    return rows
 
 
 def _row(check: Check, ours: Ours, recording: Recording) -> Row:
@@ -65,7 +59,7 @@ def _row(check: Check, ours: Ours, recording: Recording) -> Row:
     if missing:
         return Row(check.name, None, None, "skipped", f"not recorded: {', '.join(missing)}")
     try:
-        mine, theirs = check.compare(ours, recording.expected)
+        mine, theirs = check.compare(ours, recording.expected[check.needs[-1]])
     except Skip as reason:
         return Row(check.name, None, None, "skipped", str(reason))
     except Miss as miss:
@@ -87,8 +81,9 @@ def difference(ours: Tensor, theirs: Tensor) -> float:
     return (error / largest if largest > 0 else error).item()
 
 
-def print_table(rows: list[Row], console: Console | None = None) -> None:
-    table = Table(title=f"Ours against the published implementation (tolerance {TOLERANCE:g} relative)")
+def report(rows: list[Row], console: Console | None = None) -> int:
+    """Print the table; the exit code: 1 if a row failed or nothing was compared, else 0."""
+    table = Table(title=f"Our results against the published implementation's (tolerance {TOLERANCE:g} relative)")
     table.add_column("result", overflow="fold")
     table.add_column("shape", justify="right", no_wrap=True)
     table.add_column("max error", justify="right", no_wrap=True)
@@ -101,18 +96,5 @@ def print_table(rows: list[Row], console: Console | None = None) -> None:
             name.append(f"\n{row.reason}", "dim")
         table.add_row(name, shape, error, Text(row.verdict, _STYLE[row.verdict]))
     (console or Console()).print(table)
-
-
-def main(directory: Path) -> int:
-    """Print the table; 1 if a row missed or nothing could be compared, else 0."""
-    rows = run_parity(directory)
-    print_table(rows)
-    compared = [row for row in rows if row.verdict != "skipped"]
-    return 0 if compared and all(row.verdict == "pass" for row in compared) else 1
-
-
-@click.command()
-@click.argument("directory", type=click.Path(path_type=Path))
-def parity(directory: Path) -> None:
-    """Check this implementation against the numbers recorded in DIRECTORY; exit code 1 on a miss."""
-    sys.exit(main(directory))
+    verdicts = {row.verdict for row in rows} - {"skipped"}
+    return 0 if verdicts == {"pass"} else 1

@@ -1,18 +1,20 @@
-"""What `nxtp parity` compares: one function a row, ours beside the recorded numbers."""
+"""The rows of `nxtp parity`: for each recorded result, what our model computes from the recorded inputs."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from nxtp.inference.model_directory import EMBEDDING
 from nxtp.model.layout import Layout, Objective, lay_out
 from nxtp.paper.parity_fixture import RANKED, Recording
-from nxtp.paper.release_names import our_name, to_halves
+from nxtp.paper.release_names import our_name
+from nxtp.paper.rope_order import halves_from_pairs
 from nxtp.sampling.autoregressive import BeamConfig, GreedyConfig, beam, greedy
 from nxtp.sampling.one_shot import Samples, one_shot
 from nxtp.sampling.ranking import RANKINGS, Labels, RankingConfig, rank
@@ -33,55 +35,57 @@ class Ours:
         self.recording = recording
         self.model = recording.model()
         self.images = recording.expected["images"]
+        self._texts: dict[tuple[str, int], tuple[Tensor, Tensor]] = {}
+
+    @property
+    def tokens(self) -> dict[str, Any]:
+        return {"prompt": self.recording.prompt, "delimiter": self.recording.delimiter}
 
     @cached_property
+    @torch.inference_mode()
     def image_tokens(self) -> Tensor:
         """Class token and image tokens in the decoder's space, [B, 1 + N, D]."""
-        with torch.inference_mode():
-            return self.model.projection(self.model.encoder.forward_with_prefix(self.images))
+        return self.model.projection(self.model.encoder.forward_with_prefix(self.images))
 
     @cached_property
+    @torch.inference_mode()
     def first_logits(self) -> Tensor:
-        with torch.inference_mode():
-            return self.model.prefill(self.images, self.recording.prompt)[0]
+        return self.model.prefill(self.images, self.tokens["prompt"])[0]
 
     @cached_property
     def samples(self) -> Samples:
-        meta = self.recording.meta
-        return one_shot(
-            self.model,
-            self.images,
-            prompt=self.recording.prompt,
-            delimiter=self.recording.delimiter,
-            top_k=meta["k"],
-            max_tokens=meta["max_update_iter"] - 1,
-        )
+        top_k, steps = self.recording.meta["k"], self.recording.meta["max_update_iter"]
+        return one_shot(self.model, self.images, **self.tokens, top_k=top_k, max_tokens=steps - 1)
 
     @cached_property
+    @torch.inference_mode()
     def attention(self) -> list[Tensor]:
         """Of every block, over the prefix: [B, H, P, P]."""
-        with torch.inference_mode():
-            return self.model.prefix_attention(self.images, self.recording.prompt)
+        return self.model.prefix_attention(self.images, self.tokens["prompt"])
 
     def text(self, sampler: str, max_new_tokens: int) -> tuple[Tensor, Tensor]:
-        """Tokens and probabilities [B, max_new_tokens] of a running text, written the published way."""
-        common = {"prompt": self.recording.prompt, "delimiter": self.recording.delimiter}
-        if sampler == "beam":
-            config = BeamConfig(max_new_tokens, num_beams=self.recording.meta.get("beams", 3), published=True)
-            return beam(self.model, self.images, config, **common)
-        penalty = self.recording.meta.get("repetition_penalty", 1.2) if sampler == "greedy_penalty" else 1.0
-        config = GreedyConfig(max_new_tokens, repetition_penalty=penalty, published=True)
-        return greedy(self.model, self.images, config, **common)
+        """Tokens and probabilities [B, max_new_tokens] of a running text, by the published rules."""
+        if (sampler, max_new_tokens) not in self._texts:
+            meta = self.recording.meta
+            if sampler == "beam":
+                config = BeamConfig(max_new_tokens=max_new_tokens, num_beams=meta.get("beams", 3), published=True)
+                found = beam(self.model, self.images, config, **self.tokens)
+            else:
+                penalty = meta.get("repetition_penalty", 1.2) if sampler == "greedy_penalty" else 1.0
+                greedy_config = GreedyConfig(max_new_tokens=max_new_tokens, repetition_penalty=penalty, published=True)
+                found = greedy(self.model, self.images, greedy_config, **self.tokens)
+            self._texts[sampler, max_new_tokens] = found
+        return self._texts[sampler, max_new_tokens]
 
     def ranked(self, name: str) -> list[Labels]:
         """Labels with scores by one ranking, spelled as recorded."""
         found = re.search(r"w\{i % (\d+)\}", self.recording.spelling)
         if found is None:
-            raise Skip(f"the spelling in {RANKED} is not known: {self.recording.spelling!r}")
-        names = int(found[1])
+            raise Skip(f"unknown spelling in {RANKED}: {self.recording.spelling!r}")
+        words = int(found[1])
 
         def spell(ids: Sequence[int]) -> str:
-            return "".join(f"w{i % names}" for i in ids)
+            return "".join(f"w{i % words}" for i in ids)
 
         config = RankingConfig(name, published=True)
         return rank(self.samples, spell, config, self.recording.meta["k"], model=self.model, images=self.images)
@@ -89,18 +93,13 @@ class Ours:
     @cached_property
     def layout(self) -> Layout:
         labels = recorded_labels(self.recording.expected, self.recording.delimiter)
-        return lay_out(
-            labels,
-            prompt=self.recording.prompt,
-            delimiter=self.recording.delimiter,
-            num_image_tokens=self.model.num_image_tokens,
-            objective=Objective.PUBLISHED,
-        )
+        count = self.model.num_image_tokens
+        return lay_out(labels, **self.tokens, num_image_tokens=count, objective=Objective.PUBLISHED)
 
     @cached_property
+    @torch.inference_mode()
     def training_logits(self) -> Tensor:
-        with torch.inference_mode():
-            return self.model.decoder.logits(self.model.hidden(self.images, self.layout))
+        return self.model.decoder.logits(self.model.hidden(self.images, self.layout))
 
     @cached_property
     def loss(self) -> Tensor:
@@ -111,16 +110,15 @@ class Ours:
         return loss.detach()
 
     def gradient(self, name: str) -> Tensor:
-        """Of the released parameter ``name``, in the released order of rows. The loss must have been computed."""
+        """Of the released parameter ``name``, its rows in our order."""
         _ = self.loss
-        if name == "special_token_row":
-            return self.model.image_token.grad
-        ours = our_name(name)
         parameters = dict(self.model.named_parameters())
+        ours = "image_token" if name == "special_token_row" else our_name(name)
         if ours not in parameters:
             raise Skip("our model has no such parameter")
         gradient = parameters[ours].grad
-        if ours == "decoder.lm.model.embed_tokens.weight":
+        assert gradient is not None
+        if ours == EMBEDDING:
             gradient = gradient.clone()
             gradient[self.recording.meta["ids"]["image_token"]] += self.model.image_token.grad
         return gradient
@@ -150,25 +148,26 @@ def recorded_labels(expected: dict[str, Tensor], delimiter: int) -> list[list[li
     return result
 
 
-@dataclass
-class Check:
-    """One row: the recorded tensors that it needs, and a function that gives (ours, theirs) of equal shape."""
+Pair = tuple[Tensor, Tensor]  # ours and theirs, of equal shape
+
+
+class Check(NamedTuple):
+    """One row: the recorded tensors that it needs, the result last, and what turns that result into a pair."""
 
     name: str
     needs: tuple[str, ...]
-    compare: Callable[[Ours, dict[str, Tensor]], tuple[Tensor, Tensor]]
+    compare: Callable[[Ours, Tensor], Pair]
 
 
-def _one_shot_tokens(ours: Ours, expected: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    theirs, delimiter = expected["one_shot_tokens"], ours.recording.delimiter
-    compared = ~_ended(theirs, delimiter)
-    return _as_wide(ours.samples.tokens_BKL, theirs, delimiter)[compared], theirs[compared]
+def _one_shot_tokens(ours: Ours, theirs: Tensor) -> Pair:
+    compared = ~_ended(theirs, ours.recording.delimiter)
+    return _as_wide(ours.samples.tokens_BKL, theirs, ours.recording.delimiter)[compared], theirs[compared]
 
 
-def _one_shot_probs(ours: Ours, expected: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+def _one_shot_probs(ours: Ours, theirs: Tensor) -> Pair:
     # The token array may be wider: delimiters where the cap cut a label, without a probability.
-    theirs, delimiter = expected["one_shot_token_probs"], ours.recording.delimiter
-    compared = ~_ended(expected["one_shot_tokens"], delimiter)[..., : theirs.shape[-1]]
+    tokens = ours.recording.expected["one_shot_tokens"]
+    compared = ~_ended(tokens, ours.recording.delimiter)[..., : theirs.shape[-1]]
     return _as_wide(ours.samples.probs_BKL, theirs, 1.0)[compared], theirs[compared]
 
 
@@ -188,110 +187,72 @@ def _as_wide(ours: Tensor, theirs: Tensor, value: float) -> Tensor:
     return result
 
 
-def _training_logits(ours: Ours, expected: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+def _training_logits(ours: Ours, theirs: Tensor) -> Pair:
     real = ours.layout.segments_BT >= 0
-    return ours.training_logits[real], expected["train_logits"][real]
+    return ours.training_logits[real], theirs[real]
 
 
-def _training_targets(ours: Ours, expected: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+def _training_targets(ours: Ours, theirs: Tensor) -> Pair:
     """Every supervised token at its own position, -1 elsewhere."""
     layout = ours.layout
     targets_BT = torch.full_like(layout.segments_BT, -1)
     targets_BT.view(-1)[layout.sources[layout.pairs_S] + 1] = layout.targets_S
-    return targets_BT, expected["train_targets"]
+    return targets_BT, theirs
 
 
-def _attention(ours: Ours, theirs: Tensor, block: int) -> tuple[Tensor, Tensor]:
-    if block >= len(ours.attention):
+def _attention(ours: Ours, theirs: Tensor, block: str) -> Pair:
+    if int(block) >= len(ours.attention):
         raise Skip(f"the model has {len(ours.attention)} blocks")
-    return ours.attention[block], theirs
+    return ours.attention[int(block)], theirs
 
 
-def _ranked(ours: Ours, name: str) -> tuple[Tensor, Tensor]:
+def _text(ours: Ours, theirs: Tensor, sampler: str, index: int) -> Pair:
+    if sampler == "beam":
+        theirs = theirs[:, :-1]  # without the end of text, which is appended and not predicted
+    return ours.text(sampler, theirs.shape[1])[index], theirs
+
+
+def _ranked(ours: Ours, _: Tensor, name: str) -> Pair:
     if name not in RANKINGS:
-        raise Skip("not a ranking that is known")
+        raise Skip("an unknown ranking")
     mine, theirs = ours.ranked(name), ours.recording.ranked[name]
     for image, (ranked, recorded) in enumerate(zip(mine, theirs, strict=True)):
         labels = [label for label, _ in ranked]
         if labels != recorded["labels"]:
             raise Miss(f"image {image}: ours {', '.join(labels)}; recorded {', '.join(recorded['labels'])}")
     scores = torch.tensor([score for ranked in mine for _, score in ranked])
-    recorded = torch.tensor([score for image in theirs for score in image["scores"]])
+    rounded = torch.tensor([score for image in theirs for score in image["scores"]])
     rounding = 5.1e-6  # they are recorded with five digits
-    return torch.where((scores - recorded).abs() <= rounding, recorded, scores), recorded
+    return torch.where((scores - rounded).abs() <= rounding, rounded, scores), rounded
+
+
+def _gradient(ours: Ours, theirs: Tensor, name: str) -> Pair:
+    if name.endswith(("attention.wq.weight", "attention.wk.weight")):
+        theirs = halves_from_pairs(theirs, ours.recording.meta["decoder"]["n_heads"])
+    return ours.gradient(name), theirs
 
 
 def checks(recording: Recording) -> Iterator[Check]:
-    """All rows, in order; a new kind of recorded result is one more entry."""
+    """All rows, in order. To compare another kind of result, add an entry here."""
     expected = recording.expected
-    training = ("prompt_ids", "train_tokens")
-    prompt = ("prompt_ids",)
-    yield Check(
-        "image tokens",
-        ("image_tokens_with_cls",),
-        lambda ours, theirs: (ours.image_tokens, theirs["image_tokens_with_cls"]),
-    )
-    yield Check(
-        "first logits",
-        ("prompt_ids", "first_logits"),
-        lambda ours, theirs: (ours.first_logits, theirs["first_logits"]),
-    )
+    prompt, training = ("prompt_ids",), ("prompt_ids", "train_tokens")
+    yield Check("image tokens", ("image_tokens_with_cls",), lambda ours, theirs: (ours.image_tokens, theirs))
+    yield Check("first logits", (*prompt, "first_logits"), lambda ours, theirs: (ours.first_logits, theirs))
     yield Check("one-shot tokens", (*prompt, "one_shot_tokens"), _one_shot_tokens)
     yield Check("one-shot probabilities", (*prompt, "one_shot_tokens", "one_shot_token_probs"), _one_shot_probs)
     yield Check("training targets", (*training, "train_targets"), _training_targets)
     yield Check("training logits", (*training, "train_logits"), _training_logits)
-    yield Check("training loss", (*training, "train_loss"), lambda ours, theirs: (ours.loss, theirs["train_loss"]))
-    for name in _numbered(expected, "attention_layer"):
-        block = name.removeprefix("attention_layer")
-        yield Check(
-            f"attention of block {block}",
-            (*prompt, name),
-            lambda ours, theirs, name=name, block=block: _attention(ours, theirs[name], int(block)),
-        )
+    yield Check("training loss", (*training, "train_loss"), lambda ours, theirs: (ours.loss, theirs))
+    maps = [match[1] for name in expected if (match := re.fullmatch(r"attention_layer(\d+)", name))]
+    for block in sorted(maps, key=int) or ["*"]:
+        name = f"attention_layer{block}"
+        yield Check(f"attention of block {block}", (*prompt, name), partial(_attention, block=block))
     for sampler, title in (("greedy", "greedy"), ("greedy_penalty", "greedy, penalty"), ("beam", "beam search")):
-        tokens, probs = f"{sampler}_tokens", f"{sampler}_token_probs"
-        yield Check(
-            f"{title}: tokens",
-            (*prompt, tokens),
-            lambda ours, theirs, sampler=sampler, tokens=tokens: _text_tokens(ours, theirs[tokens], sampler),
-        )
+        yield Check(f"{title}: tokens", (*prompt, f"{sampler}_tokens"), partial(_text, sampler=sampler, index=0))
         if sampler != "beam":
-            yield Check(
-                f"{title}: probabilities",
-                (*prompt, probs),
-                lambda ours, theirs, sampler=sampler, probs=probs: (
-                    ours.text(sampler, theirs[probs].shape[1])[1],
-                    theirs[probs],
-                ),
-            )
+            needs = (*prompt, f"{sampler}_token_probs")
+            yield Check(f"{title}: probabilities", needs, partial(_text, sampler=sampler, index=1))
     for name in recording.ranked or ["*"]:
-        needs = (*prompt,) if recording.ranked else (RANKED,)
-        yield Check(f"ranking {name}", needs, lambda ours, theirs, name=name: _ranked(ours, name))
-    gradients = sorted(name for name in expected if name.startswith("grad/")) or ["grad/*"]
-    for name in gradients:
-        yield Check(name, (*training, name), lambda ours, theirs, name=name: _gradient(ours, theirs[name], name))
-
-
-def not_compared(recording: Recording, every: Sequence[Check]) -> list[str]:
-    """Recorded tensors that no row looks at."""
-    used = {name for check in every for name in check.needs} | {"images"}
-    return sorted(recording.expected.keys() - used)
-
-
-def _numbered(expected: dict[str, Tensor], prefix: str) -> list[str]:
-    found = [name for name in expected if re.fullmatch(rf"{prefix}\d+", name)]
-    return sorted(found, key=lambda name: int(name.removeprefix(prefix))) or [f"{prefix}*"]
-
-
-def _text_tokens(ours: Ours, theirs: Tensor, sampler: str) -> tuple[Tensor, Tensor]:
-    if sampler != "beam":
-        return ours.text(sampler, theirs.shape[1])[0], theirs
-    # One more is recorded: the end of text, which is appended and not predicted.
-    return ours.text("beam", theirs.shape[1] - 1)[0], theirs[:, :-1]
-
-
-def _gradient(ours: Ours, theirs: Tensor, name: str) -> tuple[Tensor, Tensor]:
-    released = name.removeprefix("grad/")
-    if released.endswith(("attention.wq.weight", "attention.wk.weight")):
-        theirs = to_halves(theirs, ours.recording.meta["decoder"]["n_heads"])
-    return ours.gradient(released), theirs
+        yield Check(f"ranking {name}", prompt if recording.ranked else (RANKED,), partial(_ranked, name=name))
+    for name in sorted(name for name in expected if name.startswith("grad/")) or ["grad/*"]:
+        yield Check(name, (*training, name), partial(_gradient, name=name.removeprefix("grad/")))

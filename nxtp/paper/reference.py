@@ -1,7 +1,7 @@
-"""The plain, slow way of computing the same thing: what the tests compare with and `nxtp bench` measures.
+"""The published training step and one-shot sampling, as the paper's implementation computes them.
 
-The attention rule is written as its scalar definition; the published training step and the published one-shot
-sampling are written as they are described, padding, repeated prefixes and all.
+Sequences are padded, prefixes repeated, nothing is cached. Tests check that the results equal ours; `nxtp bench`
+measures how much longer they take.
 """
 
 from __future__ import annotations
@@ -19,22 +19,6 @@ from nxtp.sampling.one_shot import MAX_LABEL_TOKENS, Samples
 _IGNORE = -1
 
 
-def allowed(query: int, key: int, segments: Sequence[int], num_image_tokens: int) -> bool:
-    """Whether position ``query`` may attend to position ``key``: the attention rule, word for word."""
-    both_images = query < num_image_tokens and key < num_image_tokens
-    return both_images or (key <= query and (segments[key] == 0 or segments[key] == segments[query]))
-
-
-def mask_by_definition(segments_BT: Tensor, num_image_tokens: int) -> Tensor:
-    """:func:`allowed` for every pair of every sequence: bool [B, T, T]."""
-    batch, length = segments_BT.shape
-    pairs = [
-        [[allowed(q, k, segments, num_image_tokens) for k in range(length)] for q in range(length)]
-        for segments in segments_BT.tolist()
-    ]
-    return torch.tensor(pairs, dtype=torch.bool).view(batch, length, length)
-
-
 def published_loss(
     model: Model,
     images: Tensor,
@@ -50,15 +34,17 @@ def published_loss(
     through the output layer: the labels, and with weight 0 a caption (here the labels as one running text).
 
     Args:
-        images, labels, prompt, delimiter: as in :meth:`nxtp.model.model.Model.forward` and :func:`nxtp.model.layout.lay_out`.
+        images: as in :meth:`nxtp.model.model.Model.forward`.
+        labels, prompt, delimiter: as in :func:`nxtp.model.layout.lay_out`.
 
     Raises:
         ValueError: a sequence longer than ``pad_to``.
     """
     image_tokens_BND = model.encode(images)
     captions = [[_joined(image, delimiter)[:-1]] if image else [] for image in labels]
-    label_loss = _branch_loss(model, image_tokens_BND, labels, prompt, delimiter, pad_to)
-    caption_loss = _branch_loss(model, image_tokens_BND, captions, prompt, delimiter, pad_to)
+    label_loss, caption_loss = (
+        _branch_loss(model, image_tokens_BND, texts, prompt, delimiter, pad_to) for texts in (labels, captions)
+    )
     return label_loss + 0.0 * caption_loss
 
 
@@ -119,7 +105,7 @@ def published_one_shot(
     image_tokens_BND = model.encode(images)
     batch, num_image_tokens, _ = image_tokens_BND.shape
     prefix_BPD = model.embed(image_tokens_BND, torch.tensor(prompt, device=images.device).expand(batch, -1))
-    first_BV = _last_logits(model, prefix_BPD, num_image_tokens).softmax(dim=-1)
+    first_BV = last_logits(model, prefix_BPD, num_image_tokens).softmax(dim=-1)
     candidates_BV = first_BV.clone()
     candidates_BV[:, list(never_first)] = -1.0
     count = min(top_k, first_BV.shape[1] - len(set(never_first)))
@@ -129,7 +115,7 @@ def published_one_shot(
     ended = tokens[:, 0] == delimiter
     while tokens.shape[1] < max_tokens and not ended.all():
         embeddings = torch.cat([prefixes, model.decoder.embed(tokens)], dim=1)
-        prob, token = _last_logits(model, embeddings, num_image_tokens).softmax(dim=-1).max(dim=-1)
+        prob, token = last_logits(model, embeddings, num_image_tokens).softmax(dim=-1).max(dim=-1)
         tokens = torch.cat([tokens, token.where(~ended, delimiter)[:, None]], dim=1)
         probs = torch.cat([probs, prob.where(~ended, 1.0)[:, None]], dim=1)
         ended = ended | (token == delimiter)
@@ -141,50 +127,10 @@ def published_one_shot(
     return Samples(tokens_BKL[..., :longest], probs_BKL[..., :longest], lengths_BK, lengths_BK == max_tokens)
 
 
-def _last_logits(model: Model, embeddings_BTD: Tensor, num_image_tokens: int) -> Tensor:
+def last_logits(model: Model, embeddings_BTD: Tensor, num_image_tokens: int) -> Tensor:
     """Logits [B, V] at the last position of plain sequences: image tokens both ways, the rest causal."""
     length, device = embeddings_BTD.shape[1], embeddings_BTD.device
     mask = torch.ones(length, length, dtype=torch.bool, device=device).tril()
     mask[:num_image_tokens, :num_image_tokens] = True
     positions = torch.arange(length, device=device)[None]
     return model.decoder.logits(model.decoder(embeddings_BTD, positions, mask[None, None])[:, -1])
-
-
-@torch.inference_mode()
-def one_label_at_a_time(
-    model: Model,
-    images: Tensor,
-    *,
-    prompt: Sequence[int],
-    delimiter: int,
-    top_k: int,
-    max_tokens: int = MAX_LABEL_TOKENS,
-    never_first: Sequence[int] = (),
-) -> list[list[tuple[list[int], list[float]]]]:
-    """One-shot sampling of one image, one label, one token at a time.
-
-    Returns:
-        For each image, for each first token in order of its probability: the label's tokens, with its delimiter
-        unless it was cut at ``max_tokens``, and each one's probability.
-    """
-    result = []
-    for image in images.split(1):
-        image_tokens = model.encode(image)
-        first = _next_token(model, image_tokens, prompt)
-        order = [token for token in first.argsort(descending=True).tolist() if token not in never_first]
-        labels = []
-        for token in order[:top_k]:
-            tokens, probs = [token], [first[token].item()]
-            while tokens[-1] != delimiter and len(tokens) < max_tokens:
-                following = _next_token(model, image_tokens, [*prompt, *tokens])
-                tokens.append(int(following.argmax()))
-                probs.append(following.max().item())
-            labels.append((tokens, probs))
-        result.append(labels)
-    return result
-
-
-def _next_token(model: Model, image_tokens: Tensor, text: Sequence[int]) -> Tensor:
-    """Probabilities [V] of what follows the image tokens [1, N, D], ``<|image|>`` and ``text``."""
-    embeddings = model.embed(image_tokens, torch.tensor([list(text)], device=image_tokens.device))
-    return _last_logits(model, embeddings, image_tokens.shape[1])[0].softmax(dim=-1)

@@ -1,15 +1,14 @@
-"""Published checkpoints in and out: their names, their RoPE order, the base weights that complete them.
+"""Released checkpoints in and out.
 
-The published release is a pickle whose ``model`` maps ``module.<name>`` to tensors; it holds the trained
-parameters only. Its decoder rotates interleaved pairs of channels, Hugging Face's rotates halves, so the
-rows of q and k are permuted head by head. Its vocabulary has two rows behind the tokenizer's: ``<|image|>``
-and a padding row.
+A published checkpoint is a pickle whose ``model`` maps ``module.<name>`` to tensors; it has the trained parameters
+only. Names and RoPE order differ from ours (:mod:`nxtp.paper.release_names`, :mod:`nxtp.paper.rope_order`). Its
+vocabulary has two rows behind the tokenizer's: ``<|image|>`` and a padding row.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,71 +18,53 @@ from torch import Tensor
 
 from nxtp.config import to_dataclass
 from nxtp.errors import UserError
-from nxtp.inference import model_directory as model_dir
-from nxtp.inference.model_directory import CONFIG, EMBEDDING, HEAD, WEIGHTS, mismatch, write_model_dir
+from nxtp.inference.model_directory import (
+    CONFIG,
+    EMBEDDING,
+    HEAD,
+    WEIGHTS,
+    mismatch,
+    read_config,
+    verify,
+    write_model_dir,
+)
 from nxtp.model.decoder import DecoderConfig
 from nxtp.model.flops import meta_model
-from nxtp.model.model import Model, ModelConfig
+from nxtp.model.model import ModelConfig
 from nxtp.model.tokenizer import PROMPT, LabelTokenizer
 from nxtp.model.trainable import TrainableConfig
 from nxtp.model.weights import PickledFile, SafetensorsFiles, Spec, write_safetensors
-from nxtp.paper.base_weights import Entry, read_clip, read_llama
-from nxtp.paper.release_names import LOGIT_SCALE, our_name, rotary_heads, their_name, to_halves, to_pairs
+from nxtp.paper.base_weights import Entry, count_blocks, published_entries, read_clip, read_llama
+from nxtp.paper.release_names import LOGIT_SCALE, their_name
+from nxtp.paper.rope_order import pairs_from_halves, rotated_heads
 from nxtp.runs.atomic import atomic_file
 
 APPENDED = 2  # vocabulary rows behind the tokenizer's: <|image|>, then the padding row
-
-
-def read_release(path: Path) -> dict[str, Tensor]:
-    """All of a released pickle's ``model``, in memory.
-
-    Raises:
-        UserError: not such a file, or a pickle that holds more than tensors and plain values.
-    """
-    weights = PickledFile(path, keys=("model",))
-    return {name: weights.read(name) for name in weights.specs}
-
-
-def convert(released: Mapping[str, Tensor], *, heads: int, image_token_id: int) -> dict[str, Tensor]:
-    """Released parameters → a state dict of :class:`nxtp.model.model.Model` (the part of it that the release holds).
-
-    Args:
-        heads: attention heads of the decoder (as many for keys as for queries).
-        image_token_id: the vocabulary row of ``<|image|>``; it becomes the parameter ``image_token``.
-    """
-    specs = {name: Spec(tuple(t.shape), t.dtype) for name, t in released.items()}
-    entries = _entries(specs, released.__getitem__, heads, heads, image_token_id)
-    return {name: entry.read() for name, entry in entries.items()}
-
-
-def _entries(
-    specs: Mapping[str, Spec], read: Callable[[str], Tensor], heads: int, key_heads: int, image_token_id: int
-) -> dict[str, Entry]:
-    """Released tensors under our names, to be read one by one."""
-    entries: dict[str, Entry] = {}
-    for theirs, spec in specs.items():
-        ours = our_name(theirs)
-        if ours is None:
-            continue
-        count = rotary_heads(ours, heads, key_heads)
-        if count is None:
-            entries[ours] = Entry(spec, lambda name=theirs: read(name))
-        else:
-            entries[ours] = Entry(spec, lambda name=theirs, count=count: to_halves(read(name), count))
-        if ours == EMBEDDING and image_token_id < spec.shape[0]:
-            row = Spec(spec.shape[1:], spec.dtype)
-            entries["image_token"] = Entry(row, lambda name=theirs: read(name)[image_token_id].clone())
-    return entries
+_BLOCK = re.compile(r"(.*\.(?:resblocks|layers)\.(\d+))\.")
 
 
 @dataclass
 class Converted:
-    """What a conversion made: parameters by where they come from, and bytes written."""
+    """Parameters by their source, and bytes written."""
 
     from_release: int
     from_clip: int
     from_llama: int
     bytes: int
+
+
+def released_entries(released: PickledFile, heads: int, key_heads: int, image_token_id: int) -> dict[str, Entry]:
+    """A released checkpoint's tensors under our names; row ``image_token_id`` of the vocabulary is ``image_token``.
+
+    Raises:
+        UserError: parameters that no release has; names all of them.
+    """
+    entries = published_entries(released, heads, key_heads)
+    vocabulary = entries.get(EMBEDDING)
+    if vocabulary is not None and image_token_id < vocabulary.spec.shape[0]:
+        row = Spec(vocabulary.spec.shape[1:], vocabulary.spec.dtype)
+        entries["image_token"] = Entry(row, lambda: vocabulary.read()[image_token_id].clone())
+    return entries
 
 
 def import_release(
@@ -94,37 +75,35 @@ def import_release(
     tokenizer: Path | str,
     to: Path,
     dtype: torch.dtype | None = None,
-    prompt: str = PROMPT,
     track: Callable = iter,
 ) -> Converted:
     """A released checkpoint and the base weights that it was trained from → a model directory.
 
-    Tensors are read and written one by one; the largest one is all that is held in memory. Without ``dtype`` every
-    tensor keeps its own, so that nothing is rounded.
+    Tensors are read and written one by one: memory holds the largest one. Without ``dtype`` every tensor keeps its
+    own, so nothing is rounded.
 
     Args:
-        checkpoint: the released pickle. Its decoder blocks say how deep the model is.
+        checkpoint: the released pickle; its decoder blocks give the model's depth.
         llama: a Hugging Face directory, or Meta's ``consolidated.00.pth`` (or its directory).
         clip: a weight file of the encoder, or an open_clip tag (``openai``) of ViT-L-14.
         tokenizer: a directory, a hub name, or LLaMA's ``tokenizer.model``.
         track: wraps the list of tensors, to show progress.
 
     Raises:
-        UserError: a file that cannot be read, or parts that do not fit each other; names every such parameter.
+        UserError: an unreadable file, or parts that do not fit each other; names every such parameter.
     """
     released = PickledFile(checkpoint, keys=("model",))
-    unknown = [name for name in released.specs if not _is_known(name)]
-    if unknown:
-        raise UserError(f"'{checkpoint}' has {len(unknown)} surplus parameters: {', '.join(unknown)}.")
-    labels = load_tokenizer(tokenizer, prompt)
+    labels = _load_tokenizer(tokenizer)
     lm, llama_entries = read_llama(llama)
-    depth = _depth(released.specs, checkpoint)
+    heads = lm["num_attention_heads"]
+    entries = released_entries(released, heads, lm.get("num_key_value_heads") or heads, len(labels))
+    depth = count_blocks(name for name in entries if name.startswith("decoder."))
+    if not depth:
+        raise UserError(f"'{checkpoint}' has no decoder block: not a released checkpoint.")
     if depth > lm["num_hidden_layers"]:
         raise UserError(
             f"'{checkpoint}' has {depth} decoder blocks, '{llama}' only {lm['num_hidden_layers']}: another LLaMA."
         )
-    heads = lm["num_attention_heads"]
-    entries = _entries(released.specs, released.read, heads, lm.get("num_key_value_heads") or heads, len(labels))
     rows = (entries.get(EMBEDDING) or entries.get(HEAD) or llama_entries[EMBEDDING]).spec.shape[0]
     if rows != len(labels) + APPENDED:
         raise UserError(
@@ -132,60 +111,58 @@ def import_release(
             f"{len(labels)} + {APPENDED}: use the tokenizer that it was trained with."
         )
     encoder, clip_entries = read_clip(clip)
-    config = ModelConfig(
-        encoder=encoder,
-        decoder=DecoderConfig(config={**lm, "num_hidden_layers": depth, "vocab_size": rows}),
-        prompt=prompt,
-    )
-    shapes = _shapes(meta_model(config, None))
-    needed = _needed(shapes, entries)
-    told = mismatch(
-        {name: shape for name, shape in shapes.items() if name in needed},
-        {name: entry.spec.shape for name, entry in entries.items()},
-    )
-    if told:
-        raise UserError(f"'{checkpoint}' does not fit '{llama}' and '{clip}': {told}.")
-    base = {n: e for n, e in {**clip_entries, **llama_entries}.items() if n in shapes and n not in entries}
-    rest = {name: shape for name, shape in shapes.items() if name not in entries}
-    told = mismatch(rest, {name: entry.spec.shape for name, entry in base.items()})
-    if told:
-        raise UserError(f"'{llama}' and '{clip}' do not complete '{checkpoint}': {told}.")
+    decoder = DecoderConfig(config={**lm, "num_hidden_layers": depth, "vocab_size": rows})
+    config = ModelConfig(encoder=encoder, decoder=decoder, prompt=PROMPT)
+    shapes = {name: tuple(tensor.shape) for name, tensor in meta_model(config, None).state_dict().items()}
 
-    every = {**base, **entries}
-    specs = {name: Spec(every[name].spec.shape, dtype or every[name].spec.dtype) for name in shapes}
+    # From the release: the new parameters, and the whole of every block of which it has a part. All else from the base.
+    parts = {_part(name) for name in entries} | {"projection.weight", "image_token", EMBEDDING}
+    needed = {name: shape for name, shape in shapes.items() if _part(name) in parts}
+    rest = {name: shape for name, shape in shapes.items() if name not in entries}
+    base = {name: entry for name, entry in {**clip_entries, **llama_entries}.items() if name in rest}
+    for expected, found, message in (
+        (needed, entries, f"'{checkpoint}' does not fit '{llama}' and '{clip}'"),
+        (rest, base, f"'{llama}' and '{clip}' do not complete '{checkpoint}'"),
+    ):
+        problems = mismatch(expected, {name: entry.spec.shape for name, entry in found.items()})
+        if problems:
+            raise UserError(f"{message}: {problems}.")
+
+    tensors = {**base, **entries}
+    specs = {name: Spec(shape, dtype or tensors[name].spec.dtype) for name, shape in shapes.items()}
     provenance: dict[str, Any] = {
         "released": Path(checkpoint).name,
         **{key: released.extra[key] for key in ("epoch", "global_step") if key in released.extra},
         "objective": "published",
         "nouns": "nltk_published",
-        "trains": _trains(shapes, entries),
+        "trainable": _trainable(shapes.keys(), entries.keys()),
     }
-    scale = next((n for n in released.specs if n.removeprefix("module.") == LOGIT_SCALE), None)
+    scale = next((name for name in released.specs if name.removeprefix("module.") == LOGIT_SCALE), None)
     if scale is not None:
         provenance["logit_scale"] = released.read(scale).item()
     write_model_dir(
         Path(to),
-        lambda path: write_safetensors(path, specs, lambda name: every[name].read().to(specs[name].dtype), track),
+        lambda path: write_safetensors(path, specs, lambda name: tensors[name].read().to(specs[name].dtype), track),
         labels,
         config,
         provenance,
     )
     return Converted(
         len(entries),
-        sum(n.startswith("encoder.") for n in base),
-        sum(n.startswith("decoder.") for n in base),
+        sum(name.startswith("encoder.") for name in base),
+        sum(name.startswith("decoder.") for name in base),
         sum(spec.bytes for spec in specs.values()),
     )
 
 
-def load_tokenizer(source: Path | str, prompt: str) -> LabelTokenizer:
-    """The tokenizer of a release: the delimiter and the prompt's last word must be one token each.
+def _load_tokenizer(source: Path | str) -> LabelTokenizer:
+    """The tokenizer of a release.
 
     Raises:
-        UserError: they are not, or no tokenizer is there.
+        UserError: it is missing, or the delimiter or the prompt's last word is not one token.
     """
-    tokenizer = LabelTokenizer.load(source, prompt)
-    before, _, word = prompt.rpartition(" ")
+    tokenizer = LabelTokenizer.load(source, PROMPT)
+    before, _, word = PROMPT.rpartition(" ")
     if tokenizer.encode_prompt(before) != tokenizer.prompt_ids[:-1]:
         raise UserError(
             f"The tokenizer '{source}' splits '{word}', the prompt's last word, into several tokens; "
@@ -194,71 +171,47 @@ def load_tokenizer(source: Path | str, prompt: str) -> LabelTokenizer:
     return tokenizer
 
 
-def _is_known(name: str) -> bool:
-    try:
-        our_name(name)
-    except UserError:
-        return False
-    return True
-
-
-def _depth(names: Mapping[str, Any], checkpoint: Path) -> int:
-    found = [re.search(r"language_decoder\.layers\.(\d+)\.", name) for name in names]
-    blocks = {int(match[1]) for match in found if match}
-    if not blocks:
-        raise UserError(f"'{checkpoint}' has no decoder block: not a released checkpoint.")
-    return max(blocks) + 1
-
-
-def _shapes(model: Model) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-
-
 def _part(name: str) -> str:
-    """What is trained together or not at all: one block, or one parameter outside the blocks."""
-    block = re.match(r"(.*\.(?:resblocks|layers)\.\d+)\.", name)
+    """The part that is trained as a whole or not at all: a block, or a parameter outside the blocks."""
+    block = _BLOCK.match(name)
     return block[1] if block else name
 
 
-def _needed(shapes: Mapping[str, Any], entries: Mapping[str, Entry]) -> set[str]:
-    """What a release must hold: the new parameters, and the whole of every block of which it holds a part."""
-    parts = {_part(name) for name in entries}
-    return {name for name in shapes if _part(name) in parts or name in ("projection.weight", "image_token", EMBEDDING)}
+def _trainable(names: Collection[str], released: Collection[str]) -> dict[str, Any] | None:
+    """The released selection of parameters as a :class:`TrainableConfig`; None if it is not one of the last blocks."""
 
-
-def _trains(shapes: Mapping[str, Any], entries: Mapping[str, Entry]) -> dict[str, Any] | None:
-    """The published parts that train, as :class:`nxtp.model.trainable.TrainableConfig` says it; None for another selection."""
-
-    def last_blocks(prefix: str, stem: str) -> Any:
-        own = {name for name in shapes if name.startswith(prefix)}
-        if own <= entries.keys():
+    def last_blocks(prefix: str) -> int | str | None:
+        own = {name for name in names if name.startswith(prefix)}
+        if own <= set(released):
             return "all"
-        numbers = {int(m[1]) for name in own if (m := re.match(rf"{re.escape(stem)}\.(\d+)\.", name))}
-        held = {n for n in numbers if any(name.startswith(f"{stem}.{n}.") for name in entries)}
-        return len(held) if held == set(sorted(numbers)[len(numbers) - len(held) :]) else None
+        blocks = {name: int(match[2]) for name in own if (match := _BLOCK.match(name))}
+        found = {number for name, number in blocks.items() if name in released}
+        numbers = sorted(set(blocks.values()))
+        return len(found) if found == set(numbers[len(numbers) - len(found) :]) else None
 
-    encoder = last_blocks("encoder.visual.", "encoder.visual.transformer.resblocks")
-    decoder = last_blocks("decoder.lm.model.layers.", "decoder.lm.model.layers")
+    encoder, decoder = last_blocks("encoder.visual."), last_blocks("decoder.lm.model.layers.")
     if encoder is None or decoder is None:
         return None
-    return asdict(TrainableConfig(encoder=encoder, embedding=False, decoder=decoder, head=HEAD in entries))
+    return asdict(TrainableConfig(encoder=encoder, embedding=False, decoder=decoder, head=HEAD in released))
 
 
 def export_release(directory: Path, to: Path, everything: bool = False) -> int:
-    """A model directory → a pickle that the published code loads; returns the number of parameters in it.
+    """A model directory → a pickle that the published code loads; returns the number of its parameters.
 
     Args:
-        everything: all parameters instead of those that were trained (the directory says which, else all).
+        everything: all parameters instead of the trained ones (all, if the directory does not list these).
 
     Raises:
         UserError: a model whose architecture or vocabulary the published code does not have.
     """
-    content = model_dir.read_config(directory)
-    model_dir.verify(directory, content.get("files") or {})
+    content = read_config(directory)
+    verify(directory, content.get("files") or {})
     config = to_dataclass(ModelConfig, content["model"], f"{directory / CONFIG}: model")
     provenance = content.get("provenance") or {}
-    trainable = None if everything else provenance.get("trains")
-    meta = meta_model(config, None, to_dataclass(TrainableConfig, trainable, "trains") if trainable else None)
+    selection = provenance.get("trainable") or provenance.get("trains")  # the second in directories saved earlier
+    if everything:
+        selection = None
+    meta = meta_model(config, None, to_dataclass(TrainableConfig, selection, "trainable") if selection else None)
     unknown = [name for name in meta.state_dict() if name != "image_token" and their_name(name) is None]
     lm = meta.decoder.lm.config
     if unknown or lm.model_type != "llama":
@@ -272,15 +225,14 @@ def export_release(directory: Path, to: Path, everything: bool = False) -> int:
             f"model.decoder.config.vocab_size={len(labels) + APPENDED} and tie_word_embeddings=false."
         )
     weights = SafetensorsFiles([directory / WEIGHTS])
-    chosen = [n for n, p in meta.named_parameters() if p.requires_grad and n != "image_token"]
-    if EMBEDDING not in chosen:
-        chosen.append(EMBEDDING)  # holds the row of <|image|>
     state: dict[str, Tensor] = {}
-    for name in chosen:
+    for name, parameter in meta.named_parameters():
+        if name == "image_token" or not (parameter.requires_grad or name == EMBEDDING):
+            continue  # the row of <|image|> is in the embedding
         tensor = weights.read(name)
-        count = rotary_heads(name, lm.num_attention_heads, lm.num_key_value_heads)
-        if count is not None:
-            tensor = to_pairs(tensor, count)
+        heads = rotated_heads(name, lm.num_attention_heads, lm.num_key_value_heads)
+        if heads is not None:
+            tensor = pairs_from_halves(tensor, heads)
         elif name == EMBEDDING:
             tensor = tensor.clone()
             tensor[len(labels)] = weights.read("image_token")

@@ -1,4 +1,4 @@
-"""`nxtp parity`: the project's own recording, the published one where it is at hand, and unusable directories."""
+"""`nxtp parity`: the project's own recording, the published one where it is available, and unusable directories."""
 
 import importlib.util
 import json
@@ -12,7 +12,9 @@ from safetensors.torch import load_file, save_file
 
 from nxtp.errors import UserError
 from nxtp.model import decoder
-from nxtp.paper import parity, release
+from nxtp.paper import base_weights, parity
+from nxtp.paper.parity_checks import Ours
+from nxtp.paper.parity_fixture import Recording
 
 DATA = Path(__file__).parent
 TINY = DATA / "parity_tiny"
@@ -37,6 +39,23 @@ def recording(tmp_path):
     return Path(shutil.copytree(TINY, tmp_path / "recording"))
 
 
+@pytest.fixture(scope="module")
+def computed():
+    """What our model computes from the inputs of the project's recording: each result once for all tests."""
+    return Ours(Recording.read(TINY))
+
+
+@pytest.fixture
+def same_inputs(monkeypatch, computed):
+    """For tests that change recorded results only: our side is computed once."""
+
+    def of(recording):
+        computed.recording = recording
+        return computed
+
+    monkeypatch.setattr(parity, "Ours", of)
+
+
 def change_expected(directory: Path, **changes) -> None:
     """Replace tensors of the recording; None removes one."""
     expected = load_file(directory / "expected.safetensors") | changes
@@ -50,11 +69,15 @@ def test_every_row_passes(directory):
     rows = parity.run_parity(directory)
     names = [row.name for row in rows]
     assert names[: len(ROWS)] == ROWS
+    if directory == TINY:
+        assert {"attention of block 0", "attention of block 1"} <= set(names)
+        assert {"greedy: tokens", "greedy, penalty: probabilities", "beam search: tokens"} <= set(names)
+        assert {f"ranking {name}" for name in ("prob", "ppl", "sim_mean", "sim_max", "none")} <= set(names)
     assert sum(name.startswith("grad/") for name in names) >= 5
     assert {row.verdict for row in rows} == {"pass"}, rows
     # a perplexity, exp(mean loss), turns the loss's absolute rounding into a relative one; it differs by machine
     assert all(row.error < (5e-5 if row.name == "ranking ppl" else 1e-5) for row in rows), rows
-    assert parity.main(directory) == 0
+    assert parity.report(rows) == 0
 
 
 def test_the_recording_is_what_its_script_writes(tmp_path):
@@ -73,11 +96,12 @@ def test_the_recording_is_what_its_script_writes(tmp_path):
 
 
 def test_rotary_pairs_left_interleaved_are_a_miss(monkeypatch):
-    monkeypatch.setattr(release, "to_halves", lambda weight, heads: weight)
-    seen = verdicts(parity.run_parity(TINY))
+    monkeypatch.setattr(base_weights, "halves_from_pairs", lambda weight, heads: weight)
+    rows = parity.run_parity(TINY)
+    seen = verdicts(rows)
     assert seen["image tokens"] == "pass"
     assert {seen[name] for name in ROWS[1:] if name != "training targets"} == {"fail"}
-    assert parity.main(TINY) == 1
+    assert parity.report(rows) == 1
 
 
 def test_a_causal_mask_over_images_is_a_miss(monkeypatch):
@@ -93,6 +117,7 @@ def test_a_causal_mask_over_images_is_a_miss(monkeypatch):
     assert seen["first logits"] == seen["training loss"] == "fail"
 
 
+@pytest.mark.usefixtures("same_inputs")
 def test_one_wrong_number_fails_its_row_alone(recording):
     expected = load_file(recording / "expected.safetensors")
     loss, gradient = expected["train_loss"], expected["grad/vision_encoder.proj.weight"]
@@ -102,9 +127,10 @@ def test_one_wrong_number_fails_its_row_alone(recording):
     failed = {row.name: row for row in rows if row.verdict == "fail"}
     assert set(failed) == {"training loss", "grad/vision_encoder.proj.weight"}
     assert failed["training loss"].error == pytest.approx(1e-3, rel=0.01)
-    assert parity.main(recording) == 1
+    assert parity.report(rows) == 1
 
 
+@pytest.mark.usefixtures("same_inputs")
 def test_a_wrong_token_fails(recording):
     tokens = load_file(recording / "expected.safetensors")["one_shot_tokens"]
     tokens[0, 0, 0] += 1
@@ -112,12 +138,14 @@ def test_a_wrong_token_fails(recording):
     assert verdicts(parity.run_parity(recording))["one-shot tokens"] == "fail"
 
 
+@pytest.mark.usefixtures("same_inputs")
 def test_not_a_number_fails(recording):
     logits = load_file(recording / "expected.safetensors")["first_logits"]
     change_expected(recording, first_logits=torch.full_like(logits, float("nan")))
     assert verdicts(parity.run_parity(recording))["first logits"] == "fail"
 
 
+@pytest.mark.usefixtures("same_inputs")
 def test_missing_tensors_are_named_and_skipped(recording):
     gradients = {name: None for name in load_file(recording / "expected.safetensors") if name.startswith("grad/")}
     change_expected(recording, train_tokens=None, image_tokens_with_cls=None, **gradients)
@@ -126,9 +154,8 @@ def test_missing_tensors_are_named_and_skipped(recording):
     assert skipped == {"image tokens", "training targets", "training logits", "training loss", "grad/*"}
     assert rows["image tokens"].reason == "not recorded: image_tokens_with_cls"
     assert "train_tokens" in rows["training loss"].reason
-    assert parity.main(recording) == 0
     console = Console(record=True, width=80)
-    parity.print_table(list(rows.values()), console)
+    assert parity.report(list(rows.values()), console) == 0
     assert "not recorded: image_tokens_with_cls" in console.export_text()
 
 
@@ -145,32 +172,28 @@ def test_training_sequences_that_cannot_be_compared_are_skipped(recording):
 def test_nothing_to_compare_is_no_success(recording):
     images = load_file(recording / "expected.safetensors")["images"]
     save_file({"images": images}, recording / "expected.safetensors")
-    assert parity.main(recording) == 1
+    assert parity.report(parity.run_parity(recording)) == 1
 
 
-def test_every_recorded_tensor_and_ranking_has_a_row():
-    names = [row.name for row in parity.run_parity(TINY)]
-    assert {"attention of block 0", "attention of block 1"} <= set(names)
-    for name in ("greedy: tokens", "greedy, penalty: probabilities", "beam search: tokens"):
-        assert name in names
-    assert {f"ranking {name}" for name in ("prob", "ppl", "sim_mean", "sim_max", "none")} <= set(names)
-
-
-def test_what_no_row_looks_at_is_named(recording):
+@pytest.mark.usefixtures("same_inputs")
+def test_what_no_row_compares_is_named(recording):
     change_expected(recording, novelty=torch.ones(2))
     row = parity.run_parity(recording)[-1]
     assert (row.name, row.verdict, row.reason) == ("novelty", "skipped", "no row for it")
 
 
+@pytest.mark.usefixtures("same_inputs")
 def test_files_that_are_absent_are_named_and_skipped(recording):
     (recording / "samplers.safetensors").unlink()
     (recording / "ranked_labels.json").unlink()
-    skipped = {row.name: row.reason for row in parity.run_parity(recording) if row.verdict == "skipped"}
+    rows = parity.run_parity(recording)
+    skipped = {row.name: row.reason for row in rows if row.verdict == "skipped"}
     assert skipped["greedy: tokens"] == "not recorded: greedy_tokens"
     assert skipped["ranking *"] == "not recorded: ranked_labels.json"
-    assert parity.main(recording) == 0
+    assert parity.report(rows) == 0
 
 
+@pytest.mark.usefixtures("same_inputs")
 def test_a_wrong_order_or_score_of_labels_is_a_miss(recording):
     content = json.loads((recording / "ranked_labels.json").read_text())
     content["ranked"]["ppl"][0]["labels"].reverse()

@@ -1,4 +1,4 @@
-"""Released checkpoints: in with their base weights, out again, and everything that must be refused."""
+"""Released checkpoints: read with their base weights, written again, and every input that must be refused."""
 
 import json
 import os
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import run_nxtp
+from click.testing import CliRunner
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaTokenizerFast
 
@@ -22,8 +22,10 @@ from nxtp.model.encoder import EncoderConfig
 from nxtp.model.model import Model, ModelConfig
 from nxtp.model.tokenizer import LabelTokenizer
 from nxtp.model.weights import PickledFile, SafetensorsFiles, Spec, TorchScriptFile, open_weights, write_safetensors
+from nxtp.paper.commands import convert
 from nxtp.paper.release import export_release, import_release
-from nxtp.paper.release_names import our_name, their_name, to_halves, to_pairs
+from nxtp.paper.release_names import our_name, their_name
+from nxtp.paper.rope_order import halves_from_pairs, pairs_from_halves
 
 WIDTH, HEADS, HIDDEN, BLOCKS, DEPTH = 64, 4, 96, 4, 3
 VISION = {"layers": 4, "width": 64, "head_width": 64, "patch_size": 8, "mlp_ratio": 4.0}
@@ -184,7 +186,7 @@ def test_a_release_and_its_base_weights_become_the_model_that_was_trained(place,
     torch.testing.assert_close(*logits, rtol=1e-5, atol=1e-5)
     assert recognizer.predict_pixels(torch.zeros(1, 3, 32, 32, dtype=torch.uint8), top_k=3)
     assert (done.from_llama, done.from_clip) == (0, 5 + 2 * 12)
-    assert recognizer.provenance["trains"]["encoder"] == len(TRAINED_ENCODER_BLOCKS)
+    assert recognizer.provenance["trainable"]["encoder"] == len(TRAINED_ENCODER_BLOCKS)
     assert recognizer.provenance["objective"] == "published"
 
 
@@ -229,6 +231,12 @@ def test_there_and_back_to_the_bit(place, tmp_path):
     files = [(tmp_path / x / "model.safetensors") for x in ("model", "model2")]
     names = [SafetensorsFiles([file]) for file in files]
     assert all(torch.equal(names[0].read(n).float(), names[1].read(n).float()) for n in names[0].specs)
+    # Directories saved before 'trainable' had its name are written with the same parameters.
+    config = tmp_path / "model" / "config.yaml"
+    config.write_text(config.read_text().replace("  trainable:", "  trains:"))
+    assert "trains:" in config.read_text()
+    export_release(tmp_path / "model", tmp_path / "old.pth")
+    assert torch.load(tmp_path / "old.pth", weights_only=True)["model"].keys() == first["model"].keys()
 
 
 def test_a_model_of_another_kind_does_not_leave(place, tmp_path):
@@ -367,8 +375,8 @@ def test_names_and_row_orders_are_inverse(place):
     for name in trained.state_dict():
         assert name == "image_token" or our_name(their_name(name)) == name
     weight = torch.randn(WIDTH, 5)
-    assert torch.equal(to_pairs(weight, HEADS), interleaved(weight))
-    assert torch.equal(to_halves(to_pairs(weight, HEADS), HEADS), weight)
+    assert torch.equal(pairs_from_halves(weight, HEADS), interleaved(weight))
+    assert torch.equal(halves_from_pairs(pairs_from_halves(weight, HEADS), HEADS), weight)
 
 
 def test_the_same_tensors_from_every_kind_of_file(place, tmp_path):
@@ -397,23 +405,27 @@ def test_written_tensor_by_tensor_as_the_library_writes_it(tmp_path):
 
 def test_the_command(place, tmp_path):
     place, _, _ = place
-    arguments = ["--llama", place / "llama", "--clip", place / "clip.pt", "--to", tmp_path / "model"]
-    convert = ["convert", *map(str, [place / "release.pth", *arguments])]
-    done = run_nxtp(*convert, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+
+    def run(*arguments):
+        return CliRunner().invoke(convert, list(map(str, arguments)))
+
+    arguments = [place / "release.pth", "--llama", place / "llama", "--clip", place / "clip.pt"]
+    done = run(*arguments, "--out", tmp_path / "model")
+    assert done.exit_code == 0, done.output
     assert "29 from CLIP" in " ".join(done.stderr.split())
-    again = run_nxtp(*convert, cwd=tmp_path)
-    assert again.returncode == 1
-    assert "--overwrite" in again.stderr
-    done = run_nxtp("convert", str(tmp_path / "model"), "--to-release", str(tmp_path / "out.pth"), cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    again = run(*arguments, "--out", tmp_path / "model")
+    assert isinstance(again.exception, UserError)
+    assert "--overwrite" in str(again.exception)
+    assert run(*arguments).exit_code == run(place / "release.pth", "--out", tmp_path / "other").exit_code == 2
+    done = run(tmp_path / "model", "--to-release", tmp_path / "out.pth")
+    assert done.exit_code == 0, done.output
     assert torch.load(tmp_path / "out.pth", weights_only=True)["global_step"] == 21360
 
 
 FULL_SIZE = """
 import sys
 from pathlib import Path
-from nxtp.release import import_release
+from nxtp.paper.release import import_release
 
 def peak():  # of this process alone; getrusage's would begin with its parent's
     return 1024 * int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])

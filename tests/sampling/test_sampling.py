@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+from by_definition import one_label_at_a_time
 from helpers import tiny_config
 
 from nxtp.model.model import Model
 from nxtp.model.tokenizer import train_tokenizer
-from nxtp.paper.reference import one_label_at_a_time, published_one_shot
+from nxtp.paper.reference import published_one_shot
 from nxtp.sampling import one_shot as sampling
 from nxtp.sampling.one_shot import Samples, one_shot
 from nxtp.sampling.ranking import RankingConfig, rank
