@@ -1,8 +1,8 @@
-"""`nxtp bench data`: our shards → batches beside plain PIL + WebDataset and open_clip's get_wds_dataset.
+"""`nxtp bench data`: our shards → batches against plain PIL + WebDataset and open_clip's get_wds_dataset.
 
 All three read the same shards in this process on one core and are timed in turn (A B C A B C …). Ours makes whole
-batches: shuffled samples, nouns found in the captions, labels tokenised and laid out; the others make pixels and
-leave the captions as they are (open_clip: tokenises them whole).
+batches: shuffled samples, nouns found in the captions, labels tokenised and laid out. The others make pixels and
+keep the captions as they are (open_clip tokenises them whole).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import io
 import math
 import time
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -27,8 +27,8 @@ from rich.table import Table
 from torch.utils.data import DataLoader
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, PILToTensor, Resize
 
-from nxtp.bench.processes import machine_description
-from nxtp.bench.workers import SIZES
+from nxtp.bench.models import g3m
+from nxtp.bench.reporting import build_table, machine_description, machine_line, ratio
 from nxtp.data.config import DataConfig
 from nxtp.data.datamodule import WebDatasetDataModule
 from nxtp.data.images import load_image
@@ -36,6 +36,7 @@ from nxtp.data.labels.from_samples import label_texts
 from nxtp.data.labels.nouns import noun_backend
 from nxtp.data.mixture import open_set
 from nxtp.data.shards.manifest import write_manifest
+from nxtp.data.shards.reader import IndexedShards
 from nxtp.data.shards.urls import expand_shards
 from nxtp.data.transforms import to_pixels
 from nxtp.errors import UserError
@@ -44,16 +45,17 @@ from nxtp.model.tokenizer import train_tokenizer
 from nxtp.prepare.writer import write_shard
 
 SHARDS = 4
-PHOTOS = 48  # distinct ones, which are repeated
+PHOTOS = 48  # distinct photographs, which repeat
 WORDS = ("dog", "street", "table", "boy", "bicycle", "river", "window", "bread", "mountain", "lamp", "horse", "garden")
 H100, MFU = "NVIDIA H100 80GB HBM3", 0.45  # the utilisation we aim at
-IMAGES_COMPARED = 128
+COMPARED = 128  # images
+OPEN_CLIP = "open_clip get_wds_dataset"
 
-Way = Callable[[], Iterator[int]]
+Way = Callable[[], Iterable[int]]  # one epoch: the number of images of each batch
 
 
 def write_photos(directory: Path, images: int, width: int, height: int, seed: int) -> None:
-    """Shards of JPEGs with the amplitude spectrum of photographs (1/f), quality 88, a caption each."""
+    """Shards of JPEGs of quality 88 with the amplitude spectrum of photographs (1/f), each with a caption."""
     generator = np.random.default_rng(seed)
     photos = [_photo(generator, width, height) for _ in range(min(PHOTOS, images))]
     bounds = np.linspace(0, images, min(SHARDS, images) + 1).astype(int)
@@ -89,61 +91,50 @@ def _caption(generator: np.random.Generator) -> str:
     return f"a {first} near the old {second}, seen from a {third} in the morning"
 
 
-def our_batches(data: WebDatasetDataModule) -> Way:
-    def run() -> Iterator[int]:
-        for batch in data.loader("train", data.config.train, training=True):
-            yield len(batch)
-
-    return run
-
-
-def plain_batches(urls: Sequence[str], size: int, batch: int) -> Way:
-    """WebDataset's decoder and torchvision's transforms, as its documentation shows them."""
+def plain_batches(urls: Sequence[str], size: int, batch_size: int) -> Way:
+    """WebDataset's decoder and torchvision's transforms, as in its documentation."""
     preprocess = image_transform(size, is_train=False)
 
-    def run() -> Iterator[int]:
+    def epoch() -> Iterable[int]:
         samples = webdataset.WebDataset(list(urls), shardshuffle=False, empty_check=False)
         samples = samples.decode("pilrgb").to_tuple("jpg;png;jpeg;webp", "txt").map_tuple(preprocess, lambda text: text)
-        for images, _ in DataLoader(samples.batched(batch, partial=True), batch_size=None):
-            yield len(images)
+        return (len(images) for images, _ in DataLoader(samples.batched(batch_size, partial=True), batch_size=None))
 
-    return run
+    return epoch
 
 
-def open_clip_batches(urls: Sequence[str], size: int, batch: int) -> Way | None:
-    """open_clip's own pipeline with its tokenizer; None where it cannot be imported (it wants pandas)."""
+def open_clip_batches(urls: Sequence[str], size: int, batch_size: int) -> Way | None:
+    """open_clip's own pipeline with its tokenizer; None where it cannot be imported (it needs pandas)."""
     try:
         from open_clip import SimpleTokenizer
         from open_clip_train.data import get_wds_dataset
     except ImportError:
         return None
     tokenizer, preprocess = SimpleTokenizer(), image_transform(size, is_train=False)
-    options = Namespace(val_data=list(urls), val_num_samples=None, batch_size=batch, workers=0)
+    options = Namespace(val_data=list(urls), val_num_samples=None, batch_size=batch_size, workers=0)
 
-    def run() -> Iterator[int]:
-        for images, _ in get_wds_dataset(options, preprocess, is_train=False, tokenizer=tokenizer).dataloader:
-            yield len(images)
+    def epoch() -> Iterable[int]:
+        loader = get_wds_dataset(options, preprocess, is_train=False, tokenizer=tokenizer).dataloader
+        return (len(images) for images, _ in loader)
 
-    return run
+    return epoch
 
 
-def pixel_difference(data: WebDatasetDataModule, size: int) -> float:
+def pixel_difference(shards: IndexedShards, size: int) -> float:
     """Mean absolute difference, in levels of 255, to full decoding and torchvision's Resize and CenterCrop."""
     exact = Compose([Resize(size, InterpolationMode.BICUBIC), CenterCrop(size), PILToTensor()])
-    shards = data.open("train", data.config.train).shards
     differences = []
-    for position in np.unique(np.linspace(0, len(shards) - 1, IMAGES_COMPARED, dtype=int)):
+    for position in np.unique(np.linspace(0, len(shards) - 1, COMPARED, dtype=int)):
         encoded = shards.read(int(position)).image
         ours = to_pixels(load_image(encoded, near=size), size).float()
         differences.append((ours - exact(Image.open(io.BytesIO(encoded)).convert("RGB"))).abs().mean().item())
     return sum(differences) / len(differences)
 
 
-def noun_seconds(data: WebDatasetDataModule) -> float:
-    """Seconds to find the nouns of one caption, the first time it is met."""
-    shards = data.open("train", data.config.train).shards
+def noun_seconds(shards: IndexedShards, backend: str) -> float:
+    """Seconds to find the nouns of one new caption."""
     captions = [shards.read(i).caption or "" for i in range(min(len(shards), 512))]
-    nouns = noun_backend(data.config.nouns)
+    nouns = noun_backend(backend)
     nouns(captions[0])
     begin = time.process_time()
     for caption in captions:
@@ -151,30 +142,17 @@ def noun_seconds(data: WebDatasetDataModule) -> float:
     return (time.process_time() - begin) / len(captions)
 
 
-def flops_per_image() -> float:
-    """Training FLOPs of one image under the published recipe, experiment=g3m."""
-    recipe = SIZES["g3m"]
-    return training_flops(meta_model(recipe.config(), None, recipe.trainable)).total
-
-
 def measure_data(
-    shards: str | None = None,
-    images: int = 512,
-    width: int = 640,
-    height: int = 480,
-    size: int = 224,
-    batch: int = 64,
-    repeats: int = 3,
-    seed: int = 0,
+    *, shards: str | None, images: int, width: int, height: int, size: int, batch_size: int, repeats: int, seed: int
 ) -> dict[str, Any]:
-    """Images a second and CPU time an image of each way, on ``shards`` or on ``images`` synthetic photographs.
+    """Images per second and CPU time per image of each way, on ``shards`` or on ``images`` synthetic photographs.
 
     Returns:
-        ``rows`` (way → ``images_per_s``, ``cpu_ms``), ``ratio_plain`` and ``ratio_open_clip`` (images a second, ours
+        ``rows`` (way → ``images_per_s``, ``cpu_ms``), ``ratio_plain`` and ``ratio_open_clip`` (images per second, ours
         by theirs), ``pixel_difference`` in levels of 255, ``noun_us``, ``cores_per_h100``, the machine.
 
     Raises:
-        UserError: the shards cannot be read, or the ways do not give the same number of images.
+        UserError: the shards cannot be read, or the ways do not read the same number of images.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -182,76 +160,68 @@ def measure_data(
         with TemporaryDirectory() as temporary:
             if shards is None:
                 write_photos(Path(temporary) / "shards", images, width, height, seed)
-            result = _measure(shards or f"{temporary}/shards", f"{temporary}/index", size, batch, repeats)
+            result = _measure(shards or f"{temporary}/shards", f"{temporary}/index", size, batch_size, repeats)
     finally:
         torch.set_num_threads(threads)
     source = shards or f"synthetic photographs of {width}×{height}"
     return result | {"source": source, "size": size, "repeats": repeats, "machine": machine_description()}
 
 
-def _measure(shards: str, index_dir: str, size: int, batch: int, repeats: int) -> dict[str, Any]:
-    config = DataConfig(train=shards, batch_size=batch, workers=0, index_dir=index_dir)
-    opened = open_set("train", shards, config)
-    if len(opened) < batch:
-        raise UserError(f"{shards} holds {len(opened)} samples, fewer than one batch of {batch}.")
-    tokenizer = train_tokenizer(label_texts(opened.shards, config), vocab_size=8192)
+def _measure(shards: str, index_dir: str, size: int, batch_size: int, repeats: int) -> dict[str, Any]:
+    config = DataConfig(train=shards, batch_size=batch_size, num_workers=0, index_dir=index_dir)
+    opened = open_set("train", shards, config).shards
+    if len(opened) < batch_size:
+        raise UserError(f"{shards} has {len(opened)} samples, fewer than one batch of {batch_size}.")
+    tokenizer = train_tokenizer(label_texts(opened, config), vocab_size=8192)
     data = WebDatasetDataModule(config, tokenizer, image_size=size, num_image_tokens=256)
     urls = expand_shards(shards)
-    ways = {
-        "ours": our_batches(data),
-        "PIL + WebDataset": plain_batches(urls, size, batch),
-        "open_clip get_wds_dataset": open_clip_batches(urls, size, batch),
+    ways: dict[str, Way] = {
+        "ours": lambda: map(len, data.loader("train", config.train, training=True)),
+        "PIL + WebDataset": plain_batches(urls, size, batch_size),
     }
-    ways = {name: way for name, way in ways.items() if way is not None}
-    for way in ways.values():
-        next(way())  # imports, indexes and files are read before anything counts
-    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
+    if open_clip := open_clip_batches(urls, size, batch_size):
+        ways[OPEN_CLIP] = open_clip
+    for epoch in ways.values():
+        next(iter(epoch()))  # imports, indexes and files are read before the clock starts
+    wall: dict[str, list[float]] = {name: [] for name in ways}
+    cpu: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(repeats):
-        for name, way in ways.items():
-            wall, cpu = time.perf_counter(), time.process_time()
-            count = sum(way())
-            wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-            if not 0 <= len(opened) - count < batch:
-                raise UserError(f"{name} gave {count} of {len(opened)} images: the ways cannot be compared.")
-            seconds[name].append((wall / count, cpu / count))
-    rows = {
-        name: {"images_per_s": 1 / median(w for w, _ in times), "cpu_ms": 1000 * median(c for _, c in times)}
-        for name, times in seconds.items()
-    }
-
-    def ratio(name: str) -> float | None:
-        if name not in seconds:
-            return None
-        return median(theirs / ours for (ours, _), (theirs, _) in zip(seconds["ours"], seconds[name], strict=True))
-
-    fed = peak_flops(H100, torch.bfloat16) * MFU / flops_per_image()
+        for name, epoch in ways.items():
+            begin, cpu_begin = time.perf_counter(), time.process_time()
+            count = sum(epoch())
+            wall[name].append((time.perf_counter() - begin) / count)
+            cpu[name].append((time.process_time() - cpu_begin) / count)
+            if not 0 <= len(opened) - count < batch_size:
+                raise UserError(f"{name} read {count} of {len(opened)} images: the ways cannot be compared.")
+    rows = {name: {"images_per_s": 1 / median(wall[name]), "cpu_ms": 1000 * median(cpu[name])} for name in ways}
+    recipe = g3m()
+    flops = training_flops(meta_model(recipe.config, None, recipe.trainable)).total
+    h100_images_per_s = peak_flops(H100, torch.bfloat16) * MFU / flops
     return {
         "rows": rows,
-        "ratio_plain": ratio("PIL + WebDataset"),
-        "ratio_open_clip": ratio("open_clip get_wds_dataset"),
-        "pixel_difference": pixel_difference(data, size),
-        "noun_us": 1e6 * noun_seconds(data),
+        "ratio_plain": ratio(wall["PIL + WebDataset"], wall["ours"]),
+        "ratio_open_clip": ratio(wall[OPEN_CLIP], wall["ours"]) if OPEN_CLIP in wall else None,
+        "pixel_difference": pixel_difference(opened, size),
+        "noun_us": 1e6 * noun_seconds(opened, config.nouns),
         "images": len(opened),
-        "h100_images_per_s": fed,
-        "cores_per_h100": fed * rows["ours"]["cpu_ms"] / 1000,
+        "h100_images_per_s": h100_images_per_s,
+        "cores_per_h100": h100_images_per_s * rows["ours"]["cpu_ms"] / 1000,
     }
 
 
 def data_table(result: dict[str, Any]) -> Table:
-    machine = result["machine"]
-    table = Table(title="Shards to batches on one core", caption_justify="left")
-    for column in ("", "images/s", "CPU ms an image", "ours / theirs"):
-        table.add_column(column, justify="left" if not column else "right")
-    ratios = ("", result["ratio_plain"], result["ratio_open_clip"])
-    for (name, row), ratio in zip(result["rows"].items(), ratios, strict=False):
-        shown = f"{ratio:.2f}×" if ratio else ""
-        table.add_row(name, f"{row['images_per_s']:,.0f}", f"{row['cpu_ms']:.2f}", shown)
-    missing = "" if result["ratio_open_clip"] else "open_clip's pipeline is left out: it needs pandas. "
-    table.caption = (
+    ratios = (None, result["ratio_plain"], result["ratio_open_clip"])
+    rows = [
+        (name, f"{row['images_per_s']:,.0f}", f"{row['cpu_ms']:.2f}", f"{ratio:.2f}×" if ratio else "")
+        for (name, row), ratio in zip(result["rows"].items(), ratios, strict=False)
+    ]
+    missing = "" if result["ratio_open_clip"] else "open_clip's pipeline is skipped: it needs pandas. "
+    caption = (
         f"{missing}{result['images']:,} images ({result['source']}) at {result['size']} px; medians of "
-        f"{result['repeats']} rounds. Ours with nouns ({result['noun_us']:.0f} µs a caption), tokens and layout; its "
+        f"{result['repeats']} rounds. Ours with nouns ({result['noun_us']:.0f} µs per caption), tokens and layout; its "
         f"pixels differ by {result['pixel_difference']:.3f} of 255 levels from exact decoding. An H100 that trains "
         f"experiment=g3m at {MFU:.0%} of its peak takes {result['h100_images_per_s']:,.0f} images/s: "
-        f"{result['cores_per_h100']:.1f} such cores. {machine['cpu']}, torch {machine['torch']}, {machine['date']}"
+        f"{result['cores_per_h100']:.1f} such cores. {machine_line(result['machine'])}"
     )
-    return table
+    columns = ("", "images/s", "CPU ms per image", "ours / theirs")
+    return build_table("Shards to batches on one core", columns, rows, caption)

@@ -1,143 +1,101 @@
-"""Two ways in two fresh processes, asked for one measurement each in turn, and their results compared."""
+"""Two implementations in two fresh processes, measured in turn, and their results compared."""
 
 from __future__ import annotations
 
 import multiprocessing
-import platform
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from datetime import date
-from multiprocessing.connection import Connection
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 
+from nxtp.bench.models import Worker
 from nxtp.errors import UserError
 from nxtp.model.flops import peak_memory_bytes
-from nxtp.runs.record import cpu_name
 
 TOLERANCE = 1e-4  # of the results, relative
 WAYS = ("ours", "published")
+START_METHOD = "spawn"
+_worker: Worker  # in a child process
 
 
-def _forget_peak(device: torch.device) -> None:
-    """Only a GPU can: a process's largest resident set stays what it was."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-
-
-def _serve(connection: Connection, worker: type, arguments: dict[str, Any], threads: int) -> None:
-    """A child's life: build the worker, then answer (method, arguments) until the parent hangs up."""
+def _build(worker: type[Worker], threads: int, arguments: dict[str, Any]) -> None:
+    global _worker
     torch.set_num_threads(threads)
-    instance = worker(**arguments)
-    device = instance.device
-    _forget_peak(device)
-    baseline = peak_memory_bytes(device)
-    parameters = sum(parameter.numel() for parameter in instance.model.parameters())
-    connection.send((parameters, baseline))
-    with suppress(EOFError):
-        while True:
-            method, keywords = connection.recv()
-            _forget_peak(device)
-            connection.send((getattr(instance, method)(**keywords), peak_memory_bytes(device)))
+    _worker = worker(**arguments)
+
+
+def _call(method: str, keywords: dict[str, Any]) -> tuple[Any, int]:
+    """What the worker's method returns, and the peak memory in bytes of this call (GPU) or of the process (CPU)."""
+    if _worker.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(_worker.device)
+    return getattr(_worker, method)(**keywords), peak_memory_bytes(_worker.device)
 
 
 class Child:
-    """One way in its own process.
+    """One implementation in a process of its own, which builds the worker once.
 
-    ``peak`` and ``baseline`` are bytes (:func:`nxtp.model.flops.peak_memory_bytes`), the latter before any step; on a GPU
-    ``peak`` is that of the last request.
+    ``baseline``  bytes in use (:func:`nxtp.model.flops.peak_memory_bytes`) before any step
+    ``peak``      bytes of the last call on a GPU, of the whole process on a CPU
     """
 
-    def __init__(self, context, worker: type, threads: int, **arguments: Any):
-        self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=_serve, args=(theirs, worker, arguments, threads), daemon=True)
-        self.process.start()
-        theirs.close()
-        self.way = arguments["way"]
+    def __init__(self, worker: type[Worker], way: str, **arguments: Any):
+        self.way = way
+        threads = torch.get_num_threads()
+        context = multiprocessing.get_context(START_METHOD)
+        self.pool = ProcessPoolExecutor(1, context, _build, (worker, threads, {"way": way} | arguments))
+        self._first = self._submit("num_parameters")
         self.parameters = self.baseline = self.peak = 0
 
-    def wait_until_ready(self) -> None:
-        self.parameters, self.baseline = self._receive()
-        self.peak = self.baseline
+    def _submit(self, method: str, **keywords: Any) -> Future:
+        return self.pool.submit(_call, method, keywords)
 
-    def _receive(self) -> Any:
+    def _result(self, future: Future) -> Any:
         try:
-            return self.connection.recv()
-        except EOFError:
-            self.process.join()
-            code = self.process.exitcode
-            raise UserError(f"The process measuring '{self.way}' ended with code {code}; is memory short?") from None
+            result, self.peak = future.result()
+        except (BrokenProcessPool, MemoryError, torch.OutOfMemoryError) as error:
+            text = str(error).splitlines()[0]
+            raise UserError(f"The process that measures '{self.way}' ended, perhaps out of memory: {text}") from None
+        return result
 
-    def ask(self, method: str, **keywords: Any) -> Any:
-        self.connection.send((method, keywords))
-        answer, self.peak = self._receive()
-        return answer
+    def wait_until_ready(self) -> None:
+        self.parameters = self._result(self._first)
+        self.baseline = self.peak
 
-    def close(self) -> None:
-        self.connection.close()
-        self.process.join(timeout=1)
-        self.process.kill()
+    def call(self, method: str, **keywords: Any) -> Any:
+        """Call a method of the worker."""
+        return self._result(self._submit(method, **keywords))
 
 
 @contextmanager
-def children(worker: type, **arguments: Any) -> Iterator[tuple[Child, Child]]:
-    context = multiprocessing.get_context("spawn")
-    opened: list[Child] = []
-    try:
-        for way in WAYS:
-            opened.append(Child(context, worker, torch.get_num_threads(), way=way, **arguments))
-        for child in opened:
+def children(worker: type[Worker], **arguments: Any) -> Iterator[tuple[Child, Child]]:
+    """Our and the published implementation, both ready."""
+    with ExitStack() as stack:
+        ours, published = (Child(worker, way, **arguments) for way in WAYS)
+        for child in (ours, published):
+            stack.callback(child.pool.shutdown, cancel_futures=True)
+        for child in (ours, published):
             child.wait_until_ready()
-        yield opened[0], opened[1]
-    finally:
-        for child in opened:
-            child.close()
+        yield ours, published
 
 
-def assert_equal(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray], case: str) -> float:
+def assert_equal(ours: dict[str, np.ndarray], published: dict[str, np.ndarray], case: str) -> float:
     """The largest relative difference.
 
     Raises:
-        UserError: more than ``TOLERANCE``.
+        UserError: it is above ``TOLERANCE``, or ``tokens`` differ at all.
     """
     worst = 0.0
-    for name, expected in theirs.items():
+    for name, expected in published.items():
         same_shape = ours[name].shape == expected.shape
         scale = float(np.abs(expected).max()) or 1.0
         error = float(np.abs(ours[name] - expected).max()) / scale if same_shape else float("inf")
         if name == "tokens" and error:
-            raise UserError(f"{case}: ours and the published way give other tokens.")
+            raise UserError(f"{case}: our implementation and the published one predict other tokens.")
         if not error <= TOLERANCE:
             raise UserError(f"{case}: {name} differs by {error:.1e} relative, more than {TOLERANCE:g}.")
         worst = max(worst, error)
     return worst
-
-
-def choose_device(name: str) -> str:
-    """``auto`` → cuda where there is one, else cpu.
-
-    Raises:
-        UserError: cuda is asked for and there is none.
-    """
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: PyTorch sees no GPU here. Say cpu, or auto.")
-    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
-
-
-def machine_description(device: str = "cpu") -> dict[str, Any]:
-    gpu = {"gpu": torch.cuda.get_device_name()} if device == "cuda" else {}
-    return gpu | {
-        "cpu": cpu_name(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "date": date.today().isoformat(),
-    }
-
-
-def machine_line(machine: dict[str, Any]) -> str:
-    """For a table's caption."""
-    device = machine.get("gpu") or f"{machine['cpu']}, {machine['threads']} threads"
-    return f"{device}, torch {machine['torch']}, {machine['date']}"

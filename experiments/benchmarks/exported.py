@@ -1,4 +1,17 @@
-"""`nxtp bench export`: a model as it is, with int8 weights and as ONNX graphs: size, time and quality side by side."""
+"""What do int8 weights and ONNX graphs cost and gain, in size, speed and recall?
+
+    python experiments/benchmarks/exported.py --model runs/demo/model --data data/shards/demo/val --aoti
+
+2026-11-25, two threads of an AMD EPYC; top 10; a 64-pixel convolutional encoder with a decoder of two blocks (6.2 M
+parameters), 500 unseen scenes; README.md has the table of a decoder of eight blocks:
+
+                      MB   one image ms         images/s, batches of 8         recall@10   probabilities differ by
+    PyTorch         24.7           16.6   1.0×                     266   1.0×      0.929
+    PyTorch int8    21.4           17.6   0.9×                     258   1.0×      0.930                      3e-2
+    ONNX            25.1            9.7   1.7×                     219   0.8×      0.929                      4e-7
+    ONNX int8       21.9            9.0   1.8×                     198   0.7×      0.929                      3e-2
+    AOTInductor     28.8           11.9   1.4×                     344   1.3×      0.929                      4e-7
+"""
 
 from __future__ import annotations
 
@@ -10,15 +23,17 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import click
 import numpy as np
 import torch
 from rich.table import Table
 
-from nxtp.bench.processes import machine_description, machine_line
+from nxtp.bench.command import as_json, number, repeats
+from nxtp.bench.reporting import build_table, machine_description, machine_line, show
 from nxtp.data.images import ImageError
 from nxtp.data.labels.from_samples import labels_of
 from nxtp.data.labels.nouns import noun_backend
-from nxtp.data.shards.reader import IndexedShards, SampleFault
+from nxtp.data.shards.reader import IndexedShards, SampleError
 from nxtp.data.shards.urls import expand_shards
 from nxtp.deploy.onnx.export import (
     DecoderGraph,
@@ -26,6 +41,7 @@ from nxtp.deploy.onnx.export import (
     decoder_inputs,
     encoder_inputs,
     export_onnx,
+    require_onnx,
     runner_config,
 )
 from nxtp.deploy.onnx.runner import OnnxRecognizer
@@ -59,26 +75,27 @@ class CompiledRecognizer(OnnxRecognizer):
         return self.compiled[0](torch.from_numpy(pixels)).numpy()
 
     def _decode(self, *inputs: np.ndarray) -> list[np.ndarray]:
-        given = [torch.from_numpy(np.ascontiguousarray(each)) for each in inputs]
-        return [each.numpy() for each in self.compiled[1](*given)]
+        tensors = [torch.from_numpy(np.ascontiguousarray(each)) for each in inputs]
+        return [each.numpy() for each in self.compiled[1](*tensors)]
 
 
-def measure_exported(model: str, data: str, images: int = 500, repeats: int = 3, aoti: bool = False) -> dict[str, Any]:
+def measure(*, model: str, data: str, images: int, repeats: int, aoti: bool) -> dict[str, Any]:
     """Recall, difference, size and seconds of each way, on a CPU.
 
     Args:
         model: a model directory.
         data: shards with labels or captions; the first ``images`` of them are used.
-        repeats: rounds of timing, in which the ways take turns; medians are given.
-        aoti: compile the graphs ahead of time, too; needs a C++ compiler.
+        repeats: rounds of timing, in which the ways take turns; the result has medians.
+        aoti: also compile the graphs ahead of time; needs a C++ compiler.
 
     Returns:
-        ``rows``: of each way megabytes, milliseconds an image alone, images/s in batches, recall@10, and the largest
+        ``rows``: of each way megabytes, milliseconds of one image, images/s in batches, recall@10, and the largest
         difference of a probability from the model as it is.
 
     Raises:
         UserError: no such model or shards.
     """
+    require_onnx()
     recognizer = Recognizer.from_pretrained(model, device="cpu")
     pixels, truth = _samples(data, images, recognizer)
     with tempfile.TemporaryDirectory() as directory:
@@ -118,7 +135,7 @@ def _samples(data: str, count: int, recognizer: Recognizer) -> tuple[np.ndarray,
         try:
             raw = shards.read(position)
             labels, image = labels_of(raw, nouns), recognizer.transform(raw.image)
-        except (SampleFault, ImageError):
+        except (SampleError, ImageError):
             continue
         truth.append(labels)
         pixels.append(image.numpy())
@@ -138,15 +155,15 @@ def _of_runner(runner: OnnxRecognizer) -> Predict:
 
 
 def _megabytes(recognizer: Recognizer) -> float:
-    """Of parameters as they are held."""
+    """Of the parameters in memory."""
     from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-    def held(tensor: torch.Tensor) -> int:
+    def size(tensor: torch.Tensor) -> int:
         if is_traceable_wrapper_subclass(tensor):
-            return sum(held(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
+            return sum(size(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
         return tensor.numel() * tensor.element_size()
 
-    return sum(held(parameter.data) for parameter in recognizer.model.parameters()) / 1e6
+    return sum(size(parameter.data) for parameter in recognizer.model.parameters()) / 1e6
 
 
 def _quality(predict: Predict, pixels: np.ndarray, truth: list[list[str]]) -> dict[str, Any]:
@@ -176,22 +193,17 @@ def _time(ways: dict[str, Predict], rows: dict[str, dict[str, Any]], pixels: np.
             middle = time.perf_counter()
             for start in range(0, len(pixels), BATCH):
                 predict(pixels[start : start + BATCH])
-            if turn:  # the first is not counted
+            if turn:  # the first round is a warm-up
                 alone[name].append((middle - begin) / len(single))
                 batched[name].append((time.perf_counter() - middle) / len(pixels))
     for name, row in rows.items():
         row["alone_ms"], row["images_per_s"] = 1e3 * median(alone[name]), 1 / median(batched[name])
 
 
-def exported_table(result: dict[str, Any]) -> Table:
-    table = Table(title="A model as it is, and exported", caption_justify="left")
-    table.add_column(no_wrap=True)
-    columns = ("MB", "ms alone", "", "images/s", "", "recall", "differs")
-    for column in columns:
-        table.add_column(column, justify="right")
+def table(result: dict[str, Any]) -> Table:
     first = result["rows"]["PyTorch"]
-    for name, row in result["rows"].items():
-        table.add_row(
+    rows = [
+        (
             name,
             f"{row['megabytes']:,.1f}",
             f"{row['alone_ms']:,.1f}",
@@ -201,9 +213,28 @@ def exported_table(result: dict[str, Any]) -> Table:
             f"{row['recall']:.3f}",
             f"{row['difference']:.0e}" if row["difference"] else "",
         )
-    table.caption = (
-        f"{result['parameters'] / 1e6:,.1f} M parameters; an image alone, and batches of {BATCH}; × is the gain in "
+        for name, row in result["rows"].items()
+    ]
+    caption = (
+        f"{result['parameters'] / 1e6:,.1f} M parameters; one image, and batches of {BATCH}; × is the gain in "
         f"speed, medians of {result['repeats']} rounds; recall@{TOP_K} of {result['images']:,} images, and the largest "
         f"difference of a probability. {machine_line(result['machine'])}"
     )
-    return table
+    columns = ("", "MB", "ms alone", "", "images/s", "", "recall", "differs by")
+    return build_table("A model as it is, and exported", columns, rows, caption)
+
+
+@click.command()
+@as_json
+@repeats
+@click.option("--model", required=True, help="A model directory.")
+@click.option("--data", required=True, help="Shards with labels or captions: a directory, glob or brace expression.")
+@number("--images", 500, "The first of the shards.")
+@click.option("--aoti", is_flag=True, help="Also AOTInductor; compiles for a minute.")
+def exported(**options: Any) -> None:
+    """A model as it is, with int8 weights and as ONNX graphs: size, speed, recall."""
+    show(measure, table, **options)
+
+
+if __name__ == "__main__":
+    exported()

@@ -1,7 +1,18 @@
-"""`nxtp bench static`: one-shot sampling as it is, beside fixed shapes: one graph for all steps, plain and compiled.
+"""Do fixed shapes and a compiled step make one-shot sampling faster?
 
-Fixed shapes are what ``torch.compile`` without recompilation and CUDA graphs ask for: keys and values preallocated for
-the prefix and K branches at every step, and every branch computed until the last one of the batch has ended.
+    python experiments/benchmarks/static_shapes.py                       no: the table below
+    python experiments/benchmarks/static_shapes.py --ends 0 --tokens 4   no label ends: 1.04×, 1.07×, 1.06×
+
+``torch.compile`` without recompilation and CUDA graphs need fixed shapes: keys and values preallocated for the prefix
+and K branches at every step, one graph for all steps, and every branch computed until the last one of the batch ends.
+2026-11-25, one thread of an AMD EPYC with other work beside it, torch 2.15; 106 M parameters, float32:
+
+    labels   tokens: mean, longest   as it is s   static s   compiled s   ratio   compiled, first call s
+         1                  3.0, 3         1.31       1.33         1.31   1.05×                       37
+        20                 3.4, 10         2.40       3.84         3.00   0.79×                       35
+       100                 3.6, 14         4.55       12.3         9.33   0.40×                       53
+
+Ratio: as it is / compiled. No GPU has run this yet.
 """
 
 from __future__ import annotations
@@ -9,14 +20,17 @@ from __future__ import annotations
 from statistics import median
 from typing import Any
 
+import click
 import torch
 from rich.table import Table
 from torch import Tensor
 from transformers import StaticCache
 
-from nxtp.bench.measure import COUNTS, caption, ratio
-from nxtp.bench.processes import assert_equal, choose_device, machine_description
-from nxtp.bench.workers import DELIMITER, SIZES, Predictor
+from nxtp.bench.command import number, of_a_model
+from nxtp.bench.models import DELIMITER, Predictor
+from nxtp.bench.predict import COUNTS
+from nxtp.bench.processes import assert_equal
+from nxtp.bench.reporting import build_table, caption, machine_description, ratio, show
 from nxtp.model.model import Model
 from nxtp.sampling.one_shot import MAX_LABEL_TOKENS, Samples, finished, first_tokens, likeliest_
 
@@ -26,13 +40,11 @@ WAYS = ("as it is", "static", "compiled")
 def static_step(
     model: Model, tokens_BK: Tensor, step: Tensor, prefix: int, max_tokens: int, cache: StaticCache
 ) -> tuple[Tensor, Tensor]:
-    """Probability and id of each branch's likeliest token; ``step`` (1, 2, …) is a tensor, which no graph fixes."""
+    """Probability and id of each branch's likeliest token; ``step`` (1, 2, …) is a tensor: one graph for all."""
     branches = tokens_BK.shape[1]
     branch = torch.arange(branches, device=tokens_BK.device)[:, None]
     key = torch.arange(branches * (max_tokens - 1), device=tokens_BK.device)[None]
-    own = (key % branches == branch) & (
-        key < step * branches
-    )  # nxtp.model.layout.branch_mask, and no key of later steps
+    own = (key % branches == branch) & (key < step * branches)  # branch_mask of the layout, and no key of later steps
     mask = torch.cat([own.new_ones(branches, prefix), own], dim=1)[None, None]
     decoder = model.decoder
     positions = (prefix - 1 + step).expand(1, branches)
@@ -43,8 +55,8 @@ class StaticOneShot:
     """:func:`nxtp.sampling.one_shot.one_shot` in fixed shapes.
 
     Args:
-        compiled: the step is compiled, once for each number of images and labels; on CUDA into a CUDA graph, for
-            which the cache stays where it is from call to call.
+        compiled: the step is compiled, once for each number of images and labels. On CUDA it becomes a CUDA graph,
+            for which the cache keeps its place in memory from call to call.
     """
 
     def __init__(self, compiled: bool, device: torch.device):
@@ -63,7 +75,7 @@ class StaticOneShot:
             self.caches[shape] = StaticCache(model.decoder.lm.config, max_cache_len=length)
         cache = self.caches[shape]
         for index, layer in enumerate(prefilled.layers):
-            cache.layers[index].cumulative_length.zero_()  # what is left of the last call stays masked
+            cache.layers[index].cumulative_length.zero_()  # what the last call left there stays masked
             cache.update(layer.keys, layer.values, index)
 
         tokens_BKL = torch.full((*tokens_BK.shape, max_tokens + 1), delimiter, device=tokens_BK.device)
@@ -82,22 +94,15 @@ class StaticOneShot:
         return finished(tokens_BKL, probs_BKL, delimiter)
 
 
-def measure_static(
-    size: str = "full",
-    repeats: int = 3,
-    batch: int = 1,
-    tokens: int = MAX_LABEL_TOKENS,
-    ends: float = 30.0,
-    seed: int = 0,
-    device: str = "auto",
-    precision: str = "32-true",
+def measure(
+    *, batch_size: int, tokens: int, ends: float, repeats: int, device: str, precision: str, **options: Any
 ) -> dict[str, Any]:
     """Seconds of each way for a batch of images, from uint8 to labels of ``tokens`` tokens at most.
 
     Args:
         ends: scales the delimiter's output weights, so that with random weights some labels end at every step; with
             0 none ends.
-        precision: of the measured calls; results are compared in float32 first.
+        device, precision, options: of :class:`nxtp.bench.models.Worker`.
 
     Returns:
         ``rows``, by "way@labels": ``seconds``; ``ratio`` (as it is / that way, median over the rounds) and
@@ -105,10 +110,10 @@ def measure_static(
         mean and of the longest label.
 
     Raises:
-        UserError: the ways disagree, or there is no such device.
+        UserError: the ways differ.
     """
-    device = choose_device(device)
-    worker = Predictor("ours", SIZES[size], batch, seed, device=device, precision=precision)
+    options |= {"batch_size": batch_size, "device": device, "precision": precision}
+    worker = Predictor("ours", **options)
     with torch.no_grad():
         worker.model.decoder.lm.lm_head.weight[DELIMITER] *= ends
     samplers = {way: StaticOneShot(way == "compiled", worker.device) for way in WAYS[1:]}
@@ -117,7 +122,7 @@ def measure_static(
     def run(way: str, k: int) -> tuple[float, Samples]:
         worker.sample = samplers[way]
         start = worker.clock()
-        samples = worker.run(k, tokens, batch)
+        samples = worker.run(k, tokens, batch_size)
         return worker.clock() - start, samples
 
     rows: dict[str, dict[str, float]] = {}
@@ -133,44 +138,60 @@ def measure_static(
             }
         differences += [assert_equal(results[way], results[WAYS[0]], f"{way}, top-{k}") for way in WAYS[1:]]
         lengths[k] = [float(samples.lengths_BK.float().mean()), int(samples.lengths_BK.max())]
-    worker.narrow()
+    worker.use_precision()
     for k in COUNTS:
         times: dict[str, list[float]] = {way: [] for way in WAYS}
         for repeat in range(repeats + 1):
             for way in WAYS:
                 seconds, _ = run(way, k)
-                if repeat > 0:  # the first is compiled in this precision
+                if repeat > 0:  # the first compiles in this precision
                     times[way].append(seconds)
         for way in WAYS:
             rows[f"{way}@{k}"] |= {"seconds": median(times[way]), "ratio": ratio(times[WAYS[0]], times[way])}
-    return {
+    return options | {
         "rows": rows,
         "lengths": lengths,
         "difference": max(differences),
-        "parameters": sum(parameter.numel() for parameter in worker.model.parameters()),
-        "size": size,
-        "batch": batch,
+        "parameters": worker.num_parameters(),
         "tokens": tokens,
-        "precision": precision,
         "repeats": repeats,
         "machine": machine_description(device),
     }
 
 
-def static_table(result: dict[str, Any]) -> Table:
-    table = Table(title=f"One-shot prediction in fixed shapes, {result['batch']} images", caption_justify="left")
-    for column in ("labels", "their tokens: mean", "longest", *(f"{way} s" for way in WAYS), "ratio", "first call s"):
-        table.add_column(column, justify="right")
+def table(result: dict[str, Any]) -> Table:
+    rows = []
     for k, (mean, longest) in result["lengths"].items():
-        rows = [result["rows"][f"{way}@{k}"] for way in WAYS]
-        seconds = [f"{row['seconds']:.3f}" for row in rows]
-        last = rows[-1]
-        table.add_row(
-            str(k), f"{mean:.1f}", str(longest), *seconds, f"{last['ratio']:.2f}×", f"{last['first_seconds']:.0f}"
-        )
-    table.caption = caption(
-        result,
+        of_ways = [result["rows"][f"{way}@{k}"] for way in WAYS]
+        seconds = (f"{row['seconds']:.3f}" for row in of_ways)
+        gain = f"{of_ways[-1]['ratio']:.2f}×", f"{of_ways[-1]['first_seconds']:.0f}"
+        rows.append((str(k), f"{mean:.1f}", str(longest), *seconds, *gain))
+    text = (
         f"Encoder and prefix included; labels of {result['tokens']} tokens at most; medians of {result['repeats']} "
-        "rounds. Ratio: as it is / compiled; its first call compiles",
+        "rounds. Ratio: as it is / compiled; its first call compiles"
     )
-    return table
+    columns = ("labels", "their tokens: mean", "longest", *(f"{way} s" for way in WAYS), "ratio", "first call s")
+    title = f"One-shot prediction in fixed shapes, {result['batch_size']} images"
+    return build_table(title, columns, rows, caption(result, text))
+
+
+@click.command()
+@of_a_model
+@number("--batch-size", 1, "Images per call.")
+@click.option(
+    "--tokens", type=click.IntRange(2), default=MAX_LABEL_TOKENS, show_default=True, help="Per label, at most."
+)
+@click.option(
+    "--ends",
+    type=click.FloatRange(0),
+    default=30.0,
+    show_default=True,
+    help="The delimiter's weight; 0: no label ends.",
+)
+def static_shapes(**options: Any) -> None:
+    """One-shot prediction as it is, and in fixed shapes, plain and compiled."""
+    show(measure, table, **options)
+
+
+if __name__ == "__main__":
+    static_shapes()

@@ -1,4 +1,4 @@
-"""The measured models and ways: what runs in a process of its own."""
+"""What is measured, in a process of its own: a seeded model that trains or predicts, our way or the published way."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from statistics import median
+from typing import Any
 
 import numpy as np
 import torch
-from hydra import compose, initialize_config_dir
 
-from nxtp.config import conf_dir, to_dataclass
+from nxtp.config import composed, to_dataclass
 from nxtp.model.decoder import DecoderConfig
 from nxtp.model.encoder import EncoderConfig
 from nxtp.model.flops import ModelFlops
-from nxtp.model.layout import Layout, Objective, lay_out
+from nxtp.model.layout import PUBLISHED_LENGTH, Layout, Objective, lay_out
 from nxtp.model.model import Model, ModelConfig
 from nxtp.model.trainable import TrainableConfig, choose_trainable
-from nxtp.paper.reference import PADDED_LENGTH, published_loss, published_one_shot
+from nxtp.paper.reference import published_loss, published_one_shot
 from nxtp.sampling.one_shot import Samples, one_shot
 from nxtp.sweep import study  # noqa: F401  registers study:// with Hydra
 from nxtp.train.optim import OptimConfig
@@ -29,81 +29,63 @@ DELIMITER, PROMPT_TOKENS = 4, 7  # BOS and the six tokens of the evaluation prom
 
 @dataclass(frozen=True)
 class Size:
-    """Dimensions of the measured model.
+    """A model with random weights, the parts of it that train, and the length to which the published way pads."""
 
-    ``full`` keeps the proportions of the published model (ViT-L/14 and six blocks of LLaMA-2 with its vocabulary,
-    257 + 1 + 7 prefix positions) at about 100 M parameters, the encoder about a seventh of them as there.
-    """
-
-    image_size: int
-    patch_size: int
-    encoder_width: int
-    encoder_layers: int
-    width: int
-    heads: int
-    layers: int
-    intermediate: int
-    vocab: int
-    pad_to: int
+    config: ModelConfig
+    pad_to: int = PUBLISHED_LENGTH
     trainable: TrainableConfig = field(default_factory=TrainableConfig)  # everything
 
-    def config(self) -> ModelConfig:
-        vision = {
-            "layers": self.encoder_layers,
-            "width": self.encoder_width,
-            "head_width": min(64, self.encoder_width // 2),
-            "patch_size": self.patch_size,
-        }
-        decoder = {
-            "model_type": "llama",
-            "hidden_size": self.width,
-            "intermediate_size": self.intermediate,
-            "num_hidden_layers": self.layers,
-            "num_attention_heads": self.heads,
-            "num_key_value_heads": self.heads,
-            "vocab_size": self.vocab,
-            "max_position_embeddings": 2048,
-            "rms_norm_eps": 1e-5,
-            "pad_token_id": None,
-        }
-        return ModelConfig(
-            encoder=EncoderConfig(vision=vision, quick_gelu=True, image_size=self.image_size),
-            decoder=DecoderConfig(config=decoder),
-        )
+
+def full() -> Size:
+    """The proportions of the published model (ViT-L/14, six blocks of LLaMA-2 and its vocabulary, a prefix of
+    257 + 1 + 7 positions) at about 100 M parameters; the encoder has about a seventh of them, as there.
+    """
+    return Size(_config(224, {"layers": 8, "width": 384, "head_width": 64, "patch_size": 14}, 768, 12, 6, 2048, 32000))
 
 
-@dataclass(frozen=True)
-class Published:
-    """The published recipe, ``experiment=g3m``, with random weights: 1.78 B parameters, and what trains of them."""
-
-    image_size: int = 224
-    vocab: int = 32002
-    pad_to: int = PADDED_LENGTH
-
-    def config(self) -> ModelConfig:
-        config = to_dataclass(ModelConfig, self._composed().model, "model")
-        config.encoder.pretrained = config.decoder.source = None
-        return config
-
-    @property
-    def trainable(self) -> TrainableConfig:
-        return to_dataclass(OptimConfig, self._composed().optim, "optim").trainable
-
-    @staticmethod
-    def _composed():
-        with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-            return compose("train", ["experiment=g3m"])
+def tiny() -> Size:
+    vision = {"layers": 2, "width": 32, "head_width": 16, "patch_size": 8}
+    return Size(_config(32, vision, 32, 4, 2, 64, 400), pad_to=80)
 
 
-SIZES = {
-    "full": Size(224, 14, 384, 8, 768, 12, 6, 2048, 32000, PADDED_LENGTH),
-    "tiny": Size(32, 8, 32, 2, 32, 4, 2, 64, 400, 80),
-    "g3m": Published(),
-}
+def _config(
+    image_size: int, vision: dict[str, int], width: int, heads: int, layers: int, intermediate: int, vocab: int
+) -> ModelConfig:
+    decoder = {
+        "model_type": "llama",
+        "hidden_size": width,
+        "intermediate_size": intermediate,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads,
+        "vocab_size": vocab,
+        "max_position_embeddings": 2048,
+        "rms_norm_eps": 1e-5,
+        "pad_token_id": None,
+    }
+    encoder = EncoderConfig(vision=vision, quick_gelu=True, image_size=image_size)
+    return ModelConfig(encoder=encoder, decoder=DecoderConfig(config=decoder))
+
+
+def g3m() -> Size:
+    """The published recipe, ``experiment=g3m``: 1.78 B parameters, of which the published parts train."""
+    cfg = composed("train", ["experiment=g3m"])
+    config = to_dataclass(ModelConfig, cfg.model, "model")
+    config.encoder.pretrained = config.decoder.source = None
+    return Size(config, trainable=to_dataclass(OptimConfig, cfg.optim, "optim").trainable)
+
+
+SIZES: dict[str, Callable[[], Size]] = {"full": full, "tiny": tiny, "g3m": g3m}
+
+
+def random_images(image_size: int, batch: int, seed: int) -> torch.Tensor:
+    """uint8 [batch, 3, image_size, image_size]"""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (batch, 3, image_size, image_size), dtype=torch.uint8, generator=generator)
 
 
 def random_labels(batch: int, vocab: int, seed: int) -> list[list[list[int]]]:
-    """6 to 10 labels an image of 1 to 3 tokens each, without the delimiter: what nouns of captions look like."""
+    """6 to 10 labels per image of 1 to 3 tokens each, without the delimiter: like the nouns of captions."""
     generator = np.random.default_rng(seed)
     return [
         [generator.integers(5, vocab, generator.integers(1, 4)).tolist() for _ in range(generator.integers(6, 11))]
@@ -112,10 +94,11 @@ def random_labels(batch: int, vocab: int, seed: int) -> list[list[list[int]]]:
 
 
 class Worker:
-    """A seeded model on a device, built in float32, in which the two ways are compared, and measured in ``precision``.
+    """A seeded model, built in float32. The two ways are compared in float32, then measured in ``precision``.
 
     Args:
         way: ours or published.
+        size: a key of :data:`SIZES`.
         device: cpu or cuda.
         precision: 32-true, bf16-mixed (float32 weights, autocast) or bf16-true.
     """
@@ -123,36 +106,39 @@ class Worker:
     def __init__(
         self,
         way: str,
-        size: Size | Published,
-        batch: int,
-        seed: int,
+        *,
+        size: str,
+        batch_size: int,
+        seed: int = 0,
         device: str = "cpu",
         precision: str = "32-true",
     ):
-        self.published_way = way == "published"
+        self.is_published = way == "published"
         self.device, self.precision = torch.device(device), precision
         torch.manual_seed(seed)
+        self.size = SIZES[size]()
         with self.device:
-            self.model = Model(size.config())
-        choose_trainable(self.model, size.trainable)
-        generator = torch.Generator().manual_seed(seed)
-        shape = (batch, 3, size.image_size, size.image_size)
-        self.images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator).to(self.device)
-        self.prompt = np.random.default_rng(seed).integers(5, size.vocab, PROMPT_TOKENS).tolist()
-        self.narrowed = False
+            self.model = Model(self.size.config)
+        choose_trainable(self.model, self.size.trainable)
+        self.vocab = self.model.decoder.vocab_size
+        self.images = random_images(self.size.config.encoder.image_size, batch_size, seed).to(self.device)
+        self.prompt = np.random.default_rng(seed).integers(5, self.vocab, PROMPT_TOKENS).tolist()
+        self.autocasts = False
 
-    def narrow(self) -> None:
-        """From here on ``precision`` holds."""
-        self.narrowed = True
+    def num_parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
+    def use_precision(self) -> None:
+        """Compute in ``precision`` from here on."""
+        self.autocasts = self.precision == "bf16-mixed"
         if self.precision == "bf16-true":
             self.model.to(torch.bfloat16)
 
     def autocast(self) -> torch.autocast:
-        mixed = self.narrowed and self.precision == "bf16-mixed"
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=mixed)
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocasts)
 
     def clock(self) -> float:
-        """Seconds, when all that was asked of the device is done."""
+        """Seconds, after the device has finished its work."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
@@ -161,11 +147,10 @@ class Worker:
 class Trainer(Worker):
     """Forward, backward and AdamW step of one way on one batch."""
 
-    def __init__(self, way: str, size: Size | Published, batch: int, seed: int, **options: str):
-        super().__init__(way, size, batch, seed, **options)
+    def __init__(self, way: str, *, batch_size: int, seed: int = 0, **options: Any):
+        super().__init__(way, batch_size=batch_size, seed=seed, **options)
         self.model.train()
-        self.labels = random_labels(batch, size.vocab, seed)
-        self.pad_to = size.pad_to
+        self.labels = random_labels(batch_size, self.vocab, seed)
         self.optimizer: torch.optim.Optimizer | None = None
 
     def layout(self, objective: str, images: int | None = None) -> Layout:
@@ -178,18 +163,16 @@ class Trainer(Worker):
         )
 
     def loss(self, objective: str, images: int | None = None) -> torch.Tensor:
-        """Of the first ``images``, all by default."""
-        pixels = self.images[:images]
+        """Of the first ``images``, by default of all."""
+        pixels, labels = self.images[:images], self.labels[:images]
         with self.autocast():
-            if self.published_way:
-                labels = self.labels[:images]
-                return published_loss(
-                    self.model, pixels, labels, prompt=self.prompt, delimiter=DELIMITER, pad_to=self.pad_to
-                )
+            if self.is_published:
+                options = {"prompt": self.prompt, "delimiter": DELIMITER, "pad_to": self.size.pad_to}
+                return published_loss(self.model, pixels, labels, **options)
             return self.model(pixels, self.layout(objective, images).to(self.device)).mean
 
     def flops(self, objective: str) -> float:
-        """Model FLOPs of a step: what its real tokens ask for, the same for both ways."""
+        """Model FLOPs of the real tokens of a step; the same for both ways."""
         return ModelFlops(self.model).of(self.layout(objective)).total
 
     def result(self) -> dict[str, np.ndarray]:
@@ -209,7 +192,7 @@ class Trainer(Worker):
         gradients = {f"gradient of {n}": p.grad.cpu().numpy() for n, p in parameters.items() if p.requires_grad}
         self.model.zero_grad()
         if self.device.type == "cuda":
-            torch.cuda.empty_cache()  # the other way's process needs the room
+            torch.cuda.empty_cache()  # for the process of the other way
         return {"loss": loss.detach().cpu().numpy()} | gradients
 
     def measure(self, objective: str) -> float:
@@ -227,10 +210,10 @@ class Trainer(Worker):
 class Predictor(Worker):
     """One-shot prediction, one way."""
 
-    def __init__(self, way: str, size: Size | Published, batch: int, seed: int, **options: str):
-        super().__init__(way, size, batch, seed, **options)
+    def __init__(self, way: str, **options: Any):
+        super().__init__(way, **options)
         self.model.eval()
-        self.sample: Callable[..., Samples] = published_one_shot if self.published_way else one_shot
+        self.sample: Callable[..., Samples] = published_one_shot if self.is_published else one_shot
 
     def measure(self, top_k: int, tokens: int, images: int = 1) -> tuple[float, dict[str, np.ndarray]]:
         """Seconds from uint8 images to sampled labels (the median of up to five runs in a second), and the labels."""
