@@ -349,8 +349,8 @@ def _check(options: SceneOptions) -> None:
 @click.option("--max-objects", default=4, help="Pictures per scene, at most 4.")
 @click.option("--synonyms", is_flag=True, help="Store all names of a concept as labels, in training too.")
 @click.option("--seed", type=click.IntRange(0), default=0, help="Another seed gives other scenes.")
-@click.option("--shard-size", default=2_000, help="Scenes per shard.")
-@click.option("--workers", default=2, help="Processes.")
+@click.option("--shard-size", type=click.IntRange(1), default=2_000, help="Scenes per shard.")
+@click.option("--workers", type=click.IntRange(1), default=2, help="Processes.")
 @click.option("--overwrite", is_flag=True, help="Replace scenes that were made with other options.")
 def main(out, train, val, val_style, shard_size, workers, overwrite, **options):
     """Compose captioned scenes of real pictures as WebDataset shards.

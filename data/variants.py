@@ -91,8 +91,8 @@ def make_variant(source: Path, out: Path, kind: str, strength: float | None, see
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Directory of the shards.")
 @click.option("--strength", type=float, help="; ".join(f"{k}: {text} [{v:g}]" for k, (v, text) in KINDS.items()))
 @click.option("--seed", type=click.IntRange(0), default=0, help="Of the noise.")
-@click.option("--shard-size", default=5_000, help="Samples per shard.")
-@click.option("--workers", default=2, help="Processes.")
+@click.option("--shard-size", type=click.IntRange(1), default=5_000, help="Samples per shard.")
+@click.option("--workers", type=click.IntRange(1), default=2, help="Processes.")
 @click.option("--overwrite", is_flag=True, help="Replace a set that was made with other options.")
 def main(source, kind, out, strength, seed, shard_size, workers, overwrite):
     """A shifted variant of the shards in SOURCE.

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import ast
 import importlib
+import json
 import os
 import pkgutil
 import sys
+from collections import Counter
 from pathlib import Path
 
 import click
@@ -35,29 +36,27 @@ def show(shards, out, images, samples, top, nouns, seed, cache_dir, as_json):
 
     nxtp data show data/shards/demo/train --out sheet.png
     """
-    import json
-
     from rich.console import Console
 
     from nxtp.data.config import DataConfig
     from nxtp.data.labels.nouns import noun_backend
     from nxtp.data.mixture import open_set
+    from nxtp.inference.figures import save_contact_sheet
     from nxtp.prepare.statistics import compute_statistics, print_statistics, sheet_items
 
     if images and not out.parent.is_dir():
         raise UserError(f"--out {out}: there is no directory {out.parent}.")  # before reading, which may take long
     backend = noun_backend(nouns)
     opened = open_set("shards", list(shards), DataConfig(cache_dir=cache_dir))
-    found = compute_statistics(opened, backend, samples)
+    found = compute_statistics(opened, backend, samples, top)
     if as_json:
-        click.echo(json.dumps(found.as_json(top), ensure_ascii=False))
+        click.echo(json.dumps(found, ensure_ascii=False))
     else:
-        print_statistics(Console(), found, top)
+        print_statistics(Console(), found)
     if images:
-        from nxtp.inference.figures import save_contact_sheet
-
-        average = found.labels.total() / max(1, found.labels_per_image.total())
-        title = f"{printable(', '.join(shards))}: {counted(found.samples, 'sample')}, {average:.1f} labels per image"
+        per_image = Counter(found["labels_per_image"])
+        average = sum(number * count for number, count in per_image.items()) / max(1, per_image.total())
+        title = f"{printable(', '.join(shards))}: {counted(found['samples'], 'sample')}, {average:.1f} labels per image"
         save_contact_sheet(out, list(sheet_items(opened, backend, images, seed)), title=title)
         click.echo(f"Contact sheet: {out}", err=True)
 
@@ -88,7 +87,7 @@ def verify(sets, images, workers):
 
 
 class Scripts(click.Group):
-    """The scripts of data/, each imported when it is called; the first line of a script is its line in the help."""
+    """The scripts of data/, each imported when it is called; its first line is its line in the help."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return [script.name for script in pkgutil.iter_modules(scripts.__path__)]
@@ -99,15 +98,9 @@ class Scripts(click.Group):
         return importlib.import_module(f"nxtp.prepare.scripts.{name}").main
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        paths = [
-            Path(script.module_finder.path, f"{script.name}.py") for script in pkgutil.iter_modules(scripts.__path__)
-        ]
+        texts = {name: Path(*scripts.__path__, f"{name}.py").read_text() for name in self.list_commands(ctx)}
         with formatter.section("Sources"):
-            formatter.write_dl([(path.stem, _first_line(path)) for path in paths])
-
-
-def _first_line(script: Path) -> str:
-    return (ast.get_docstring(ast.parse(script.read_text())) or "").partition("\n")[0]
+            formatter.write_dl([(name, texts[name].partition("\n")[0].strip('"')) for name in texts])
 
 
 @click.group(cls=Scripts)

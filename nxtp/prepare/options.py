@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import wraps
 from typing import Any
 
 import click
 
 from nxtp.data.labels.nouns import noun_backend
-from nxtp.errors import UserError, at_least
+from nxtp.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -36,14 +36,8 @@ class WriterOptions:
     overwrite: bool = False
 
     def __post_init__(self) -> None:
-        at_least("--shard-size", self.shard_size, 1)
-        at_least("--workers", self.workers, 1)
-        if self.resize is not None:
-            at_least("--resize", self.resize, 16)
-        if not 1 <= self.quality <= 100:
-            raise UserError(f"--quality must be from 1 to 100, got {self.quality}.")
         if self.nouns is not None:
-            noun_backend(self.nouns)
+            noun_backend(self.nouns)  # an unknown name is an error before anything is read
 
     def made_by(self) -> dict[str, Any]:
         """The options that change what is written."""
@@ -51,28 +45,31 @@ class WriterOptions:
         return {"shard_size": self.shard_size, "check": self.check} | images
 
 
-_OPTIONS = (
-    click.option("--shard-size", default=5_000, show_default=True, help="Samples per shard."),
-    click.option("--workers", default=os.cpu_count() or 1, show_default="all cores", help="Processes."),
-    click.option("--resize", type=int, metavar="PIXELS", help="Short side, at most. By default images are copied."),
-    click.option("--quality", default=95, show_default=True, help="JPEG quality after --resize."),
-    click.option("--nouns", metavar="BACKEND", help="Store the captions' nouns as labels: textblob, nltk, …"),
-    click.option("--check", is_flag=True, help="Decode every image; skip those that cannot be decoded."),
-    click.option("--overwrite", is_flag=True, help="Replace a set that was made with other options."),
-)
-
-
 def writer_options(command: Callable) -> Callable:
     """Add the shared options to a command, which gets them as its argument ``options``; errors are one line."""
 
     @wraps(command)
-    def run(shard_size, workers, resize, quality, nouns, check, overwrite, **arguments):
+    def run(**arguments):
+        options = WriterOptions(**{field.name: arguments.pop(field.name) for field in fields(WriterOptions)})
         try:
-            options = WriterOptions(shard_size, workers, resize, quality, nouns, check, overwrite)
             return command(options=options, **arguments)
         except UserError as error:
             raise click.ClickException(str(error)) from error
 
-    for option in reversed(_OPTIONS):
+    cores = os.cpu_count() or 1
+    help_resize = "Pixels of the short side, at most. By default images are copied byte for byte."
+    for option in (
+        click.option("--overwrite", is_flag=True, help="Replace a set that was made with other options."),
+        click.option("--check", is_flag=True, help="Decode every image; skip those that cannot be decoded."),
+        click.option("--nouns", metavar="BACKEND", help="Store the captions' nouns as labels: textblob, nltk, …"),
+        click.option(
+            "--quality", type=click.IntRange(1, 100), default=95, show_default=True, help="Of JPEGs after --resize."
+        ),
+        click.option("--resize", type=click.IntRange(16), metavar="PIXELS", help=help_resize),
+        click.option("--workers", type=click.IntRange(1), default=cores, show_default="all cores", help="Processes."),
+        click.option(
+            "--shard-size", type=click.IntRange(1), default=5_000, show_default=True, help="Samples per shard."
+        ),
+    ):
         run = option(run)
     return run

@@ -5,11 +5,11 @@ from __future__ import annotations
 import io
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from PIL import Image
+from rich.bar import Bar
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import track
@@ -19,79 +19,71 @@ from nxtp.data.images import ImageError, load_image
 from nxtp.data.labels.from_samples import labels_of
 from nxtp.data.labels.nouns import NounBackend
 from nxtp.data.mixture import OpenedSet
-from nxtp.data.shards.reader import RawSample, SampleFault
+from nxtp.data.shards.reader import RawSample, SampleError
 from nxtp.errors import by_kind, counted, printable
-from nxtp.inference.figures import SheetItem, bar
+from nxtp.inference.figures import SheetItem
 
 _SHEET_PIXELS = 224
 
 
-@dataclass
-class SetStatistics:
-    """Statistics of the ``samples_read`` samples that were read, of all ``samples`` of a set."""
+def compute_statistics(opened: OpenedSet, nouns: NounBackend, limit: int, top: int) -> dict[str, Any]:
+    """What ``nxtp data show --json`` prints. Headers and texts are read, images are not decoded.
 
-    samples: int = 0
-    samples_read: int = 0
-    skipped: Counter[str] = field(default_factory=Counter)
-    labels: Counter[str] = field(default_factory=Counter)
-    labels_per_image: Counter[int] = field(default_factory=Counter)  # number of labels → images
-    widths: list[int] = field(default_factory=list)
-    heights: list[int] = field(default_factory=list)
-    bytes: list[int] = field(default_factory=list)  # of each image
-    words: list[int] = field(default_factory=list)  # of each caption
-    formats: Counter[str] = field(default_factory=Counter)
-    given: int = 0  # samples with labels of their own
-
-    def as_json(self, top: int) -> dict[str, Any]:
-        labels = {"distinct": len(self.labels), "given": self.given, "most_frequent": self.most_frequent(top)}
-        return {
-            "samples": self.samples,
-            "samples_read": self.samples_read,
-            "skipped": dict(self.skipped),
-            "labels": labels,
-            "labels_per_image": dict(sorted(self.labels_per_image.items())),
-            "formats": dict(self.formats),
-            **{name: quartiles(getattr(self, name)) for name in ("widths", "heights", "bytes", "words")},
-        }
-
-    def most_frequent(self, top: int) -> list[tuple[str, int]]:
-        return sorted(self.labels.items(), key=lambda item: (-item[1], item[0]))[:top]
-
-
-def compute_statistics(opened: OpenedSet, nouns: NounBackend, limit: int | None = None) -> SetStatistics:
-    """Read the headers and texts of up to ``limit`` samples spread evenly over the set; images are not decoded."""
+    Args:
+        limit: samples to read, spread evenly over the set; 0: all.
+        top: most frequent labels to list.
+    """
     shards = opened.shards
-    result = SetStatistics(samples=len(shards), skipped=Counter(shards.skipped))
-    count = min(limit or len(shards), len(shards))
-    positions = np.unique(np.linspace(0, len(shards) - 1, count, dtype=np.int64))
+    skipped = Counter(shards.skipped)
+    labels: Counter[str] = Counter()
+    values: dict[str, list[Any]] = {name: [] for name in ("width", "height", "bytes", "words", "labels", "format")}
+    given = 0
+    positions = np.unique(np.linspace(0, len(shards) - 1, min(limit or len(shards), len(shards)), dtype=np.int64))
     for position in track(positions.tolist(), "reading", console=Console(stderr=True), transient=True):
-        result.samples_read += 1
         try:
             raw = shards.read(position)
             with Image.open(io.BytesIO(raw.image)) as header:
-                width, height, kind = *header.size, header.format
+                found = {"width": header.width, "height": header.height, "format": header.format}
         except Exception as error:  # Pillow raises nearly any type on damaged files
-            result.skipped[error.kind if isinstance(error, SampleFault) else "bad image"] += 1
+            skipped[error.kind if isinstance(error, SampleError) else "bad image"] += 1
             continue
-        result.widths.append(width)
-        result.heights.append(height)
-        result.bytes.append(len(raw.image))
-        result.formats[kind] += 1
-        result.given += raw.labels is not None
+        own = _labels(raw, nouns, skipped)
+        labels.update(own)
+        given += raw.labels is not None
+        found |= {"bytes": len(raw.image), "labels": len(own)}
         if raw.caption is not None:
-            result.words.append(len(raw.caption.split()))
-        labels = _labels(raw, nouns, result.skipped)
-        result.labels.update(labels)
-        result.labels_per_image[len(labels)] += 1
-    return result
+            found["words"] = len(raw.caption.split())
+        for name, value in found.items():
+            values[name].append(value)
+    frequent = sorted(labels.items(), key=lambda item: (-item[1], item[0]))[:top]
+    return {
+        "samples": len(shards),
+        "samples_read": len(positions),
+        "skipped": dict(skipped),
+        "labels": {"distinct": len(labels), "given": given, "most_frequent": frequent},
+        "labels_per_image": dict(sorted(Counter(values["labels"]).items())),
+        "formats": dict(Counter(values["format"]).most_common()),
+        "widths": _quartiles(values["width"]),
+        "heights": _quartiles(values["height"]),
+        "bytes": _quartiles(values["bytes"]),
+        "words": _quartiles(values["words"]),
+    }
 
 
 def _labels(raw: RawSample, nouns: NounBackend, skipped: Counter[str]) -> list[str]:
     try:
         return labels_of(raw, nouns)
-    except SampleFault as fault:
-        skipped[fault.kind] += 1
+    except SampleError as error:
+        skipped[error.kind] += 1
         return []
+
+
+def _quartiles(values: Sequence[int]) -> dict[str, float] | None:
+    """Smallest, quartiles and largest; None without values."""
+    if not values:
+        return None
+    quantiles = np.quantile(values, (0, 0.25, 0.5, 0.75, 1)).tolist()
+    return dict(zip(("min", "lower", "median", "upper", "max"), quantiles, strict=True))
 
 
 def sheet_items(opened: OpenedSet, nouns: NounBackend, images: int, seed: int) -> Iterator[SheetItem]:
@@ -102,53 +94,43 @@ def sheet_items(opened: OpenedSet, nouns: NounBackend, images: int, seed: int) -
         try:
             raw = opened.shards.read(int(position))
             picture = load_image(raw.image, near=_SHEET_PIXELS)
-        except (SampleFault, ImageError):
+        except (SampleError, ImageError):
             continue
         images -= 1
         picture.thumbnail((2 * _SHEET_PIXELS, 2 * _SHEET_PIXELS))
         yield SheetItem(picture, raw.key, raw.caption or "", _labels(raw, nouns, Counter()))
 
 
-def quartiles(values: Sequence[int]) -> dict[str, float] | None:
-    """Smallest, quartiles and largest; None without values."""
-    if not values:
-        return None
-    quantiles = np.quantile(values, (0, 0.25, 0.5, 0.75, 1)).tolist()
-    return dict(zip(("min", "lower", "median", "upper", "max"), quantiles, strict=True))
-
-
-def print_statistics(console: Console, found: SetStatistics, top: int) -> None:
-    """Tables of sizes, of the number of labels per image, and of the ``top`` most frequent labels."""
-    sizes = Table(
-        title=f"{counted(found.samples, 'sample')}, {found.samples_read:,} of them read", title_justify="left"
-    )
+def print_statistics(console: Console, found: dict[str, Any]) -> None:
+    """The result of :func:`compute_statistics` as tables."""
+    title = f"{counted(found['samples'], 'sample')}, {found['samples_read']:,} of them read"
+    sizes = Table(title=title, title_justify="left")
     for column in ("", "min", "25 %", "median", "75 %", "max"):
         sizes.add_column(column, justify="right" if column else "left", no_wrap=True)
-    for name, values in (
-        ("width", found.widths),
-        ("height", found.heights),
-        ("bytes per image", found.bytes),
-        ("words per caption", found.words),
-        ("labels per image", list(found.labels_per_image.elements())),
+    per_image = found["labels_per_image"]
+    for name, numbers in (
+        ("width", found["widths"]),
+        ("height", found["heights"]),
+        ("bytes per image", found["bytes"]),
+        ("words per caption", found["words"]),
+        ("labels per image", _quartiles(list(Counter(per_image).elements()))),
     ):
-        if numbers := quartiles(values):
+        if numbers:
             sizes.add_row(name, *(f"{value:,.0f}" for value in numbers.values()))
     console.print(sizes)
-    formats = ", ".join(f"{kind} × {n:,}" for kind, n in found.formats.most_common())
-    console.print(f"Formats: {formats or 'no image can be read'}. Given labels: {found.given:,}.", highlight=False)
-    if found.skipped:
-        console.print(f"Cannot be used: {by_kind(found.skipped)}.", style="red", highlight=False)
-    _print_bars(console, "Labels per image", [(str(n), count) for n, count in sorted(found.labels_per_image.items())])
-    _print_bars(console, f"Most frequent of {len(found.labels):,} labels", found.most_frequent(top))
+    formats, labels = by_kind(found["formats"]) or "no image can be read", found["labels"]
+    console.print(f"Formats: {formats}. Given labels: {labels['given']:,}.", highlight=False)
+    if found["skipped"]:
+        console.print(f"Cannot be used: {by_kind(found['skipped'])}.", style="red", highlight=False)
+    _print_bars(console, "Labels per image", [(str(n), count) for n, count in per_image.items()])
+    _print_bars(console, f"Most frequent of {labels['distinct']:,} labels", labels["most_frequent"])
 
 
 def _print_bars(console: Console, title: str, rows: Sequence[tuple[str, int]]) -> None:
-    if not rows:
-        return
-    table = Table(title=title, title_justify="left", box=None, show_header=False, padding=(0, 1))
-    for justify, style in (("right", None), ("right", None), ("left", "cyan")):
-        table.add_column(justify=justify, style=style, no_wrap=style is not None)
-    most = max(count for _, count in rows)
+    table = Table("", "", "", title=title, title_justify="left", box=None, show_header=False, padding=(0, 1))
+    table.columns[0].justify = table.columns[1].justify = "right"
+    most = max((count for _, count in rows), default=0)
     for name, count in rows:
-        table.add_row(escape(printable(name)), f"{count:,}", bar(count / most, 40))
-    console.print(table)
+        table.add_row(escape(printable(name)), f"{count:,}", Bar(most, 0, count, width=40, color="cyan"))
+    if rows:
+        console.print(table)

@@ -11,7 +11,7 @@ from rich.progress import track
 
 from nxtp.data.images import ImageError, load_image
 from nxtp.data.shards.manifest import MANIFEST, ShardInfo, read_manifest, sha256_of
-from nxtp.data.shards.reader import IndexedShards, SampleFault
+from nxtp.data.shards.reader import IndexedShards, SampleError
 from nxtp.data.shards.tar_index import index_shard
 from nxtp.data.shards.urls import sets_below
 from nxtp.errors import UserError, printable
@@ -75,7 +75,7 @@ def _check_images(path: Path) -> list[str]:
         try:
             raw = shards.read(position)
             load_image(raw.image, name=raw.key)
-        except SampleFault as fault:
+        except SampleError as fault:
             problems.append(f"{path.name}: {printable(fault.key)}: {fault.kind}")
         except ImageError as error:
             problems.append(f"{path.name}: {error}")

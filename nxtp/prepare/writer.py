@@ -34,6 +34,7 @@ from nxtp.prepare.options import WriterOptions
 from nxtp.runs.atomic import atomic_file, remove, write_json
 
 UNFINISHED = ".unfinished"
+_EMPTY = {"samples": 0}  # a shard that a manifest does not list
 _NAMED = 3  # skipped items of each kind that are named
 
 Make = Callable[[Any], Mapping[str, Any]]
@@ -46,17 +47,13 @@ class Skip(Exception):
 class Skipped:
     """Skipped source items: ``counts`` by kind, and the first ``names`` of each kind."""
 
-    def __init__(self, counts: Mapping[str, int] | None = None):
-        self.counts: Counter[str] = Counter(counts or {})
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
         self.names: dict[str, list[str]] = {}
 
-    def add(self, kind: str, name: str) -> None:
-        self.update({kind: 1}, {kind: [name]})
-
-    def update(self, counts: Mapping[str, int], names: Mapping[str, Sequence[str]]) -> None:
-        self.counts.update(counts)
-        for kind, more in names.items():
-            self.names[kind] = [*self.names.get(kind, ()), *more][:_NAMED]
+    def add(self, kind: str, *names: str, count: int = 1) -> None:
+        self.counts[kind] += count
+        self.names[kind] = [*self.names.get(kind, ()), *names][:_NAMED]
 
     def __str__(self) -> str:
         """A sentence to append to a message; empty if nothing was skipped."""
@@ -74,7 +71,7 @@ def write_shard(path: Path | str, samples: Iterable[Mapping[str, Any]]) -> Shard
     """
     path = Path(path)
     keys: set[str] = set()
-    with atomic_file(path) as file, tarfile.open(fileobj=file, mode="w|", format=tarfile.USTAR_FORMAT) as tar:
+    with atomic_file(path) as file, tarfile.open(fileobj=file, mode="w|") as tar:
         for sample in samples:
             key = sample["__key__"]
             if key in keys:
@@ -139,27 +136,25 @@ def write_set(
         manifest = _finished_set(out, made_by, options.overwrite)
         starts = range(0, len(items), options.shard_size)
         jobs = {f"{out.name}-{n:05d}.tar": items[i : i + options.shard_size] for n, i in enumerate(starts)}
-        known = _known_rows(folder, manifest, jobs)
-        tasks = [(out / name, part, make, known.get(name)) for name, part in jobs.items()]
+        known = {row["name"]: row for row in manifest["shards"]} if manifest else {}
+        tasks = [(out / name, part, make, known.get(name, _EMPTY) if known else None) for name, part in jobs.items()]
         try:
             results = _run(tasks, len(items), options.workers, console)
-        except BrokenProcessPool as error:
-            raise UserError(f"{out}: a worker was killed; is memory short? The same command continues.") from error
-        except OSError as error:
-            raise UserError(f"{out}: cannot be written ({error.strerror}). The same command continues.") from error
-        rows = [row for row, _ in results]
-        written = [row["info"]["name"] for row, is_new in results if is_new]
-        if manifest is not None and not written:
+        except (OSError, BrokenProcessPool) as error:
+            why = error.strerror if isinstance(error, OSError) else "a worker was killed; is memory short?"
+            raise UserError(f"{out} cannot be written ({why}). The same command continues.") from error
+        if manifest is not None and all(state == "kept" for _, state in results):
             console.print(f"{out}: {counted(manifest['samples'], 'sample')} as in the manifest, nothing to do.")
             return manifest
-        if again := [name for name in written if name in known]:
+        if again := [row["info"]["name"] for row, state in results if state == "written again"]:
             console.print(f"{out}: {counted(len(again), 'shard')} missing or damaged, written again: {some_of(again)}.")
         if manifest is not None:
-            skipped = Skipped(manifest["skipped"])
+            skipped.counts = Counter(manifest["skipped"])  # the same source has the same
         else:
-            for row in rows:
-                skipped.update(row["skipped"], row["names"])
-        infos = [ShardInfo(**row["info"]) for row in rows if row["info"]["samples"]]
+            for row, _ in results:
+                for kind, (count, names) in row["skipped"].items():
+                    skipped.add(kind, *names, count=count)
+        infos = [ShardInfo(**row["info"]) for row, _ in results if row["info"]["samples"]]
         if not infos:
             remove(folder)  # the next run tries all items again
             raise UserError(f"{out}: no item of the source can be used.{skipped}")
@@ -224,20 +219,7 @@ def _finished_set(out: Path, made_by: Mapping[str, Any], overwrite: bool) -> dic
     return None
 
 
-def _known_rows(folder: Path, manifest: dict[str, Any] | None, names: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """The rows of finished shards by name; a shard without samples has a row with 0 samples, and no file."""
-    if manifest is None:
-        rows = [_read_json(path) for path in folder.glob("*.tar.json")]
-        return {row["info"]["name"]: row for row in rows if row is not None}
-    infos = {name: asdict(ShardInfo(name, 0, 0, "")) for name in names}  # a manifest lists no shard without samples
-    infos |= {info["name"]: info for info in manifest["shards"]}
-    return {name: {"info": info} for name, info in infos.items()}
-
-
-Result = tuple[dict[str, Any], bool]  # a finished shard's row, and whether the shard was written now
-
-
-def _run(tasks: Sequence[tuple], total: int, workers: int, console: Console) -> list[Result]:
+def _run(tasks: Sequence[tuple], total: int, workers: int, console: Console) -> list[tuple[dict[str, Any], str]]:
     """:func:`_finish_shard` of all tasks, in their order, with a progress bar; one worker is this process."""
     context = multiprocessing.get_context("forkserver")
     count = context.Value("q", 0)
@@ -249,17 +231,23 @@ def _run(tasks: Sequence[tuple], total: int, workers: int, console: Console) -> 
             rate = count.value / (progress.tasks[bar].elapsed or 1e-9)
             progress.update(bar, completed=count.value, description=f"{rate:,.0f} samples/s")
 
-        if min(workers, len(tasks)) == 1:
+        workers = min(workers, len(tasks))
+        if workers == 1:
             _start_worker(count)
-            return [(_finish_shard(*task), show())[0] for task in tasks]
-        pool = ProcessPoolExecutor(min(workers, len(tasks)), context, _start_worker, (count,))
+            results = []
+            for task in tasks:
+                results.append(_finish_shard(*task))
+                show()
+            return results
+        pool = ProcessPoolExecutor(workers, context, _start_worker, (count,))
         try:
             futures = [pool.submit(_finish_shard, *task) for task in tasks]
             pending = set(futures)
             while pending:
                 done, pending = wait(pending, timeout=0.5, return_when=FIRST_COMPLETED)
-                [future.result() for future in done]  # raises what a worker raised
                 show()
+                for future in done:
+                    future.result()  # raises what stopped a worker
             return [future.result() for future in futures]
         finally:
             pool.shutdown(cancel_futures=True)
@@ -276,12 +264,16 @@ def _start_worker(count: Any) -> None:
         threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
-def _finish_shard(path: Path, items: Sequence[Any], make: Make, known: dict[str, Any] | None) -> Result:
-    """A shard that is as its row says is kept, another one is written."""
-    info = known["info"] if known else None
-    if info and (not info["samples"] or (path.is_file() and sha256_of(path) == info["sha256"])):
-        _advance(len(items))
-        return known, False
+def _finish_shard(path: Path, items: Sequence[Any], make: Make, info: Any) -> tuple[dict[str, Any], str]:
+    """(the shard's row, "kept" | "written" | "written again"). ``info``: what a manifest says of the shard, or None."""
+    hidden = path.parent / UNFINISHED / path.name
+    row_file = hidden.with_name(f"{path.name}.json")
+    known = _read_json(row_file) if info is None else {"info": info}
+    if known is not None:
+        info = known["info"]
+        if info["samples"] == 0 or (path.is_file() and sha256_of(path) == info["sha256"]):
+            _advance(len(items))
+            return known, "kept"
     skipped = Skipped()
 
     def samples() -> Iterator[Mapping[str, Any]]:
@@ -292,13 +284,12 @@ def _finish_shard(path: Path, items: Sequence[Any], make: Make, known: dict[str,
                 skipped.add(str(skip), str(item))
             _advance(1)
 
-    hidden = path.parent / UNFINISHED / path.name
     info = asdict(write_shard(hidden, samples()))
     if info["samples"]:
         os.replace(hidden, path)
-    row = {"info": info, "skipped": skipped.counts, "names": skipped.names}
-    write_json(hidden.with_name(f"{path.name}.json"), row)
-    return row, True
+    row = {"info": info, "skipped": {kind: [count, skipped.names[kind]] for kind, count in skipped.counts.items()}}
+    write_json(row_file, row)
+    return row, "written again" if known else "written"
 
 
 def _advance(samples: int) -> None:
