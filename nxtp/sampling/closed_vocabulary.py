@@ -1,10 +1,10 @@
-"""A closed vocabulary: the probability of each given label, all in one pass over the prefix tree of their tokens.
+"""A closed vocabulary: the probability of every class, all in one pass over the prefix tree of their names' tokens.
 
     prefix · every node of the tree, one row       a node attends to the prefix, its ancestors and itself
 
-That is the rule of :mod:`nxtp.model.layout`, each label being a segment: labels that begin alike share their first nodes. A
-label's probability is the product of its tokens' and its delimiter's, over the whole vocabulary of the language model:
-it does not depend on which other labels are given, and the given ones do not add up to 1.
+This is the rule of :mod:`nxtp.model.layout`, each name a segment; names that begin alike share their first nodes. The
+probability of a name is the product of its tokens' and its delimiter's, over the whole vocabulary of the language
+model: it does not depend on the other classes, and the classes do not add up to 1.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from nxtp.data.labels.imagenet import NAMES, imagenet_classes
 from nxtp.errors import UserError
@@ -31,41 +32,40 @@ Classes = Sequence[str | Sequence[str]]
 
 
 def read_classes(source: str | Path) -> list[list[str]]:
-    """Classes of a file, one a line, a class's names separated by commas; or ``imagenet1k`` (all synonyms),
+    """Classes of a file, one per line, names of a class separated by commas; or ``imagenet1k`` (all synonyms),
     ``imagenet1k:first``, ``imagenet1k:clip``.
 
     Raises:
-        UserError: no such file, not text, or nothing in it.
+        UserError: no such file, not text, or no class in it.
     """
     name, _, which = str(source).partition(":")
     if name == IMAGENET and not Path(source).exists():
         return [c.labels(which or NAMES[0]) for c in imagenet_classes()]
     try:
-        lines = Path(source).read_text().splitlines()
+        classes = classes_of_lines(Path(source).read_text().splitlines())
     except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is no text"
+        reason = error.strerror if isinstance(error, OSError) else "not a text file"
         raise UserError(
-            f"Labels in '{source}' cannot be read: {reason}. A class a line, please, or {IMAGENET}."
+            f"Classes in '{source}' cannot be read: {reason}. Give a file with one class per line, or {IMAGENET}."
         ) from error
-    classes = classes_of_lines(lines)
     if not classes:
-        raise UserError(f"'{source}' holds no label: a class a line, its names separated by commas, please.")
+        raise UserError(f"'{source}' contains no class: write one per line, its names separated by commas.")
     return classes
 
 
 def classes_of_lines(lines: Iterable[str]) -> list[list[str]]:
-    """Classes as people write them: one a line, its names separated by commas; empty lines are passed over."""
+    """Classes, one per line, names of a class separated by commas; empty lines are skipped."""
     classes = ([name.strip() for name in line.split(",") if name.strip()] for line in lines)
     return [names for names in classes if names]
 
 
 @dataclass
 class Tree:
-    """Distinct beginnings of token sequences; a node stands behind its parent.
+    """Distinct beginnings of token sequences; a node comes after its parent.
 
     ``tokens_M``   int64, a node's token
-    ``parents_M``  int64, its parent's index; -1: it begins a label
-    ``depths_M``   int64, 0 where it begins a label
+    ``parents_M``  int64, its parent's index, or -1 for a sequence's first token
+    ``depths_M``   int64, 0 for a sequence's first token
     ``ends_S``     int64, the last node of each sequence
     """
 
@@ -76,28 +76,28 @@ class Tree:
 
     @classmethod
     def of(cls, sequences: Sequence[Sequence[int]]) -> Tree:
-        """Nodes in order of first tokens, so that whatever begins alike lies together."""
-        known: dict[tuple[int, ...], int] = {}
-        tokens, parents, depths = [], [], []
+        """Nodes in order of first tokens, so that sequences that begin alike are adjacent."""
+        nodes: dict[tuple[int, ...], int] = {}
         for sequence in sorted(map(tuple, sequences)):
             for length in range(1, len(sequence) + 1):
-                path = sequence[:length]
-                if path not in known:
-                    known[path] = len(tokens)
-                    tokens.append(path[-1])
-                    parents.append(known[path[:-1]] if length > 1 else -1)
-                    depths.append(length - 1)
-        ends = [known[tuple(sequence)] for sequence in sequences]
+                nodes.setdefault(sequence[:length], len(nodes))
+        tokens = [path[-1] for path in nodes]
+        parents = [nodes.get(path[:-1], -1) for path in nodes]
+        depths = [len(path) - 1 for path in nodes]
+        ends = [nodes[tuple(sequence)] for sequence in sequences]
         return cls(*(torch.tensor(values, dtype=torch.long) for values in (tokens, parents, depths, ends)))
 
     def __len__(self) -> int:
         return len(self.tokens_M)
 
+    @property
+    def roots(self) -> Tensor:
+        return torch.nonzero(self.depths_M == 0)[:, 0]
+
     def rows(self, size: int) -> Iterator[tuple[int, int]]:
-        """Ranges of nodes of about ``size``, none of which parts labels that begin alike."""
-        starts = [*torch.nonzero(self.depths_M == 0)[:, 0].tolist(), len(self)]
+        """Ranges of about ``size`` nodes; sequences that begin alike stay in one range."""
         begin = 0
-        for here, following in pairwise(starts):
+        for here, following in pairwise([*self.roots.tolist(), len(self)]):
             if following - begin > size and here > begin:
                 yield begin, here
                 begin = here
@@ -105,7 +105,7 @@ class Tree:
             yield begin, len(self)
 
     def ancestors(self, begin: int, end: int) -> Tensor:
-        """bool [m, m] of a range that :meth:`rows` gives: each node's path, itself included."""
+        """bool [m, m] for a range of :meth:`rows`: the path to each node, the node included."""
         paths = torch.eye(end - begin, dtype=torch.bool)
         parents, depths = self.parents_M[begin:end] - begin, self.depths_M[begin:end]
         for depth in range(1, int(depths.max()) + 1):
@@ -115,70 +115,66 @@ class Tree:
 
 
 class Vocabulary:
-    """Classes by their names, as token sequences of one tokenizer.
+    """Classes as token sequences of one tokenizer.
 
     A name that several classes share counts for each of them.
 
     Args:
-        classes: each a label, or several names of one thing, the first of which it is called by.
+        classes: each a label, or several names of one thing; the first name is the class's label.
 
     Raises:
-        UserError: no class, or a name without tokens.
+        UserError: no class, a class without names, or a name without tokens.
     """
 
     def __init__(self, classes: Classes, tokenizer: LabelTokenizer):
-        named = [[names] if isinstance(names, str) else list(names) for names in classes]
-        if not named or not all(named):
-            raise UserError("A closed vocabulary needs at least one label, and each class a name.")
-        place: dict[tuple[int, ...], int] = {}
-        pairs: dict[tuple[int, int], None] = {}
-        for owner, names in enumerate(named):
-            for text, ids in zip(names, tokenizer.encode_labels(names), strict=True):
-                if not ids:
-                    raise UserError(f"The label '{text}' has no tokens.")
-                pairs[place.setdefault(ids, len(place)), owner] = None
-        self.classes = named
-        self.sequences = list(place)
-        self.names_P, self.owners_P = torch.tensor(list(pairs)).T
+        self.classes = [[names] if isinstance(names, str) else list(names) for names in classes]
+        if not self.classes or not all(self.classes):
+            raise UserError("A closed vocabulary needs at least one class, and each class a name.")
+        known: dict[tuple[int, ...], int] = {}
+        members: list[Tensor] = []  # of each class the distinct sequences of its names
+        for names in self.classes:
+            sequences = dict(zip(tokenizer.encode_labels(names), names, strict=True))
+            if () in sequences:
+                raise UserError(f"The class name '{sequences[()]}' has no tokens.")
+            members.append(torch.tensor([known.setdefault(ids, len(known)) for ids in sequences]))
+        self.sequences = list(known)
+        self.names_CN = pad_sequence(members, batch_first=True, padding_value=-1)
         self.delimiter = tokenizer.delimiter_id
 
     @cached_property
     def tree(self) -> Tree:
         return Tree.of(self.sequences)
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest name, without its delimiter."""
+        return int(self.tree.depths_M.max()) + 1
+
     @cached_property
-    def allowed(self) -> Allowed:
-        return Allowed(self.tree, self.delimiter)
+    def node_of_first(self) -> dict[int, int]:
+        """First tokens of names, and their nodes in the tree."""
+        return dict(zip(self.tree.tokens_M[self.tree.roots].tolist(), self.tree.roots.tolist(), strict=True))
 
-
-class Allowed:
-    """What may follow in a label that must be one of those given: the children of a tree's node, and its delimiter.
-
-    ``longest``  tokens of the longest label, without its delimiter
-    """
-
-    def __init__(self, tree: Tree, delimiter: int):
-        self.delimiter, self.longest = delimiter, int(tree.depths_M.max()) + 1
-        roots = torch.nonzero(tree.depths_M == 0)[:, 0]
-        self.first = tree.tokens_M[roots]
-        self.node_of_first = dict(zip(self.first.tolist(), roots.tolist(), strict=True))
-        following: list[list[tuple[int, int]]] = [[] for _ in range(len(tree))]
-        for node, (token, parent) in enumerate(zip(tree.tokens_M.tolist(), tree.parents_M.tolist(), strict=True)):
+    @cached_property
+    def _continuations_MC(self) -> tuple[Tensor, Tensor]:
+        """Of each node the tokens that may follow, and the nodes that they lead to; padded with -1."""
+        pairs: list[list[tuple[int, int]]] = [[] for _ in range(len(self.tree))]
+        parents = self.tree.parents_M.tolist()
+        for node, (token, parent) in enumerate(zip(self.tree.tokens_M.tolist(), parents, strict=True)):
             if parent >= 0:
-                following[parent].append((token, node))
-        for node in set(tree.ends_S.tolist()):
-            following[node].append((delimiter, node))
-        widest = max(map(len, following))
-        padded = [[*pairs, *[(-1, -1)] * (widest - len(pairs))] for pairs in following]
-        self._tokens_MC, self._nodes_MC = torch.tensor(padded).unbind(dim=-1)
+                pairs[parent].append((token, node))
+        for node in set(self.tree.ends_S.tolist()):
+            pairs[node].append((self.delimiter, node))
+        tokens_MC, nodes_MC = pad_sequence(list(map(torch.tensor, pairs)), True, padding_value=-1).unbind(dim=-1)
+        return tokens_MC, nodes_MC
 
     def start(self, tokens: Tensor) -> Tensor:
-        """The nodes of first tokens."""
-        return torch.tensor([self.node_of_first[token] for token in tokens.flatten().tolist()]).view_as(tokens.cpu())
+        """The nodes of first tokens, on the CPU."""
+        return torch.tensor([self.node_of_first[token] for token in tokens.flatten().tolist()]).view(tokens.shape)
 
     def likeliest(self, logits: Tensor, nodes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Of logits [..., V] behind ``nodes`` [...]: probability among all tokens, token and node, each [...]."""
-        tokens, following = (table[nodes.cpu()].to(logits.device) for table in (self._tokens_MC, self._nodes_MC))
+        """Likeliest continuation of ``nodes`` [...] by logits [..., V]: probability among all tokens, token, node."""
+        tokens, following = (table[nodes.cpu()].to(logits.device) for table in self._continuations_MC)
         best = logits.gather(-1, tokens.clamp(min=0)).masked_fill(tokens < 0, -torch.inf).max(dim=-1, keepdim=True)
         token, node = (table.gather(-1, best.indices)[..., 0] for table in (tokens, following))
         return (best.values[..., 0] - logits.logsumexp(dim=-1)).exp(), token, node.cpu()
@@ -186,9 +182,9 @@ class Allowed:
 
 @torch.inference_mode()
 def class_log_probs(model: Model, images: Tensor, vocabulary: Vocabulary, *, prompt: Sequence[int]) -> Tensor:
-    """float32 [B, C], the natural logarithm of each class's probability: the sum of its names'.
+    """float32 [B, C], the natural logarithm of each class's probability: the sum over its names.
 
-    Names exclude each other, as each ends with its delimiter, so their probabilities add up.
+    Each name ends with its delimiter, so names exclude each other and their probabilities add up.
 
     Args:
         model: in evaluation mode.
@@ -196,25 +192,21 @@ def class_log_probs(model: Model, images: Tensor, vocabulary: Vocabulary, *, pro
         prompt: BOS and prompt token ids.
     """
     log_probs_BS = name_log_probs(model, images, vocabulary, prompt=prompt)
-    log_probs_BP = log_probs_BS[:, vocabulary.names_P.to(log_probs_BS.device)]
-    owners_BP = vocabulary.owners_P.to(log_probs_BS.device).expand(len(images), -1)
-    sums_BC = log_probs_BS.new_zeros(len(images), len(vocabulary.classes))
-    best_BC = torch.full_like(sums_BC, -torch.inf).scatter_reduce_(1, owners_BP, log_probs_BP, "amax")
-    shifted_BP = (log_probs_BP - best_BC.gather(1, owners_BP)).exp()
-    return sums_BC.scatter_add_(1, owners_BP, shifted_BP).log() + best_BC
+    names_CN = vocabulary.names_CN.to(log_probs_BS.device)
+    return log_probs_BS[:, names_CN].masked_fill(names_CN < 0, -torch.inf).logsumexp(dim=-1)
 
 
 @torch.inference_mode()
 def name_log_probs(model: Model, images: Tensor, vocabulary: Vocabulary, *, prompt: Sequence[int]) -> Tensor:
-    """The same of each name: float32 [B, S], in the order of ``vocabulary.sequences``."""
+    """float32 [B, S], the natural logarithm of the probability of each of ``vocabulary.sequences``."""
     tree, delimiter = vocabulary.tree, vocabulary.delimiter
     first_BV, cache = model.prefill(images, prompt)
     first_BV = first_BV.log_softmax(dim=-1)
     device, batch = first_BV.device, len(images)
     prefix = model.num_image_tokens + 1 + len(prompt)
     tokens, parents, depths, last = (t.to(device) for t in (tree.tokens_M, tree.parents_M, tree.depths_M, tree.ends_S))
-    path_BM = first_BV.new_empty(batch, len(tree))  # first each node's own, given what stands before it
-    ends_BM = first_BV.new_empty(batch, len(tree))  # its delimiter's behind it
+    path_BM = first_BV.new_empty(batch, len(tree))  # first each node's own, then with its ancestors'
+    ends_BM = first_BV.new_empty(batch, len(tree))  # of the delimiter behind each node
     path_BM[:, depths == 0] = first_BV[:, tokens[depths == 0]]
 
     decoder = model.decoder
@@ -234,7 +226,7 @@ def name_log_probs(model: Model, images: Tensor, vocabulary: Vocabulary, *, prom
             behind = parents[children] - low
             path_BM[:, children] = logits[:, behind, tokens[children]] - log_z[:, behind]
 
-    for depth in range(1, int(tree.depths_M.max()) + 1):
+    for depth in range(1, vocabulary.longest):
         nodes = torch.nonzero(depths == depth)[:, 0]
         path_BM[:, nodes] += path_BM[:, parents[nodes]]
     return (path_BM + ends_BM)[:, last]

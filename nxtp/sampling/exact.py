@@ -1,45 +1,35 @@
-"""Exact search: the k most probable labels under the model, with a proof or an honest flag.
+"""Exact search: the k most probable labels under the model, with a proof or a flag that says there is none.
 
-One-shot sampling keeps one label for each first token, so labels that share one compete ("coffee", "coffee table": the
-limit that the paper's authors state). Here the tree of all token sequences is searched best first: a label's
-probability is the product of its tokens', delimiter included, and can only fall as it grows. Once k finished labels
-are at least as probable as every unfinished one, no better label exists.
+One-shot sampling keeps one label per first token, so labels that share one compete ("coffee", "coffee table": a limit
+that the paper's authors state). Here the tree of all token sequences is searched best first. A label's probability is
+the product of its tokens', delimiter included, and can only fall as the label grows: once k finished labels are at
+least as probable as every unfinished one, no better label exists.
 """
 
 from __future__ import annotations
 
 import heapq
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from nxtp.errors import UserError, at_least
 from nxtp.model.model import Model
-from nxtp.sampling.one_shot import MAX_LABEL_TOKENS, Samples
+from nxtp.sampling.one_shot import SamplerConfig, Samples
 
 
-@dataclass
-class ExactConfig:
+@dataclass(kw_only=True)
+class ExactConfig(SamplerConfig):
+    """Labels are the most probable ones at the ``temperature``.
+
+    ``max_expansions``     nodes of the tree computed per image, at most
+    ``branches_per_step``  nodes computed together: more are faster, and some of them are not needed
     """
-    ``max_expansions``     nodes of the tree computed an image, at most
-    ``branches_per_step``  nodes computed together; more are faster and compute some in vain
-    ``max_tokens``         a label is cut there
-    ``temperature``        logits are divided by it; labels are the most probable ones at that temperature
-    """
 
-    max_expansions: int = 1024
-    branches_per_step: int = 32
-    max_tokens: int = MAX_LABEL_TOKENS
-    temperature: float = 1.0
-
-    def __post_init__(self):
-        at_least("sampler.max_expansions", self.max_expansions, 0)
-        at_least("sampler.branches_per_step", self.branches_per_step, 1)
-        at_least("sampler.max_tokens", self.max_tokens, 1)
-        if self.temperature <= 0:
-            raise UserError(f"sampler.temperature is {self.temperature}: above 0, please.")
+    max_expansions: int = field(default=1024, metadata={"≥": 0})
+    branches_per_step: int = field(default=32, metadata={"≥": 1})
 
 
 @torch.inference_mode()
@@ -53,131 +43,122 @@ def exact(
     top_k: int,
     never_first: Sequence[int] = (),
 ) -> Samples:
-    """The ``top_k`` most probable labels of each image, most probable first.
+    """The ``top_k`` most probable labels of each image, most probable first. Arguments as in
+    :func:`nxtp.sampling.one_shot.one_shot`.
 
     A label of ``max_tokens`` tokens is cut there and counts as finished, without a delimiter's probability, as in
     one-shot sampling. ``complete_B`` of the result is False where ``max_expansions`` ended the search: its labels are
-    then the best that were found.
-
-    Args:
-        images: uint8 [B, 3, S, S], or normalised floating point.
-        prompt, delimiter, never_first: as in :func:`nxtp.sampling.one_shot.one_shot`.
+    then the best found so far.
     """
     searches = [_Search(model, image, config, prompt, delimiter, top_k, never_first) for image in images.split(1)]
-    found = [search.run() for search in searches]
-    samples = Samples.of(found, delimiter, images.device)
+    samples = Samples.of([search.run() for search in searches], delimiter, images.device)
     samples.complete_B = torch.tensor([search.complete for search in searches])
     return samples
 
 
-class _Node:
-    """An unfinished label: its tokens, their probabilities, and the cache row of the node before the last token."""
+class _Label(NamedTuple):
+    """A label, finished or not, found as a continuation of the expanded label ``parent``."""
 
-    __slots__ = ("parent", "probs", "tokens")
-
-    def __init__(self, tokens: tuple[int, ...], probs: tuple[float, ...], parent: int):
-        self.tokens, self.probs, self.parent = tokens, probs, parent
+    probability: float
+    tokens: tuple[int, ...]
+    probs: tuple[float, ...]
+    parent: int
 
 
 class _Search:
-    """One image's search. The cache is one row: the prefix, then every computed node's last token."""
+    """One image's search. The cache is one row: the prefix, then the last token of every expanded label."""
 
-    def __init__(self, model, image, config, prompt, delimiter, top_k, never_first):
-        self.model, self.config, self.delimiter = model, config, delimiter
-        self.top_k, self.max_tokens = top_k, config.max_tokens
+    def __init__(
+        self,
+        model: Model,
+        image: Tensor,
+        config: ExactConfig,
+        prompt: Sequence[int],
+        delimiter: int,
+        top_k: int,
+        never_first: Sequence[int],
+    ):
+        self.model, self.config, self.delimiter, self.top_k = model, config, delimiter, top_k
         self.prefix = model.num_image_tokens + 1 + len(prompt)
         logits_1V, self.cache = model.prefill(image, prompt)
-        self.device = logits_1V.device
         probs_V = (logits_1V[0] / config.temperature).softmax(dim=-1)
-        if never_first:
-            probs_V[torch.tensor(list(never_first), device=self.device)] = 0.0
-        self.expansions = 0
+        probs_V[torch.tensor(never_first, dtype=torch.long, device=probs_V.device)] = 0.0
+        self.remaining = config.max_expansions
         self.complete = True
-        self.ancestors = torch.zeros(0, 0, dtype=torch.bool)  # [nodes, nodes]: each node's path, itself included
-        self.finished: list[tuple[float, int, _Node]] = []  # min-heap of the best k
-        # A heap entry is the best child of its family that is not taken yet; the others wait behind it.
-        self.open: list[tuple[float, int, int, int]] = []  # (-probability, tie breaker, family, child)
-        self.families: list[tuple[float, tuple[int, ...], tuple[float, ...], int, list[float], list[int]]] = []
+        self.finished: list[tuple[float, int, _Label]] = []  # min-heap of the best k, with a tie breaker
+        # Each expanded label, the empty one first, with its continuations: probabilities and ids, likeliest first.
+        self.expanded: list[tuple[_Label, list[float], list[int]]] = []
+        self.paths = torch.ones(1, 1, dtype=torch.bool)  # [row, column] of ``expanded``: column is row or its ancestor
+        # Of each expanded label the best continuation not taken yet: (-probability, tie breaker, index, continuation).
+        self.open: list[tuple[float, int, int, int]] = []
         self._count = 0
-        self._add_family(1.0, (), (), -1, probs_V)
+        self._add(_Label(1.0, (), (), -1), probs_V)
 
-    def run(self) -> list[tuple[list[int], list[float]]]:
+    def run(self) -> list[tuple[Sequence[int], Sequence[float]]]:
         while self._undecided():
-            nodes = self._take(min(self.config.branches_per_step, self.config.max_expansions - self.expansions))
-            if nodes:
-                self._expand(nodes)
-            elif self._undecided():  # what is left must be computed, and may not be
+            labels = self._take(min(self.config.branches_per_step, self.remaining))
+            if labels:
+                self._expand(labels)
+            elif self._undecided():  # an open label must be expanded, and no expansions remain
                 self.complete = False
                 break
         best = sorted(self.finished, key=lambda entry: (-entry[0], entry[1]))
-        return [(list(node.tokens), list(node.probs)) for _, _, node in best] or [([], [])]
+        return [(label.tokens, label.probs) for _, _, label in best] or [((), ())]
 
     def _undecided(self) -> bool:
         """Whether an open label could still enter the result."""
-        return bool(self.open) and -self.open[0][0] > self._threshold()
+        lowest = self.finished[0][0] if len(self.finished) == self.top_k else 0.0
+        return bool(self.open) and -self.open[0][0] > lowest
 
-    def _threshold(self) -> float:
-        """Below or at it no label can enter the result."""
-        return self.finished[0][0] if len(self.finished) == self.top_k else 0.0
-
-    def _finish(self, probability: float, node: _Node) -> None:
+    def _finish(self, label: _Label) -> None:
         self._count += 1
-        entry = (probability, -self._count, node)
-        if len(self.finished) < self.top_k:
-            heapq.heappush(self.finished, entry)
-        elif probability > self.finished[0][0]:
-            heapq.heapreplace(self.finished, entry)
+        heapq.heappush(self.finished, (label.probability, -self._count, label))
+        if len(self.finished) > self.top_k:
+            heapq.heappop(self.finished)
 
-    def _add_family(self, probability: float, tokens, probs, parent: int, probs_V: Tensor) -> None:
-        """All continuations of a label. More than can still be computed are never needed."""
-        keep = min(len(probs_V), self.config.max_expansions - self.expansions + self.top_k + 1)
-        values, ids = probs_V.topk(keep)
-        self.families.append((probability, tokens, probs, parent, values.tolist(), ids.tolist()))
-        self._offer(len(self.families) - 1, 0)
+    def _add(self, label: _Label, probs_V: Tensor) -> None:
+        """An expanded label. Continuations beyond those that can still be expanded or returned are not needed."""
+        values, ids = probs_V.topk(min(len(probs_V), self.remaining + self.top_k + 1))
+        self.expanded.append((label, values.tolist(), ids.tolist()))
+        self._offer(len(self.expanded) - 1, 0)
 
-    def _offer(self, family: int, child: int) -> None:
-        probability, _, _, _, values, _ = self.families[family]
-        if child < len(values) and values[child] > 0.0:
+    def _offer(self, index: int, continuation: int) -> None:
+        label, values, _ = self.expanded[index]
+        if continuation < len(values) and values[continuation] > 0.0:
             self._count += 1
-            heapq.heappush(self.open, (-probability * values[child], self._count, family, child))
+            heapq.heappush(self.open, (-label.probability * values[continuation], self._count, index, continuation))
 
-    def _take(self, count: int) -> list[tuple[float, _Node]]:
-        """Up to ``count`` of the best open labels that must be computed; those that end on the way are finished."""
-        nodes: list[tuple[float, _Node]] = []
+    def _take(self, count: int) -> list[_Label]:
+        """Up to ``count`` of the best open labels that must be expanded; finishes those that end before them."""
+        labels: list[_Label] = []
         while self._undecided():
-            family, child = self.open[0][2:]
-            _, tokens, probs, parent, values, ids = self.families[family]
-            ends = ids[child] == self.delimiter or len(tokens) + 1 == self.max_tokens
-            if not ends and len(nodes) == count:
+            _, _, index, continuation = self.open[0]
+            label, values, ids = self.expanded[index]
+            token = ids[continuation]
+            ends = token == self.delimiter or len(label.tokens) + 1 == self.config.max_tokens
+            if not ends and len(labels) == count:
                 break
             probability = -heapq.heappop(self.open)[0]
-            self._offer(family, child + 1)
-            longer = (*probs, values[child])
-            if ids[child] == self.delimiter:
-                self._finish(probability, _Node(tokens, longer, parent))
-            elif ends:
-                self._finish(probability, _Node((*tokens, ids[child]), longer, parent))
+            self._offer(index, continuation + 1)
+            tokens = label.tokens if token == self.delimiter else (*label.tokens, token)
+            longer = _Label(probability, tokens, (*label.probs, values[continuation]), index)
+            if ends:
+                self._finish(longer)
             else:
-                nodes.append((probability, _Node((*tokens, ids[child]), longer, parent)))
-        return nodes
+                labels.append(longer)
+        return labels
 
-    def _expand(self, nodes: list[tuple[float, _Node]]) -> None:
+    def _expand(self, labels: list[_Label]) -> None:
         """Compute the continuations of some labels in one step."""
-        old, new = len(self.ancestors), len(nodes)
-        grown = torch.zeros(old + new, old + new, dtype=torch.bool)
-        grown[:old, :old] = self.ancestors
-        for row, (_, node) in enumerate(nodes, start=old):
-            if node.parent >= 0:
-                grown[row] = grown[node.parent]
-            grown[row, row] = True
-        self.ancestors = grown
-        own = grown[old:].to(self.device)
-        mask = torch.cat([own.new_ones(new, self.prefix), own], dim=1)[None, None]
-        tokens = torch.tensor([[node.tokens[-1] for _, node in nodes]], device=self.device)
-        positions = torch.tensor([[self.prefix + len(node.tokens) - 1 for _, node in nodes]], device=self.device)
+        new, device = len(labels), self.model.image_token.device
+        own = torch.cat([self.paths[[label.parent for label in labels]], torch.eye(new, dtype=torch.bool)], dim=1)
+        self.paths = torch.cat([torch.nn.functional.pad(self.paths, (0, new)), own])
+        mask = torch.cat([torch.ones(new, self.prefix, dtype=torch.bool), own[:, 1:]], dim=1).to(device)[None, None]
+        tokens = torch.tensor([[label.tokens[-1] for label in labels]], device=device)
+        positions = torch.tensor([[self.prefix + len(label.tokens) - 1 for label in labels]], device=device)
         decoder = self.model.decoder
         hidden = decoder(decoder.embed(tokens), positions, mask, self.cache)
         probs_NV = (decoder.logits(hidden)[0] / self.config.temperature).softmax(dim=-1)
-        self.expansions += new
-        for row, (probability, node) in enumerate(nodes):
-            self._add_family(probability, node.tokens, node.probs, old + row, probs_NV[row])
+        self.remaining -= new
+        for label, probs_V in zip(labels, probs_NV, strict=True):
+            self._add(label, probs_V)

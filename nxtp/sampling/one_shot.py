@@ -1,35 +1,69 @@
-"""Sampling labels: one-shot (paper, section 3.4), with the prefix computed once and labels grown as branches."""
+"""One-shot sampling (paper, section 3.4): the prefix is computed once, and K labels grow as branches behind it."""
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
+from nxtp.errors import UserError
 from nxtp.model.layout import branch_mask
 from nxtp.model.model import Model
 
 if TYPE_CHECKING:
-    from nxtp.sampling.closed_vocabulary import Allowed
+    from transformers import DynamicCache
+
+    from nxtp.sampling.closed_vocabulary import Vocabulary
 
 MAX_LABEL_TOKENS = 19  # as published: a label without a delimiter by then is cut there
+Label = tuple[Sequence[int], Sequence[float]]  # token ids without the delimiter, and probabilities with the delimiter's
+
+
+_COMPARE = {"≥": operator.ge, ">": operator.gt, "≤": operator.le}
+
+
+@dataclass(kw_only=True)
+class SamplerConfig:
+    """Settings that all samplers share; a field's metadata says what its value must be.
+
+    ``max_tokens``   a longer label is cut to this many tokens
+    ``temperature``  logits are divided by it
+
+    Raises:
+        UserError: a value out of range.
+    """
+
+    max_tokens: int = field(default=MAX_LABEL_TOKENS, metadata={"≥": 1})
+    temperature: float = field(default=1.0, metadata={">": 0})
+
+    def __post_init__(self) -> None:
+        for setting in fields(self):
+            value = getattr(self, setting.name)
+            for sign, limit in setting.metadata.items():
+                if value is not None and not _COMPARE[sign](value, limit):
+                    raise UserError(f"sampler.{setting.name} must be {sign} {limit}, got {value}.")
+
+
+@dataclass(kw_only=True)
+class OneShotConfig(SamplerConfig):
+    """One-shot sampling has no other settings. A temperature changes probabilities, not labels."""
 
 
 @dataclass
 class Samples:
-    """K labels an image, in order of their first token's probability.
+    """K labels per image, in order of their first token's probability.
 
-    ``tokens_BKL``   int64, the label's tokens, then its delimiter; what follows is the delimiter repeated
-    ``probs_BKL``    float32, the probability of each token given the prefix and the label so far; 1 after the end
-    ``lengths_BK``   int64, tokens of the label without its delimiter; 0 fills up images with fewer labels
-    ``cut_BK``       bool, whether the label was cut before its delimiter, whose probability then does not enter
-    ``disjoint``     whether an image's labels exclude each other, so that probabilities of the same text add up; not
-                     so in running text, where a label may be written again
-    ``complete_B``   bool, of exact search: whether these are proven to be the most probable labels; else None
+    ``tokens_BKL``   int64, the label's tokens and its delimiter, padded with the delimiter
+    ``probs_BKL``    float32, the probability of each token given the prefix and the label so far; 1 in the padding
+    ``lengths_BK``   int64, tokens of the label without its delimiter; 0 pads images that have fewer labels
+    ``cut_BK``       bool, True: the label was cut, and its delimiter's probability does not count
+    ``disjoint``     whether an image's labels exclude each other, so that the probabilities of equal texts add up;
+                     not so in autoregressive text, which may repeat a label
+    ``complete_B``   bool, exact search only: whether these labels are proven to be the most probable ones
     """
 
     tokens_BKL: Tensor
@@ -40,10 +74,8 @@ class Samples:
     complete_B: Tensor | None = None
 
     @classmethod
-    def of(
-        cls, labels: Sequence[Sequence[tuple[Sequence[int], Sequence[float]]]], delimiter: int, device=None
-    ) -> Samples:
-        """From lists: for each image its labels as (tokens without delimiter, probabilities, delimiter's included)."""
+    def of(cls, labels: Sequence[Sequence[Label]], delimiter: int, device: torch.device | None = None) -> Samples:
+        """Samples of each image's labels."""
         count = max((len(image) for image in labels), default=0)
         longest = max((len(tokens) for image in labels for tokens, _ in image), default=0) + 1
         tokens_BKL = torch.full((len(labels), count, longest), delimiter, device=device)
@@ -75,38 +107,38 @@ def one_shot(
     max_tokens: int = MAX_LABEL_TOKENS,
     never_first: Sequence[int] = (),
     temperature: float = 1.0,
-    allowed: Allowed | None = None,
+    classes: Vocabulary | None = None,
 ) -> Samples:
-    """The ``top_k`` likeliest first tokens, each continued greedily on its own until its delimiter.
+    """The ``top_k`` likeliest first tokens, each continued greedily until its delimiter.
 
-    The labels are K branches in one row behind the cached prefix (:func:`nxtp.model.layout.branch_mask`). Branches
-    that have ended are not computed any further, and their keys leave the cache.
+    The labels are K branches in one row behind the cached prefix (:func:`nxtp.model.layout.branch_mask`). A branch
+    that has ended is no longer computed, and its keys are removed from the cache.
 
     Args:
         model: in evaluation mode.
         images: uint8 [B, 3, S, S], or normalised floating point.
         prompt: BOS and prompt token ids.
         delimiter: the id that ends a label.
-        top_k: K, at most the vocabulary less ``never_first``.
-        max_tokens: a label is cut there; its delimiter's probability then does not enter.
-        never_first: ids that no label may start with (the delimiter, special tokens).
-        temperature: logits are divided by it: the same labels, other probabilities.
-        allowed: the only labels that may come out, however long; their tokens' probabilities stay those among all.
+        top_k: K, at most the vocabulary without ``never_first``.
+        max_tokens: a label without a delimiter is cut after this many tokens.
+        never_first: ids that no label may start with.
+        temperature: logits are divided by it.
+        classes: the only labels that may result, of any length. Probabilities stay those among all tokens.
     """
     logits_BV, cache = model.prefill(images, prompt)
     prefix = model.num_image_tokens + 1 + len(prompt)
-    if allowed is not None:
-        max_tokens = allowed.longest + 1
-        never_first = sorted(set(range(logits_BV.shape[-1])) - set(allowed.first.tolist()))
+    if classes is not None:
+        max_tokens = classes.longest + 1
+        never_first = sorted(set(range(logits_BV.shape[-1])) - set(classes.node_of_first))
     probs, tokens = first_tokens(logits_BV, top_k, never_first, temperature)
-    nodes_BA = allowed.start(tokens) if allowed is not None else None
+    nodes_BA = classes.start(tokens) if classes is not None else None
     batch, branches = tokens.shape
 
     tokens_BKL = torch.full((batch, branches, max_tokens + 1), delimiter, device=tokens.device)
     probs_BKL = torch.ones(batch, branches, max_tokens + 1, device=tokens.device)
     tokens_BKL[..., 0], probs_BKL[..., 0] = tokens, probs
 
-    # A of the K branches are still computed: all at first, then as many as the neediest image has running.
+    # A of the K branches are still computed: as many as the image with the most unfinished branches needs.
     active_BA = torch.arange(branches, device=tokens.device).expand(batch, -1)
     current_BA, running_BA = tokens, tokens != delimiter
     for step in range(1, max_tokens):
@@ -117,14 +149,13 @@ def one_shot(
             keep_BA = running_BA.int().argsort(dim=1, descending=True, stable=True)[:, :needed]
             _keep_branches(cache, keep_BA, prefix, steps=step - 1)
             active_BA, current_BA, running_BA = (t.gather(1, keep_BA) for t in (active_BA, current_BA, running_BA))
-            if allowed is not None:
-                nodes_BA = nodes_BA.gather(1, keep_BA.cpu())
+            nodes_BA = nodes_BA.gather(1, keep_BA.cpu()) if nodes_BA is not None else None
         mask = branch_mask(prefix, active_BA.shape[1], step, device=tokens.device)
         logits_BAV = model.step(current_BA, prefix + step - 1, mask, cache)
-        if allowed is None:
-            prob_BA, current_BA = likeliest_(logits_BAV, temperature)
+        if classes is not None and nodes_BA is not None:
+            prob_BA, current_BA, nodes_BA = classes.likeliest(logits_BAV.div_(temperature), nodes_BA)
         else:
-            prob_BA, current_BA, nodes_BA = allowed.likeliest(logits_BAV.div_(temperature), nodes_BA)
+            prob_BA, current_BA = likeliest_(logits_BAV, temperature)
         current_BA = current_BA.where(running_BA, delimiter)
         tokens_BKL[:, :, step].scatter_(1, active_BA, current_BA)
         probs_BKL[:, :, step].scatter_(1, active_BA, prob_BA.where(running_BA, 1.0))
@@ -144,9 +175,9 @@ def first_tokens(
 
 
 def likeliest_(logits: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Probability and id of the likeliest token, each [...] of logits [..., V], which are overwritten.
+    """Probability and id of the likeliest token, each [...]; overwrites the logits [..., V].
 
-    For a hundred branches they are larger than a core's cache: every pass over them, and every copy, counts.
+    For a hundred branches the logits exceed a core's cache, so every pass over them and every copy costs time.
     """
     if temperature != 1.0:
         logits.div_(temperature)
@@ -155,7 +186,7 @@ def likeliest_(logits: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor
 
 
 def finished(tokens_BKL: Tensor, probs_BKL: Tensor, delimiter: int) -> Samples:
-    """Samples of labels grown to L - 1 tokens at most and a delimiter, as long as the longest of them."""
+    """Samples of labels that grew in L columns, the last of which is a delimiter; cut to the longest label."""
     lengths_BK = (tokens_BKL == delimiter).int().argmax(dim=-1)
     longest = int(lengths_BK.max()) + 1 if lengths_BK.numel() else 0
     cut_BK = lengths_BK == tokens_BKL.shape[-1] - 1
@@ -163,7 +194,7 @@ def finished(tokens_BKL: Tensor, probs_BKL: Tensor, delimiter: int) -> Samples:
 
 
 def _keep_branches(cache: DynamicCache, keep_BA: Tensor, prefix: int, steps: int) -> None:
-    """Drop all other branches' keys and values. The cache's row is ``prefix · step 1 · … · step n``."""
+    """Remove all other branches' keys and values from the cache, whose row is ``prefix · step 1 · … · step n``."""
     if steps == 0:
         return
     for layer in cache.layers:

@@ -1,41 +1,27 @@
-"""The samplers by name: one image batch in, labels with their tokens' probabilities out."""
+"""The samplers by name: a batch of images in, labels with their tokens' probabilities out."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
 from nxtp.config import to_dataclass
-from nxtp.errors import UserError, at_least, nearest
+from nxtp.errors import UserError, nearest
 from nxtp.model.model import Model
 from nxtp.model.tokenizer import LabelTokenizer
 from nxtp.sampling.autoregressive import BeamConfig, GreedyConfig, beam, greedy, split_labels
-from nxtp.sampling.closed_vocabulary import Allowed
+from nxtp.sampling.closed_vocabulary import Vocabulary
 from nxtp.sampling.exact import ExactConfig, exact
-from nxtp.sampling.one_shot import MAX_LABEL_TOKENS, Samples, one_shot
+from nxtp.sampling.one_shot import OneShotConfig, SamplerConfig, Samples, one_shot
 
-
-@dataclass
-class OneShotConfig:
-    """
-    ``max_tokens``   a label is cut there
-    ``temperature``  logits are divided by it: the same labels, other probabilities
-    """
-
-    max_tokens: int = MAX_LABEL_TOKENS
-    temperature: float = 1.0
-
-    def __post_init__(self):
-        at_least("sampler.max_tokens", self.max_tokens, 1)
-        if self.temperature <= 0:
-            raise UserError(f"sampler.temperature is {self.temperature}: above 0, please.")
-
-
-SAMPLERS = {"one_shot": OneShotConfig, "greedy": GreedyConfig, "beam": BeamConfig, "exact": ExactConfig}
-SamplerConfig = OneShotConfig | GreedyConfig | BeamConfig | ExactConfig
+SAMPLERS: dict[str, type[SamplerConfig]] = {
+    "one_shot": OneShotConfig,
+    "greedy": GreedyConfig,
+    "beam": BeamConfig,
+    "exact": ExactConfig,
+}
 
 
 def sampler_config(choice: str | Mapping[str, Any] | SamplerConfig = "one_shot") -> SamplerConfig:
@@ -44,7 +30,7 @@ def sampler_config(choice: str | Mapping[str, Any] | SamplerConfig = "one_shot")
     Raises:
         UserError: an unknown sampler or setting; names the nearest.
     """
-    if isinstance(choice, tuple(SAMPLERS.values())):
+    if isinstance(choice, SamplerConfig):
         return choice
     settings = {"name": choice} if isinstance(choice, str) else dict(choice)
     name = settings.pop("name", "one_shot")
@@ -60,36 +46,32 @@ def sample(
     *,
     tokenizer: LabelTokenizer,
     top_k: int,
-    allowed: Allowed | None = None,
+    classes: Vocabulary | None = None,
 ) -> Samples:
     """Labels of a batch by any sampler.
 
     Args:
         images: uint8 [B, 3, S, S], or normalised floating point.
-        top_k: labels an image, of one-shot and exact search; greedy and beam search write as many as their text holds.
-        allowed: the only labels that may come out, of one-shot sampling.
+        top_k: labels per image for one-shot and exact search; greedy and beam search return all labels of their text.
+        classes: the only labels that may result, for one-shot sampling.
 
     Raises:
-        UserError: another sampler is to be held to the allowed labels.
+        UserError: ``classes`` with another sampler.
     """
-    if allowed is not None and not isinstance(config, OneShotConfig):
-        raise UserError("Only one-shot sampling can be held to given labels; classify gives their exact order.")
-    common = {
-        "prompt": tokenizer.prompt_ids,
-        "delimiter": tokenizer.delimiter_id,
-        "never_first": never_first(model, tokenizer),
-    }
-    if isinstance(config, OneShotConfig):
-        settings = {"max_tokens": config.max_tokens, "temperature": config.temperature, "allowed": allowed}
-        return one_shot(model, images, top_k=top_k, **settings, **common)
+    if classes is not None and not isinstance(config, OneShotConfig):
+        raise UserError("Only one-shot sampling can be restricted to classes; `classify` ranks classes exactly.")
+    delimiter = tokenizer.delimiter_id
+    common = {"prompt": tokenizer.prompt_ids, "delimiter": delimiter, "never_first": never_first(model, tokenizer)}
     if isinstance(config, ExactConfig):
         return exact(model, images, config, top_k=top_k, **common)
     if isinstance(config, BeamConfig):
         eos = tokenizer.tokenizer.eos_token_id
         text = beam(model, images, config, eos=eos if eos != tokenizer.bos_id else None, **common)
-    else:
-        text = greedy(model, images, config, **common)
-    return split_labels(*text, tokenizer.delimiter_id, config.max_tokens)
+        return split_labels(*text, delimiter, config.max_tokens)
+    if isinstance(config, GreedyConfig):
+        return split_labels(*greedy(model, images, config, **common), delimiter, config.max_tokens)
+    settings = {"max_tokens": config.max_tokens, "temperature": config.temperature}
+    return one_shot(model, images, top_k=top_k, classes=classes, **settings, **common)
 
 
 def never_first(model: Model, tokenizer: LabelTokenizer) -> Sequence[int]:

@@ -81,7 +81,7 @@ TRAINS = {
 
 
 @pytest.mark.parametrize("objective", ["matched", "published"])
-@pytest.mark.parametrize("trains", list(TRAINS))
+@pytest.mark.parametrize("trainable", list(TRAINS))
 def test_only_what_trains_costs_backward(trainable, objective):
     model = meta_model(tiny_config(), None, TRAINS[trainable])
     formula, counter = by_formula(model, objective), counted(model, objective)
@@ -108,7 +108,7 @@ def test_other_decoders(fields):
     assert tuple(by_formula(model)) == pytest.approx(tuple(counted(model)), rel=1e-2)
 
 
-@pytest.mark.parametrize("trains", ["all", "last blocks", "encoder frozen"])
+@pytest.mark.parametrize("trainable", ["all", "last blocks", "encoder frozen"])
 @pytest.mark.parametrize(
     "encoder",
     [

@@ -168,7 +168,7 @@ def test_hidden_states_of_real_tokens_do_not_see_padding(model):
 
 
 @pytest.mark.parametrize(
-    "trains",
+    "trainable",
     [
         TrainableConfig(),
         TrainableConfig(encoder=1, embedding=False),

@@ -139,16 +139,16 @@ def test_clip_text_as_the_metrics_encoder(clip):
 
 
 @pytest.mark.parametrize(
-    ("source", "told"),
+    ("source", "message"),
     [
         ("ViT-L14/openai", "Did you mean 'ViT-L-14'"),
         ("ViT-L-14/opnai", "Did you mean 'openai'"),
         ("ViT-L-14:/nowhere.pt", "No CLIP weights at '/nowhere.pt'"),
-        ("ViT-L-14", "say ViT-L-14/TAG"),
+        ("ViT-L-14", "use ViT-L-14/TAG"),
     ],
 )
-def test_a_clip_that_is_not_there_is_named(source, told):
-    with pytest.raises(UserError, match=told):
+def test_a_clip_that_is_not_there_is_named(source, message):
+    with pytest.raises(UserError, match=message):
         Clip(source)
 
 
