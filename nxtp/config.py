@@ -13,7 +13,12 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar, cast
 
 from omegaconf import DictConfig, OmegaConf, open_dict
-from omegaconf.errors import InterpolationToMissingValueError, MissingMandatoryValue, OmegaConfBaseException
+from omegaconf.errors import (
+    InterpolationToMissingValueError,
+    MissingMandatoryValue,
+    OmegaConfBaseException,
+    ValidationError,
+)
 
 from nxtp.errors import UserError, nearest
 from nxtp.runs.secrets import refuse_secrets
@@ -226,8 +231,9 @@ def to_dataclass(cls: type[T], node: Any, where: str) -> T:
         return cast(T, OmegaConf.to_object(merged))
     except OmegaConfBaseException as error:
         key = str(error.full_key or error.key)
-        if error.parent_node is not None and error.key is not None and error.key not in error.parent_node:
-            raise UserError(f"No key '{where}.{key}'.{nearest(str(error.key), error.parent_node)}") from error
+        known = error.parent_node
+        if known is not None and error.key not in known and not isinstance(error, ValidationError):
+            raise UserError(f"No key '{where}.{key}'.{nearest(str(error.key), known)}") from error
         raise UserError(f"{where}.{key}: {str(error).splitlines()[0]}") from error
 
 

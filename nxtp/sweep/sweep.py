@@ -1,4 +1,4 @@
-"""Sweeps: which runs there are, what each is called, and how one is run: as a process of its own."""
+"""Sweeps: which runs a command asks for, what each is called, and how one runs: in a process of its own."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import hydra
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
@@ -23,6 +23,7 @@ from hydra.core.override_parser.types import Override
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+import nxtp.sweep.search.plugin  # noqa: F401  registers hydra/sweeper=optuna
 from nxtp.config import conf_dir, quoted, with_override
 from nxtp.errors import UserError
 from nxtp.runs.record import read_record
@@ -32,22 +33,22 @@ from nxtp.sweep.study import GROUP
 
 log = logging.getLogger("nxtp")
 
-LOG = "log.txt"  # what a run of several at a time prints
-LONGEST_NAME = 180  # bytes; a file name has at most 255, and others are made from it
+LOG = "log.txt"  # a run's output, where several run at the same time
+LONGEST_NAME = 180  # bytes; a file name has at most 255, and longer ones are derived from it
 FORWARDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """What a configuration with axes asks for.
+    """The runs that a configuration with axes specifies.
 
-    ``study``      its name
-    ``directory``  where its runs lie
-    ``points``     the overrides of each run that differ; none where a sweeper of another kind decides as it goes
-    ``fixed``      keys on the command line that are no axis
+    ``name``       its name
+    ``directory``  contains a directory for each run
+    ``points``     for each run, the overrides of the axes; none where the sweeper chooses the runs one after the other
+    ``fixed``      keys on the command line that are not an axis
     """
 
-    study: str
+    name: str
     directory: Path
     points: list[list[str]]
     fixed: list[str]
@@ -56,89 +57,89 @@ class Sweep:
     def of(cls, cfg: DictConfig) -> Sweep:
         """
         Args:
-            cfg: a composed configuration with its node ``hydra``, as Hydra hands it to a sweeper.
+            cfg: a composed configuration with its node ``hydra``, as Hydra passes it to a sweeper.
         """
         params = {str(k): v for k, v in (cfg.hydra.sweeper.get("params") or {}).items()}
-        given = parse(cfg.hydra.overrides.task)
-        axes = [*params, *(o.get_key_element() for o in given if o.is_sweep_override())]
+        overrides = parse(cfg.hydra.overrides.task)
+        axes = [*params, *(o.get_key_element() for o in overrides if o.is_sweep_override())]
         if "name" in axes:
             raise UserError("name=…: a sweep has one name, that of its directory; its runs are named by what differs.")
         points: list[list[str]] = []
         if cfg.hydra.sweeper._target_.endswith("BasicSweeper"):
-            overrides = [*parse(f"{k}={v}" for k, v in params.items()), *given]
-            (grid,) = BasicSweeper.split_arguments(overrides, None)
+            (grid,) = BasicSweeper.split_arguments([*parse(f"{k}={v}" for k, v in params.items()), *overrides], None)
             points = [[o for o in point if o.split("=", 1)[0] in axes] for point in grid]
-        fixed = [o.key_or_group for o in given if o.get_key_element() not in axes]
+        fixed = [o.key_or_group for o in overrides if o.get_key_element() not in axes]
         return cls(str(cfg.name), Path(cfg.hydra.sweep.dir), points, fixed)
 
     @classmethod
-    def asked_for(cls, command: str, argv: Sequence[str]) -> Sweep | None:
+    def of_command(cls, command: str, argv: Sequence[str]) -> Sweep | None:
         """The sweep that ``argv`` asks for; None if it asks for one run, or for help."""
-        asked = get_args_parser().parse_args(argv)
-        keys = {o.key_or_group: o for o in parse(asked.overrides)}
-        several = asked.multirun or GROUP in keys
-        if not several or any((asked.help, asked.hydra_help, asked.cfg, asked.info)):
+        arguments = get_args_parser().parse_args(argv)
+        keys = {o.key_or_group: o for o in parse(arguments.overrides)}
+        is_help = any((arguments.help, arguments.hydra_help, arguments.cfg, arguments.info))
+        if is_help or not (arguments.multirun or GROUP in keys):
             return None
-        settled = [o.input_line for o in keys.values() if not o.is_sweep_override()]
-        if asked.config_dir:
-            settled.append(f"hydra.searchpath=[study://,{quoted('file://' + os.path.abspath(asked.config_dir))}]")
+        single = [o.input_line for o in keys.values() if not o.is_sweep_override()]
+        if arguments.config_dir:
+            directory = quoted("file://" + os.path.abspath(arguments.config_dir))
+            single.append(f"hydra.searchpath=[study://,{directory}]")
         with hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):
-            cfg = hydra.compose(command, settled, return_hydra_config=True)
+            cfg = hydra.compose(command, single, return_hydra_config=True)
             if cfg.hydra.mode is RunMode.RUN:
                 return None
             with open_dict(cfg):
-                task = [o for o in asked.overrides if not o.lstrip("+~").startswith(("hydra.", "hydra/"))]
+                task = [o for o in arguments.overrides if not o.lstrip("+~").startswith(("hydra.", "hydra/"))]
                 cfg.hydra.overrides.task = task
             refuse_secrets(OmegaConf.to_container(cfg, resolve=False))
-            refuse_secrets(settled)
+            refuse_secrets(single)
             sweep = cls.of(cfg)
-            if sweep.points:  # a misspelt axis is reported before Hydra writes anything
-                hydra.compose(command, [*settled, *sweep.points[0]])
+            if sweep.points:  # report a misspelt axis before Hydra writes anything
+                hydra.compose(command, [*single, *sweep.points[0]])
         return sweep
 
     @property
     def runs(self) -> list[str]:
         """Their names, in order."""
-        return [file_name(",".join(sorted(point))) for point in self.points]
+        return [run_name(point) for point in self.points]
 
     def require_finished(self) -> None:
         """
         Raises:
-            UserError: runs failed or left no record; names the first few, and why.
+            UserError: runs have failed or left no record; the message has the first few, and why.
         """
-        whys = {}
+        reasons = {}
         for run in self.runs:
             record = read_record(self.directory / run)
             if record is None or record["status"] != "finished":
-                whys[run] = "left no record" if record is None else record.get("error") or record["status"]
-        if whys:
-            told = "".join(f"\n  {run}: {why}" for run, why in list(whys.items())[:5])
-            more = f"\n  and {len(whys) - 5} more" if len(whys) > 5 else ""
-            count = f"{len(whys)} of {len(self.runs)} runs have not finished"
-            raise UserError(f"{count}; the same command takes them up again.{told}{more}")
+                reasons[run] = "left no record" if record is None else record.get("error") or record["status"]
+        if reasons:
+            count = f"{len(reasons)} of {len(self.runs)} runs have not finished"
+            raise UserError(f"{count}; the same command resumes them.{first_lines(reasons)}")
 
 
-class Sweeper:
-    """Sweeps of ``nxtp <command>``, for :func:`nxtp.config.compose_and_run`."""
+class ProcessSweepRunner:
+    """Sweeps of ``nxtp <command>``, each run a process of its own: a :class:`nxtp.config.SweepRunner`."""
 
     def __init__(self, command: str):
         self.command = command
         self.sweep: Sweep | None = None
 
     def prepare(self, argv: list[str]) -> list[str]:
-        self.sweep = Sweep.asked_for(self.command, argv)
+        self.sweep = Sweep.of_command(self.command, argv)
         if self.sweep is None:
             return argv
         fixed = ",".join(quoted(key) for key in self.sweep.fixed)
         return with_override(f"hydra.job.config.override_dirname.exclude_keys=[{fixed}]", argv)
 
     def run(self, function: Callable[[DictConfig], Any], cfg: DictConfig) -> Any:
-        if not is_scheduled():
-            return run_apart(self.command, cfg, self.sweep.runs if self.sweep else [])
-        name_run(cfg)
-        return function(cfg)
+        with open_dict(cfg):
+            cfg.sweep, cfg.name = cfg.name, Path(HydraConfig.get().runtime.output_dir).name
+        if is_scheduled():
+            return function(cfg)
+        return run_in_process(self.command, cfg, self.sweep.runs if self.sweep else [])
 
     def finish(self) -> None:
+        assert self.sweep is not None
         self.sweep.require_finished()
 
 
@@ -146,66 +147,65 @@ def parse(overrides: Iterable[str]) -> list[Override]:
     return OverridesParser.create().parse_overrides(list(overrides))
 
 
-def file_name(differs: str) -> str:
-    """What differs, as the name of a directory. One that is very long is cut, and ends in its hash.
+def first_lines(reasons: dict[str, str], count: int = 5) -> str:
+    """A line for each of the first few runs, with the reason, and how many more there are."""
+    more = f"\n  and {len(reasons) - count} more" if len(reasons) > count else ""
+    return "".join(f"\n  {run}: {reason}" for run, reason in list(reasons.items())[:count]) + more
+
+
+def run_name(point: Iterable[str]) -> str:
+    """The directory of a run of a sweep, by the overrides that distinguish it: as Hydra makes it of conf/."""
+    return file_name(",".join(sorted(point)))
+
+
+def file_name(overrides: str) -> str:
+    """Overrides as the name of a directory. A very long one is cut, and ends in its hash.
 
     >>> file_name("model/encoder=vit_tiny,seed=0")
     'model.encoder=vit_tiny,seed=0'
     """
-    name = differs.replace("/", ".")
+    name = overrides.replace("/", ".")
     if len(name.encode()) > LONGEST_NAME:
         start = name.encode()[: LONGEST_NAME // 2].decode(errors="ignore")
         name = f"{start}…{hashlib.sha256(name.encode()).hexdigest()[:16]}"
     return name or "run"
 
 
-def run_apart(command: str, cfg: DictConfig, runs: list[str]) -> float | None:
-    """One of a sweep's ``runs`` by `nxtp COMMAND` in a process of its own, which may start further ones (DDP).
+def run_in_process(command: str, cfg: DictConfig, runs: list[str]) -> float | None:
+    """Run one of a sweep's ``runs`` as `nxtp COMMAND` in a process of its own, which may start further ones (DDP).
 
-    A process that is killed, or runs out of memory, takes no other run with it. Under SLURM the tasks of a job are the
-    processes (see :func:`is_scheduled`): there the caller runs it itself.
+    A run that is killed, or runs out of memory, takes no other run with it. Under SLURM the tasks of a job are the
+    processes (:func:`is_scheduled`): there the caller runs it itself.
 
     Returns:
         The metric that its record monitors, for sweepers.
 
     Raises:
         UserError: the run failed.
-        SystemExit: it was told to stop, has saved itself, and so ends the sweep.
+        SystemExit: this process was asked to stop; the run has saved its state, and the sweep ends.
     """
     hydra = HydraConfig.get()
     out = Path(hydra.runtime.output_dir)
-    name_run(cfg)
-    place = f"{hydra.job.num + 1}/{len(runs)}  " if runs else ""
+    log.info("%s", f"{hydra.job.num + 1}/{len(runs)}  {out.name}" if runs else f"run {hydra.job.num + 1}  {out.name}")
     if is_finished(out, OmegaConf.to_container(cfg, resolve=True)):
-        log.info("%s%s: finished before", place, out.name)
+        log.info("%s: finished before", out.name)
         return _objective(out)
-    log.info("%s%s", place, out.name)
     arguments = list(hydra.overrides.task)
     for source in hydra.runtime.config_sources:
         arguments += ["--config-dir", source.path] if source.provider == "command-line" else []
+    arguments += [f"name={quoted(out.name)}", f"sweep={quoted(cfg.sweep)}"]
+    arguments += ["hydra.mode=RUN", f"hydra.run.dir={quoted(os.path.relpath(out))}"]
     alone = _one_at_a_time()
-    with output(None if alone else out / LOG) as where:
-        child = start(command, arguments, out, cfg.sweep, where)
-        with forwarding([child]) as told_to_stop:
+    with nullcontext() if alone else (out / LOG).open("ab") as output:
+        child = subprocess.Popen([sys.executable, "-m", "nxtp", command, *arguments], stdout=output, stderr=output)
+        with forwarding(child) as signals:
             code = child.wait()
-    if told_to_stop and code != 0:
-        sys.exit(128 + told_to_stop[0])
+    if signals and code != 0:
+        sys.exit(128 + signals[0])
     if code != 0:
-        told = "" if alone else f"; see {os.path.relpath(out / LOG)}"
-        by = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"failed with exit code {code}"
-        raise UserError(f"{out.name} {by}{told}")
+        end = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"failed with exit code {code}"
+        raise UserError(f"{out.name} {end}" + ("" if alone else f"; see {os.path.relpath(out / LOG)}"))
     return _objective(out)
-
-
-def start(command: str, arguments: list[str], out: Path, sweep: str, where: IO | None) -> subprocess.Popen:
-    """The process of a run: `nxtp COMMAND` with Hydra's ``arguments``, in the directory ``out`` of ``sweep``.
-
-    Args:
-        where: what it prints goes there; None: to the terminal.
-    """
-    own = [f"name={quoted(out.name)}", f"sweep={quoted(sweep)}"]
-    own += ["hydra.mode=RUN", f"hydra.run.dir={quoted(os.path.relpath(out))}"]
-    return subprocess.Popen([sys.executable, "-m", "nxtp", command, *arguments, *own], stdout=where, stderr=where)
 
 
 def _objective(run_dir: Path) -> float | None:
@@ -214,7 +214,7 @@ def _objective(run_dir: Path) -> float | None:
 
 
 def is_scheduled() -> bool:
-    """Whether a scheduler has started this run's processes, one a GPU."""
+    """Whether a scheduler has started this run's processes, one per GPU."""
     if _one_at_a_time():
         return False
     from lightning.fabric.plugins.environments import SLURMEnvironment
@@ -226,44 +226,26 @@ def _one_at_a_time() -> bool:
     return HydraConfig.get().launcher._target_.endswith("BasicLauncher")
 
 
-def name_run(cfg: DictConfig) -> None:
-    """Give a run of a sweep, computed by the sweep's own process, the names it has in one of its own."""
-    with open_dict(cfg):
-        cfg.sweep, cfg.name = cfg.name, Path(HydraConfig.get().runtime.output_dir).name
-
-
 @contextmanager
-def output(path: Path | None) -> Iterator[IO | None]:
-    """A file to append to; None, the terminal, without a path."""
-    if path is None:
-        yield None
-        return
-    with path.open("ab") as file:
-        yield file
-
-
-@contextmanager
-def forwarding(children: Collection[subprocess.Popen]) -> Iterator[list[int]]:
-    """Signals that ask this process to leave are its children's: they save themselves. Ctrl-C reaches them by the
-    terminal.
+def forwarding(child: subprocess.Popen) -> Iterator[list[int]]:
+    """Forward signals that ask this process to stop: the child saves its state. The terminal sends it Ctrl-C itself.
 
     Yields:
         The signals that came.
     """
-    came: list[int] = []
+    signals: list[int] = []
 
     def forward(number: int, frame: object) -> None:
-        came.append(number)
-        for child in list(children):
-            if number != signal.SIGINT and child.poll() is None:
-                child.send_signal(number)
+        signals.append(number)
+        if number != signal.SIGINT and child.poll() is None:
+            child.send_signal(number)
 
     try:
         before = {number: signal.signal(number, forward) for number in (*FORWARDED, signal.SIGINT)}
     except ValueError:  # not the main thread: its parent gets the signals
         before = {}
     try:
-        yield came
+        yield signals
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -1,16 +1,16 @@
 """nxtp report: records of runs → results.csv, table and plot."""
 
 import json
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import wandb
 from click.testing import CliRunner
 
 from nxtp.errors import UserError
 from nxtp.sweep.report import records as rec
-from nxtp.sweep.report.command import differing, generated, report
+from nxtp.sweep.report.command import differing, of_folder, report
 from nxtp.sweep.report.spec import Spec
 
 EXPERIMENTS = Path(__file__).resolve().parents[2] / "experiments"
@@ -200,7 +200,7 @@ def test_no_json_and_nan_are_told_and_blank(study):
     done = run(study)
     assert done.exit_code == 0
     assert "val/recall@10 is nan; left blank" in done.stderr
-    assert "half/run.json: is no JSON" in done.stderr
+    assert "half/run.json: not JSON" in done.stderr
     assert "| laptop | 3 | first |  |  | 100 |" in (study / "README.md").read_text()
     assert "NaN" not in (study / "records.jsonl").read_text()
 
@@ -221,8 +221,8 @@ def test_only_published_values_are_shown_and_nothing_at_all_fails(study):
         ("colums: {}", "Did you mean 'columns'"),
         (SPEC.replace("lines: which", "lines: whch"), "Did you mean 'which'"),
         (SPEC.replace("lines: which", "line: which"), "Did you mean 'lines'"),
-        (SPEC.replace("value: 0.731", "value: much"), "not a number"),
-        ("- a list", "should be a mapping"),
+        (SPEC.replace("value: 0.731", "value: much"), "could not be converted to Float"),
+        ("- a list", "must be a mapping"),
     ],
 )
 def test_report_yaml_is_checked(tmp_path, content, told):
@@ -240,32 +240,63 @@ def test_any_directory_of_runs(study):
     assert (directory / "plot.svg").is_file()
 
 
+class FakeRun:
+    """Of a run of wandb.Api what is read: its files."""
+
+    def __init__(self, name, content):
+        self.name, self.id, self.content = name, f"id-{name}", content
+
+    def files(self, names):
+        return [SimpleNamespace(name="run.json")] if names == ["run.json"] and self.content is not None else []
+
+    def file(self, name):
+        def download(root, replace):
+            (Path(root) / name).write_text(self.content)
+            return (Path(root) / name).open()
+
+        return SimpleNamespace(download=download)
+
+
 def test_records_from_wandb(study, monkeypatch):
-    asked = []
-    stand_in = SimpleNamespace(wandb_records=lambda project: asked.append(project) or [record(4), {"name": "x"}])
-    monkeypatch.setitem(sys.modules, "nxtp.train.callbacks.tracking", stand_in)
+    runs = [FakeRun("a", json.dumps(record(4))), FakeRun("b", None), FakeRun("c", '{"name": '), FakeRun("d", "{}")]
+    monkeypatch.setattr(wandb, "Api", lambda: SimpleNamespace(runs={"me/mine": runs}.__getitem__))
+    monkeypatch.setattr("nxtp.runs.secrets.has_key", lambda: True)
     done = run(study, "--wandb", "me/mine")
-    assert asked == ["me/mine"]
-    assert "me/mine, run 2: an older format" in done.stderr
     assert "| laptop | 4 | first |" in (study / "README.md").read_text()
+    assert "note: me/mine, run 'b' (id-b): no run.json; skipped" in done.stderr
+    assert "note: me/mine, run 'c' (id-c): not JSON" in done.stderr
+    assert "note: me/mine, run 'd' (id-d): an older format" in done.stderr
 
 
-def complaints(folder):
-    told = []
-    records = rec.of_study(rec.read_lines(folder / "records.jsonl", told.append), folder.name, told.append)
-    return told + differing(folder, generated(folder, records)[0])
+def test_a_wandb_project_needs_a_key_and_must_exist(monkeypatch):
+    monkeypatch.setattr("nxtp.runs.secrets.has_key", lambda: False)
+    with pytest.raises(UserError, match="needs a key"):
+        rec.from_wandb("us/nxtp")
+
+    def runs(project):
+        raise wandb.errors.CommError("not found")
+
+    monkeypatch.setattr("nxtp.runs.secrets.has_key", lambda: True)
+    monkeypatch.setattr(wandb, "Api", lambda: SimpleNamespace(runs=runs))
+    with pytest.raises(UserError, match="'us/nxtp' cannot be read: not found"):
+        rec.from_wandb("us/nxtp")
 
 
-def test_committed_studies_are_as_their_records_say():
+def complaints(folder, capsys):
+    records = rec.of_study(rec.read_lines(folder / "records.jsonl"), folder.name)
+    return capsys.readouterr().err.splitlines() + differing(folder, of_folder(folder, records)[0])
+
+
+def test_committed_studies_are_as_their_records_say(capsys):
     """One test over all folders: there may be none with records yet."""
     folders = [p.parent for p in sorted(EXPERIMENTS.glob("*/records.jsonl"))]
-    assert {f.name: c for f in folders if (c := complaints(f))} == {}
+    assert {f.name: c for f in folders if (c := complaints(f, capsys))} == {}
 
 
 @pytest.mark.parametrize("name", ["results.csv", "plot.svg", "README.md"])
-def test_an_edited_file_of_a_study_is_noticed(study, name):
+def test_an_edited_file_of_a_study_is_noticed(study, name, capsys):
     run(study)
-    assert complaints(study) == []
+    assert complaints(study, capsys) == []
     path = study / name
     path.write_text(path.read_text().replace("0.6", "0.7") if name != "plot.svg" else "<svg/>")
-    assert complaints(study) == [name]
+    assert complaints(study, capsys) == [name]

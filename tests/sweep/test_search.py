@@ -1,24 +1,26 @@
-"""nxtp sweep search: ranges, trials that fail, are killed, pruned, known; and one search of real runs."""
+"""hydra/sweeper=optuna: ranges, trials that fail, are killed, pruned, known; and searches through Hydra."""
 
 import json
-import math
 import os
 import signal
+import stat
+import subprocess
 import sys
 import threading
+import time
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner
-from helpers import TINY_OVERRIDES, write_shards
+from helpers import TINY_OVERRIDES, nxtp_runs, write_shards
 
+from nxtp.config import compose_and_run
 from nxtp.errors import UserError
-from nxtp.runs.record import RunRecord, read_record
-from nxtp.sweep.search import trials as search_trials
-from nxtp.sweep.search.command import make_plan, require, search
+from nxtp.runs.record import read_record
+from nxtp.sweep import sweep
 from nxtp.sweep.search.space import split
-from nxtp.sweep.search.trials import Plan, Search
-from nxtp.sweep.sweep import parse
+from nxtp.sweep.search.trials import Search, locked
+from nxtp.sweep.sweep import ProcessSweepRunner, parse, run_name
 
 METRIC = "val/recall@10"
 
@@ -43,32 +45,268 @@ def here(tmp_path, monkeypatch):
         ("a=choice('x y',[1,2])", r"CategoricalDistribution(choices=('x\\ y', '[1,2]'))"),
     ],
 )
-def test_ranges_are_hydras(given, expected):
-    (axis,), fixed = split([given, "b=1"])
+def test_ranges_are_in_hydras_syntax(given, expected):
+    (axis,), fixed = split({}, [given, "b=1"])
     assert str(axis.distribution) == expected
     assert fixed == ["b=1"]
-    parse(axis.tries)  # Hydra reads them back
+    parse(axis.extremes)  # Hydra reads them back
+
+
+def test_the_command_line_replaces_ranges_of_the_configuration():
+    axes, fixed = split({"a": "interval(0,1)", "b": "1,2", "c": "3"}, ["b=7", "d=range(2)", "e=1"])
+    texts = {axis.key: axis.text for axis in axes}
+    assert texts == {"a": "interval(0,1)", "b": "7", "c": "3", "d": "range(2)"}
+    assert axes[1].extremes == ["b=7"]
+    assert fixed == ["e=1"]
 
 
 @pytest.mark.parametrize(
     ("given", "message"),
     [
         ("a=1", "no range"),
-        ("a=range(5,1)", r"a=range\(5,1\): holds nothing"),
+        ("a=range(5,1)", r"a=range\(5,1\): the range is empty"),
         ("a=range(1,5,0)", "step is 0"),
         ("a=interval(2,1)", r"low.*high"),
         ("a=tag(log,interval(0,1))", "low > 0"),
-        ("a=tag(log,choice(1,2))", "log is of an interval"),
+        ("a=tag(log,choice(1,2))", "log is for an interval"),
         ("a=tag(lgo,interval(1,2))", "unknown tag 'lgo'"),
         ("a=glob(*)", "name the choices"),
-        ("a=interval(1", "interval"),
-        ("name=x,y", "a search has one"),
-        ("hydra.verbose=true,false", "a search has one"),
     ],
 )
-def test_a_wrong_range_is_told(given, message):
+def test_a_wrong_range_is_an_error(given, message):
     with pytest.raises(UserError, match=message):
-        split([given])
+        split({}, [given])
+
+
+# Trials with a stand-in for the launcher
+
+
+class Runs:
+    """In place of a launcher: ``how`` returns a run's metric, or writes its record and returns None."""
+
+    def __init__(self, how):
+        self.how, self.started, self.batches = how, [], []
+
+    def __call__(self, points, first):
+        self.batches.append(len(points))
+        for point in points:
+            out = Path("runs/s", run_name(point))
+            self.started.append(out.name)
+            out.mkdir(parents=True, exist_ok=True)
+            result = self.how(out, **{k: float(v) for k, v in (o.split("=") for o in point)})
+            if result is not None:
+                record(out, status="finished", metrics={METRIC: result})
+
+
+def record(out: Path, **fields) -> None:
+    process = {"host": os.uname().nodename, "pid": os.getpid()}
+    (out / "run.json").write_text(
+        json.dumps({"process": process, "updated": datetime.now(UTC).isoformat(), "metrics": {}} | fields)
+    )
+
+
+def make(*axes: str, direction: str = "maximize", seed: int = 0, prune: bool = False, **config) -> Search:
+    found, _ = split({}, axes or ("x=interval(0,1)", "y=range(1,5)"))
+    return Search(Path("runs/s"), found, {"trainer": {}, **config}, METRIC, direction, seed=seed, prune=prune)
+
+
+@pytest.fixture(autouse=True)
+def directory(here):
+    (here / "runs/s").mkdir(parents=True)
+
+
+def told(name: str = "runs/s") -> dict:
+    return json.loads(Path(name, "search.json").read_text())
+
+
+def test_the_best_trial_is_found():
+    runs = Runs(lambda out, x, y: -((x - 0.3) ** 2) - (y - 2) ** 2)
+    search = make()
+    search.run(runs, 20)
+    search.require_finished()
+    assert len(runs.started) == 20
+    best = told()["best"]
+    assert best["value"] == max(t["value"] for t in told()["trials"])
+    assert best["params"]["y"] == 2
+    assert abs(best["params"]["x"] - 0.3) < 0.2
+    assert best["overrides"] == [f"x={best['params']['x']:.6g}", "y=2"]
+    assert best["run"] == ",".join(best["overrides"])
+    assert read_record(Path("runs/s", best["run"]))["metrics"][METRIC] == best["value"]
+
+
+def test_a_loss_is_minimized():
+    search = make("x=interval(0,1)", direction="minimize")
+    search.run(Runs(lambda out, x: x), 5)
+    assert told()["best"]["value"] == min(t["value"] for t in told()["trials"])
+
+
+def test_a_failed_trial_does_not_end_a_search():
+    def how(out, x, y):
+        if y == 1:
+            record(out, status="failed", error="no such block")
+        elif y == 2:
+            record(out, status="finished")  # NaN: RunRecord drops it
+        else:
+            return x
+
+    runs = Runs(how)
+    search = make()
+    search.run(runs, 12)
+    search.require_finished()
+    assert len(runs.started) == 12
+    ends = {(t["params"]["y"], t["state"], t["error"]) for t in told()["trials"]}
+    assert ends == {
+        (1, "failed", "no such block"),
+        (2, "failed", f"measured no finite {METRIC}"),
+        (3, "complete", None),
+        (4, "complete", None),
+    }
+    finished = sum(t["state"] == "complete" for t in told()["trials"])
+    make().run(runs, 12)  # as many more as have failed
+    assert len(runs.started) == 12 + 12 - finished
+
+
+def test_if_all_fail_it_is_an_error():
+    search = make("x=interval(0,1)")
+    search.run(Runs(lambda out, x: record(out, status="failed", error="no GPU")), 2)
+    with pytest.raises(UserError, match=r"No trial is complete.\n  x=0.\d+: no GPU\n  x="):
+        search.require_finished()
+
+
+def test_a_killed_trial_is_resumed_and_the_search_goes_on_as_if_it_had_not_been():
+    whole = Runs(lambda out, x, y: x * y)
+    make(seed=3).run(whole, 14)
+    Path("runs/s").rename("runs/whole")
+    Path("runs/s").mkdir()
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+
+    def killed(out, x, y):
+        if len(runs.started) in (3, 13):
+            record(out, status="running", process={"host": os.uname().nodename, "pid": gone.pid})
+            return None
+        if len(runs.started) == 14:
+            raise SystemError("the search itself dies")
+        return x * y
+
+    runs = Runs(killed)
+    search = make(seed=3)
+    search.run(runs, 3)
+    with pytest.raises(UserError, match=r"1 trials have not finished; the same command resumes(.|\n)*: killed"):
+        search.require_finished()
+    make(seed=3).run(runs, 12)
+    with pytest.raises(SystemError):
+        make(seed=3).run(runs, 13)
+    search = make(seed=3)
+    search.run(runs, 14)
+    search.require_finished()
+    assert list(dict.fromkeys(runs.started)) == whole.started
+    again = [name for name in whole.started if runs.started.count(name) > 1]
+    assert again == [whole.started[2], whole.started[11]]
+    assert runs.started.count(whole.started[11]) == 3
+    complete = [t for t in told()["trials"] if t["state"] == "complete"]
+    assert sorted(t["run"] for t in complete) == sorted(whole.started)
+    assert told()["best"]["run"] == told("runs/whole")["best"]["run"]
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_known_values_are_not_run_again(jobs):
+    runs = Runs(lambda out, x, y: x + y)
+    make("x=1,2", "y=1,2").run(runs, 12, jobs)
+    assert len(runs.started) == len(set(runs.started)) <= 4
+    assert [t["value"] for t in told()["trials"]] == [sum(map(int, t["params"].values())) for t in told()["trials"]]
+    assert len(told()["trials"]) == 12
+
+
+def test_several_trials_per_batch():
+    runs = Runs(lambda out, x: x)
+    make("x=interval(0,1)").run(runs, 5, 2)
+    assert runs.batches == [2, 2, 1]
+    assert len(set(runs.started)) == 5
+    assert {t["state"] for t in told()["trials"]} == {"complete"}
+
+
+def test_a_trial_below_the_median_is_pruned(monkeypatch):
+    stopped = threading.Event()
+    before = signal.signal(signal.SIGTERM, lambda *_: stopped.set())  # the records name this process
+
+    def how(out, x):
+        weak = len(runs.started) == 7
+        record(out, status="running", validated=10, metrics={METRIC: 0.1 if weak else 0.5})
+        end = time.monotonic() + 30
+        while time.monotonic() < end and not stopped.is_set():
+            if not weak and told_steps() == [10]:
+                break
+            time.sleep(0.005)
+        if weak:
+            assert stopped.is_set()
+            record(out, status="interrupted", validated=10, metrics={METRIC: 0.1})
+            stopped.clear()
+            return None
+        record(out, status="finished", validated=10, metrics={METRIC: 0.6})
+        return None
+
+    def told_steps() -> list[int]:
+        return list(search.trials[-1].intermediate)
+
+    monkeypatch.setattr(Search, "poll_s", 0.01)
+    runs = Runs(how)
+    try:
+        search = make("x=interval(0,1)", prune=True)
+        search.run(runs, 8)
+        search.require_finished()
+        assert [t["state"] for t in told()["trials"]] == ["complete"] * 6 + ["pruned", "complete"]
+        make("x=interval(0,1)", prune=True).run(runs, 8)
+        assert len(runs.started) == 8  # it counts
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_a_search_with_other_settings_is_refused():
+    runs = Runs(lambda out, x: x)
+    make("x=interval(0,1)", seed=0, lr=0).run(runs, 1)
+    for other, changed in [
+        (dict(lr=1), "lr"),
+        (dict(lr=0, direction="minimize"), "direction"),
+        (dict(lr=0, trainer={"max_steps": 5}), "its trainer.max_steps"),
+    ]:
+        with pytest.raises(UserError, match=rf"contains a search with other settings \({changed}\)"):
+            make("x=interval(0,1)", **other)
+    with pytest.raises(UserError, match=r"other settings \(ranges.x\)"):
+        make("x=interval(0,2)", lr=0)
+    make("x=interval(0,1)", lr=0, logger="wandb").run(runs, 2)
+    assert len(runs.started) == 2
+
+
+def test_a_directory_in_use_is_refused():
+    runs = Runs(lambda out, x: None)
+    directory = Path("runs/s")
+    with locked(directory):
+        make("x=interval(0,1)").run(runs, 1)
+        with pytest.raises(UserError, match="Another process searches"), locked(directory):
+            pass
+    record(directory / runs.started[0], status="running")  # by this process
+    with locked(directory), pytest.raises(UserError, match=f"still runs, process {os.getpid()}"):
+        make("x=interval(0,1)").run(runs, 1)
+    (directory / "multirun.yaml").write_text("")
+    with pytest.raises(UserError, match="contains a sweep over a grid"), locked(directory):
+        pass
+    record(directory)
+    with pytest.raises(UserError, match="contains a run"), locked(directory):
+        pass
+
+
+# Searches through Hydra
+
+OPTUNA = ("-m", "hydra/sweeper=optuna")
+
+
+def never(cfg):
+    raise AssertionError("a sweep's own process computes no run")
+
+
+def search_with(*arguments: str, command: str = "train") -> None:
+    compose_and_run(never, command, [*OPTUNA, *arguments], ProcessSweepRunner(command))
 
 
 @pytest.mark.parametrize(
@@ -76,321 +314,117 @@ def test_a_wrong_range_is_told(given, message):
     [
         (["optim.lrr=interval(0,1)"], "No configuration key 'optim.lrr'. Did you mean 'lr'"),
         (["optim.lr=interval(0,1)", "optim.waarmup=1"], "No configuration key 'optim.waarmup'"),
+        (["optim.lr=interval(1"], "interval"),
         (["model/encoder=choice(vit_tiny,resnet10)"], "Did you mean 'resnet10t'"),
         (["optim.lr=choice(0.1,high)"], "optim.lr: Value 'high'"),
         (["optim.lr=interval(0,1)", "name=???"], "'name' has no value"),
+        (["optim.lr=interval(0,1)", "name=x,y"], "a sweep has one name"),
+        (["optim.lr=interval(0,1)", "hydra.verbose=true,false"], "hydra.verbose"),
+        (["optim.lr=3"], "Nothing to search"),
+        (["optim.lr=interval(0,1)", "hydra.sweeper.metric=val/recal@10"], "no metric 'val/recal@10'. Did you mean"),
+        (["optim.lr=interval(0,1)", "hydra.sweeper.direction=up"], "hydra.sweeper.direction must be"),
+        (["optim.lr=interval(0,1)", "hydra.sweeper.n_trials=0"], "hydra.sweeper.n_trials must be ≥ 1, got 0"),
+        (["optim.lr=interval(0,1)", "hydra.sweeper.trials=3"], "No configuration key 'hydra.sweeper.trials'"),
         (
-            ["optim.lr=interval(0,1)", "--metric", "val/recal@10"],
-            "No metric 'val/recal@10'. Did you mean",
+            ["optim.lr=interval(0,1)", "hydra.sweeper.prune=true", "hydra.sweeper.metric=train/loss"],
+            "hydra.sweeper.prune: train/loss",
         ),
-        (["optim.lr=interval(0,1)", "--prune", "--metric", "train/loss"], "--prune: train/loss"),
     ],
 )
-def test_what_is_misspelt_is_told_before_anything_starts(here, arguments, message):
-    done = CliRunner().invoke(search, ["--trials", "2", "experiment=scenes", "name=x", *arguments])
-    assert isinstance(done.exception, UserError)
-    assert message in str(done.exception)
-    assert not (here / "runs").exists()
-
-
-def test_the_plan_is_that_of_the_configuration():
-    plan = make_plan(["experiment=scenes", "name=x", "optim.lr=interval(0,1)", "validation.top_k=5", "optim.lr=3"])
-    assert (plan.study, plan.directory) == ("x", Path("runs/x"))
-    assert (plan.metric, plan.direction) == ("val/recall@5", "maximize")
-    assert plan.fixed == ["experiment=scenes", "name=x", "validation.top_k=5"]
-    assert make_plan(["name=x", "optim.lr=interval(0,1)"]).direction == "minimize"  # no validation: train/loss
+def test_a_mistake_is_reported_before_anything_starts(here, arguments, message):
+    with pytest.raises(UserError) as error:
+        search_with("experiment=scenes", "name=x", *arguments)
+    assert message in str(error.value)
+    assert not (here / "runs/x").exists()
 
 
 def test_without_optuna_its_extra_is_named(monkeypatch):
-    monkeypatch.delitem(sys.modules, "nxtp.sweep.search.trials")
     monkeypatch.setitem(sys.modules, "optuna", None)
-    done = CliRunner().invoke(search, ["--trials", "2", "name=x", "optim.lr=interval(0,1)"])
-    assert str(done.exception) == "nxtp sweep search needs Optuna: pip install 'nxtp[search]'"
+    with pytest.raises(UserError, match=r"needs Optuna: pip install 'nxtp\[search\]'"):
+        search_with("name=x", "optim.lr=interval(0,1)")
 
 
-# Trials with a stand-in for the process that trains
+# In place of `nxtp train`: killed the first time at depth 2, else finishes with its depth as the metric.
+STAND_IN = """#!{python}
+import json, os, pathlib, re, signal, sys
+text = " ".join(sys.argv)
+out = pathlib.Path(re.search(r"hydra.run.dir='(.*?)'", text)[1])
+depth = re.search(r"decoder.depth=(\\d)", text)[1]
+with open("started.txt", "a") as file:
+    file.write(out.name + "\\n")
+if depth == "2" and not (out / "once").exists():
+    (out / "once").touch()
+    os.kill(os.getpid(), signal.SIGKILL)
+record = dict(status="finished", config={{}}, monitor="val/recall@5", metrics={{"val/recall@5": int(depth) / 10}})
+(out / "run.json").write_text(json.dumps(record))
+"""
 
 
-class Process:
-    """Of a run that has ended with ``code``; or, without one, goes on until it is told to stop."""
-
-    def __init__(self, code: int | None = 0):
-        self.code, self._ended = code, threading.Event()
-        if code is not None:
-            self._ended.set()
-
-    def poll(self):
-        return self.code
-
-    def wait(self, timeout=None):
-        if not self._ended.wait(timeout):
-            raise search_trials.subprocess.TimeoutExpired("nxtp", timeout)
-        return self.code
-
-    def send_signal(self, number):
-        self.code = 128 + number
-        self._ended.set()
-
-    def terminate(self):
-        self.send_signal(signal.SIGTERM)
-
-
-def values_of(arguments: list[str]) -> dict[str, float]:
-    return {k: float(v) for k, v in (a.split("=") for a in arguments if a[0] in "xy")}
-
-
-class Runs:
-    """In place of `nxtp train`: ``how`` gives a run's metric, or its process."""
-
-    def __init__(self, monkeypatch, how):
-        self.how, self.started = how, []
-        monkeypatch.setattr(search_trials, "start", self)
-
-    def __call__(self, command, arguments, out, sweep, where):
-        assert (command, sweep, out.is_dir()) == ("train", "s", True)
-        self.started.append(out.name)
-        result = self.how(out, **values_of(arguments))
-        if isinstance(result, Process):
-            return result
-        record(out, status="finished", metrics={METRIC: result})
-        return Process(0)
-
-
-def record(out: Path, **fields) -> None:
-    made = RunRecord(out.name, {}, [], 0, sweep="s")
-    for key, value in fields.items():
-        setattr(made, key, value)
-    made.write(out)
-
-
-def plan(*axes: str, direction: str = "maximize", **config) -> Plan:
-    found, fixed = split([*(axes or ("x=interval(0,1)", "y=range(1,5)")), "experiment=demo", "name=s"])
-    return Plan("s", Path("runs/s"), found, fixed, {"trainer": {}, **config}, METRIC, direction)
-
-
-def told(name: str = "runs/s") -> dict:
-    return json.loads(Path(name, "search.json").read_text())
-
-
-def test_the_best_trial_is_found(monkeypatch):
-    runs = Runs(monkeypatch, lambda out, x, y: -((x - 0.3) ** 2) - (y - 2) ** 2)
-    with Search(plan()) as done:
-        done.run(20)
-        require(done)
-    assert len(runs.started) == 20
-    best = told()["best"]
-    assert best["value"] == max(t["value"] for t in told()["trials"])
-    assert best["values"]["y"] == "2"
-    assert abs(float(best["values"]["x"]) - 0.3) < 0.2
-    assert best["overrides"] == ["experiment=demo", f"x={best['values']['x']}", "y=2"]
-    assert best["run"] == f"x={best['values']['x']},y=2"
-    assert read_record(Path("runs/s", best["run"]))["metrics"][METRIC] == best["value"]
-
-
-def test_a_loss_is_minimized(monkeypatch):
-    Runs(monkeypatch, lambda out, x: x)
-    with Search(plan("x=interval(0,1)", direction="minimize")) as done:
-        done.run(5)
-    assert told()["best"]["value"] == min(t["value"] for t in told()["trials"])
-
-
-def test_a_failed_trial_does_not_end_a_search(monkeypatch):
-    def how(out, x, y):
-        if y == 1:
-            record(out, status="failed", error="no such block")
-            return Process(1)
-        return math.nan if y == 2 else x
-
-    runs = Runs(monkeypatch, how)
-    with Search(plan()) as done:
-        done.run(12)
-        require(done)
-    assert len(runs.started) == 12
-    ends = {(t["values"]["y"], t["state"], t.get("why")) for t in told()["trials"]}
-    assert ends == {
-        ("1", "fail", "no such block"),
-        ("2", "fail", f"measured no finite {METRIC}"),
-        ("3", "complete", None),
-        ("4", "complete", None),
-    }
-    finished = sum(t["state"] == "complete" for t in told()["trials"])
-    with Search(plan()) as done:  # as many more as have failed
-        done.run(12)
-    assert len(runs.started) == 12 + 12 - finished
-
-
-def test_if_all_fail_it_is_an_error(monkeypatch):
-    Runs(monkeypatch, lambda out, x: Process(1))
-    with Search(plan("x=interval(0,1)")) as done:
-        done.run(2)
-        with pytest.raises(UserError, match=r"No trial has finished.\n  x=0.\d+: exit code 1\n  x="):
-            require(done)
-
-
-def test_a_killed_trial_is_done_again_and_the_search_goes_on_as_if_it_had_not_been(monkeypatch):
-    whole = Runs(monkeypatch, lambda out, x, y: x * y)
-    with Search(plan(), seed=3) as done:
-        done.run(14)
-    Path("runs/s").rename("runs/whole")
-
-    def killed(out, x, y):
-        if len(runs.started) in (3, 13):
-            return Process(-signal.SIGKILL)
-        if len(runs.started) == 14:
-            raise SystemError("the search itself dies")
-        return x * y
-
-    runs = Runs(monkeypatch, killed)
-    with Search(plan(), seed=3) as done:
-        done.run(3)
-        with pytest.raises(UserError, match=r"1 trials have not ended; the same command(.|\n)*SIGKILL"):
-            require(done)
-    for count in (13, 14):
-        with Search(plan(), seed=3) as done:
-            if count == 14:
-                with pytest.raises(SystemError):
-                    done.run(13)
-            else:
-                done.run(12)
-    with Search(plan(), seed=3) as done:
-        done.run(14)
-        require(done)
-    assert list(dict.fromkeys(runs.started)) == whole.started
-    again = [name for name in whole.started if runs.started.count(name) > 1]
-    assert again == [whole.started[2], whole.started[11]]
-    complete = [t for t in told()["trials"] if t["state"] == "complete"]
-    assert sorted(t["run"] for t in complete) == sorted(whole.started)
-    assert told()["best"]["run"] == told("runs/whole")["best"]["run"]
-
-
-def test_sigterm_reaches_the_runs_and_ends_the_search(monkeypatch):
-    def how(out, x):
-        if len(runs.started) == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
-            return Process(None)
-        return x
-
-    runs = Runs(monkeypatch, how)
-    with Search(plan("x=interval(0,1)")) as done, pytest.raises(SystemExit) as stop:
-        done.run(4)
-    assert stop.value.code == 128 + signal.SIGTERM
-    assert [t["state"] for t in told()["trials"]] == ["complete", "running"]
-    runs.how = lambda out, x: x
-    with Search(plan("x=interval(0,1)")) as done:
-        done.run(4)
-    assert len(runs.started) == 5
-    assert runs.started[2] == runs.started[1]
-
-
-@pytest.mark.parametrize("jobs", [1, 2])
-def test_values_that_are_known_are_not_run_again(monkeypatch, jobs):
-    runs = Runs(monkeypatch, lambda out, x, y: x + y)
-    with Search(plan("x=1,2", "y=1,2"), jobs=jobs) as done:
-        done.run(12)
-    assert len(runs.started) == len(set(runs.started)) <= 4
-    assert [t["value"] for t in told()["trials"]] == [sum(map(int, t["values"].values())) for t in told()["trials"]]
-    assert len(told()["trials"]) == 12
-
-
-def test_two_at_a_time(monkeypatch):
-    both = threading.Barrier(2, timeout=30)
-
-    def how(out, x):
-        both.wait()
-        return x
-
-    runs = Runs(monkeypatch, how)
-    with Search(plan("x=interval(0,1)"), jobs=2) as done:
-        done.run(6)
-    assert len(set(runs.started)) == 6
-    assert {t["state"] for t in told()["trials"]} == {"complete"}
-
-
-def test_a_trial_below_the_median_is_pruned(monkeypatch):
-    def how(out, x):
-        value = 0.1 if len(runs.started) == 7 else 0.5
-        record(out, status="running", validated=10, metrics={METRIC: value})
-        process = Process(None)
-
-        def finish():
-            record(out, status="finished", validated=10, metrics={METRIC: 0.6})
-            process.code = 0
-            process._ended.set()
-
-        if value == 0.5:
-            threading.Timer(0.15, finish).start()
-        return process
-
-    monkeypatch.setattr(Search, "every", 0.02)
-    runs = Runs(monkeypatch, how)
-    with Search(plan("x=interval(0,1)"), prune=True) as done:
-        done.run(8)
-        require(done)
-    states = ["complete"] * 6 + ["pruned", "complete"]
-    assert [t["state"] for t in told()["trials"]] == states
-    with Search(plan("x=interval(0,1)"), prune=True) as done:
-        done.run(8)
-    assert len(runs.started) == 8  # it counts
-
-
-@pytest.mark.parametrize(
-    ("other", "changed"),
-    [
-        (plan("x=interval(0,1)", seed=1), "seed"),
-        (plan("x=interval(0,2)", seed=0), "ranges.x"),
-        (plan("x=interval(0,1)", seed=0, direction="minimize"), "direction"),
-        (plan("x=interval(0,1)", seed=0, trainer={"max_steps": 5}), "its trainer.max_steps"),
-    ],
-)
-def test_a_search_with_other_settings_is_refused(monkeypatch, other, changed):
-    runs = Runs(monkeypatch, lambda out, x: x)
-    with Search(plan("x=interval(0,1)", seed=0)) as done:
-        done.run(1)
-    with pytest.raises(UserError, match=rf"holds a search with other settings \({changed}\)"):
-        Search(other)
-    with Search(plan("x=interval(0,1)", seed=0, logger="wandb")) as done:
-        done.run(2)
-    assert len(runs.started) == 2
-
-
-def test_a_directory_in_use_is_refused(monkeypatch):
-    runs = Runs(monkeypatch, lambda out, x: Process(-9))
-    with Search(plan("x=interval(0,1)")) as done:
-        done.run(1)
-        with pytest.raises(UserError, match="Another nxtp sweep search"):
-            Search(plan("x=interval(0,1)"))
-    record(Path("runs/s", runs.started[0]), status="running")  # by this process
-    with (
-        Search(plan("x=interval(0,1)")) as done,
-        pytest.raises(UserError, match=f"at work still, process {os.getpid()}"),
+def test_a_search_of_processes_is_resumed_by_the_same_command(here, monkeypatch, capfd):
+    """A range in a study's file, another on the command line; run one after the other by Hydra's own launcher."""
+    script = here / "stand_in"
+    script.write_text(STAND_IN.format(python=sys.executable))
+    script.chmod(script.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setattr(sweep.sys, "executable", str(script))
+    study = here / "experiments/deep/search.yaml"
+    study.parent.mkdir(parents=True)
+    study.write_text(
+        "# @package _global_\ndefaults:\n  - override /experiment: scenes\n  - override /hydra/sweeper: optuna\n"
+        "name: deep/search\nvalidation: {top_k: 5}\n"
+        "hydra:\n  mode: MULTIRUN\n  sweeper:\n    n_trials: 6\n    params: {model.decoder.depth: 'range(1,4)'}\n"
+    )
+    arguments = ["study=deep/search", "seed=0,1"]
+    with pytest.raises(
+        UserError, match=r"trials have not finished(.|\n)*model.decoder.depth=2,seed=\d: left no record"
     ):
-        done.run(1)
-    record(Path("runs/s"))
-    with pytest.raises(UserError, match="contains a run"):
-        Search(plan("x=interval(0,1)"))
+        compose_and_run(never, "train", arguments, ProcessSweepRunner("train"))
+    started = Path("started.txt").read_text().split()
+    compose_and_run(never, "train", arguments, ProcessSweepRunner("train"))
+    content = told("runs/deep/search")
+    assert content["settings"] == {
+        "metric": "val/recall@5",
+        "direction": "maximize",
+        "ranges": {"model.decoder.depth": "range(1,4)", "seed": "0,1"},
+    }
+    assert len(content["trials"]) == 6
+    again = Path("started.txt").read_text().split()[len(started) :]
+    assert [name for name in again if name in started] == [name for name in started if "depth=2" in name] != []
+    assert len(set(started)) == len(started)
+    for trial in content["trials"]:
+        assert trial["state"] == "complete"
+        assert trial["value"] == trial["params"]["model.decoder.depth"] / 10
+        assert trial["run"] == ",".join(f"{key}={value}" for key, value in trial["params"].items())
+    best = content["best"]["params"]
+    printed = capfd.readouterr().out
+    assert "6 complete" in printed
+    assert (
+        f"nxtp train study=deep/search model.decoder.depth={best['model.decoder.depth']} seed={best['seed']} "
+        "hydra.mode=RUN name=deep/search-best" in printed
+    )
 
 
 @pytest.mark.slow
-def test_a_search_of_real_runs(here):
+def test_a_search_of_real_runs_two_at_a_time(here):
     write_shards(here / "train", [16])
     write_shards(here / "val", [9, 4], labels=True)
     arguments = [
-        *("--n-jobs", "2", "name=real", "data.train=train", "+data.val.val=val", *TINY_OVERRIDES, "data.num_workers=0"),
-        *("data.batch_size=4", "trainer.max_epochs=1", "optim.lr=tag(log,interval(1e-5,1e-2))"),
+        *("train", *OPTUNA, "hydra.sweeper.n_trials=2", "hydra.sweeper.n_jobs=2", "name=real"),
+        *("hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "data.train=train", "+data.val.val=val"),
+        *(*TINY_OVERRIDES, "data.num_workers=0", "data.batch_size=4", "trainer.max_epochs=1"),
+        "optim.lr=tag(log,interval(1e-5,1e-2))",
     ]
-    done = CliRunner().invoke(search, ["--trials", "2", *arguments], catch_exceptions=False)
-    assert done.exit_code == 0, done.output
+    printed = nxtp_runs(*arguments, cwd=here)
     content = told("runs/real")
     assert [t["state"] for t in content["trials"]] == ["complete", "complete"]
     for trial in content["trials"]:
         found = read_record(here / "runs/real" / trial["run"])
         assert (found["sweep"], found["name"], found["status"]) == ("real", trial["run"], "finished")
-        assert found["config"]["optim"]["lr"] == float(trial["values"]["optim.lr"])
+        assert found["config"]["optim"]["lr"] == float(trial["run"].removeprefix("optim.lr="))
         assert found["metrics"][METRIC] == trial["value"]
         assert found["validated"] == found["steps"] == 4
         assert (here / "runs/real" / trial["run"] / "model/model.safetensors").is_file()
         assert (here / "runs/real" / trial["run"] / "log.txt").is_file()
-    assert f"optim.lr={content['best']['values']['optim.lr']} name=real-best" in done.output
-    assert "2 complete" in done.output
-    again = CliRunner().invoke(search, ["--trials", "2", *arguments], catch_exceptions=False)
-    assert (again.exit_code, told("runs/real")["trials"]) == (0, content["trials"])
+    assert f"{content['best']['overrides'][0]} name=real-best" in printed
+    assert "2 complete" in printed
+    nxtp_runs(*arguments, cwd=here)
+    assert told("runs/real")["trials"] == content["trials"]

@@ -21,7 +21,7 @@ from nxtp.errors import UserError
 from nxtp.runs.record import read_record
 from nxtp.sweep import sweep
 from nxtp.sweep.commands import states, status
-from nxtp.sweep.sweep import Sweep, Sweeper
+from nxtp.sweep.sweep import ProcessSweepRunner, Sweep
 
 STUDY = """
 # @package _global_
@@ -89,12 +89,12 @@ def never(cfg):
 
 
 def test_a_study_names_its_runs_by_what_differs(here):
-    whole = Sweep.asked_for("train", ["study=small/laptop", "data.batch_size=7"])
-    assert (whole.study, whole.directory) == ("small/laptop", Path("runs/small/laptop"))
+    whole = Sweep.of_command("train", ["study=small/laptop", "data.batch_size=7"])
+    assert (whole.name, whole.directory) == ("small/laptop", Path("runs/small/laptop"))
     assert len(whole.runs) == len(set(whole.runs)) == 8
     assert whole.runs[0] == "model.decoder.depth=1,model.encoder=vit_tiny,seed=0"
     assert whole.fixed == ["study", "data.batch_size"]
-    part = Sweep.asked_for("train", ["study=small/laptop", "seed=1", "model.decoder.depth=2,3"])
+    part = Sweep.of_command("train", ["study=small/laptop", "seed=1", "model.decoder.depth=2,3"])
     assert set(part.runs) - set(whole.runs) == {
         "model.decoder.depth=3,model.encoder=vit_tiny,seed=1",
         "model.decoder.depth=3,model.encoder=resnet10t,seed=1",
@@ -103,9 +103,9 @@ def test_a_study_names_its_runs_by_what_differs(here):
 
 
 def test_one_run_is_no_sweep(here):
-    assert Sweep.asked_for("train", ["name=x", "seed=1"]) is None
-    assert Sweep.asked_for("train", ["study=small/laptop", "hydra.mode=RUN"]) is None
-    assert Sweep.asked_for("train", ["-m", "name=x", "seed=1,2", "--cfg", "job"]) is None
+    assert Sweep.of_command("train", ["name=x", "seed=1"]) is None
+    assert Sweep.of_command("train", ["study=small/laptop", "hydra.mode=RUN"]) is None
+    assert Sweep.of_command("train", ["-m", "name=x", "seed=1,2", "--cfg", "job"]) is None
 
 
 def test_other_commands_see_what_a_studys_runs_share(here):
@@ -134,7 +134,7 @@ def test_a_long_name_is_cut_and_stays_its_own():
 )
 def test_what_is_misspelt_is_told_before_anything_starts(stand_in, arguments, message):
     with pytest.raises(UserError, match=message):
-        compose_and_run(never, "train", arguments, Sweeper("train"))
+        compose_and_run(never, "train", arguments, ProcessSweepRunner("train"))
     assert started(stand_in) == []
     assert not any((stand_in / "runs").rglob("run.json"))
 
@@ -142,7 +142,7 @@ def test_what_is_misspelt_is_told_before_anything_starts(stand_in, arguments, me
 def test_one_failed_run_does_not_end_a_sweep(stand_in):
     arguments = ["-m", "name=deep", "model.decoder.depth=1,3,5,2"]
     with pytest.raises(UserError, match=r"^2 of 4 runs have not finished(.|\n)*depth=3: left no record"):
-        compose_and_run(never, "train", arguments, Sweeper("train"))
+        compose_and_run(never, "train", arguments, ProcessSweepRunner("train"))
     assert started(stand_in) == [f"model.decoder.depth={d}" for d in (1, 3, 5, 2)]
     assert read_record(stand_in / "runs/deep/model.decoder.depth=2")["status"] == "finished"
 
@@ -154,10 +154,12 @@ def test_finished_runs_are_skipped_and_others_taken_up(stand_in):
     (stand_in / "config.json").write_text(json.dumps(OmegaConf.to_container(cfg, resolve=True)))
     for _ in range(2):
         with pytest.raises(UserError, match="1 of 2 runs"):
-            compose_and_run(never, "train", ["-m", "name=deep", "model.decoder.depth=1,3"], Sweeper("train"))
+            compose_and_run(never, "train", ["-m", "name=deep", "model.decoder.depth=1,3"], ProcessSweepRunner("train"))
     assert started(stand_in) == [f"model.decoder.depth={d}" for d in (1, 3, 3)]
     with pytest.raises(UserError):  # other settings: the run itself refuses them
-        compose_and_run(never, "train", ["-m", "name=deep", "model.decoder.depth=1,3", "optim.lr=7"], Sweeper("train"))
+        compose_and_run(
+            never, "train", ["-m", "name=deep", "model.decoder.depth=1,3", "optim.lr=7"], ProcessSweepRunner("train")
+        )
     assert started(stand_in)[3:] == ["model.decoder.depth=1", "model.decoder.depth=3"]
 
 
@@ -191,7 +193,7 @@ def test_a_warning_reaches_the_run(stand_in):
     timer = threading.Thread(target=lambda: (_wait_for(stand_in), os.kill(os.getpid(), signal.SIGTERM)))
     timer.start()
     with pytest.raises(SystemExit) as stop:
-        compose_and_run(never, "train", ["-m", "name=deep", "model.decoder.depth=4,1"], Sweeper("train"))
+        compose_and_run(never, "train", ["-m", "name=deep", "model.decoder.depth=4,1"], ProcessSweepRunner("train"))
     timer.join()
     assert stop.value.code == 128 + signal.SIGTERM
     assert started(stand_in) == ["model.decoder.depth=4"]
@@ -206,7 +208,7 @@ def _wait_for(root: Path) -> None:
 
 def test_status_tells_each_runs_state(stand_in):
     with pytest.raises(UserError):
-        compose_and_run(never, "train", ["-m", "name=deep", "model.decoder.depth=1,3"], Sweeper("train"))
+        compose_and_run(never, "train", ["-m", "name=deep", "model.decoder.depth=1,3"], ProcessSweepRunner("train"))
     runs = stand_in / "runs" / "deep"
     gone = subprocess.Popen(["true"])
     gone.wait()

@@ -4,24 +4,35 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
 
 import click
-from rich import box
-from rich.console import Console
-from rich.table import Table
 
 from nxtp.errors import UserError, nearest
 from nxtp.sweep.report import records as rec
 from nxtp.sweep.report import tables
-from nxtp.sweep.report.plot import svg
 from nxtp.sweep.report.spec import Plot, Spec
 from nxtp.sweep.study import NOT_A_SWEEP, study_dirs
 
 START, END = "<!-- table -->", "<!-- /table -->"
 
 
-def generated(folder: Path, records: list[rec.Record]) -> tuple[dict[str, str], list[tables.Row], Spec]:
+def generated(records: list[rec.Record], rows: list[tables.Row], spec: Spec, readme: Path | None) -> dict[str, str]:
+    """The generated files by name; with ``readme``, the page of a study, also that page and its records.
+
+    Raises:
+        UserError: the page lacks the markers.
+    """
+    from nxtp.sweep.report.plot import svg
+
+    files = {"results.csv": tables.as_csv(rows, spec)}
+    if readme is not None:
+        files["README.md"] = _with_table(readme, tables.markdown(rows, spec))
+        files |= {"records.jsonl": rec.as_lines(records)} if records else {}
+    picture = svg(tables.read_csv(files["results.csv"]), spec)
+    return files | ({"plot.svg": picture} if picture else {})
+
+
+def of_folder(folder: Path, records: list[rec.Record]) -> tuple[dict[str, str], list[tables.Row], Spec]:
     """The generated files of a study by name, from its records alone, with the rows and the specification.
 
     Raises:
@@ -31,12 +42,7 @@ def generated(folder: Path, records: list[rec.Record]) -> tuple[dict[str, str], 
     rows = tables.rows(records, spec)
     if not rows:
         raise UserError(f"{folder.name}: no finished run and no published value; nothing to show.")
-    content = tables.as_csv(rows, spec)
-    files = {"results.csv": content, "README.md": _with_table(folder / "README.md", tables.markdown(rows, spec))}
-    if records:
-        files["records.jsonl"] = rec.as_lines(records)
-    picture = svg(tables.read_csv(content), spec)
-    return files | ({"plot.svg": picture} if picture else {}), rows, spec
+    return generated(records, rows, spec, folder / "README.md"), rows, spec
 
 
 def differing(folder: Path, files: dict[str, str]) -> list[str]:
@@ -57,22 +63,26 @@ def differing_settings(records: list[rec.Record]) -> Spec:
     known = [tables.settings(r) for r in records]
     names = dict.fromkeys(k for s in known for k in s)
     differ = [k for k in names if len({tables.text(s.get(k)) for s in known}) > 1]
-    differ = [k for k in differ if any(s.get(k) != s["seed"] for s in known)]  # data.seed: ${seed} says nothing new
+    differ = [k for k in differ if any(s.get(k) != s["seed"] for s in known)]  # not data.seed, which is ${seed}
     monitors = dict.fromkeys(r["monitor"] for r in records if r.get("monitor"))
     kinds = {m.split("/")[-1] for m in monitors}
     others = [m for r in records for m in r["metrics"] if not m.startswith("train/")]
     found = dict.fromkeys([*monitors, *(m for m in others if not kinds or m.split("/")[-1] in kinds)])
     metrics = {m: m for m in found} | {"run.wall_time_s": "time (s)"}
-    y = [next((m for m in found if any(m in r["metrics"] for r in records)), "run.wall_time_s")]
-    numeric = [k for k in differ if all(rec.is_finite(s.get(k)) for s in known)]
     if not differ:
         return Spec({}, metrics)
+    y = [next((m for m in found if any(m in r["metrics"] for r in records)), "run.wall_time_s")]
+    numeric = [k for k in differ if all(rec.is_finite(s.get(k)) for s in known)]
     x = (numeric or differ)[0]
     lines = next((k for k in differ if k != x), None)
     return Spec({k: k for k in differ}, metrics, plot=Plot(x, y, "line" if numeric else "bar", lines))
 
 
 def show(rows: list[tables.Row], spec: Spec) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
     header, body = tables.cells(rows, spec)
     table, start = Table(box=box.SIMPLE), tables.first_metric(header, spec)
     for i, title in enumerate(header):
@@ -83,7 +93,7 @@ def show(rows: list[tables.Row], spec: Spec) -> None:
 
 
 def find(study: str) -> Path | None:
-    """The folder of a study, given by name or path; None where there is none."""
+    """The folder of a study, by name or path; None where there is none."""
     if Path(study, "report.yaml").is_file():
         return Path(study).resolve()
     name = Path(study).name
@@ -92,51 +102,37 @@ def find(study: str) -> Path | None:
     return next((d / name for d in study_dirs() if (d / name).is_dir()), None)
 
 
-def tell(line: str) -> None:
-    click.echo(f"note: {' '.join(line.split())}", err=True)
-
-
-def from_wandb(project: str) -> list[rec.Record]:
-    from nxtp.sweep.report.wandb import wandb_records
-
-    found: list[Any] = wandb_records(project)
-    return [r for i, x in enumerate(found, 1) if (r := rec.usable(x, f"{project}, run {i}", tell))]
-
-
 @click.command()
 @click.argument("study")
 @click.option(
-    "--runs", type=click.Path(path_type=Path), default=Path("runs"), show_default=True, help="Where runs lie."
+    "--runs", type=click.Path(path_type=Path), default=Path("runs"), show_default=True, help="Directory of runs."
 )
 @click.option("--check", is_flag=True, help="Change nothing; exit code 1 if a generated file differs.")
-@click.option("--wandb", metavar="ENTITY/PROJECT", help="Records from W&B too.")
+@click.option("--wandb", metavar="ENTITY/PROJECT", help="Also read records from W&B.")
 def report(study: str, runs: Path, check: bool, wandb: str | None) -> None:
-    """Table and plot of STUDY (a folder of experiments/), or of any directory of runs."""
+    """Make table and plot of STUDY (a folder of experiments/), or of any directory of runs."""
     folder = find(study)
-    remote = from_wandb(wandb) if wandb else []
+    remote = rec.from_wandb(wandb) if wandb else []
     if folder is None:
-        if not Path(study).is_dir():
+        directory = Path(study)
+        if not directory.is_dir():
             names = [p.name for d in study_dirs() for p in d.iterdir() if p.is_dir()]
             raise UserError(f"No study and no directory '{study}'.{nearest(study, names)}")
-        directory = Path(study)
-        records = rec.unique([*rec.collect([directory], tell), *remote], tell)
+        records = rec.unique([*rec.collect([directory]), *remote])
         if not records:
-            raise UserError(f"'{study}' holds no finished run; nothing to show.")
+            raise UserError(f"'{study}' contains no finished run; nothing to show.")
         spec = differing_settings(records)
         rows = tables.rows(records, spec)
-        files = {"results.csv": tables.as_csv(rows, spec)}
-        picture = svg(tables.read_csv(files["results.csv"]), spec)
-        files |= {"plot.svg": picture} if picture else {}
+        files = generated(records, rows, spec, None)
     else:
         directory = folder
         sweeps = [f.stem for f in folder.glob("*.yaml") if f.stem not in NOT_A_SWEEP] or ["laptop", "full"]
-        new = rec.collect([runs / folder.name / s for s in sweeps], tell)
-        new = rec.of_study(rec.unique([*new, *remote], tell), folder.name, tell)
-        old = rec.of_study(rec.read_lines(folder / "records.jsonl", tell), folder.name, tell)
-        records = rec.merge(old, new)
+        new = rec.unique([*rec.collect(runs / folder.name / sweep for sweep in sweeps), *remote])
+        old = rec.of_study(rec.read_lines(folder / "records.jsonl"), folder.name)
+        records = rec.merge(old, rec.of_study(new, folder.name))
         if not records:
-            tell(f"{folder.name}: no finished run")
-        files, rows, spec = generated(folder, records)
+            rec.note(f"{folder.name}: no finished run")
+        files, rows, spec = of_folder(folder, records)
     changed = differing(directory, files)
     if check:
         if changed:

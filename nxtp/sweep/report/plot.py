@@ -14,24 +14,11 @@ from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 from nxtp.sweep.report.spec import Plot, Spec
 from nxtp.sweep.report.tables import Line, Row, lines, number, order
 
-# colour-blind-safe
-PALETTE = (
-    "#0072B2",
-    "#D55E00",
-    "#009E73",
-    "#CC79A7",
-    "#E69F00",
-    "#56B4E9",
-    "#000000",
-)  # Okabe & Ito
+# Okabe & Ito: colour-blind-safe
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = "osD^vPX"
-STYLE = {
-    "svg.hashsalt": "nxtp",
-    "svg.fonttype": "none",
-    "font.size": 11,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-}
+STYLE = {"svg.hashsalt": "nxtp", "svg.fonttype": "none", "font.size": 11}
+STYLE |= {"axes.spines.top": False, "axes.spines.right": False}
 Point = tuple[str | float, float, float]  # x, mean, spread (NaN of one run: no bar)
 Group = tuple[str, ...]  # values of the columns that tell lines apart
 
@@ -87,16 +74,8 @@ def _panel(axes: Axes, drawn: list[Line], metric: str, spec: Spec, plot: Plot) -
             axes.plot(at, means, marker, ms=9, mfc="none", mec=colour, mew=1.6, label=label, zorder=3)
         elif plot.kind == "bar":
             alpha = 0.6 if several and size == "laptop" else 1.0
-            axes.bar(
-                [a + offset((group, size)) for a in at],
-                means,
-                width,
-                yerr=spreads,
-                capsize=3,
-                color=colour,
-                alpha=alpha,
-                label=label,
-            )
+            at = [a + offset((group, size)) for a in at]
+            axes.bar(at, means, width, yerr=spreads, capsize=3, color=colour, alpha=alpha, label=label)
         else:
             dashes = "--" if several and size == "laptop" else "-"
             axes.errorbar(at, means, yerr=spreads, fmt=marker + dashes, ms=6, capsize=3, color=colour, label=label)
@@ -142,8 +121,7 @@ def _series(drawn: list[Line], metric: str, plot: Plot, apart: list[str]) -> Ite
         if value is None or x == "":
             continue
         group = tuple(line.columns[c] for c in apart)
-        series.setdefault((group, line.size), []).append(
-            (x, value.mean, math.nan if value.spread is None else value.spread)
-        )
+        spread = math.nan if value.spread is None else value.spread
+        series.setdefault((group, line.size), []).append((x, value.mean, spread))
     for (group, size), points in sorted(series.items(), key=lambda item: (_order(item[0][0]), item[0][1])):
         yield group, size, sorted(points, key=lambda point: order(str(point[0])))

@@ -1,20 +1,24 @@
-"""Records of finished runs: collected, slimmed to what a report may show, and merged. What is unusable is told."""
+"""Records of finished runs: collected, reduced to what a report may show, merged. A note says why one is skipped."""
 
 from __future__ import annotations
 
 import json
 import math
 import re
-from collections.abc import Callable, Iterable
+import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import click
+
+from nxtp.errors import UserError
+from nxtp.runs import secrets
 from nxtp.runs.record import FILE, FORMAT
 
 Record = dict[str, Any]
-Tell = Callable[[str], None]
 
-NEEDED = ("name", "config", "status", "metrics", "seed")
+NEEDED = ("name", "config", "metrics", "seed")
 KEPT = (
     *("format", "name", "sweep", "command", "config", "seed", "data", "started", "wall_time_s", "step", "steps"),
     *("samples_seen", "samples_read", "samples_skipped", "parameters", "monitor", "metrics"),
@@ -25,35 +29,46 @@ TRAINER = ("max_steps", "max_epochs", "precision", "devices")
 _ABSOLUTE = re.compile(r"(?:^|[\s=:,'\"\[{(])(?:~?/|[A-Za-z]:[\\/]|file:)")
 
 
-def usable(record: Any, where: str, tell: Tell) -> Record | None:
-    """A finished run's record, slimmed; None, and a line by ``tell``, for one that cannot be used."""
-    if not isinstance(record, dict):
-        tell(f"{where}: holds no record; left out")
-        return None
-    version = record.get("format", 1)
-    if version != FORMAT:
-        age = "an older" if isinstance(version, int) and version < FORMAT else "a newer"
-        tell(f"{where}: {age} format ({version}; this version reads {FORMAT}); left out")
-        return None
-    missing = [key for key in NEEDED if key not in record]
-    if missing or not isinstance(record["config"], dict) or not isinstance(record["metrics"], dict):
-        tell(f"{where}: lacks {', '.join(missing) or 'a config or metrics by name'}; left out")
-        return None
-    if record["status"] != "finished":
-        tell(f"{where}: {record['status']}, not finished; left out")
+def note(line: str) -> None:
+    click.echo(f"note: {' '.join(line.split())}", err=True)
+
+
+def parsed(text: str, where: str) -> Record | None:
+    """A finished run's record from JSON, reduced; None, and a note, for one that cannot be used."""
+    try:
+        record = json.loads(text)
+        reason = _unusable(record)
+    except ValueError as error:
+        reason = f"not JSON ({error})"
+    if reason:
+        note(f"{where}: {reason}; skipped")
         return None
     metrics = {k: v for k, v in sorted(record["metrics"].items()) if is_finite(v)}
     for name in sorted(set(record["metrics"]) - set(metrics)):
-        tell(f"{where}: {name} is {record['metrics'][name]}; left blank")
-    return slim(record) | {"metrics": metrics}
+        note(f"{where}: {name} is {record['metrics'][name]}; left blank")
+    return reduced(record) | {"metrics": metrics}
+
+
+def _unusable(record: Any) -> str | None:
+    if not isinstance(record, dict):
+        return "not a record"
+    version = record.get("format", 1)
+    if version != FORMAT:
+        age = "an older" if isinstance(version, int) and version < FORMAT else "a newer"
+        return f"{age} format ({version}; this version reads {FORMAT})"
+    missing = [key for key in NEEDED if key not in record]
+    if missing or not isinstance(record["config"], dict) or not isinstance(record["metrics"], dict):
+        return f"lacks {', '.join(missing) or 'a config or metrics by name'}"
+    status = record.get("status", "finished")  # records.jsonl has finished runs only
+    return None if status == "finished" else f"{status}, not finished"
 
 
 def is_finite(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def slim(record: Record) -> Record:
-    """Without what says only where the run was computed, and without absolute paths."""
+def reduced(record: Record) -> Record:
+    """Without what describes only the place where the run was computed, and without absolute paths."""
     kept = {k: record[k] for k in KEPT if k in record}
     config = {k: v for k, v in kept["config"].items() if k not in ELSEWHERE}
     if isinstance(config.get("trainer"), dict):
@@ -73,61 +88,73 @@ def _is_path(value: Any) -> bool:
     return isinstance(value, str) and bool(_ABSOLUTE.search(value))
 
 
-def key(record: Record) -> tuple[str, str]:
+def collect(directories: Iterable[Path]) -> list[Record]:
+    """Of the runs in ``directories`` and in all directories below."""
+    files = sorted({file for directory in directories for file in directory.glob(f"**/{FILE}")})
+    return unique(parsed(f.read_text(), f"{f.parent.parent.name}/{f.parent.name}/{FILE}") for f in files)
+
+
+def read_lines(path: Path) -> list[Record]:
+    """Of records.jsonl; none where there is no file."""
+    lines = path.read_text().splitlines() if path.is_file() else []
+    return unique(parsed(line, f"{path.name}, line {number}") for number, line in enumerate(lines, 1))
+
+
+def from_wandb(project: str) -> list[Record]:
+    """Of a W&B project, where each run has uploaded its run.json.
+
+    Args:
+        project: "entity/project", or "project" of the key's own entity.
+
+    Raises:
+        UserError: there is no key, or W&B cannot read this project.
+    """
+    import wandb
+
+    if not secrets.has_key():
+        raise UserError(f"Reading W&B project '{project}' needs a key: `wandb login`, or set WANDB_API_KEY.")
+    records: list[Record | None] = []
+    try:
+        for run in wandb.Api().runs(project):
+            where = f"{project}, run '{run.name}' ({run.id})"
+            if any(file.name == FILE for file in run.files([FILE])):
+                with tempfile.TemporaryDirectory() as directory:
+                    run.file(FILE).download(root=directory, replace=True).close()
+                    records.append(parsed((Path(directory) / FILE).read_text(), where))
+            else:
+                note(f"{where}: no {FILE}; skipped")
+    except (wandb.errors.Error, ValueError) as error:
+        raise UserError(f"W&B project '{project}' cannot be read: {error}") from error
+    return unique(records)
+
+
+def _key(record: Record) -> tuple[str, str]:
     return (str(record.get("sweep") or ""), str(record["name"]))
 
 
-def collect(directories: Iterable[Path], tell: Tell) -> list[Record]:
-    """Of the runs that lie in ``directories``, or in directories of theirs."""
-    found = []
-    for file in sorted({f for d in directories for f in d.glob(f"**/{FILE}")}):
-        where = f"{file.parent.parent.name}/{file.parent.name}/{FILE}"
-        try:
-            content = json.loads(file.read_text())
-        except (OSError, ValueError) as error:
-            tell(f"{where}: is no JSON ({error}); left out")
-            continue
-        found.append(usable(content, where, tell))
-    return unique([r for r in found if r], tell)
-
-
-def unique(records: Iterable[Record], tell: Tell) -> list[Record]:
+def unique(records: Iterable[Record | None]) -> list[Record]:
     """By sweep and name, in order; of two with the same the one that was started later."""
     chosen: dict[tuple[str, str], Record] = {}
-    for record in sorted(records, key=lambda r: str(r.get("started") or "")):
-        if key(record) in chosen:
-            tell(f"two runs are named {'/'.join(key(record))}; the one started later counts")
-        chosen[key(record)] = record
+    for record in sorted(filter(None, records), key=lambda r: str(r.get("started") or "")):
+        if _key(record) in chosen:
+            note(f"two runs are named {'/'.join(_key(record))}; the one started later counts")
+        chosen[_key(record)] = record
     return [chosen[k] for k in sorted(chosen)]
 
 
-def of_study(records: Iterable[Record], study: str, tell: Tell) -> list[Record]:
+def of_study(records: Iterable[Record], study: str) -> list[Record]:
     kept = []
     for record in records:
         if str(record.get("sweep") or "").split("/")[0] == study:
             kept.append(record)
         else:
-            tell(f"{record['name']}: a run of {record.get('sweep') or 'no sweep'}, not of {study}; left out")
+            note(f"{record['name']}: a run of {record.get('sweep') or 'no sweep'}, not of {study}; skipped")
     return kept
 
 
-def read_lines(path: Path, tell: Tell) -> list[Record]:
-    """records.jsonl; none where there is no file."""
-    found = []
-    for number, line in enumerate(path.read_text().splitlines() if path.is_file() else (), 1):
-        where = f"{path.name}, line {number}"
-        try:
-            content = json.loads(line)
-        except ValueError as error:
-            tell(f"{where}: is no JSON ({error}); left out")
-            continue
-        found.append(usable({"status": "finished", **content} if isinstance(content, dict) else content, where, tell))
-    return unique([r for r in found if r], tell)
-
-
 def merge(old: list[Record], new: list[Record]) -> list[Record]:
-    """A run that was done again replaces its record."""
-    both = {key(r): r for r in (*old, *new)}
+    """A run that was repeated replaces its record."""
+    both = {_key(r): r for r in (*old, *new)}
     return [both[k] for k in sorted(both)]
 
 

@@ -1,4 +1,4 @@
-"""Rows, one a run and one a published value; their means; the Markdown table."""
+"""Rows, one per run and one per published value; their means; the Markdown table."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nxtp.sweep.report.records import Record, is_finite
-from nxtp.sweep.report.spec import Spec
+from nxtp.sweep.report.spec import Published, Spec
 
 Row = dict[str, str]  # as in results.csv; "" is blank
 RUN = ("wall_time_s", "samples_seen")
@@ -26,6 +26,15 @@ class Value:
     spread: float | None
     n: int
 
+    def __str__(self) -> str:
+        """
+        >>> str(Value(0.7312, 0.0121, 3)), str(Value(9600, None, 1))
+        ('0.731 ± 0.012 (3)', '9,600')
+        """
+        form = ",.0f" if abs(self.mean) >= 100 else ".3f" if abs(self.mean) < 10 else ".1f"
+        spread = "" if self.spread is None else f" ± {self.spread:{form}} ({self.n})"
+        return f"{self.mean:{form}}{spread}"
+
 
 @dataclass
 class Line:
@@ -34,6 +43,15 @@ class Line:
     size: str
     columns: dict[str, str]
     values: dict[str, Value]
+
+    def fits(self, paper: Published) -> bool:
+        """Whether a published value belongs to this line; to a full one, unless its ``where`` has another size."""
+        known = self.columns | {"size": self.size}
+        wanted = {name: text(value) for name, value in ({"size": "full"} | paper.where).items()}
+        return all(
+            v == known[name] or (number(v) is not None and number(v) == number(known[name]))
+            for name, v in wanted.items()
+        )
 
 
 def size(record: Record) -> str:
@@ -64,18 +82,18 @@ def text(value: Any) -> str:
 
 
 def rows(records: list[Record], spec: Spec) -> list[Row]:
-    """All of results.csv. Two columns of one title would hide each other: titles are keys of one mapping."""
-    made = []
+    """All of results.csv."""
+    table = []
     for record in records:
         known, values = settings(record), measured(record)
         row = {"size": size(record), "sweep": text(record.get("sweep")), "run": record["name"]}
         row |= {title: text(known.get(k)) for title, k in spec.columns.items()}
         row |= {k: text(known.get(k)) for k in spec.over}
-        made.append(row | {k: text(v) for k, v in values.items()})
+        table.append(row | {k: text(v) for k, v in values.items()})
     for paper in spec.paper:
         row = {"size": "paper", paper.metric: text(paper.value), "source": paper.source}
-        made.append(row | {title: text(paper.where.get(title)) for title in spec.columns})
-    return made
+        table.append(row | {title: text(paper.where.get(title)) for title in spec.columns})
+    return table
 
 
 def as_csv(table: list[Row], spec: Spec) -> str:
@@ -111,63 +129,44 @@ def lines(table: list[Row], spec: Spec) -> list[Line]:
     groups: dict[tuple[str, ...], list[Row]] = {}
     for row in table:
         groups.setdefault((row["size"], *(row.get(c) or "" for c in spec.columns)), []).append(row)
-    made = []
-    for (group_size, *cells), members in groups.items():
+    found = []
+    for (group_size, *texts), members in groups.items():
         values = {}
         for metric in spec.metrics:
             known = [v for row in members if (v := number(row.get(metric))) is not None]
             if known:
                 spread = statistics.stdev(known) if len(known) > 1 else None
                 values[metric] = Value(statistics.fmean(known), spread, len(known))
-        made.append(Line(group_size, dict(zip(spec.columns, cells, strict=True)), values))
-    return sorted(made, key=lambda line: (ORDER.index(line.size), [order(c) for c in line.columns.values()]))
-
-
-def shown(value: Value | None) -> str:
-    """
-    >>> shown(Value(0.7312, 0.0121, 3)), shown(Value(9600, None, 1)), shown(None)
-    ('0.731 ± 0.012 (3)', '9,600', '')
-    """
-    if value is None:
-        return ""
-    form = ",.0f" if abs(value.mean) >= 100 else ".3f" if abs(value.mean) < 10 else ".1f"
-    spread = "" if value.spread is None else f" ± {value.spread:{form}} ({value.n})"
-    return f"{value.mean:{form}}{spread}"
+        found.append(Line(group_size, dict(zip(spec.columns, texts, strict=True)), values))
+    return sorted(found, key=lambda line: (ORDER.index(line.size), [order(c) for c in line.columns.values()]))
 
 
 def cells(table: list[Row], spec: Spec) -> tuple[list[str], list[list[str]]]:
     """Header and body, without columns that are blank throughout, or sizes where all rows are full.
 
-    A published value that fits a row stands there; others are rows of size paper.
+    A published value is in the rows that it fits; others have rows of size paper.
     """
-    published = [m for m in spec.metrics if any(p.metric == m for p in spec.paper)]
-    header = ["size", *spec.columns]
+    measured_lines = [line for line in lines(table, spec) if line.size != "paper"]
+    rest: dict[tuple[str, ...], list[Published]] = {}
+    for paper in spec.paper:
+        if not any(line.fits(paper) for line in measured_lines):
+            rest.setdefault(tuple(text(paper.where.get(c)) for c in spec.columns), []).append(paper)
+    shown = [
+        ((line.size, *line.columns.values()), line.values, [p for p in spec.paper if line.fits(p)])
+        for line in measured_lines
+    ]
+    shown += [(("paper", *w), {}, rest[w]) for w in sorted(rest, key=lambda where: [order(c) for c in where])]
+    header, body = ["size", *spec.columns], [list(texts) for texts, *_ in shown]
     for metric, title in spec.metrics.items():
-        header += [title] + ([f"{title}, published"] if metric in published else [])
-    placed: set[int] = set()
-    all_lines = [line for line in lines(table, spec) if line.size != "paper"]
-    body = []
-    for line in all_lines:
-        row = [line.size, *line.columns.values()]
-        for metric in spec.metrics:
-            row.append(shown(line.values.get(metric)))
-            if metric in published:
-                fits = [i for i, p in enumerate(spec.paper) if p.metric == metric and _fits(p.where, line)]
-                placed.update(fits)
-                row.append("; ".join(_published(spec.paper[i]) for i in fits))
-        body.append(row)
-    rest: dict[tuple[str, ...], dict[str, list[str]]] = {}
-    for i, paper in enumerate(spec.paper):
-        if i not in placed:
-            where = tuple(text(paper.where.get(c)) for c in spec.columns)
-            rest.setdefault(where, {}).setdefault(paper.metric, []).append(_published(paper))
-    for where, values in sorted(rest.items(), key=lambda item: [order(c) for c in item[0]]):
-        row = ["paper", *where]
-        for metric in spec.metrics:
-            row += [""] + (["; ".join(values.get(metric, []))] if metric in published else [])
-        body.append(row)
-    says_nothing = [{"", "full"}, *[{""}] * (len(header) - 1)]
-    filled = [i for i, nothing in enumerate(says_nothing) if any(row[i] not in nothing for row in body)]
+        header.append(title)
+        for row, (_, values, _) in zip(body, shown, strict=True):
+            row.append(str(values.get(metric, "")))
+        if any(paper.metric == metric for paper in spec.paper):
+            header.append(f"{title}, published")
+            for row, (*_, published) in zip(body, shown, strict=True):
+                row.append("; ".join(_cited(paper) for paper in published if paper.metric == metric))
+    blank = [{"", "full"}, *[{""}] * (len(header) - 1)]
+    filled = [i for i, nothing in enumerate(blank) if any(row[i] not in nothing for row in body)]
     return [header[i] for i in filled], [[row[i] for i in filled] for row in body]
 
 
@@ -175,17 +174,7 @@ def first_metric(header: list[str], spec: Spec) -> int:
     return sum(title in ("size", *spec.columns) for title in header)
 
 
-def _fits(where: dict[str, Any], line: Line) -> bool:
-    found = {"size": "full"} | where
-    known = line.columns | {"size": line.size}
-    return all(text(value) == known[name] or _equal(text(value), known[name]) for name, value in found.items())
-
-
-def _equal(left: str, right: str) -> bool:
-    return number(left) is not None and number(left) == number(right)
-
-
-def _published(paper: Any) -> str:
+def _cited(paper: Published) -> str:
     return f"{text(paper.value)} ({paper.source})" if paper.source else text(paper.value)
 
 
@@ -193,5 +182,5 @@ def markdown(table: list[Row], spec: Spec) -> str:
     header, body = cells(table, spec)
     start = first_metric(header, spec)
     rule = ["---" if i < start else "---:" for i in range(len(header))]
-    made = [[c.replace("|", "\\|") for c in row] for row in (header, rule, *body)]
-    return "".join(f"| {' | '.join(row)} |\n" for row in made)
+    escaped = [[c.replace("|", "\\|") for c in row] for row in (header, rule, *body)]
+    return "".join(f"| {' | '.join(row)} |\n" for row in escaped)

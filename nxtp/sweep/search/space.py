@@ -1,27 +1,26 @@
-"""What a search chooses from: Hydra's ranges (choice, range, interval, tag log) as distributions of Optuna."""
+"""The ranges of a search: Hydra's sweep syntax (choice, range, interval, tag log) as Optuna's distributions."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from hydra.core.override_parser.types import ChoiceSweep, IntervalSweep, Override, RangeSweep, Transformer
-from hydra.errors import HydraException
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
 from nxtp.errors import UserError
 from nxtp.sweep.sweep import parse
 
-DIGITS = 6  # of a number between two others: what is run, and what its directory is called
+DIGITS = 6  # significant digits of a float: in the override and in the directory's name
 
 
 @dataclass(frozen=True)
 class Axis:
-    """``key`` as on the command line; ``given``, its range as it was written; choices are texts of Hydra's grammar."""
+    """A key that is searched. ``text`` is its range as the user wrote it; choices are strings in Hydra's syntax."""
 
     key: str
-    given: str
+    text: str
     distribution: BaseDistribution
 
     def override(self, value: Any) -> str:
@@ -32,61 +31,57 @@ class Axis:
         return f"{self.key}={f'{value:.{DIGITS}g}' if isinstance(value, float) else value}"
 
     @property
-    def tries(self) -> list[str]:
-        """Overrides that show whether the axis is right: of all choices, of both ends."""
+    def extremes(self) -> list[str]:
+        """Overrides that show whether the axis is valid: all choices, or both ends."""
         d = self.distribution
         values = d.choices if isinstance(d, CategoricalDistribution) else (d.low, d.high)
         return [self.override(value) for value in values]
 
 
-def split(overrides: Sequence[str]) -> tuple[list[Axis], list[str]]:
-    """(axes, overrides of other keys).
+def split(params: Mapping[str, Any], overrides: Sequence[str]) -> tuple[list[Axis], list[str]]:
+    """The axes, and the overrides of other keys.
+
+    Args:
+        params: key → range of the configuration, ``hydra.sweeper.params``. All of them are axes.
+        overrides: those of the command line. They replace ``params`` of the same key.
 
     Raises:
-        UserError: an override that Hydra cannot read, an axis that holds nothing or cannot be searched, no axis.
+        UserError: a range is empty or cannot be searched, or there is no range.
     """
-    try:
-        parsed = parse(overrides)
-    except HydraException as error:
-        raise UserError(" ".join(str(error).split())) from error
-    axes = {o.get_key_element(): _axis(o) for o in parsed if o.is_sweep_override()}
-    if not axes:
+    parsed = {o.get_key_element(): o for o in parse([*(f"{k}={v}" for k, v in params.items()), *overrides])}
+    if not any(o.is_sweep_override() for o in parsed.values()):
         raise UserError("Nothing to search: no range, as in 'optim.lr=tag(log,interval(1e-5,1e-2))'.")
-    for key in axes:
-        if key == "name" or key.startswith(("hydra.", "hydra/")):
-            raise UserError(f"{key}: a search has one; its runs are named by what differs.")
-    searched = {o.key_or_group for o in parsed if o.is_sweep_override()}
-    return list(axes.values()), [o.input_line for o in parsed if o.key_or_group not in searched]
+    searched = {key: o for key, o in parsed.items() if key in params or o.is_sweep_override()}
+    return [_axis(o) for o in searched.values()], [o.input_line for key, o in parsed.items() if key not in searched]
 
 
 def _axis(override: Override) -> Axis:
-    key, given, sweep = override.get_key_element(), override.get_value_string(), override.value()
-    unknown = set(getattr(sweep, "tags", ())) - {"log"}
-    if unknown:
-        raise UserError(f"{key}={given}: unknown tag '{min(unknown)}'. A search knows log.")
-    log = "log" in getattr(sweep, "tags", ())
+    key, text, sweep = override.get_key_element(), override.get_value_string(), override.value()
+    tags = getattr(sweep, "tags", set())
     try:
-        if isinstance(sweep, RangeSweep):
-            return Axis(key, given, _range(sweep, log))
-        if isinstance(sweep, IntervalSweep):
-            kind = IntDistribution if isinstance(sweep.start, int) and isinstance(sweep.end, int) else FloatDistribution
-            return Axis(key, given, kind(sweep.start, sweep.end, log=log))
-        if isinstance(sweep, ChoiceSweep):
-            if log:
-                raise ValueError("log is of an interval or a range, not of a choice")
-            return Axis(key, given, CategoricalDistribution(list(dict.fromkeys(map(Transformer.str, sweep.list)))))
-        raise ValueError("name the choices, as in choice(a,b)")
+        if tags - {"log"}:
+            raise ValueError(f"unknown tag '{min(tags - {'log'})}'; the only one is log")
+        return Axis(key, text, _distribution(override, sweep, "log" in tags))
     except ValueError as error:
-        raise UserError(f"{key}={given}: {str(error).rstrip('.')}.") from error
+        raise UserError(f"{key}={text}: {str(error).rstrip('.')}.") from error
 
 
-def _range(sweep: RangeSweep, log: bool) -> BaseDistribution:
-    """As Hydra counts it: without its end."""
-    if not sweep.step:
-        raise ValueError("its step is 0")
-    values = sorted(sweep.range())
-    if not values:
-        raise ValueError("holds nothing: it ends before its second number")
-    if all(isinstance(value, int) for value in values):
-        return IntDistribution(values[0], values[-1], log=log, step=abs(sweep.step))
-    return FloatDistribution(values[0], values[-1], log=log, step=abs(sweep.step))
+def _distribution(override: Override, sweep: Any, log: bool) -> BaseDistribution:
+    if not override.is_sweep_override():
+        return CategoricalDistribution([override.get_value_element_as_str()])
+    if isinstance(sweep, RangeSweep):
+        if not sweep.step:
+            raise ValueError("its step is 0")
+        values = sorted(sweep.range())  # without its end, as Hydra counts
+        if not values:
+            raise ValueError("the range is empty: it ends before its second number")
+        kind = IntDistribution if all(isinstance(value, int) for value in values) else FloatDistribution
+        return kind(values[0], values[-1], log=log, step=abs(sweep.step))
+    if isinstance(sweep, IntervalSweep):
+        kind = IntDistribution if isinstance(sweep.start, int) and isinstance(sweep.end, int) else FloatDistribution
+        return kind(sweep.start, sweep.end, log=log)
+    if not isinstance(sweep, ChoiceSweep):
+        raise ValueError("name the choices, as in choice(a,b)")
+    if log:
+        raise ValueError("log is for an interval or a range, not for a choice")
+    return CategoricalDistribution(list(dict.fromkeys(map(Transformer.str, sweep.list))))

@@ -1,4 +1,4 @@
-"""A search's trials: Optuna proposes, a process of its own trains, and what is known survives a kill."""
+"""The trials of a search: Optuna proposes values, a run measures them, search.json stores both."""
 
 from __future__ import annotations
 
@@ -6,22 +6,19 @@ import fcntl
 import json
 import os
 import signal
-import subprocess
-import sys
 import threading
-from collections import defaultdict
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import click
 import numpy as np
 import optuna
-from optuna.pruners import MedianPruner, NopPruner
+from optuna.pruners import MedianPruner
 from optuna.samplers import TPESampler
-from optuna.trial import FrozenTrial, Trial, TrialState
+from optuna.trial import TrialState, create_trial
 
 from nxtp.errors import UserError
 from nxtp.runs.atomic import write_json
@@ -29,287 +26,245 @@ from nxtp.runs.record import FILE as RECORD
 from nxtp.runs.record import is_alive, read_record
 from nxtp.runs.resume import differences
 from nxtp.sweep.search.space import Axis
-from nxtp.sweep.sweep import LOG, file_name, forwarding, output, start
+from nxtp.sweep.sweep import first_lines, run_name
 
-FORMAT = 1
+FORMAT = 2
 FILE = "search.json"
-STORAGE = "search.db"
-COUNTS = (TrialState.COMPLETE, TrialState.PRUNED)
+COUNTED = {"complete": TrialState.COMPLETE, "pruned": TrialState.PRUNED}
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What is searched. ``config`` is composed of ``fixed`` and one value of each axis, ``direction`` is Optuna's."""
+@dataclass
+class SearchTrial:
+    """One proposal.
 
-    study: str
-    directory: Path
-    axes: list[Axis]
-    fixed: list[str]
-    config: dict[str, Any]
-    metric: str
-    direction: str
+    ``run``           its directory inside the search's
+    ``params``        axis → value as Optuna proposed it; the run has it rounded
+    ``state``         running (or killed: it is resumed), complete, pruned, failed
+    ``intermediate``  optimiser step → metric of the validation after it, where trials are pruned
+    """
 
-    @property
-    def asked(self) -> dict[str, Any]:
-        """What must be the same when a search goes on: its trials are compared."""
-        ranges = {axis.key: axis.given for axis in self.axes}
-        return json.loads(json.dumps({"ranges": ranges, "metric": self.metric, "direction": self.direction}))
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How a trial ended; without a ``state`` it has not: it was killed, or told to stop."""
-
-    state: TrialState | None
+    number: int
+    run: str
+    params: dict[str, Any]
+    state: str = "running"
     value: float | None = None
-    why: str = ""
+    error: str | None = None
+    intermediate: dict[int, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.intermediate = {int(step): value for step, value in self.intermediate.items()}  # JSON's keys are strings
 
 
-def tell(line: str) -> None:
-    click.echo(line, err=True)
+@contextmanager
+def locked(directory: Path) -> Iterator[None]:
+    """Hold the directory of a search, until the block or the process ends.
+
+    Raises:
+        UserError: the directory contains a run or another sweep, or another process searches there.
+    """
+    for name, what in ((RECORD, "a run"), ("multirun.yaml", "a sweep over a grid")):
+        if (directory / name).exists():
+            raise UserError(f"'{directory}' contains {what}: choose another name for the search.")
+    directory.mkdir(parents=True, exist_ok=True)
+    lock = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise UserError(f"Another process searches in '{directory}': wait for it.") from None
+    finally:
+        os.close(lock)
 
 
 class Search:
-    """The trials in a search's directory, continued where they stand.
+    """The trials in a search's directory. A new object resumes where an earlier one stopped, however it stopped.
 
-    Storage is SQLite: a kill in the midst of a write leaves the file as it was before, where Optuna's journal could
-    not be read any more. One process writes it, whatever the number of trials at a time.
-
-    Each proposal is drawn with a seed of its own: a search that was killed proposes what it would have proposed.
+    A proposal depends on the seed, its number and the trials that are done, on nothing else: a search that was killed
+    proposes what it would have proposed.
 
     Args:
-        jobs: trials at a time.
-        prune: stop a trial whose metric after a validation is below the median of others' there.
+        config: the runs' configuration, but for the axes. With other settings trials could not be compared.
+        metric: of the run records; ``direction`` is minimize or maximize.
+        prune: stop a run whose metric after a validation is below the median of the other runs' at that step.
 
     Raises:
-        UserError: the directory holds something else, another search, or one that is running.
+        UserError: the directory contains a search with other settings.
     """
 
-    every = 1.0  # seconds between looks at the record of a run that may be pruned
+    poll_s = 1.0  # between two looks at the record of a run that may be pruned
 
-    def __init__(self, plan: Plan, *, seed: int = 0, jobs: int = 1, prune: bool = False):
-        self.plan, self.seed, self.jobs, self.prune = plan, seed, jobs, prune
-        directory = plan.directory
-        for name in (RECORD, "multirun.yaml"):
-            if (directory / name).exists():
-                what = "a run" if name == RECORD else "a sweep"
-                raise UserError(f"'{directory}' holds {what}: give the search another name.")
-        directory.mkdir(parents=True, exist_ok=True)
-        self._lock = os.open(directory, os.O_RDONLY)  # held until closed or this process ends, however it ends
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(self._lock)
-            raise UserError(f"Another nxtp sweep search is at work in '{directory}': wait for it.") from None
-        try:
-            self.study = self._open()
-        except BaseException:
-            os.close(self._lock)
-            raise
-        self._asking = threading.Lock()  # of what the trials at a time share
-        self._names: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
-        self._children: list[subprocess.Popen] = []
-        self._stopped: list[int] = []
-        self._left = self._trials = 0
-        self.failed: dict[str, str] = {}  # runs of this process, and why
+    def __init__(
+        self,
+        directory: Path,
+        axes: list[Axis],
+        config: dict[str, Any],
+        metric: str,
+        direction: str,
+        *,
+        seed: int = 0,
+        prune: bool = False,
+    ):
+        self.directory, self.axes, self.seed, self.prune = directory, axes, seed, prune
+        self.config, self.metric, self.direction = json.loads(json.dumps(config)), metric, direction
+        self.settings = {"metric": metric, "direction": direction, "ranges": {axis.key: axis.text for axis in axes}}
+        self.trials: list[SearchTrial] = []
+        self.failed: dict[str, str] = {}  # run → why; of this process
         self.killed: dict[str, str] = {}
-
-    def __enter__(self) -> Search:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        os.close(self._lock)
-
-    def _open(self) -> optuna.Study:
+        if (directory / FILE).exists():
+            before = json.loads((directory / FILE).read_text())
+            changed = differences(before["settings"], self.settings)
+            old, new = before["config"], self.config
+            changed += differences(old, new) + differences(old.get("trainer"), new.get("trainer"), "its trainer")
+            if changed:
+                raise UserError(
+                    f"'{directory}' contains a search with other settings ({', '.join(changed[:6])}): "
+                    "choose another name or delete it."
+                )
+            self.trials = [SearchTrial(**trial) for trial in before["trials"]]
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        study = optuna.create_study(
-            storage=f"sqlite:///{self.plan.directory / STORAGE}",
-            study_name=self.plan.study,
-            direction=self.plan.direction,
-            pruner=MedianPruner() if self.prune else NopPruner(),
-            load_if_exists=True,
-        )
-        before = study.user_attrs
-        if "asked" not in before:
-            study.set_user_attr("config", self.plan.config)
-            study.set_user_attr("asked", self.plan.asked)
-            return study
-        changed = differences(before["config"], self.plan.config)
-        changed += differences(before["config"]["trainer"], self.plan.config["trainer"], "its trainer")
-        changed += differences(before["asked"], self.plan.asked)
-        if changed:
-            raise UserError(
-                f"'{self.plan.directory}' holds a search with other settings ({', '.join(changed[:6])}): "
-                "choose another name or delete it."
-            )
-        return study
 
-    def run(self, trials: int) -> None:
-        """Until there are ``trials`` that count; failed ones do not, and are not made up for before the next call.
+    def run(self, launch: Callable[[Sequence[list[str]], int], Any], n_trials: int, n_jobs: int = 1) -> None:
+        """Run trials until ``n_trials`` are complete or pruned. Failed ones do not count; the next call replaces them.
+
+        Args:
+            launch: runs some trials, each given as its overrides, and returns when all have ended; its second argument
+                is the number of the first.
+            n_jobs: trials per call of ``launch``.
 
         Raises:
-            UserError: a run of a search that was killed is still at work.
-            SystemExit: it was told to stop: its runs have saved themselves.
+            UserError: a run of a search that was killed still goes on.
         """
-        self._take_up()
-        self._trials = trials
-        self._left = max(0, trials - len(self._told(COUNTS)))
-        with forwarding(self._children) as self._stopped, ThreadPoolExecutor(self.jobs) as pool:
-            for worker in [pool.submit(self._work) for _ in range(self.jobs)]:
-                worker.result()
-        self.write()
-        if self._stopped:
-            sys.exit(128 + self._stopped[0])
-
-    def _take_up(self) -> None:
-        """Trials of a process that is gone are enqueued anew: their runs continue."""
-        gone = self._told([TrialState.RUNNING])
-        for trial in gone:
-            out = self.plan.directory / trial.user_attrs.get("run", "none")
-            record = read_record(out)
+        killed = [trial for trial in self.trials if trial.state == "running"]
+        for trial in killed:
+            record = read_record(self.directory / trial.run)
             if record is not None and record["status"] == "running" and is_alive(record):
-                raise UserError(f"'{out}' is at work still, process {record['process']['pid']}: wait for it or end it.")
-        for trial in gone:
-            if trial.params.keys() == {axis.key for axis in self.plan.axes}:
-                self.study.enqueue_trial(trial.params, user_attrs={"continues": trial.number})
-            self.study.tell(trial.number, state=TrialState.FAIL)
+                process = record["process"]["pid"]
+                raise UserError(f"'{self.directory / trial.run}' still runs, process {process}: wait for it or end it.")
+        left = n_trials - sum(trial.state in COUNTED for trial in self.trials)
+        while left > 0:
+            size = min(left, n_jobs)
+            batch, killed = killed[:size], killed[size:]
+            batch += [self._propose() for _ in range(size - len(batch))]
+            self._run(batch, launch)
+            left -= size
 
-    def _told(self, states: Any) -> list[FrozenTrial]:
-        return self.study.get_trials(deepcopy=False, states=states)
+    def overrides(self, trial: SearchTrial) -> list[str]:
+        return [axis.override(trial.params[axis.key]) for axis in self.axes]
 
-    def _work(self) -> None:
-        try:
-            while (trial := self._ask()) is not None:
-                self._do(trial)
-        except BaseException:
-            self._left = 0
-            raise
+    def best(self) -> list[SearchTrial]:
+        """Complete trials, the best first; one of each run."""
+        sign = -1 if self.direction == "maximize" else 1
+        runs = {trial.run: trial for trial in reversed(self.trials) if trial.state == "complete"}
+        return sorted(runs.values(), key=lambda trial: (sign * trial.value, trial.number))
 
-    def _ask(self) -> Trial | None:
-        with self._asking:
-            if self._left == 0 or self._stopped:
-                return None
-            self._left -= 1
-            number = sum("continues" not in trial.user_attrs for trial in self._told(None))
-            seed = np.random.SeedSequence([self.seed, number]).generate_state(1)[0]
-            self.study.sampler = TPESampler(seed=int(seed))
-            trial = self.study.ask({axis.key: axis.distribution for axis in self.plan.axes})
-            trial.set_user_attr("run", self._name(trial))
-            return trial
+    def require_finished(self) -> None:
+        """
+        Raises:
+            UserError: trials were killed, or none is complete.
+        """
+        if self.killed:
+            count = f"{len(self.killed)} trials have not finished"
+            raise UserError(f"{count}; the same command resumes them.{first_lines(self.killed)}")
+        if not self.best():
+            raise UserError(f"No trial is complete.{first_lines(self.failed)}")
 
-    def _values(self, trial: Trial | FrozenTrial) -> list[str]:
-        return [axis.override(trial.params[axis.key]) for axis in self.plan.axes]
+    def _study(self, number: int) -> optuna.Study:
+        """What Optuna knows when it proposes trial ``number``."""
+        seed = np.random.SeedSequence([self.seed, number]).generate_state(1)[0]
+        study = optuna.create_study(direction=self.direction, sampler=TPESampler(seed=int(seed)), pruner=MedianPruner())
+        for trial in self.trials:
+            if trial.state in COUNTED:
+                study.add_trial(
+                    create_trial(
+                        state=COUNTED[trial.state],
+                        value=trial.value,
+                        params=trial.params,
+                        distributions=self._distributions,
+                        intermediate_values=trial.intermediate,
+                    )
+                )
+        return study
 
-    def _name(self, trial: Trial | FrozenTrial) -> str:
-        return file_name(",".join(sorted(self._values(trial))))
+    @property
+    def _distributions(self) -> dict[str, Any]:
+        return {axis.key: axis.distribution for axis in self.axes}
 
-    def _do(self, trial: Trial) -> None:
-        name = self._name(trial)
-        with self._asking:
-            own = self._names[name]
-        with own:  # where there are few values the same ones are proposed again, perhaps at a time
-            outcome = self._trial(trial, name)
-            with self._asking:
-                self._tell(trial, outcome)
+    def _propose(self) -> SearchTrial:
+        number = len(self.trials)
+        trial = SearchTrial(number, "", self._study(number).ask(self._distributions).params)
+        trial.run = run_name(self.overrides(trial))
+        self.trials.append(trial)
+        return trial
 
-    def _trial(self, trial: Trial, name: str) -> Outcome:
-        with self._asking:
-            done = [t for t in self._told(COUNTS) if t.user_attrs.get("run") == name]
-            place = f"{self._trials - self._left}/{self._trials}"
-        if done:
-            tell(f"{place}  {name}: known")
-            for step, value in done[0].intermediate_values.items():
-                trial.report(value, step)
-            return Outcome(done[0].state, done[0].value if done[0].state == TrialState.COMPLETE else None)
-        if name in self.failed:
-            return Outcome(TrialState.FAIL, why=self.failed[name])
-        if self._stopped:
-            return Outcome(None, why="not begun")
-        tell(f"{place}  {name}")
-        return self._run(trial, self.plan.directory / name)
+    def _run(self, batch: list[SearchTrial], launch: Callable[[Sequence[list[str]], int], Any]) -> None:
+        self._write()  # what is proposed survives a kill
+        ended = self.failed | self.killed
+        done = {t.run: t for t in self.trials if t.state in COUNTED or t.run in ended}
+        new = {t.run: t for t in batch if t.run not in done}  # few choices: the same values are proposed again
+        if new:
+            with self._pruning(new.values()):
+                launch([self.overrides(trial) for trial in new.values()], batch[0].number)
+        for trial in new.values():
+            self._end(trial)
+        for trial in batch:
+            if trial.run in done:
+                click.echo(f"{trial.run}: known", err=True)
+            same = done.get(trial.run) or new[trial.run]
+            trial.state, trial.value, trial.error = same.state, same.value, same.error
+            trial.intermediate = same.intermediate
+        self._write()
 
-    def _run(self, trial: Trial, out: Path) -> Outcome:
-        out.mkdir(parents=True, exist_ok=True)
-        with output(None if self.jobs == 1 else out / LOG) as where:
-            child = start("train", [*self.plan.fixed, *self._values(trial)], out, self.plan.study, where)
-            self._children.append(child)
-            if self._stopped:  # while it was started
-                child.terminate()
-            pruned = self._watch(child, trial, out) if self.prune else False
-            code = child.wait()
-            self._children.remove(child)
-        record = read_record(out) or {}
-        if code == 0:
-            value = record.get("metrics", {}).get(self.plan.metric)
-            if value is None:
-                return Outcome(TrialState.FAIL, why=f"measured no finite {self.plan.metric}")
-            return Outcome(TrialState.COMPLETE, value)
-        if pruned:
-            return Outcome(TrialState.PRUNED)
-        if code < 0 or code > 128:
-            number = -code if code < 0 else code - 128
-            with suppress(ValueError):
-                return Outcome(None, why=f"ended by {signal.Signals(number).name}")
-        told = record.get("error") if record.get("status") == "failed" else None
-        return Outcome(TrialState.FAIL, why=told or f"exit code {code}")
+    def _end(self, trial: SearchTrial) -> None:
+        record = read_record(self.directory / trial.run) or {}
+        status = record.get("status", "left no record")
+        if status == "finished":
+            trial.value = record["metrics"].get(self.metric)
+            trial.state = "failed" if trial.value is None else "complete"
+            trial.error = f"measured no finite {self.metric}" if trial.value is None else None
+        elif status == "failed":
+            trial.state, trial.error = "failed", record.get("error")
+        elif trial.state != "pruned":
+            self.killed[trial.run] = "killed" if status == "running" else status
+        if trial.state == "failed":
+            self.failed[trial.run] = trial.error or status
+            click.echo(f"{trial.run} failed: {self.failed[trial.run]}", err=True)
 
-    def _watch(self, child: subprocess.Popen, trial: Trial, out: Path) -> bool:
-        """Report each validation of a run until it ends; whether it was ended here."""
-        reported = 0
-        while True:
-            with suppress(subprocess.TimeoutExpired):
-                child.wait(self.every)
-                return False
-            record = read_record(out) or {}
-            step, value = record.get("validated", 0), record.get("metrics", {}).get(self.plan.metric)
-            if step <= reported or value is None:
-                continue
-            reported = step
-            trial.report(value, step)
-            if trial.should_prune() and not self._stopped:
-                child.terminate()
-                return True
+    def _write(self) -> None:
+        best = [asdict(trial) | {"overrides": self.overrides(trial)} for trial in self.best()[:1]]
+        content = {"format": FORMAT, "settings": self.settings, "seed": self.seed, "best": best[0] if best else None}
+        content |= {"trials": [asdict(trial) for trial in self.trials], "config": self.config}
+        write_json(self.directory / FILE, content)
 
-    def _tell(self, trial: Trial, outcome: Outcome) -> None:
-        name = self._name(trial)
-        if outcome.state is None:
-            self.killed[name] = outcome.why
+    @contextmanager
+    def _pruning(self, trials: Collection[SearchTrial]) -> Iterator[None]:
+        """Meanwhile, tell Optuna the metric after each validation, and stop the runs that it prunes."""
+        if not self.prune:
+            yield
             return
-        if outcome.state == TrialState.FAIL:
-            self.failed[name] = outcome.why
-            trial.set_user_attr("why", outcome.why)
-            tell(f"{name} failed: {outcome.why}")
-        self.study.tell(trial, outcome.value, state=outcome.state)
-        self.write()
+        ended = threading.Event()
+        watcher = threading.Thread(target=self._watch, args=(list(trials), ended))
+        watcher.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            watcher.join()
 
-    def best(self) -> list[FrozenTrial]:
-        """Finished trials, the best first; one of each run."""
-        trials = {t.user_attrs["run"]: t for t in reversed(self._told([TrialState.COMPLETE]))}
-        sign = -1 if self.plan.direction == "maximize" else 1
-        return sorted(trials.values(), key=lambda t: (sign * t.value, t.number))
-
-    def write(self) -> None:
-        """search.json."""
-        best = self.best()
-        content = {
-            "format": FORMAT,
-            "study": self.plan.study,
-            **self.plan.asked,
-            "overrides": self.plan.fixed,
-            "seed": self.seed,
-            "best": self._described(best[0]) | {"overrides": self.overrides(best[0])} if best else None,
-            "trials": [self._described(t) for t in self._told(None) if t.params],
-        }
-        write_json(self.plan.directory / FILE, content)
-
-    def overrides(self, trial: FrozenTrial) -> list[str]:
-        """What `nxtp train` needs to train this one again, but for a name."""
-        own = [o for o in self.plan.fixed if not o.startswith("name=")]
-        alone = ["hydra.mode=RUN"] if any(o.startswith("study=") for o in own) else []
-        return [*own, *self._values(trial), *alone]
-
-    def _described(self, trial: FrozenTrial) -> dict[str, Any]:
-        shown = {"number": trial.number, "run": self._name(trial), "state": trial.state.name.lower()}
-        values = [value.partition("=")[2] for value in self._values(trial)]
-        shown |= {"value": trial.value, "values": dict(zip([a.key for a in self.plan.axes], values, strict=True))}
-        return shown | {k: v for k, v in trial.user_attrs.items() if k in ("why", "continues")}
+    def _watch(self, trials: list[SearchTrial], ended: threading.Event) -> None:
+        proposals = []
+        for trial in trials:
+            study = self._study(trial.number)
+            study.enqueue_trial(trial.params)
+            proposals.append(study.ask(self._distributions))
+        while not ended.wait(self.poll_s):
+            for trial, proposal in zip(trials, proposals, strict=True):
+                record = read_record(self.directory / trial.run) or {}
+                step, value = record.get("validated", 0), record.get("metrics", {}).get(self.metric)
+                if value is None or step <= max(trial.intermediate, default=0):
+                    continue
+                trial.intermediate[step] = value
+                proposal.report(value, step)
+                if proposal.should_prune() and record["status"] == "running" and is_alive(record):
+                    trial.state = "pruned"
+                    click.echo(f"{trial.run}: pruned after step {step}", err=True)
+                    os.kill(record["process"]["pid"], signal.SIGTERM)
