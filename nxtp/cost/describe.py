@@ -59,8 +59,6 @@ def describe(cfg: DictConfig) -> None:
 def memory_table(memory: Memory, step: Step) -> Table:
     """What a rank keeps, and what there is at the peak of a training step."""
     ranks = f"{step.ranks} rank{'s' * (step.ranks > 1)}, {step.strategy}"
-    if step.tensor_parallel > 1:
-        ranks += f", tensor parallel {step.tensor_parallel}"
     table = Table(title="Memory a rank (GB)", caption=f"{ranks}, {step.batch} images each, {step.precision}")
     for column in ("part", "at most", "at the peak"):
         table.add_column(column, justify="left" if column == "part" else "right")

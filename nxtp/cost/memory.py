@@ -52,14 +52,13 @@ _SHORT = {"32": "32-true", "64": "64-true", "16": "16-mixed", "bf16": "bf16-mixe
 class Step:
     """What a step's memory depends on, beside the model and what of it trains.
 
-    ``strategy``    single, ddp or fsdp, over ``ranks`` of which ``tensor_parallel`` share each decoder block
+    ``strategy``    single, ddp or fsdp, over ``ranks``
     ``features``    a frozen encoder's features are read instead of images
     ``batch``       images a rank and micro-batch; ``accumulates``: several of them make one step
     """
 
     strategy: str = "single"
     ranks: int = 1
-    tensor_parallel: int = 1
     batch: int = 64
     accumulates: bool = False
     precision: str = "32-true"
@@ -93,25 +92,19 @@ def step_of(cfg: DictConfig) -> Step:
     given = trainer["strategy"]
     options = dict(given) if isinstance(given, dict) else {}
     name = str(options.get("_target_", given)).rpartition(".")[2]
-    tensor_parallel = 1
-    if name == "Sharded":
-        strategy, tensor_parallel = "fsdp", int(options.get("tensor_parallel_size", 1))
-        if tensor_parallel < 1 or ranks % tensor_parallel:
-            raise UserError(
-                f"trainer.strategy.tensor_parallel_size is {tensor_parallel}: {ranks} ranks cannot be split so."
-            )
+    if name == "FSDP2Strategy":
+        strategy = "fsdp"
     elif name.lower().startswith("ddp"):
         strategy = "ddp"
     elif name in ("auto", "SingleDeviceStrategy"):
         strategy = "single" if ranks == 1 else "ddp"
     else:
         raise UserError(
-            f"trainer.strategy is '{name}': memory is known for auto, ddp and nxtp.distributed.parallelize.FSDP2Strategy."
+            f"trainer.strategy is '{name}': memory is known for auto, ddp and nxtp.distributed.fsdp2.FSDP2Strategy."
         )
     return Step(
         strategy,
         ranks,
-        tensor_parallel,
         batch=int(cfg.data.batch_size),
         accumulates=int(trainer["accumulate_grad_batches"]) > 1,
         precision=str(trainer["precision"]),
@@ -222,9 +215,8 @@ def _fake_mesh(step: Step) -> Iterator[DeviceMesh]:
             return concatenate(meshes)
 
     try:
-        sizes = (step.ranks // step.tensor_parallel, step.tensor_parallel)
         with patch.object(DeviceMesh, "_concatenate", outside):
-            yield dist.init_device_mesh("cpu", sizes, mesh_dim_names=("data_parallel", "tensor_parallel"))
+            yield dist.init_device_mesh("cpu", (step.ranks,))
     finally:
         dist.destroy_process_group()
 

@@ -16,7 +16,6 @@ from nxtp.data.config import DataConfig
 from nxtp.data.dataset import Batch, BatchDataset
 from nxtp.data.mixture import OpenedSet, open_set
 from nxtp.data.sampler import ElasticBatchSampler
-from nxtp.distributed.parallelize import data_ranks
 from nxtp.model.layout import Objective
 from nxtp.model.tokenizer import LabelTokenizer
 
@@ -145,7 +144,7 @@ class WebDatasetDataModule(L.LightningDataModule):
         """Batches of one set of shards; shuffled and in whole steps for training, each sample once otherwise."""
         opened = self.open(name, spec)
         shards = opened.shards
-        rank, world = data_ranks(self.trainer)
+        rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         plan = ElasticBatchSampler(
             shards.sizes,
             self.config.batch_size if training else self.config.val_batch_size,

@@ -72,14 +72,14 @@ def export_checkpoint(checkpoint: Path, to: Path, track: Any = iter) -> int:
     from nxtp.model.model import ModelConfig
     from nxtp.model.tokenizer import FILES, LabelTokenizer
     from nxtp.model.weights import write_safetensors
-    from nxtp.train.checkpoints import CheckpointWeights
+    from nxtp.distributed.checkpoints import StoredCheckpoint
 
-    weights = CheckpointWeights(checkpoint)
+    weights = StoredCheckpoint(checkpoint)
     kept = weights.rest.get("recognizer")
     if not kept:
         raise UserError(f"'{checkpoint}' does not say which model it is of: it was not written by nxtp train.")
     config = to_dataclass(ModelConfig, kept["config"], f"{checkpoint}: model")
-    prefix = "model."
+    prefix = "state_dict/model."
     left_out = {prefix + HEAD} if (config.decoder.config or {}).get("tie_word_embeddings") else set()
     specs = {
         name.removeprefix(prefix): spec

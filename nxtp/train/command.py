@@ -1,4 +1,4 @@
-"""`nxtp train`: compose → instantiate → fit → run record and model directory."""
+"""`nxtp train`: instantiate a composed configuration → fit → run record and model directory."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ from nxtp.data.features.store import FeatureStore
 from nxtp.data.labels.from_samples import label_texts, warn_if_nouns_differ
 from nxtp.data.mixture import OpenedSet, open_set
 from nxtp.data.shards.manifest import manifest_hash
-from nxtp.distributed.parallelize import FSDP2Strategy, ParallelConfig
+from nxtp.distributed.checkpoints import BackgroundCheckpoints
+from nxtp.distributed.parallelize import ParallelConfig
 from nxtp.errors import UserError, at_least, by_kind
 from nxtp.model.flops import count_parameters, meta_model
 from nxtp.model.model import ModelConfig
@@ -32,10 +33,9 @@ from nxtp.model.tokenizer import LabelTokenizer, train_tokenizer
 from nxtp.runs.atomic import atomic_directory
 from nxtp.runs.record import RunRecord
 from nxtp.runs.resume import find_checkpoint, last_checkpoint
-from nxtp.train.callbacks.preemption import Preempted, PreemptionHandler, hand_on
+from nxtp.train.callbacks.preemption import Preempted, PreemptionHandler, call_handler
 from nxtp.train.callbacks.run_record import RunRecordWriter
 from nxtp.train.callbacks.tracking import end_tracking
-from nxtp.train.checkpoints import FileCheckpoints
 from nxtp.train.module import RecognitionModule, ValidationConfig
 from nxtp.train.optim import OptimConfig
 
@@ -51,13 +51,13 @@ SECTIONS = {
 
 
 def train(cfg: DictConfig) -> float | None:
-    """One run in one directory. Returns the first validation set's recall, for sweepers; None without one."""
-    quieten_lightning()
+    """One run in one directory. Returns the recall on the first validation set, for sweepers; None without one."""
+    filter_lightning_messages()
     run_dir = Path(HydraConfig.get().runtime.output_dir)
     resolved = OmegaConf.to_container(cfg, resolve=True)
     checkpoint = find_checkpoint(run_dir, resolved)
     if checkpoint == "finished":
-        log.info("%s holds this run, finished: nothing to do. Choose another name to train again.", run_dir)
+        log.info("%s contains this run, finished: nothing to do. Choose another name to train again.", run_dir)
         return None
     at_least("seed", cfg.seed, 0)
     require_accelerator(cfg.trainer.accelerator)
@@ -68,14 +68,14 @@ def train(cfg: DictConfig) -> float | None:
     record = RunRecord(cfg.name, resolved, list(HydraConfig.get().overrides.task), cfg.seed, cfg.sweep)
     try:
         data, module = build(cfg, run_dir)
-        trainer = build_trainer(cfg, module, data, run_dir)
+        trainer = build_trainer(cfg, data, run_dir)
         record.data = describe_data(data)
     except Exception as error:
-        if cfg.sweep is not None and rank_zero_only.rank == 0:  # for its status; other commands leave nothing behind
+        if cfg.sweep is not None and rank_zero_only.rank == 0:  # for the sweep's status; otherwise nothing is written
             record.fail(error)
             record.write(run_dir)
         raise
-    record.monitor = monitored(data, cfg.validation.top_k)
+    record.monitor = monitored(data.val_names, cfg.validation.top_k)
     module.provenance = {
         "run": record.name,
         "code": record.code,
@@ -106,38 +106,38 @@ def train(cfg: DictConfig) -> float | None:
     if preempted is not None:
         if trainer.is_global_zero:
             log.warning("%s is saved, %s. The same command continues it.", run_dir, preempted)
-        hand_on(preempted.number)
+        call_handler(preempted.number)
         sys.exit(preempted.exit_code)
     if record.samples_skipped:
         log.warning("Skipped samples and shards: %s.", by_kind(record.samples_skipped))
     return record.metrics.get(record.monitor)
 
 
-def quieten_lightning() -> None:
-    """Leave out what Lightning says to its own developers, and its advertisements."""
-    warnings.filterwarnings("ignore", message=".*LeafSpec.*", module="lightning")
+def filter_lightning_messages() -> None:
+    """Hide Lightning's advertisements and its warnings about its own code."""
     for message in (
-        "Checkpoint directory .* exists and is not empty",  # a run continues
+        ".*LeafSpec.*",
+        "Checkpoint directory .* exists and is not empty",  # a resumed run
         "Grad strides do not match bucket view strides",  # of 1×1 convolutions
-        "torch.distributed.nn.functional.all_gather is deprecated",  # Lightning's call, at each log of each rank
-        # before the first validation; afterwards a metric that is not there is an error
+        "torch.distributed.nn.functional.all_gather is deprecated",  # called by Lightning, at each log of each rank
+        # before the first validation; after it, a missing metric is an error
         r"`ModelCheckpoint\(monitor=.*could not find the monitored key",
     ):
         warnings.filterwarnings("ignore", message=message)
-    told = "Tip:", "GPU available: False", "TPU available: False", "`Trainer(val_check_interval", "Loading `train_data"
+    noise = "Tip:", "GPU available: False", "TPU available: False", "`Trainer(val_check_interval", "Loading `train_data"
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
-        logging.getLogger(name).addFilter(lambda record: not any(text in record.getMessage() for text in told))
+        logging.getLogger(name).addFilter(lambda record: not any(text in record.getMessage() for text in noise))
 
 
 def require_accelerator(accelerator: str) -> None:
     """
     Raises:
-        UserError: a GPU is asked for and PyTorch sees none.
+        UserError: the configuration needs a GPU and PyTorch finds none.
     """
     if accelerator == "gpu" and not (torch.cuda.is_available() or torch.backends.mps.is_available()):
         raise UserError(
-            "trainer.accelerator is 'gpu' and PyTorch sees none here: trainer=cpu, "
-            "or for a trial of another trainer, trainer.accelerator=cpu trainer.precision=32-true."
+            "trainer.accelerator is 'gpu' and PyTorch finds no GPU: use trainer=cpu or, to try another trainer, "
+            "trainer.accelerator=cpu trainer.precision=32-true."
         )
 
 
@@ -174,60 +174,56 @@ def build(cfg: DictConfig, run_dir: Path) -> tuple[WebDatasetDataModule, Recogni
 
 
 def find_tokenizer(model: ModelConfig, data: DataConfig, run_dir: Path, sets: dict[str, OpenedSet]) -> LabelTokenizer:
-    """The tokenizer named by the configuration, the decoder's own, or one trained on the training labels.
+    """The tokenizer that the configuration names, the decoder's own, or one trained on the training labels.
 
-    A set that is opened for that is put into ``sets``: opened twice, it would warn twice.
+    Training it opens the training set and adds it to ``sets``: opened again, it would warn again.
     """
-    source = model.tokenizer or model.decoder.source
+    trained = run_dir / "tokenizer"
+    source = model.tokenizer or model.decoder.source or (trained if trained.is_dir() else None)
     if source is not None:
         return LabelTokenizer.load(source, model.prompt)
-    kept = run_dir / "tokenizer"
-    if kept.is_dir():
-        return LabelTokenizer.load(kept, model.prompt)
     sets["train"] = open_set("train", data.train, data)
     labels = label_texts(sets["train"].shards, data)
     tokenizer = train_tokenizer(labels, vocab_size=model.vocab_size, prompts=[model.prompt])
     if rank_zero_only.rank == 0:
-        with atomic_directory(kept) as aside:  # other ranks find it whole, or make the same one
-            tokenizer.save(aside)
+        with atomic_directory(trained) as directory:  # other ranks load all of it, or train the same one
+            tokenizer.save(directory)
     return tokenizer
 
 
-def build_trainer(cfg: DictConfig, module: RecognitionModule, data: WebDatasetDataModule, run_dir: Path) -> L.Trainer:
-    loggers = [_made(node, f"logger.{name}") for name, node in (cfg.logger or {}).items() if node is not None]
-    callbacks = [_made(node, f"callbacks.{name}") for name, node in (cfg.callbacks or {}).items() if node is not None]
-    monitor = monitored(data, cfg.validation.top_k)
-    kept: list[Callback] = []
-    for callback in callbacks:
+def build_trainer(cfg: DictConfig, data: WebDatasetDataModule, run_dir: Path) -> L.Trainer:
+    loggers = [_instantiate(node, f"logger.{name}") for name, node in (cfg.logger or {}).items() if node is not None]
+    callbacks: list[Callback] = []
+    for name, node in (cfg.callbacks or {}).items():
+        callback = _instantiate(node, f"callbacks.{name}") if node is not None else None
         if isinstance(callback, ModelCheckpoint) and Path(callback.filename or "").name == "best":
-            if monitor is None:
+            callback.monitor = callback.monitor or monitored(data.val_names, cfg.validation.top_k)
+            if not data.val_names:
                 continue
-            callback.monitor = callback.monitor or monitor
-        kept.append(callback)
-    kept.append(PreemptionHandler(last_checkpoint(run_dir)))
-    options = {"_convert_": "all", "logger": loggers or False, "callbacks": kept, "default_root_dir": None}
-    trainer = _made(cfg.trainer, "trainer", **options)
-    if not isinstance(trainer.strategy, FSDP2Strategy):
-        trainer.strategy.checkpoint_io = FileCheckpoints()
+        callbacks += [callback] if callback is not None else []
+    callbacks.append(PreemptionHandler(last_checkpoint(run_dir)))
+    options = {"_convert_": "all", "logger": loggers or False, "callbacks": callbacks, "default_root_dir": None}
+    trainer = _instantiate(cfg.trainer, "trainer", **options)
+    trainer.strategy.checkpoint_io = BackgroundCheckpoints()
     return trainer
 
 
-def _made(node: DictConfig, name: str, **options: Any) -> Any:
+def _instantiate(node: DictConfig, name: str, **options: Any) -> Any:
     try:
         return instantiate(node, **options)
     except InstantiationException as error:
         if isinstance(error.__cause__, UserError):
             raise error.__cause__ from error
-        raise UserError(f"{name} cannot be made: {error.__cause__ or error}") from error
+        raise UserError(f"{name} cannot be instantiated: {error.__cause__ or error}") from error
 
 
-def monitored(data: WebDatasetDataModule, top_k: int) -> str | None:
+def monitored(val_names: list[str], top_k: int) -> str | None:
     """The metric that chooses the best checkpoint: recall on the first validation set."""
-    return f"{data.val_names[0]}/recall@{top_k}" if data.val_names else None
+    return f"{val_names[0]}/recall@{top_k}" if val_names else None
 
 
 def metric_names(cfg: DictConfig) -> list[str]:
-    """What a run's record will hold, the metric that it monitors first; of a run without validation its loss alone."""
+    """The metrics of a run's record, the monitored one first; without validation, its training loss alone."""
     k = cfg.validation.top_k
     kinds = [f"{kind}@{k}" for kind in ("recall", "precision", "f1")]
     kinds += [f"semantic_{kind}" for kind in kinds] if cfg.validation.semantic else []
@@ -236,18 +232,18 @@ def metric_names(cfg: DictConfig) -> list[str]:
 
 def describe_data(data: WebDatasetDataModule) -> dict[str, Any]:
     """For the run record: each set's number of samples, and the shards and manifest hash of each of its sources."""
-    specs = {"train": data.config.train, **data.config.val}
     described: dict[str, Any] = {}
-    for name, spec in specs.items():
+    for name, spec in {"train": data.config.train, **data.config.val}.items():
         sources = {key: source.shards for key, source in named_sources(spec).items()}
-        parts = {key: {"shards": str(shards), "manifest": _manifest_of(shards)} for key, shards in sources.items()}
-        whole = parts.get("", {"sources": parts})
-        described[name] = {**whole, "samples": len(data.open(name, spec))}
+        parts = {
+            key: {
+                "shards": str(shards),
+                "manifest": manifest_hash(Path(shards)) if isinstance(shards, str) and Path(shards).is_dir() else None,
+            }
+            for key, shards in sources.items()
+        }
+        described[name] = {**parts.get("", {"sources": parts}), "samples": len(data.open(name, spec))}
     return described
-
-
-def _manifest_of(shards: Any) -> str | None:
-    return manifest_hash(Path(shards)) if isinstance(shards, str) and Path(shards).is_dir() else None
 
 
 def finish(
@@ -258,7 +254,7 @@ def finish(
     data: WebDatasetDataModule,
     record: RunRecord,
 ) -> None:
-    """Final metrics and the model directory, of the best or the last weights."""
+    """Write the final metrics and the model directory, of the best or the last weights."""
     trainer.save_checkpoint(last_checkpoint(run_dir), weights_only=False)
     record.metrics["train/loss"] = float(trainer.logged_metrics.get("train/loss", float("nan")))
     record.parameters = count_parameters(module.model)

@@ -1,4 +1,4 @@
-"""LightningModule: steps, metrics, optimiser, and the count of what was skipped."""
+"""LightningModule: training and validation steps, gradient clipping, and counts of samples seen and skipped."""
 
 from __future__ import annotations
 
@@ -17,14 +17,8 @@ from torchmetrics import MeanMetric
 
 from nxtp.data.dataset import Batch
 from nxtp.data.features.store import FeatureStore
-from nxtp.distributed.parallelize import (
-    FSDP2Strategy,
-    ParallelConfig,
-    clip_gradients,
-    data_ranks,
-    parallelize,
-    unsharded,
-)
+from nxtp.distributed.fsdp2 import FSDP2Strategy
+from nxtp.distributed.parallelize import ParallelConfig, parallelize, unsharded
 from nxtp.errors import UserError, by_kind
 from nxtp.eval.embedders import label_embedder
 from nxtp.eval.metrics import ExactMatch, SemanticMatch
@@ -33,6 +27,7 @@ from nxtp.inference.recognizer import Recognizer
 from nxtp.model.model import Loss, Model, ModelConfig
 from nxtp.model.tokenizer import LabelTokenizer
 from nxtp.model.trainable import choose_trainable
+from nxtp.model.weights import full_tensor
 from nxtp.sampling.one_shot import one_shot
 from nxtp.sampling.ranking import RankingConfig, rank
 from nxtp.sampling.samplers import never_first
@@ -41,11 +36,10 @@ from nxtp.train.optim import OptimConfig, build_optimizer
 
 @dataclass
 class ValidationConfig:
-    """What is measured on validation images while training.
+    """Metrics of the validation sets while training.
 
-    ``top_k``     labels predicted an image, and the k of recall@k
-    ``semantic``  also measure semantic recall, precision and F1, with this encoder (see
-                  :func:`nxtp.eval.embedders.label_embedder`)
+    ``top_k``     labels predicted per image, and the k of recall@k
+    ``semantic``  encoder of semantic recall, precision and F1 (:func:`nxtp.eval.embedders.label_embedder`); None: skip
     """
 
     top_k: int = 10
@@ -53,13 +47,13 @@ class ValidationConfig:
 
 
 class RecognitionModule(L.LightningModule):
-    """Trains a :class:`nxtp.model.model.Model` on batches of :class:`nxtp.data.datamodule.ShardData`.
+    """Trains a :class:`nxtp.model.model.Model` on a :class:`nxtp.data.dataset.Batch` per step.
 
-    The gradient is that of the mean over all supervised tokens of the global batch, over all ranks and accumulated
-    batches: not a mean of means. A loss that is not finite stops the run and names the batch's samples.
+    The loss is the mean over all supervised tokens of a step, over all ranks and accumulated batches: not a mean of
+    means. A loss that is not finite stops the run and names the batch's samples.
 
-    ``stop_signal`` is set by whoever wants the run to stop (see :mod:`nxtp.train.callbacks.preemption`); ``stop_agreed`` says that
-    all ranks know, in the same step.
+    ``stop_signal``: this rank's signal to stop (:mod:`nxtp.train.callbacks.preemption`), which each step's all-reduce
+    shares; ``stop_agreed`` is true on all ranks after the same step.
     """
 
     def __init__(
@@ -78,25 +72,23 @@ class RecognitionModule(L.LightningModule):
     ):
         super().__init__()
         self.model_config, self.tokenizer, self.optim_config = model, tokenizer, optim
-        self.validation = validation or ValidationConfig()
-        self.val_names = list(val_names)
-        self.max_skip_fraction, self.seed = max_skip_fraction, seed
-        self.features = features
+        self.validation, self.val_names = validation or ValidationConfig(), list(val_names)
+        self.max_skip_fraction, self.seed, self.features = max_skip_fraction, seed, features
         self.parallel, self.provenance = parallel or ParallelConfig(), provenance or {}
-        self.model: Model | None = None
-        self._gathered = ExitStack()  # while validating
+        self.model: Any = None  # a Model, once it is configured
+        self._gathered = ExitStack()  # the full weights, while validating
         self.stop_signal, self.stop_agreed = 0, False
-        self._step_tokens = self._divisor = 0  # supervised tokens of the step so far, and of its first batch
-        self.losses = nn.ModuleList(MeanMetric() for _ in self.val_names)
-        self.exact = nn.ModuleList(ExactMatch(top_k=self.validation.top_k) for _ in self.val_names)
-        self.semantic = nn.ModuleList()
-        if self.validation.semantic:
-            embedder = label_embedder(self.validation.semantic)
-            self.semantic.extend(SemanticMatch(embedder, top_k=self.validation.top_k) for _ in self.val_names)
-        self.skipped: Counter = Counter()
-        self.samples_read = 0
-        self.samples_seen = 0
-        self.final_counts: dict[str, Any] | None = None  # of all ranks, when the training has ended
+        self._step_tokens = self._divisor = 0.0  # supervised tokens of the step so far, and of its first batch
+        self._losses = nn.ModuleList(MeanMetric() for _ in self.val_names)
+        k, semantic = self.validation.top_k, self.validation.semantic
+        self._scores = nn.ModuleList(nn.ModuleDict({"exact": ExactMatch(top_k=k)}) for _ in self.val_names)
+        if semantic:
+            embedder = label_embedder(semantic)
+            for scores in self._scores:
+                scores["semantic"] = SemanticMatch(embedder, top_k=k)
+        self.skipped: Counter[str] = Counter()
+        self.samples_read = self.samples_seen = 0
+        self.final_counts: dict[str, Any] | None = None  # of all ranks, after the training
 
     def configure_model(self) -> None:
         if self.model is not None:
@@ -107,25 +99,26 @@ class RecognitionModule(L.LightningModule):
         model = Model(self.model_config, len(self.tokenizer), load_pretrained=not resuming, deferred=sharded)
         choose_trainable(model, self.optim_config.trainable)
         if self.features is not None and model.encoder.is_trained:
-            raise UserError("data.features needs a frozen encoder, and this one trains: optim.trainable.encoder=none.")
-        mesh = trainer.strategy.device_mesh if sharded else None
+            raise UserError("data.features needs a frozen encoder: set optim.trainable.encoder=none.")
+        mesh = trainer.strategy.device_mesh["data_parallel"] if sharded else None
         self.model = parallelize(model, self.parallel, mesh, str(trainer.precision) if sharded else "")
         if not model.decoder.is_filled:
             model.decoder.fill(trainer.strategy.root_device, load_pretrained=not resuming)
 
     def forward(self, batch: Batch) -> Loss:
-        """The loss of this rank's batch, a sum over its supervised tokens."""
+        """The loss of this rank's batch: a sum over its supervised tokens."""
         return self.model(batch.images, batch.layout)
 
     def on_train_start(self) -> None:
-        # Not earlier: a run that goes on from a checkpoint has its encoder's weights only now.
+        # Not earlier: a run that resumes has the weights of its encoder only now.
         if self.features is not None:
             self.features.check(self.model.encoder)
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        # What a step draws at random (dropped paths, say) does not depend on the steps before: a run that was
-        # interrupted draws what it would have drawn.
-        torch.manual_seed(zlib.crc32(f"{self.seed} {self.trainer.current_epoch} {batch_idx} {self._ranks[0]}".encode()))
+        # A step's random numbers (stochastic depth) do not depend on the steps before it, so that a resumed run draws
+        # the same ones.
+        place = f"{self.seed} {self.trainer.current_epoch} {batch_idx} {self.global_rank}"
+        torch.manual_seed(zlib.crc32(place.encode()))
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         self._count(batch)
@@ -134,41 +127,41 @@ class RecognitionModule(L.LightningModule):
         mine = loss.total.detach() * usable
         total, tokens, stop = self._over_ranks(mine, loss.count * usable, self.stop_signal)
         if not math.isfinite(total):
-            keys = ", ".join(batch.keys) if not torch.isfinite(mine) else "samples that another rank names"
+            keys = ", ".join(batch.keys) if not torch.isfinite(mine) else "see another rank's error"
             raise UserError(
-                f"The loss is {total} at step {self.global_step}. The batch held: {keys}. "
-                "Look at these samples, or lower optim.lr, or train in a wider precision."
+                f"The loss is {total} at step {self.global_step}. Samples of the batch: {keys}. "
+                "Check these samples, lower optim.lr, or use a wider trainer.precision."
             )
         self.stop_agreed = stop > 0
         self.log("train/loss", total / max(tokens, 1), prog_bar=True)
-        # Ranks average their gradients: times their number makes it the sum. Batches that are accumulated for one
-        # step are divided by the same number, the first one's tokens; on_before_optimizer_step corrects it.
+        # Ranks average their gradients: times world_size is the sum. All batches that are accumulated for one step are
+        # divided by the first one's tokens; on_before_optimizer_step corrects that.
         self._divisor = self._divisor or max(tokens, 1)
         self._step_tokens += tokens
-        return loss.total * usable * (self._ranks[1] / self._divisor)
+        return loss.total * usable * (self._world_size / self._divisor)
 
     @property
     def between_steps(self) -> bool:
-        """Whether no batch waits for others of its step."""
+        """Whether no batch has been accumulated for the next step."""
         return self._divisor == 0
 
     def agree_to_stop(self) -> bool:
-        """Whether any rank has been told to stop; a collective call."""
+        """Whether any rank has a signal to stop; a collective call."""
         return self._over_ranks(self.stop_signal)[0] > 0
 
     @property
-    def _ranks(self) -> tuple[int, int]:
-        return data_ranks(self._trainer)
+    def _world_size(self) -> int:
+        return 1 if self._trainer is None else self.trainer.world_size
 
     def _over_ranks(self, *values: Any) -> list[float]:
-        """Each value summed over the ranks that see different data."""
+        """Each value summed over all ranks."""
         stacked = torch.stack([torch.as_tensor(v, device=self.device, dtype=torch.float32) for v in values])
-        if self._trainer is not None and self.trainer.world_size > 1:
-            stacked = self.trainer.strategy.reduce(stacked, reduce_op="sum") * self._ranks[1] / self.trainer.world_size
+        if self._world_size > 1:
+            stacked = self.trainer.strategy.reduce(stacked, reduce_op="sum")
         return stacked.tolist()
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        # Lightning has divided each batch's loss by the number of batches a step.
+        # Lightning has divided each batch's loss by the number of batches per step.
         scale = self.trainer.accumulate_grad_batches * self._divisor / max(self._step_tokens, 1)
         if scale != 1:
             for parameter in self.parameters():
@@ -183,34 +176,33 @@ class RecognitionModule(L.LightningModule):
         loss = self(batch)
         predictions = self.predict_labels(batch.images)
         labels = [[label for label, _ in image] for image in predictions]
-        self.exact[dataloader_idx].update(labels, batch.labels)
-        if self.semantic:
-            self.semantic[dataloader_idx].update(labels, batch.labels)
-        self.losses[dataloader_idx].update(loss.nll_S)
+        for scores in self._scores[dataloader_idx].values():
+            scores.update(labels, batch.labels)
+        self._losses[dataloader_idx].update(loss.nll_S)
         return {"predictions": predictions}
 
     def on_validation_epoch_start(self) -> None:
         self._gathered.enter_context(unsharded(self.model))
 
     def end_validation(self) -> None:
-        """Give up the weights that were gathered for it."""
+        """Free the weights that were gathered for it."""
         self._gathered.close()
 
     def on_validation_epoch_end(self) -> None:
         self.end_validation()
         for index, name in enumerate(self.val_names):
-            values = {"loss": self.losses[index].compute(), **self.exact[index].compute()}
-            self.losses[index].reset()
-            self.exact[index].reset()
-            if self.semantic:
-                values |= {f"semantic_{key}": value for key, value in self.semantic[index].compute().items()}
-                self.semantic[index].reset()
+            values = {"loss": self._losses[index].compute()}
+            self._losses[index].reset()
+            for kind, scores in self._scores[index].items():
+                prefix = "" if kind == "exact" else f"{kind}_"
+                values |= {f"{prefix}{key}": value for key, value in scores.compute().items()}
+                scores.reset()
             shown = f"recall@{self.validation.top_k}"
             for key, value in values.items():
                 self.log(f"{name}/{key}", value, prog_bar=key == shown and index == 0, sync_dist=True)
 
     def predict_labels(self, images: Tensor) -> list[list[tuple[str, float]]]:
-        """Batch in, for each image its labels with probabilities out, most probable first."""
+        """Labels with their probabilities per image, most probable first. ``images``: uint8 [B, 3, H, W]."""
         samples = one_shot(
             self.model,
             images,
@@ -233,27 +225,26 @@ class RecognitionModule(L.LightningModule):
         return getattr(self.trainer.precision_plugin, "scaler", None) is not None
 
     def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
-        """As Lightning does; by norm without a loss scaler directly, since Lightning refuses a fused AdamW there."""
+        """Clip as Lightning does (which refuses a fused AdamW), and log the norm over all ranks before clipping."""
         if gradient_clip_algorithm in (None, "norm") and not self._scales_loss:
             if gradient_clip_val:
-                self.log("train/grad_norm", clip_gradients(self.parameters(), gradient_clip_val))
+                norm = nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val)
+                self.log("train/grad_norm", full_tensor(norm))
         else:
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def recognizer(self) -> Recognizer:
-        """The trained model as its users keep it."""
+        """The trained model, ready to predict and to be saved as a model directory."""
         return Recognizer(self.model, self.tokenizer, self.model_config, self.provenance)
 
     @cached_property
     def _recognizer_without_weights(self) -> dict[str, Any]:
-        """What a model directory holds besides weights, as plain values: see :mod:`nxtp.deploy.export`."""
+        """What a model directory contains besides weights, as plain values: see :mod:`nxtp.deploy.export`."""
         return {
             "config": asdict(rebuildable(self.model_config, self.model)),
             "tokenizer": self.tokenizer.files(),
             "provenance": self.provenance,
         }
-
-    # What was skipped, so far in this run; kept over a resume.
 
     def _count(self, batch: Batch, training: bool = True) -> None:
         self.skipped.update(batch.skipped)
@@ -262,24 +253,22 @@ class RecognitionModule(L.LightningModule):
         skipped = self.skipped.total()
         if batch.skipped and self.samples_read >= 100 and skipped > self.max_skip_fraction * self.samples_read:
             raise UserError(
-                f"{skipped} of {self.samples_read} samples could not be used ({by_kind(self.skipped)}): more than "
+                f"{skipped} of {self.samples_read} samples were skipped ({by_kind(self.skipped)}): more than "
                 f"data.max_skip_fraction = {self.max_skip_fraction:g}. Check the shards, or raise the limit."
             )
 
     def own_counts(self) -> dict[str, Any]:
-        """Samples skipped by kind, samples_read and seen, on this rank."""
+        """Samples skipped (by kind), read and seen on this rank, since the start of the run."""
         return {"skipped": dict(self.skipped), "samples_read": self.samples_read, "samples_seen": self.samples_seen}
 
     def on_fit_end(self) -> None:
         self.final_counts = self.counts()
 
     def counts(self) -> dict[str, Any]:
-        """The same of all ranks together; a collective call."""
-        mine = self.own_counts()
-        every = [mine]
-        if self._trainer is not None and self.trainer.world_size > 1:
-            every = [mine] * self.trainer.world_size
-            torch.distributed.all_gather_object(every, mine)
+        """The same over all ranks; a collective call."""
+        every = [self.own_counts()] * self._world_size
+        if self._world_size > 1:
+            torch.distributed.all_gather_object(every, self.own_counts())
         total = {key: sum(counts[key] for counts in every) for key in ("samples_read", "samples_seen")}
         return total | {"skipped": dict(sum((Counter(counts["skipped"]) for counts in every), Counter()))}
 
@@ -288,14 +277,14 @@ class RecognitionModule(L.LightningModule):
         checkpoint["recognizer"] = self._recognizer_without_weights
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        if self.trainer.is_global_zero:  # the sum over ranks, kept by one of them
+        if self.trainer.is_global_zero:  # the sum over all ranks continues on one of them
             counts = checkpoint["counts"]
             self.skipped = Counter(counts["skipped"])
             self.samples_read, self.samples_seen = counts["samples_read"], counts["samples_seen"]
         self._place_in_epoch(checkpoint)
 
     def _place_in_epoch(self, checkpoint: dict[str, Any]) -> None:
-        """Lightning counts an epoch's batches; with another number of ranks the same samples are other batches."""
+        """Lightning resumes at a batch index of the epoch: with another number of ranks it becomes another index."""
         data = getattr(self.trainer, "datamodule", None)
         position = checkpoint.get(type(data).__qualname__, {}).get("train")
         loops = checkpoint.get("loops", {}).get("fit_loop")

@@ -1,4 +1,4 @@
-"""What trains, in which groups, at which learning rate."""
+"""The optimizer: parameter groups, AdamW, and the learning-rate schedule."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 
 from nxtp.errors import UserError
 from nxtp.model.model import Model
@@ -22,8 +24,8 @@ class OptimConfig:
 
     ``warmup``    steps; a value below 1 is a share of all steps
     ``final_lr``  learning rate at the last step, as a share of ``lr``
-    ``weight_decay`` acts on matrices; not on vectors, norms, embeddings
-    ``decay_final_norm``  on the decoder's final norm too, as published
+    ``weight_decay``      of matrices; vectors, norms and embeddings have none
+    ``decay_final_norm``  of the decoder's final norm too, as published
     ``state_bits``  32, or 8: both moments in blocks of 8-bit numbers (torchao), a quarter of the memory
     """
 
@@ -38,57 +40,60 @@ class OptimConfig:
     trainable: TrainableConfig = field(default_factory=TrainableConfig)
 
 
-def parameter_groups(model: nn.Module, weight_decay: float, also: Sequence[nn.Parameter] = ()) -> list[dict[str, Any]]:
-    """Two groups of the parameters that train: matrices with weight decay; vectors and embeddings without.
-
-    Args:
-        also: vectors that decay all the same.
-    """
-    also_ids = {id(p) for p in also}
-    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    trained = [p for p in model.parameters() if p.requires_grad]
-    decays = [p for p in trained if (p.ndim >= 2 and id(p) not in embeddings) or id(p) in also_ids]
-    chosen = {id(p) for p in decays}
-    rest = [p for p in trained if id(p) not in chosen]
-    groups = [{"params": decays, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
-
-
-def learning_rate_factor(step: int, total: int, warmup: float, final: float) -> float:
-    """Share of the peak learning rate at ``step`` of ``total``: linear warm-up, then cosine to ``final``."""
-    warmup_steps = warmup * total if warmup < 1 else warmup
-    if step < warmup_steps:
-        return (step + 1) / (warmup_steps + 1)
-    progress = min((step - warmup_steps) / max(total - warmup_steps, 1), 1.0)
-    return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * progress))
-
-
-def build_optimizer(model: Model, config: OptimConfig, total_steps: int, fused: bool = True):
-    """AdamW and its per-step schedule over ``total_steps``.
+def build_optimizer(model: Model, config: OptimConfig, total_steps: int, fused: bool = True) -> tuple[Optimizer, Any]:
+    """AdamW of what trains, and its schedule over ``total_steps``.
 
     Raises:
         UserError: ``state_bits`` is neither 32 nor 8, or needs a package that is not installed.
     """
     also = list(model.decoder.lm.model.norm.parameters()) if config.decay_final_norm else []
     groups = parameter_groups(model, config.weight_decay, also)
-    settings = {"lr": config.lr, "betas": tuple(config.betas), "eps": config.eps}
+    settings: dict[str, Any] = {"lr": config.lr, "betas": tuple(config.betas), "eps": config.eps}
     if config.state_bits == 32:
-        optimizer = torch.optim.AdamW(groups, **settings, fused=fused)
+        optimizer: Optimizer = torch.optim.AdamW(groups, **settings, fused=fused)
     elif config.state_bits == 8:
         if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
-            raise UserError("optim.state_bits=8 is not for sharded weights, whose state is cut up anyway: say 32.")
-        optimizer = _adamw_8_bit()(groups, **settings)
+            raise UserError("optim.state_bits=8 does not support sharded weights, whose state is sharded too: use 32.")
+        try:
+            from torchao.optim import AdamW8bit
+        except ImportError:
+            raise UserError("optim.state_bits=8 needs torchao: pip install 'nxtp[8bit]'.") from None
+        optimizer = AdamW8bit(groups, **settings)
     else:
-        raise UserError(f"optim.state_bits is {config.state_bits}: 32 or 8, please.")
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: learning_rate_factor(step, total_steps, config.warmup, config.final_lr)
-    )
-    return optimizer, schedule
+        raise UserError(f"optim.state_bits must be 32 or 8, got {config.state_bits}.")
+    return optimizer, build_schedule(optimizer, total_steps, config.warmup, config.final_lr)
 
 
-def _adamw_8_bit() -> type[torch.optim.Optimizer]:
-    try:
-        from torchao.optim import AdamW8bit
-    except ImportError:
-        raise UserError("optim.state_bits=8 needs torchao: pip install 'nxtp[8bit]'.") from None
-    return AdamW8bit
+def parameter_groups(model: nn.Module, weight_decay: float, also: Sequence[nn.Parameter] = ()) -> list[dict[str, Any]]:
+    """What trains, in two groups: matrices with weight decay, vectors and embeddings without.
+
+    timm's ``param_groups_weight_decay`` has no way to add a vector to the first group.
+
+    Args:
+        also: vectors that decay too.
+    """
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    decaying, others = [], []
+    for p in model.parameters():
+        if p.requires_grad:
+            decays = (p.ndim >= 2 and id(p) not in embeddings) or any(p is vector for vector in also)
+            (decaying if decays else others).append(p)
+    groups = [{"params": decaying, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def build_schedule(optimizer: Optimizer, total_steps: int, warmup: float, final: float) -> LambdaLR:
+    """The learning rate at each step, as a share of the optimizer's: linear warm-up, then cosine to ``final``.
+
+    Unlike transformers' ``get_cosine_with_min_lr_schedule_with_warmup`` the first step has a rate above 0, the warm-up
+    may be a share of all steps, and the rate stays at ``final`` after the last step.
+    """
+    warmup_steps = warmup * total_steps if warmup < 1 else warmup
+
+    def share(step: int) -> float:
+        if step < warmup_steps:
+            return (step + 1) / (warmup_steps + 1)
+        progress = min((step - warmup_steps) / max(total_steps - warmup_steps, 1), 1.0)
+        return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * progress))
+
+    return LambdaLR(optimizer, share)

@@ -94,7 +94,7 @@ def _rank(rank: int, step: Step, directory: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{directory}/meeting", rank=rank, world_size=step.ranks)
     mesh = None
     if step.strategy == "fsdp":
-        mesh = dist.init_device_mesh("cpu", (step.ranks, 1), mesh_dim_names=("data_parallel", "tensor_parallel"))
+        mesh = dist.init_device_mesh("cpu", (step.ranks,))
     peak = measured_peak(OptimConfig(trainable=PUBLISHED_LIKE), step, ParallelConfig(), mesh)
     Path(directory, str(rank)).write_text(str(peak))
     dist.destroy_process_group()
@@ -178,15 +178,13 @@ def trainer(**changes):
 
 
 def test_the_strategy_is_read_from_the_trainer():
-    sharded = {"_target_": "nxtp.distributed.parallelize.FSDP2Strategy", "tensor_parallel_size": 2}
+    sharded = {"_target_": "nxtp.distributed.fsdp2.FSDP2Strategy"}
     assert step_of(trainer(num_nodes=4)) == Step("ddp", 32, batch=16, precision="bf16-mixed", on_gpu=True)
     found = step_of(trainer(strategy=sharded, devices="0,1,2,3", accumulate_grad_batches=2))
-    assert (found.strategy, found.ranks, found.tensor_parallel, found.accumulates) == ("fsdp", 4, 2, True)
+    assert (found.strategy, found.ranks, found.accumulates) == ("fsdp", 4, True)
     assert step_of(trainer(strategy="auto", devices=1, accelerator="cpu")).strategy == "single"
     with pytest.raises(UserError, match="deepspeed"):
         step_of(trainer(strategy="deepspeed_stage_3"))
-    with pytest.raises(UserError, match="8 ranks cannot be split"):
-        step_of(trainer(strategy=sharded | {"tensor_parallel_size": 3}))
 
 
 def test_describe_prints_memory_a_rank(tmp_path):

@@ -1,4 +1,4 @@
-"""The same mathematics everywhere: one process with the whole batch, DDP, FSDP, tensor parallelism, accumulation."""
+"""The same mathematics everywhere: one process with the whole batch, DDP, FSDP, accumulation."""
 
 import json
 from types import SimpleNamespace
@@ -9,7 +9,7 @@ from helpers import TINY_OVERRIDES, curve, nxtp_runs, write_shards
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from nxtp.distributed.saving import read_file
+from nxtp.distributed.checkpoints import read_file
 from nxtp.model.tokenizer import train_tokenizer
 from nxtp.train.module import RecognitionModule
 
@@ -23,7 +23,6 @@ WAYS = {  # overrides and ranks: eight images a step in each
     "ddp_accumulated": (["trainer=ddp", *CPU, "data.batch_size=2", "trainer.accumulate_grad_batches=2"], 2),
     "fsdp": (["trainer=fsdp", *CPU, "data.batch_size=4"], 2),
     "fsdp_accumulated": (["trainer=fsdp", *CPU, "data.batch_size=2", "trainer.accumulate_grad_batches=2"], 2),
-    "tensor_parallel": (["trainer=fsdp_tp", *CPU, "data.batch_size=8", "trainer.devices=2"], 2),
     "checkpointed": (["parallel.activation_checkpointing=true", "data.batch_size=8"], 1),
 }
 PARTS = {
@@ -78,7 +77,7 @@ def pairs():
     """References and ways; most are slow: make test-all."""
     for objective, parts in (("matched", "all"), ("published", "mixed")):
         for way in WAYS:
-            often = way in ("ddp_accumulated", "fsdp") or (way == "tensor_parallel" and objective == "matched")
+            often = way in ("ddp_accumulated", "fsdp")
             if way != "one":
                 marks = [] if often else [pytest.mark.slow]
                 yield pytest.param((objective, parts), way, id=f"{objective}-{parts}-{way}", marks=marks)
@@ -156,8 +155,7 @@ def test_8_bit_state_trains(root):
 
 def test_wrong_settings_are_told(root):
     for way, setting, told in (
-        ("one", "optim.state_bits=4", "optim.state_bits is 4"),
-        ("fsdp", "trainer.precision=bf16-true", "Sharded weights can have 32-true or bf16-mixed"),
-        ("fsdp", "trainer.strategy.tensor_parallel_size=3", "2 ranks cannot be split so"),
+        ("one", "optim.state_bits=4", "optim.state_bits must be 32 or 8, got 4"),
+        ("fsdp", "trainer.precision=bf16-true", "Sharded weights support 32-true or bf16-mixed"),
     ):
         assert told in train(root, "wrong", way, setting, code=1)

@@ -7,7 +7,7 @@ from helpers import tiny_config
 from nxtp.errors import UserError
 from nxtp.model.model import Model
 from nxtp.model.trainable import TrainableConfig, choose_trainable
-from nxtp.train.optim import OptimConfig, build_optimizer, learning_rate_factor, parameter_groups
+from nxtp.train.optim import OptimConfig, build_optimizer, build_schedule, parameter_groups
 
 
 def trained(trainable: TrainableConfig, **decoder) -> set[str]:
@@ -77,15 +77,30 @@ def test_weight_decay_acts_on_matrices_only():
     assert len(decayed["params"]) + len(rest["params"]) == len(list(model.parameters()))
 
 
+def test_the_final_norm_decays_if_asked():
+    """As published; timm's param_groups_weight_decay cannot say so."""
+    model = Model(tiny_config(), 60)
+    norm = model.decoder.lm.model.norm.weight
+    for decays in (False, True):
+        optimizer, _ = build_optimizer(model, OptimConfig(decay_final_norm=decays), 10)
+        (group,) = [g for g in optimizer.param_groups if any(p is norm for p in g["params"])]
+        assert (group["weight_decay"] > 0) == decays
+
+
+def shares(*arguments: float):
+    """The schedule as a function of the step."""
+    return build_schedule(torch.optim.SGD([torch.zeros(1)], lr=1.0), *arguments).lr_lambdas[0]
+
+
 def test_schedule_warms_up_and_decays():
-    rates = [learning_rate_factor(s, 100, 10, 0.1) for s in range(101)]
+    rates = [shares(100, 10, 0.1)(step) for step in range(101)]
     assert rates[0] == pytest.approx(1 / 11)
     assert max(rates) == pytest.approx(1.0)
     assert rates.index(max(rates)) == 10
     assert rates[100] == pytest.approx(0.1)
     assert rates[55] == pytest.approx(0.1 + 0.9 * 0.5)
-    assert learning_rate_factor(3, 100, 0.1, 0) == learning_rate_factor(3, 100, 10, 0)
-    assert learning_rate_factor(500, 100, 0.1, 0.2) == pytest.approx(0.2)
+    assert shares(100, 0.1, 0)(3) == shares(100, 10, 0)(3)
+    assert shares(100, 0.1, 0.2)(500) == pytest.approx(0.2)
 
 
 def test_optimizer_steps_only_what_trains():

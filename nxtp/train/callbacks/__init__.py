@@ -1,0 +1,1 @@
+"""Lightning callbacks, one file each; conf/callbacks says which a run uses."""

@@ -1,4 +1,4 @@
-"""When a run saves itself: every so many steps; and after a scheduler's warning or Ctrl-C, which it then follows."""
+"""Saves a run's state every N steps, and when a signal (a scheduler's warning, Ctrl-C) stops the run."""
 
 from __future__ import annotations
 
@@ -12,33 +12,30 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.trainer.states import TrainerFn
 
 from nxtp.errors import at_least
+from nxtp.train.module import RecognitionModule
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 
 
 class Preempted(Exception):
-    """The run has saved itself and stops. ``exit_code`` is the shell's convention for the signal."""
+    """The run is saved and stops. ``exit_code``: 128 + the signal's number, as in a shell."""
 
     def __init__(self, number: int):
         super().__init__(f"stopped by {signal.Signals(number).name}")
-        self.number = number
-
-    @property
-    def exit_code(self) -> int:
-        return 128 + self.number
+        self.number, self.exit_code = number, 128 + number
 
 
-class KeepLast(Checkpoint):
-    """Saves the run's state every so many steps.
+class LastCheckpoint(Checkpoint):
+    """Saves the run's state every ``every_n_train_steps`` optimizer steps.
 
-    Where a validation follows the step it waits for its end: what is restored later has been validated, and the best
-    weights are known to it, as in a run that was never stopped.
+    If a validation follows the step, it saves after the validation: a run that resumes then knows its best weights, as
+    if it had never been stopped.
     """
 
     def __init__(self, path: str | Path, every_n_train_steps: int):
         at_least("callbacks.last.every_n_train_steps", every_n_train_steps, 1)
         self.path, self.every = Path(path), every_n_train_steps
-        self._saved, self._waits = 0, False
+        self._saved, self._is_due = 0, False
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self._saved = trainer.global_step
@@ -48,16 +45,16 @@ class KeepLast(Checkpoint):
     ) -> None:
         if trainer.global_step == self._saved or trainer.global_step % self.every:
             return
-        self._waits = _validation_follows(trainer, n)
-        if not self._waits:
+        self._is_due = _validation_follows(trainer, n)
+        if not self._is_due:
             self._save(trainer)
 
     def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        if self._waits and trainer.state.fn == TrainerFn.FITTING:
+        if self._is_due and trainer.state.fn == TrainerFn.FITTING:
             self._save(trainer)
 
     def _save(self, trainer: L.Trainer) -> None:
-        self._saved, self._waits = trainer.global_step, False
+        self._saved, self._is_due = trainer.global_step, False
         trainer.save_checkpoint(self.path, weights_only=False)
 
 
@@ -72,55 +69,49 @@ def _validation_follows(trainer: L.Trainer, batch: int) -> bool:
 
 
 class PreemptionHandler(L.Callback):
-    """Saves the last checkpoint and raises :class:`Preempted`, on all ranks after the same step.
+    """After a signal to any rank, saves the checkpoint ``path`` and raises :class:`Preempted` on all ranks.
 
-    A handler only notes the signal; the module tells it to all ranks with the step's loss. A second one of the same
-    kind does what it would have done without this class. A handler that was there before (submitit's, which puts the
-    job back into the queue) is called once all is saved.
-
-    Args:
-        path: the checkpoint to write.
+    The handler only stores the signal in the module, whose next step shares it with all ranks along with the loss. A
+    second signal of the same kind has its previous effect. A previous handler (submitit's requeues the job) is called
+    after the checkpoint is saved: :func:`call_handler`.
     """
 
     def __init__(self, path: Path):
         self.path = path
-        self._before = {number: signal.getsignal(number) or signal.SIG_DFL for number in SIGNALS}
+        self._previous = {number: signal.getsignal(number) or signal.SIG_DFL for number in SIGNALS}
 
-    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        def note(number: int, frame: Any) -> None:
+    def on_train_start(self, trainer: L.Trainer, module: RecognitionModule) -> None:
+        def store(number: int, frame: Any) -> None:
             module.stop_signal = number
-            signal.signal(number, self._before[number])
+            signal.signal(number, self._previous[number])
 
-        for number in SIGNALS:  # in place of Lightning's, which act at once, on each rank at another moment
-            signal.signal(number, note)
+        for number in SIGNALS:  # instead of Lightning's handlers, which stop each rank at another step
+            signal.signal(number, store)
 
-    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, module: RecognitionModule, *_: Any) -> None:
         if module.stop_agreed and module.between_steps:
-            self._leave(trainer, module)
+            self._stop(trainer, module)
 
-    def on_validation_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
-        # within a step gradients would be lost: then the next training batch tells
+    def on_validation_batch_end(self, trainer: L.Trainer, module: RecognitionModule, *_: Any) -> None:
+        # Between accumulated batches gradients would be lost: the run stops after the step.
         if trainer.state.fn == TrainerFn.FITTING and module.between_steps and module.agree_to_stop():
             module.end_validation()
-            self._leave(trainer, module)
+            self._stop(trainer, module)
 
-    def _leave(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+    def _stop(self, trainer: L.Trainer, module: RecognitionModule) -> None:
         trainer.save_checkpoint(self.path, weights_only=False)
         raise Preempted(module.stop_signal or signal.SIGTERM)
 
-    def on_exception(self, trainer: L.Trainer, module: L.LightningModule, exception: BaseException) -> None:
-        self._restore()
+    def on_exception(self, *_: Any) -> None:
+        self.on_fit_end()
 
-    def on_fit_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        self._restore()
-
-    def _restore(self) -> None:
-        for number, handler in self._before.items():
+    def on_fit_end(self, *_: Any) -> None:
+        for number, handler in self._previous.items():
             signal.signal(number, handler)
 
 
-def hand_on(number: int) -> None:
-    """Let the handler that was there before have the signal; without one nothing happens."""
+def call_handler(number: int) -> None:
+    """Call the handler that the signal had before the training, if there is one."""
     handler = signal.getsignal(number)
     if callable(handler) and number != signal.SIGINT:
         handler(number, None)

@@ -1,4 +1,4 @@
-"""Keeps run.json up to date while a run trains."""
+"""Writes run.json while a run trains."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ log = logging.getLogger("nxtp")
 
 
 class RunRecordWriter(L.Callback):
-    """Writes config.yaml and the record once all ranks have met: until then each looks for a run that is there.
+    """Writes config.yaml and run.json, and updates run.json after each validation and every ``interval`` seconds.
 
-    From then on the record is kept up to date: after each validation, and every half minute.
+    Not before all ranks have started: until then each of them looks for a run in the directory.
     """
 
-    every = 30.0  # seconds
+    interval = 30.0
 
     def __init__(self, run_dir: Path, cfg: DictConfig, record: RunRecord):
         self.run_dir, self.cfg, self.record = run_dir, cfg, record
@@ -39,7 +39,7 @@ class RunRecordWriter(L.Callback):
 
     @rank_zero_only
     def on_train_batch_end(self, trainer: L.Trainer, module: RecognitionModule, *_: Any) -> None:
-        if time.monotonic() - self._written > self.every:
+        if time.monotonic() - self._written > self.interval:
             self._write(trainer)
 
     @rank_zero_only

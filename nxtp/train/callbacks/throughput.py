@@ -1,4 +1,4 @@
-"""Throughput of a training run: images/s, tokens/s, data wait, padding, MFU and memory, in every logger and the bar."""
+"""Throughput of a training run: images/s, tokens/s, data wait, padding, MFU and memory."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ log = logging.getLogger("nxtp")
 
 
 class Throughput(L.Callback):
-    """Logs what was done since the last log, by all ranks together, in every logger.
+    """Logs the throughput since the last log, over all ranks, to every logger.
 
         perf/images_per_s     samples
-        perf/tokens_per_s     real tokens, image tokens included, padding not
-        perf/data_wait        share of the time in which a step waited for its batch, on the rank that waited longest
-        perf/padding          share of the decoder's positions that hold no token
-        perf/tflops           model TFLOP/s of a device: by formula, of real tokens, recomputation not included
-        perf/mfu              the same as a share of the device's peak; missing where that is unknown
-        perf/peak_memory_gb   since the start, of the rank that needs most; allocated on a GPU, resident on a CPU
+        perf/tokens_per_s     tokens: image tokens included, padding excluded
+        perf/data_wait        share of the time spent waiting for batches, on the rank that waited longest
+        perf/padding          share of the decoder's positions that are padding
+        perf/tflops           model TFLOP/s per device: by formula, without padding and recomputation
+        perf/mfu              the same as a share of the device's peak; missing if that is unknown
+        perf/peak_memory_gb   since the start, on the rank that needs most; allocated on a GPU, resident on a CPU
 
-    Validation and the start of an epoch do not count. The GPU is waited for only at a log and before a validation.
+    Validation and the start of an epoch are excluded. The GPU is synchronised only at a log and before a validation.
     """
 
     def __init__(self, flops: ModelFlops | None = None):
         self.flops = flops
-        self.line = ""  # of the last log, for people
-        self._mark: tuple[float, float] | None = None  # clock, and what the loader has been waited for by then
+        self.line = ""  # the last log, as text
+        self._mark: tuple[float, float] | None = None  # clock, and seconds waited for the loader until then
         self._step = 0
         self._reset()
 
@@ -91,17 +91,15 @@ class Throughput(L.Callback):
         self._resume(trainer)
         module.log_dict(values)
         self.line = speed_line(values)
-        if trainer.is_global_zero and not get_console().is_terminal:  # where no progress bar is seen
+        if trainer.is_global_zero and not get_console().is_terminal:  # a progress bar is not visible
             log.info("step %d: %s", trainer.global_step, self.line)
 
     def _together(self, trainer, device: torch.device) -> dict[str, float]:
-        """What is logged; one collective call."""
+        """The values to log; one collective call."""
         sums = self._images, self._tokens, self._positions, self._flops / 1e12
         mine = torch.tensor([*sums, self._seconds, self._waited, peak_memory_bytes(device) / 1e9], device=device)
         every_RX = trainer.strategy.all_gather(mine).view(-1, len(mine)).cpu()
-        # Ranks that share a model by tensor parallelism see the same data.
-        replicas = (trainer.distributed_sampler_kwargs or {"num_replicas": 1})["num_replicas"]
-        images, tokens, positions, tflop = (every_RX[:, :4].sum(dim=0) * replicas / trainer.world_size).tolist()
+        images, tokens, positions, tflop = every_RX[:, :4].sum(dim=0).tolist()
         seconds, waited, memory = every_RX[:, 4:].amax(dim=0).tolist()
         values = {
             "perf/images_per_s": images / seconds,
@@ -120,7 +118,7 @@ class Throughput(L.Callback):
 
 
 def speed_line(values: dict[str, float]) -> str:
-    """One short line of what :class:`Throughput` logs."""
+    """The values of :class:`Throughput` as one line."""
     shown = {
         "perf/images_per_s": "{:,.0f} images/s",
         "perf/tokens_per_s": "{:,.0f} tokens/s",
@@ -133,7 +131,7 @@ def speed_line(values: dict[str, float]) -> str:
 
 
 class Progress(RichProgressBar):
-    """Lightning's progress bar with the throughput's line at its end."""
+    """Lightning's progress bar, with the throughput at its end."""
 
     def get_metrics(self, trainer, module) -> dict:
         line = next((c.line for c in trainer.callbacks if isinstance(c, Throughput)), "")

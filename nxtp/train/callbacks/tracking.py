@@ -1,4 +1,4 @@
-"""Tracking: a run in W&B, pictures with their predictions, and run records read back from a W&B project."""
+"""Weights & Biases: a logger that resumes its run, and the run record in W&B."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from nxtp.runs.atomic import write_json
 from nxtp.runs.record import FILE, read_record
 
 log = logging.getLogger("nxtp")
-RUN_FILE = "wandb-run.json"  # beside run.json: W&B's id of the run, and its next row
+RUN_FILE = "wandb-run.json"  # beside run.json: the run's id in W&B, and its next row
 
 
 class Wandb(WandbLogger):
-    """Lightning's W&B logger of the run in ``save_dir``; its id is kept there: a continuation is the same run.
+    """Lightning's W&B logger; stores the run's id in ``save_dir``, so that a resumed run is the same run in W&B.
 
     Args:
         save_dir: the run directory.
-        model_artifact: at the end log the model directory as an artifact, offline too.
+        model_artifact: log the model directory as an artifact at the end, offline too.
         options: of WandbLogger and of ``wandb.init``.
 
     Raises:
@@ -38,43 +38,42 @@ class Wandb(WandbLogger):
     def __init__(self, *, save_dir: str | Path, offline: bool = False, model_artifact: bool = False, **options: Any):
         if offline and options.get("log_model"):
             raise UserError(
-                "logger.wandb.log_model uploads checkpoints while training, and this run is offline: "
-                "logger.wandb.model_artifact=true keeps the model directory for `wandb sync`."
+                "logger.wandb.log_model uploads checkpoints while training, and this run is offline: use "
+                "logger.wandb.model_artifact=true, which stores the model directory for `wandb sync`."
             )
         self.model_artifact = model_artifact
-        self._kept = Path(save_dir) / RUN_FILE
-        known = json.loads(self._kept.read_text()) if self._kept.exists() else {}
+        self._file = Path(save_dir) / RUN_FILE
+        known = json.loads(self._file.read_text()) if self._file.exists() else {}
         self._next_row = known.get("next_row", 0)
         if offline:
-            options["mode"] = "offline"  # Lightning sets a variable that the client has read by then
+            options["mode"] = "offline"  # Lightning sets an environment variable, too late for the client
         options["id"] = options.get("id") or known.get("id") or secrets.token_hex(4)
         super().__init__(save_dir=save_dir, offline=offline, **options)
 
     @property
     @rank_zero_experiment
     def experiment(self) -> Any:
-        begins = self._experiment is None
+        is_new = self._experiment is None
         run = super().experiment
-        if begins:
-            self._keep(run)
+        if is_new:
+            self._store(run)
         return run
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
         run = self.experiment
-        if run.step < self._next_row:  # offline the client counts anew, and W&B wants a run's rows in rising order
+        if run.step < self._next_row:  # offline, the client counts from 0 again, and W&B needs rising row numbers
             run.log({}, step=self._next_row, commit=False)
         super().log_metrics(metrics, step)
-        self._keep(run)
+        self._store(run)
 
-    def _keep(self, run: Any) -> None:
+    def _store(self, run: Any) -> None:
         self._next_row = max(self._next_row, run.step)
-        self._kept.parent.mkdir(parents=True, exist_ok=True)
-        write_json(self._kept, {"id": run.id, "next_row": self._next_row})
+        write_json(self._file, {"id": run.id, "next_row": self._next_row})
 
 
 class WandbMetadata(L.Callback):
-    """Gives W&B what the run record knows at the start: the resolved configuration, overrides and code commit."""
+    """Logs the run record to W&B at the start: the resolved configuration, overrides, versions, data and commit."""
 
     def __init__(self, run_dir: str | Path):
         self.run_dir = Path(run_dir)
@@ -89,13 +88,13 @@ class WandbMetadata(L.Callback):
 
 
 def end_tracking(loggers: list[Logger], run_dir: Path) -> None:
-    """End W&B's part of a run as its record says: run.json among its files, metrics and status in its summary."""
+    """Finish the run in W&B: run.json among its files, the record's metrics and status in its summary."""
     record = read_record(run_dir)
     for logger in loggers:
         if not isinstance(logger, WandbLogger) or logger._experiment is None or record is None:
-            continue  # without an experiment nothing was logged: do not begin a run at its end
+            continue  # without an experiment nothing was logged: do not start a run at its end
         run = logger.experiment
-        shutil.copy(run_dir / FILE, run.dir)  # a link would break where the directory is moved before `wandb sync`
+        shutil.copy(run_dir / FILE, run.dir)  # a link would break if the directory is moved before `wandb sync`
         run.save(str(Path(run.dir) / FILE), base_path=run.dir, policy="now")
         run.summary.update({**record["metrics"], "status": record["status"], "code": record["code"]})
         if getattr(logger, "model_artifact", False) and record["status"] == "finished":
@@ -110,5 +109,5 @@ def _log_model(run: Any, directory: Path, record: dict[str, Any]) -> None:
 
     about = {key: record[key] for key in ("metrics", "code", "step")}
     artifact = wandb.Artifact(f"model-{run.id}", type="model", metadata=about)
-    artifact.add_dir(str(directory), policy="immutable")  # read from there by `wandb sync`, not copied to a cache
+    artifact.add_dir(str(directory), policy="immutable")  # `wandb sync` reads it from there: no copy in a cache
     run.log_artifact(artifact)
