@@ -2,13 +2,11 @@
 
 import csv
 import json
-import logging
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import wandb
 from helpers import COLOURS, TINY_OVERRIDES, nxtp_runs, write_shards
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -16,7 +14,6 @@ from wandb.proto import wandb_internal_pb2 as proto
 
 from nxtp.errors import UserError
 from nxtp.runs.secrets import refuse_secrets
-from nxtp.sweep.report.wandb import wandb_records
 from nxtp.train.callbacks.tracking import Wandb
 
 KEY = "0123456789abcdef0123456789abcdef01234567"
@@ -233,50 +230,3 @@ def test_the_value_of_a_secret_variable_is_refused_anywhere(monkeypatch):
 def test_checkpoints_cannot_be_uploaded_offline(tmp_path):
     with pytest.raises(UserError, match="model_artifact=true"):
         Wandb(save_dir=tmp_path, offline=True, log_model=True)
-
-
-class Api:
-    """Of wandb.Api what is read: runs with files."""
-
-    def runs(self, project):
-        assert project == "us/nxtp"
-        return [FakeRun("a", '{"name": "a", "format": 2}'), FakeRun("b", None), FakeRun("c", '{"name": ')]
-
-
-class FakeRun:
-    def __init__(self, name, content):
-        self.name, self.id, self.content = name, f"id-{name}", content
-
-    def files(self, names):
-        return [SimpleNamespace(name="run.json")] if names == ["run.json"] and self.content is not None else []
-
-    def file(self, name):
-        def download(root, replace):
-            (Path(root) / name).write_text(self.content)
-            return (Path(root) / name).open()
-
-        return SimpleNamespace(download=download)
-
-
-def test_records_of_a_project(monkeypatch, caplog):
-    monkeypatch.setattr(wandb, "Api", Api)
-    monkeypatch.setattr("nxtp.runs.secrets.has_key", lambda: True)
-    with caplog.at_level(logging.WARNING, "nxtp"):
-        assert wandb_records("us/nxtp") == [{"name": "a", "format": 2}]
-    assert [m for m in caplog.messages if "'b' (id-b) has no" in m]
-    assert [m for m in caplog.messages if "'c' (id-c)" in m]
-
-
-def test_a_project_needs_a_key_and_must_be_there(monkeypatch):
-    monkeypatch.setattr("nxtp.runs.secrets.has_key", lambda: False)
-    with pytest.raises(UserError, match="needs a key"):
-        wandb_records("us/nxtp")
-
-    class Gone(Api):
-        def runs(self, project):
-            raise wandb.errors.CommError("not found")
-
-    monkeypatch.setattr("nxtp.runs.secrets.has_key", lambda: True)
-    monkeypatch.setattr(wandb, "Api", Gone)
-    with pytest.raises(UserError, match="'us/nxtp' cannot be read: not found"):
-        wandb_records("us/nxtp")
