@@ -106,7 +106,7 @@ def test_evaluate_of_a_closed_vocabulary(place):
     write_shards(place / "val", [6], labels=True)
     (place / "classes.txt").write_text("rose\nlemon\nleaf\nocean\ngravel, stone\n")
     arguments = ("model=model", "+data.val.v=val", "data.num_workers=0", "semantic=null", "grid=0", "out=closed")
-    done = run_nxtp("evaluate", *arguments, "vocabulary=classes.txt", "top_k=5", cwd=place)
+    done = run_nxtp("evaluate", *arguments, "classes=classes.txt", "top_k=5", cwd=place)
     assert done.returncode == 0, done.stderr
     metrics = json.loads((place / "closed" / "metrics.json").read_text())
     rows = [json.loads(line) for line in (place / "closed" / "predictions.jsonl").read_text().splitlines()]

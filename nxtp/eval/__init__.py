@@ -1,0 +1,5 @@
+"""How good predicted labels are, in validation while training and in `nxtp evaluate`.
+
+Imports from inference and below, never from train. Start with ``metrics.py`` (exact and semantic match);
+``embedders.py`` has the text encoders of the semantic metric, ``command.py`` is `nxtp evaluate`.
+"""

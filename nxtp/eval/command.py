@@ -6,7 +6,9 @@ import json
 import logging
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
+from typing import TextIO
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
@@ -15,19 +17,21 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from torch import Tensor
+from torchmetrics import Metric
 
 from nxtp.config import to_dataclass
 from nxtp.data.config import DataConfig
 from nxtp.data.datamodule import ResumableDataLoader, WebDatasetDataModule
 from nxtp.data.labels.from_samples import warn_if_nouns_differ
 from nxtp.errors import UserError, by_kind
-from nxtp.eval.embedders import CachedEmbedder, label_embedder
+from nxtp.eval.embedders import label_embedder
 from nxtp.eval.metrics import ExactMatch, SemanticMatch
 from nxtp.inference.figures import GridItem, save_grid
 from nxtp.inference.recognizer import Recognizer
 from nxtp.runs.atomic import write_json
 from nxtp.runs.record import FILE, RunRecord, read_record
-from nxtp.sampling.closed_vocabulary import Vocabulary, read_classes
+from nxtp.sampling.closed_vocabulary import read_classes
+from nxtp.sampling.ranking import Labels
 
 log = logging.getLogger("nxtp")
 
@@ -35,13 +39,13 @@ log = logging.getLogger("nxtp")
 def evaluate(cfg: DictConfig) -> dict[str, float]:
     """Evaluate one model directory on every set of ``data.val``. Returns ``{"<set>/<metric>": value}``.
 
-    Beside the results stands the run's record, unless they go into the directory of a training run, which has its own.
+    The run's record is written beside the results, unless these go into the directory of a training run.
     """
-    out = Path(HydraConfig.get().runtime.output_dir)
-    overrides = list(HydraConfig.get().overrides.task)
-    resolved = OmegaConf.to_container(cfg, resolve=True)
-    record = RunRecord(cfg.name, resolved, overrides, cfg.seed, cfg.sweep, command="evaluate")
-    keeps = (read_record(out) or {}).get("command", "train" if (out / FILE).exists() else None) != "train"
+    out, overrides = Path(HydraConfig.get().runtime.output_dir), list(HydraConfig.get().overrides.task)
+    config: dict = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
+    record = RunRecord(cfg.name, config, overrides, cfg.seed, cfg.sweep, command="evaluate")
+    earlier = read_record(out)
+    in_training_run = (out / FILE).exists() and (earlier or {}).get("command", "train") == "train"
     try:
         metrics = evaluate_sets(cfg, out, record)
         record.status = "finished"
@@ -50,16 +54,16 @@ def evaluate(cfg: DictConfig) -> dict[str, float]:
         record.fail(error)
         raise
     finally:
-        if keeps and (record.status == "finished" or cfg.sweep is not None):
+        if not in_training_run and (record.status == "finished" or cfg.sweep is not None):
             record.write(out)
 
 
 def evaluate_sets(cfg: DictConfig, out: Path, record: RunRecord) -> dict[str, float]:
-    """The same, told to the record."""
+    """:func:`evaluate`, with results written to ``out`` and added to ``record``."""
     console = Console()
     config = to_dataclass(DataConfig, cfg.data, "data")
     if not config.val:
-        raise UserError("data.val names no set to evaluate on: for example +data.val.mine=DIR, or data=scenes.")
+        raise UserError("data.val has no set to evaluate on: add +data.val.mine=DIR, or data=scenes.")
     recognizer = Recognizer.from_pretrained(cfg.model_dir, device=cfg.device)
     data = WebDatasetDataModule(
         config,
@@ -67,30 +71,39 @@ def evaluate_sets(cfg: DictConfig, out: Path, record: RunRecord) -> dict[str, fl
         image_size=recognizer.image_size,
         num_image_tokens=recognizer.model.num_image_tokens,
     )
+    first = next(iter(config.val))
     record.data = {name: {"shards": str(spec)} for name, spec in config.val.items()}
     record.parameters = {"model": sum(p.numel() for p in recognizer.model.parameters())}
-    record.monitor = f"{next(iter(config.val))}/recall@{cfg.top_k}"
+    record.monitor = f"{first}/recall@{cfg.top_k}"
     embedder = label_embedder(cfg.semantic, recognizer.device) if cfg.semantic else None
-    vocabulary = recognizer.vocabulary(read_classes(cfg.vocabulary)) if cfg.vocabulary else None
+    classes = recognizer.vocabulary(read_classes(cfg.classes)) if cfg.classes else None
+
+    def predict(pixels: Tensor) -> list[Labels]:
+        if classes is not None:
+            return recognizer.classify_pixels(pixels, classes, cfg.top_k)
+        return recognizer.predict_pixels(pixels, cfg.top_k, cfg.sampler, cfg.ranking)
 
     metrics: dict[str, float] = {}
     skipped: Counter = Counter()
     out.mkdir(parents=True, exist_ok=True)
     predictions = out / ".predictions.jsonl.part"
-    with predictions.open("w") as lines:
+    with predictions.open("w") as file:
         for name, spec in config.val.items():
             loader = data.loader(name, spec, training=False)
             warn_if_nouns_differ(name, spec, config.nouns, recognizer.provenance.get("nouns"))
-            values, shown, here = evaluate_set(recognizer, loader, cfg, name, embedder, vocabulary, lines, console)
-            metrics.update({f"{name}/{key}": value for key, value in values.items()})
-            skipped.update(here)
-            if cfg.grid and shown:
-                save_grid(out / f"predictions{'' if name == next(iter(config.val)) else '_' + name}.png", shown)
+            scores: dict[str, Metric] = {"": ExactMatch(top_k=cfg.top_k)}
+            if embedder is not None:
+                scores["semantic_"] = SemanticMatch(embedder, top_k=cfg.top_k)
+            values, shown, skipped_in_set = evaluate_set(name, loader, predict, scores, cfg, file, console)
+            metrics |= {f"{name}/{key}": value for key, value in values.items()}
+            skipped += skipped_in_set
+            if shown:
+                save_grid(out / f"predictions{'' if name == first else '_' + name}.png", shown)
     predictions.replace(out / "predictions.jsonl")
-    skipped.update(data.shard_faults)
+    skipped += data.shard_faults
     write_json(out / "metrics.json", metrics)
     record.metrics, record.samples_skipped = dict(metrics), dict(skipped)
-    record.samples_seen = int(sum(v for key, v in metrics.items() if key.endswith("/images")))
+    record.samples_seen = int(sum(value for key, value in metrics.items() if key.endswith("/images")))
     console.print(metrics_table(metrics))
     if skipped:
         log.warning("Skipped samples and shards: %s.", by_kind(skipped))
@@ -99,20 +112,23 @@ def evaluate_sets(cfg: DictConfig, out: Path, record: RunRecord) -> dict[str, fl
 
 
 def evaluate_set(
-    recognizer: Recognizer,
-    loader: ResumableDataLoader,
-    cfg: DictConfig,
     name: str,
-    embedder: CachedEmbedder | None,
-    vocabulary: Vocabulary | None,
-    lines,
+    loader: ResumableDataLoader,
+    predict: Callable[[Tensor], list[Labels]],
+    scores: dict[str, Metric],
+    cfg: DictConfig,
+    file: TextIO,
     console: Console,
 ) -> tuple[dict[str, float], list[GridItem], Counter]:
-    """Metrics of one set, some images with their labels to show, and what was skipped."""
-    exact = ExactMatch(top_k=cfg.top_k)
-    semantic = SemanticMatch(embedder, top_k=cfg.top_k) if embedder is not None else None
+    """Metrics of one set, ``cfg.grid`` images with their labels, and the skipped samples by kind.
+
+    Args:
+        predict: uint8 [B, 3, S, S] → ranked labels of each image.
+        scores: metrics by the prefix of their names.
+        file: gets a line of JSON per image.
+    """
     skipped: Counter = Counter()
-    samples_read = seen = 0
+    samples_read = images = 0
     seconds = 0.0
     shown: list[GridItem] = []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -120,54 +136,40 @@ def evaluate_set(
         task = progress.add_task(name, total=loader.sampler.total)
         for batch in loader:
             begin = time.perf_counter()
-            if vocabulary is not None:
-                predicted = recognizer.classify_pixels(batch.images, vocabulary, cfg.top_k)
-            else:
-                predicted = recognizer.predict_pixels(batch.images, cfg.top_k, cfg.sampler, cfg.ranking)
+            predictions = predict(batch.images)
             seconds += time.perf_counter() - begin
-            labels = [[label for label, _ in image] for image in predicted]
-            exact.update(labels, batch.labels)
-            if semantic is not None:
-                semantic.update(labels, batch.labels)
-            for key, truth, image in zip(batch.keys, batch.labels, predicted, strict=True):
-                ranked = [[label, round(probability, 6)] for label, probability in image]
-                row = {"set": name, "key": key, "labels": truth, "predictions": ranked}
-                lines.write(json.dumps(row, ensure_ascii=False) + "\n")
-            room = max(cfg.grid - len(shown), 0)
-            for pixels, truth, image in list(zip(batch.images, batch.labels, predicted, strict=True))[:room]:
-                shown.append(GridItem(to_image(pixels), truth, image))
-            skipped.update(batch.skipped)
-            samples_read, seen = samples_read + batch.samples_read, seen + len(batch)
+            labels = [[label for label, _ in ranked] for ranked in predictions]
+            for metric in scores.values():
+                metric.update(labels, batch.labels)
+            for key, pixels, truth, ranked in zip(batch.keys, batch.images, batch.labels, predictions, strict=True):
+                rounded = [[label, round(probability, 6)] for label, probability in ranked]
+                row = {"set": name, "key": key, "labels": truth, "predictions": rounded}
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                if len(shown) < cfg.grid:
+                    shown.append(GridItem(Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy()), truth, ranked))
+            skipped += batch.skipped
+            samples_read += batch.samples_read
+            images += len(batch)
             progress.advance(task, batch.samples_read)
-    if sum(skipped.values()) > cfg.data.max_skip_fraction * samples_read:
+    if skipped.total() > cfg.data.max_skip_fraction * samples_read:
         raise UserError(
-            f"{sum(skipped.values())} of {samples_read} samples of '{name}' could not be used ({by_kind(skipped)}): "
+            f"{skipped.total()} of {samples_read} samples of '{name}' could not be used ({by_kind(skipped)}): "
             f"more than data.max_skip_fraction = {cfg.data.max_skip_fraction:g}."
         )
-    values = dict(exact.compute())
-    if semantic is not None:
-        values |= {f"semantic_{key}": value for key, value in semantic.compute().items()}
-    values = {key: float(value) for key, value in values.items()}
-    values |= {"images": seen, "skipped": sum(skipped.values())}
-    if seen:
-        values["images_per_s"] = round(seen / seconds, 2)
+    values = {f"{prefix}{key}": float(v) for prefix, metric in scores.items() for key, v in metric.compute().items()}
+    values |= {"images": images, "skipped": skipped.total()}
+    if images:
+        values["images_per_s"] = round(images / seconds, 2)
     return values, shown, skipped
 
 
-def to_image(pixels: Tensor) -> Image.Image:
-    """uint8 [3, S, S] → PIL RGB."""
-    return Image.fromarray(pixels.permute(1, 2, 0).contiguous().cpu().numpy())
-
-
 def metrics_table(metrics: dict[str, float]) -> Table:
-    """One row a metric, one column a set."""
-    sets = list(dict.fromkeys(key.split("/", 1)[0] for key in metrics))
-    names = list(dict.fromkeys(key.split("/", 1)[1] for key in metrics))
-    table = Table(title="Evaluation")
-    table.add_column("metric")
+    """One row per metric, one column per set."""
+    sets = dict.fromkeys(key.split("/", 1)[0] for key in metrics)
+    table = Table("metric", title="Evaluation")
     for name in sets:
         table.add_column(name, justify="right")
-    for metric in names:
+    for metric in dict.fromkeys(key.split("/", 1)[1] for key in metrics):
         values = [metrics.get(f"{name}/{metric}") for name in sets]
         table.add_row(metric, *("" if v is None else f"{v:.4f}" if isinstance(v, float) else str(v) for v in values))
     return table

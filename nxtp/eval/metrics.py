@@ -1,8 +1,7 @@
-"""How good predicted labels are: exact match, and semantic match with a sentence encoder (torchmetrics).
+"""How good predicted labels are: exact match, and semantic match with a text encoder (torchmetrics).
 
-Scores are computed an image at a time (:func:`exact_scores`, :func:`semantic_scores`: one row an image, for
-reports) and averaged over images by the metrics, whose states are plain sums: right under several ranks, also
-with uneven batches.
+:func:`exact_scores` and :func:`semantic_scores` compute one row per image; the metrics average over images. Their
+states are sums, so several ranks with uneven batches give the same means as one process.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from nxtp.data.labels.cleaning import normalise
-from nxtp.errors import UserError
+from nxtp.errors import at_least
 from nxtp.eval.embedders import TextEmbedder, full_precision
 
 HIT_CUTS = (1, 5)
@@ -24,7 +23,7 @@ _IMAGES_AT_ONCE = 256  # bounds the memory of the padded similarity computation
 
 
 class Scores(NamedTuple):
-    """One row an image, float32 [B] each, on the CPU; NaN for an image without targets."""
+    """One row per image, float32 [B] each, on the CPU; NaN for an image without targets."""
 
     recall: Tensor
     precision: Tensor
@@ -40,14 +39,14 @@ def semantic_scores(
 ) -> Scores:
     """Soft recall, precision and F1 of each image (arXiv 2312.02142, section 4.1).
 
-    With S the cosines between an image's M targets and N predictions: recall is the mean over targets of the best
+    The cosine between a target and a prediction measures their match: recall is the mean over targets of the best
     match, precision the mean over predictions, F1 = 2PR/(P+R). Where P and R differ in sign (cosines may be
-    negative) the harmonic mean has no meaning and F1 is 0. Labels are embedded as given, duplicates count as often
-    as they occur, and no predictions count as the one prediction "".
+    negative) the harmonic mean has no meaning and F1 is 0. Labels are not normalised, duplicates count as often as
+    they occur, and no predictions count as the one prediction "".
 
     Args:
-        predictions: B images, each its labels, best first; the first ``top_k`` enter (None: all).
-        targets: B images, each its reference labels. Without any: NaN.
+        predictions: labels of B images, best first; the first ``top_k`` count (None: all).
+        targets: reference labels of B images. An image without any gets NaN.
     """
     _check(predictions, targets, top_k)
     predictions = [list(labels)[:top_k] or [""] for labels in predictions]
@@ -93,52 +92,42 @@ def exact_scores(
 ) -> Scores:
     """Recall@k, precision@k and F1@k of each image, on normalised labels (:func:`nxtp.data.labels.cleaning.normalise`).
 
-    Labels that normalise to the same text, or to nothing, count once, or not at all, on both sides. Of what is then
-    left of the predictions the first k enter: recall = hits / number of targets, precision = hits / min(k, number of
-    predictions), 0 without predictions; F1 = 2PR/(P+R), 0 without hits.
+    Labels of equal normalised text count once, empty ones do not count. Of the predictions the first k count:
+    recall = hits / number of targets, precision = hits / min(k, number of predictions), 0 without predictions;
+    F1 = 2PR/(P+R), 0 without hits.
 
     Args:
-        predictions: B images, each its labels, best first (``top_k`` None: all enter).
-        targets: B images, each its reference labels. Without any: NaN.
+        predictions: labels of B images, best first (``top_k`` None: all count).
+        targets: reference labels of B images. An image without any gets NaN.
     """
     _check(predictions, targets, top_k)
     rows = []
     for predicted, wanted in zip(predictions, targets, strict=True):
-        kept = _distinct(predicted)[:top_k]
-        truth = set(_distinct(wanted))
-        hits = len(truth.intersection(kept))
+        found, truth = _distinct(predicted)[:top_k], set(_distinct(wanted))
+        hits, total = len(truth.intersection(found)), len(truth) + len(found)
         # F1 = 2PR/(P+R) = 2 hits / (targets + predictions)
-        rows.append(
-            (hits / len(truth), hits / max(len(kept), 1), 2 * hits / (len(truth) + len(kept)))
-            if truth
-            else (float("nan"),) * 3
-        )
+        scores = (hits / len(truth), hits / max(len(found), 1), 2 * hits / total) if truth else (torch.nan,) * 3
+        rows.append(scores)
     return Scores(*torch.tensor(rows, dtype=torch.float32).reshape(-1, 3).T)
 
 
-def first_hit(predicted: Sequence[str], targets: Sequence[str]) -> int | None:
-    """The place, from 0, of the first predicted label that is one of the targets (normalised); None without a hit."""
-    truth = set(_distinct(targets))
-    return next((place for place, label in enumerate(_distinct(predicted)) if label in truth), None)
-
-
 def _distinct(labels: Sequence[str]) -> list[str]:
-    """Normalised, without repetitions and empty ones, in order."""
+    """Normalised, without duplicates and empty ones, in order."""
     return [label for label in dict.fromkeys(map(normalise, labels)) if label]
 
 
 def _check(predictions: Sequence[Sequence[str]], targets: Sequence[Sequence[str]], top_k: int | None) -> None:
     if len(predictions) != len(targets):
         raise ValueError(f"{len(predictions)} images with predictions, but {len(targets)} with targets.")
-    if top_k is not None and top_k < 1:
-        raise UserError(f"top_k must be at least 1, not {top_k}.")
+    if top_k is not None:
+        at_least("top_k", top_k, 1)
     for labels in chain(predictions, targets):
         if isinstance(labels, str):
             raise TypeError(f"Each image needs a list of labels, not one string: {labels!r}")
 
 
 class _MeanScores(Metric):
-    """Means over images of :class:`Scores`, for each of C cuts of the predictions."""
+    """Means over images of :class:`Scores`, for each of C lengths of the predictions."""
 
     full_state_update = False
     is_differentiable = False
@@ -154,7 +143,7 @@ class _MeanScores(Metric):
         self.add_state("skipped", torch.tensor(0), dist_reduce_fx="sum")
 
     def _add(self, scores: Sequence[Scores]) -> None:
-        """One entry a cut, of the same images."""
+        """Scores of the same images, for each length of the predictions."""
         values_C3B = torch.stack([torch.stack(s) for s in scores])
         scored_B = ~values_C3B[0, 0].isnan()
         total_C3 = values_C3B[..., scored_B].double().sum(dim=-1)
@@ -175,7 +164,7 @@ class _MeanScores(Metric):
         }
 
     def counts(self) -> dict[str, int]:
-        """Images scored, and those skipped because they had no targets; over all ranks, so every rank must call it."""
+        """Number of scored images, and of those skipped for lack of targets; a collective call."""
         with self.sync_context():
             return {"images": int(self.images), "skipped": int(self.skipped)}
 
@@ -183,12 +172,11 @@ class _MeanScores(Metric):
 class SemanticMatch(_MeanScores):
     """Means over images of :func:`semantic_scores`.
 
-    ``compute()`` gives ``recall``, ``precision``, ``f1`` as scalars, or {} when no image had targets;
-    ``counts()`` how many images entered and how many were skipped.
+    ``compute()`` returns scalars ``recall``, ``precision``, ``f1``, or {} if no image had targets.
 
     Args:
-        embedder: shared between metrics and kept by copies; on its own device, not moved with the metric.
-        top_k: predictions of an image that enter; None for all.
+        embedder: shared by copies of the metric; stays on its own device.
+        top_k: predictions of an image that count; None for all.
     """
 
     def __init__(self, embedder: TextEmbedder, top_k: int | None = 10, **kwargs):
@@ -208,10 +196,9 @@ class SemanticMatch(_MeanScores):
 class ExactMatch(_MeanScores):
     """Means over images of :func:`exact_scores`, at one or several k.
 
-    ``compute()`` gives ``recall@k``, ``precision@k``, ``f1@k`` for each k as scalars, or {} when no image had
-    targets; and ``hit@1``, ``hit@5``: the share of images for which one of the 1 (5) most probable labels is any of the
-    targets, top-1 and top-5 accuracy where the targets are the names of one class. ``counts()`` tells how many images
-    entered and how many were skipped.
+    ``compute()`` returns scalars ``recall@k``, ``precision@k``, ``f1@k`` for each k, or {} if no image had targets;
+    and ``hit@1``, ``hit@5``: the share of images for which one of the 1 (5) most probable labels is any of the
+    targets. That is top-1 and top-5 accuracy where the targets are the names of one class.
     """
 
     hits_H: Tensor
@@ -219,7 +206,7 @@ class ExactMatch(_MeanScores):
     def __init__(self, top_k: int | Sequence[int] = 10, **kwargs):
         cuts = (top_k,) if isinstance(top_k, int) else tuple(dict.fromkeys(top_k))
         for cut in cuts:
-            _check([], [], cut)
+            at_least("top_k", cut, 1)
         super().__init__(len(cuts), **kwargs)
         self.top_k = cuts
         self.hit_cuts = [k for k in HIT_CUTS if k <= max(cuts)]
@@ -228,9 +215,8 @@ class ExactMatch(_MeanScores):
     def update(self, predictions: Sequence[Sequence[str]], targets: Sequence[Sequence[str]]) -> None:
         """B images: predicted labels, best first, and reference labels."""
         self._add([exact_scores(predictions, targets, top_k=k) for k in self.top_k])
-        ranks = [first_hit(*image) for image in zip(predictions, targets, strict=True)]
-        hits = [sum(rank is not None and rank < k for rank in ranks) for k in self.hit_cuts]
-        self.hits_H = self.hits_H + torch.tensor(hits, dtype=torch.float32).to(self.hits_H)
+        hits = [(exact_scores(predictions, targets, top_k=k).recall > 0).sum() for k in self.hit_cuts]
+        self.hits_H = self.hits_H + torch.stack(hits).to(self.hits_H)
 
     def compute(self) -> dict[str, Tensor]:
         values = self._means([f"@{k}" for k in self.top_k])

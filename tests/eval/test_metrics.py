@@ -1,4 +1,4 @@
-"""Metrics against plain loops, against the published implementation's numbers, and over two ranks."""
+"""Metrics against plain loops, against the published implementation's numbers, and on two ranks."""
 
 import copy
 import importlib.util
@@ -234,6 +234,7 @@ def labelled_images(count: int) -> list[tuple[list[str], list[str]]]:
 
 
 def rank_of_two(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     exact, semantic, idle = ExactMatch([1, 3]), SemanticMatch(TableEmbedder()), ExactMatch(2)
     images = labelled_images(11)
@@ -250,7 +251,8 @@ def rank_of_two(rank: int, folder: str) -> None:
 
 @pytest.mark.filterwarnings("ignore:The ``compute`` method")
 def test_two_ranks_with_uneven_batches_equal_one_process(tmp_path):
-    mp.spawn(rank_of_two, args=(str(tmp_path),), nprocs=2)
+    # Forked, as a DataLoader's workers are: nothing is imported again.
+    mp.start_processes(rank_of_two, args=(str(tmp_path),), nprocs=2, start_method="fork")
     exact, semantic = ExactMatch([1, 3]), SemanticMatch(TableEmbedder())
     images = labelled_images(11)
     for metric in (exact, semantic):
