@@ -88,7 +88,7 @@ def serving(root: Path, stall: tuple[str, ...] = ()) -> Iterator[tuple[str, type
     handler = type("Handler", (Site,), {"asked": [], "stall": stall})
     server = ThreadingHTTPServer(("127.0.0.1", 0), partial(handler, directory=str(root)))
     server.daemon_threads = True
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}", handler
     server.shutdown()
 

@@ -9,8 +9,8 @@ from typing import Any
 from nxtp.data.config import DataConfig, named_sources
 from nxtp.data.sampler import Part
 from nxtp.data.shards.cache import RemoteCache
-from nxtp.data.shards.index_store import IndexStore
 from nxtp.data.shards.reader import IndexedShards
+from nxtp.data.shards.tar_index import IndexStore
 from nxtp.data.shards.urls import expand_shards, identity
 from nxtp.errors import UserError, by_kind
 

@@ -1,23 +1,22 @@
-"""Remote shards: fetched whole by WebDataset's openers into a local cache of bounded size, each once a machine."""
+"""Remote shards: fetched whole into a local cache of bounded size, each once per machine."""
 
 from __future__ import annotations
 
+import asyncio
 import fcntl
 import hashlib
 import json
 import logging
 import os
 import re
-import select
-import sys
+import signal
+import subprocess
+import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
-
-import psutil
-import webdataset  # noqa: F401  makes webdataset.gopen a module in sys.modules and a function in the package
+from typing import Any, BinaryIO
 
 from nxtp.data.shards.manifest import MANIFEST
 from nxtp.errors import UserError
@@ -26,21 +25,12 @@ from nxtp.runs.atomic import atomic_file
 log = logging.getLogger(__name__)
 
 RETRY_AFTER = 300.0  # seconds before a shard that could not be fetched is tried again
-_CHUNK = 1 << 20
-_FETCHES = 20  # of one file that others delete as soon as it is there
+_FETCHES = 20  # of one file that other processes delete as soon as it exists
 _MAX_MANIFEST_BYTES = 1 << 26
-_openers = sys.modules["webdataset.gopen"]
-
-
-def _open_s3(url: str, mode: str = "rb", bufsize: int = 8192):
-    return _openers.Pipe(["aws", "s3", "cp", "--only-show-errors", url, "-"], mode=mode, bufsize=bufsize)
-
-
-_openers.gopen_schemes.setdefault("s3", _open_s3)  # the one common store that WebDataset leaves to its users
 
 
 class RemoteError(OSError):
-    """A remote file that cannot be had now; ``kind`` is the fault to count: "unreachable shard" or "stalled shard"."""
+    """A remote file is not available now; ``kind`` is what is counted: "unreachable shard" or "stalled shard"."""
 
     def __init__(self, kind: str, detail: str):
         super().__init__(f"{kind}: {detail}")
@@ -48,50 +38,50 @@ class RemoteError(OSError):
 
 
 class RemoteCache:
-    """Fetched shards in ``directory``; where ``limit`` bytes are exceeded, the least recently used are deleted.
+    """Fetched shards in ``directory``; above ``limit`` bytes the least recently used are deleted.
 
-    Processes share it: each file is fetched by one of them while the others wait. A file that is open stays readable
-    after its deletion. ``stall`` is how many seconds a transfer may stand still.
+    Processes share it: one of them fetches a file while the others wait. An open file stays readable after its
+    deletion. A transfer without progress for ``read_timeout`` seconds fails.
     """
 
-    def __init__(self, directory: Path | str, limit: int | None = None, stall: float = 60.0):
-        self.directory, self.limit, self.stall = Path(directory), limit, stall
+    def __init__(self, directory: Path | str, limit: int | None = None, read_timeout: float = 60.0):
+        self.directory, self.limit, self.read_timeout = Path(directory), limit, read_timeout
         self._failed: dict[str, tuple[float, RemoteError]] = {}
 
     def path_of(self, url: str) -> Path:
-        """Where a remote shard is kept: a hash of its URL, and the URL's end for people."""
+        """The local file of a remote shard: a hash of its URL, and the URL's end for people."""
         tail = re.sub(r"[^\w.-]+", "_", url.removesuffix(".tar"))[-60:]
         return self.directory / f"{hashlib.sha256(url.encode()).hexdigest()[:16]}-{tail}.tar"
 
     def fetch(self, url: str) -> Path:
-        """The local file of ``url``, fetched now if it is not there.
+        """The local file of ``url``, fetched if it is missing.
 
         Raises:
-            RemoteError: it cannot be had; the same again for :data:`RETRY_AFTER` seconds without another try.
-            UserError: no opener for this kind of URL, or its command is not installed.
+            RemoteError: it is not available; repeated for :data:`RETRY_AFTER` seconds without another attempt.
+            UserError: no file system for this kind of URL is installed.
         """
         path = self.path_of(url)
         if path.exists():
             with suppress(OSError):
-                os.utime(path)  # used now
+                os.utime(path)  # the time of use
             return path
-        at, error = self._failed.get(url, (-RETRY_AFTER, None))
-        if time.monotonic() - at < RETRY_AFTER:
-            raise error
+        if url in self._failed and time.monotonic() - self._failed[url][0] < RETRY_AFTER:
+            raise self._failed[url][1]
         self.directory.mkdir(parents=True, exist_ok=True)
         with _locked(path.with_suffix(".lock")):
             if not path.exists():
                 try:
-                    self._download(url, path)
-                except RemoteError as problem:
-                    log.warning("%s: %s", url, problem)
-                    self._failed[url] = (time.monotonic(), problem)
+                    with atomic_file(path) as file:
+                        copy(url, file.name, self.read_timeout)
+                except RemoteError as error:
+                    log.warning("%s: %s", url, error)
+                    self._failed[url] = (time.monotonic(), error)
                     raise
                 self._trim(keep=path)
         return path
 
     def opened(self, url: str) -> BinaryIO:
-        """The fetched file of ``url``, unbuffered; another process may trim the cache in between: then once more.
+        """The fetched file of ``url``, unbuffered; fetched again if another process deletes it in between.
 
         Raises:
             RemoteError, UserError: as :meth:`fetch`.
@@ -102,36 +92,25 @@ class RemoteCache:
         raise RemoteError("unreachable shard", f"deleted {_FETCHES} times before it was opened; is the cache small?")
 
     def counts(self, urls: Sequence[str]) -> dict[str, int]:
-        """Samples of those ``urls`` whose directory has a manifest: so they need not be fetched to be counted."""
+        """Samples of the ``urls`` that the manifest beside them lists: these need not be fetched to be counted."""
         found: dict[str, int] = {}
         directories: dict[str, list[str]] = {}
         for url in urls:
-            if not url.startswith("pipe:"):  # only commands that were given are run
+            if not url.startswith("pipe:"):  # nothing is beside a command
                 directories.setdefault(url.rsplit("/", 1)[0], []).append(url)
         for directory, members in directories.items():
             try:
-                with _open(f"{directory}/{MANIFEST}") as source:
-                    text = b"".join(_chunks(source, self.stall))
-                if len(text) > _MAX_MANIFEST_BYTES:
-                    raise ValueError("too large")
-                samples = {row["name"]: int(row["samples"]) for row in json.loads(text)["shards"]}
+                with tempfile.NamedTemporaryFile() as file:
+                    copy(f"{directory}/{MANIFEST}", file.name, self.read_timeout)
+                    if os.path.getsize(file.name) > _MAX_MANIFEST_BYTES:
+                        raise ValueError("too large")
+                    rows = json.loads(Path(file.name).read_bytes())["shards"]
+                samples = {row["name"]: int(row["samples"]) for row in rows}
             except (OSError, ValueError, KeyError, TypeError) as error:
                 log.warning("%s: no manifest (%s); every shard is fetched once to count its samples.", directory, error)
                 continue
-            for url in members:
-                if (name := url.rsplit("/", 1)[1]) in samples:
-                    found[url] = samples[name]
+            found |= {url: samples[name] for url in members if (name := url.rsplit("/", 1)[1]) in samples}
         return found
-
-    def _download(self, url: str, path: Path) -> None:
-        try:
-            with atomic_file(path) as file, _open(url) as source:  # closing the source tells whether it failed
-                for chunk in _chunks(source, self.stall):
-                    file.write(chunk)
-        except RemoteError:
-            raise
-        except OSError as error:
-            raise RemoteError("unreachable shard", str(error)[:200]) from error
 
     def _trim(self, keep: Path) -> None:
         if self.limit is None:
@@ -144,39 +123,68 @@ class RemoteCache:
                     files.append((status.st_mtime_ns, status.st_size, file))
             excess = sum(size for _, size, _ in files) - self.limit
             for _, size, file in sorted(files):
-                if excess <= 0:
-                    break
-                if file != keep:
+                if excess > 0 and file != keep:
                     file.unlink(missing_ok=True)
                     excess -= size
 
 
-def _open(url: str) -> BinaryIO:
-    try:
-        return _openers.gopen(url)
-    except ValueError as error:
-        raise UserError(f"{url} cannot be opened ({error}); a command can: 'pipe:COMMAND'.") from error
-    except FileNotFoundError as error:
-        raise UserError(f"{url} needs the command '{error.filename}', which is not installed.") from error
-
-
-def _chunks(source, stall: float) -> Iterator[bytes]:
-    """What ``source`` gives, until its end.
+def copy(url: str, path: str, timeout: float) -> None:
+    """Write a remote file, or the output of a ``pipe:`` command, to a local file.
 
     Raises:
-        RemoteError: nothing came for ``stall`` seconds; its process is ended.
+        RemoteError: it is not available, or the local file does not grow for ``timeout`` seconds.
+        UserError: no file system for this kind of URL is installed.
     """
-    process, stream = getattr(source, "proc", None), getattr(source, "stream", source)
-    while True:
-        if process is not None and not select.select([stream], [], [], stall)[0]:
-            for child in [*psutil.Process(process.pid).children(recursive=True), process]:
-                child.kill()
-            source.ignore_errors = True  # of how the process ended
-            raise RemoteError("stalled shard", f"nothing came for {stall:g} s")
-        chunk = stream.read1(_CHUNK) if hasattr(stream, "read1") else stream.read(_CHUNK)
-        if not chunk:
-            return
-        yield chunk
+    size = 0
+    try:
+        wait, stop = (_start_command if url.startswith("pipe:") else _start_transfer)(url, path)
+        try:
+            while True:
+                with suppress(TimeoutError, subprocess.TimeoutExpired):
+                    return wait(timeout)
+                before, size = size, os.path.getsize(path)
+                if size == before:
+                    raise RemoteError("stalled shard", f"no data for {timeout:g} s")
+        finally:
+            stop()
+    except (RemoteError, UserError):
+        raise
+    except Exception as error:  # each store has errors of its own
+        raise RemoteError("unreachable shard", (str(error) or type(error).__name__)[:200]) from error
+
+
+def _start_transfer(url: str, path: str) -> tuple[Callable[[float], Any], Callable[[], Any]]:
+    """Start to fetch ``url``; how to wait for its end, and how to stop it."""
+    import aiohttp  # imported here: local shards need neither
+    from fsspec.core import url_to_fs
+
+    options: dict[str, Any] = {}
+    if url.startswith(("http://", "https://")):  # the environment's proxies; transfers of any length
+        options["client_kwargs"] = {"trust_env": True, "timeout": aiohttp.ClientTimeout(total=None)}
+    try:
+        store, remote = url_to_fs(url, **options)
+    except (ValueError, ImportError) as error:
+        raise UserError(f"{url} cannot be opened ({error}); a command can be used: 'pipe:COMMAND'.") from error
+    if not store.async_impl:  # such a store has its own time limits
+        return lambda timeout: store.get_file(remote, path), lambda: None
+    transfer = asyncio.run_coroutine_threadsafe(store._get_file(remote, path), store.loop)
+    return transfer.result, transfer.cancel
+
+
+def _start_command(url: str, path: str) -> tuple[Callable[[float], Any], Callable[[], Any]]:
+    with open(path, "wb") as file:
+        process = subprocess.Popen(url.removeprefix("pipe:"), shell=True, stdout=file, start_new_session=True)
+
+    def wait(timeout: float) -> None:
+        if code := process.wait(timeout):
+            raise OSError(f"exit code {code}")
+
+    def stop() -> None:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # the shell and what it started
+        process.wait()
+
+    return wait, stop
 
 
 @contextmanager

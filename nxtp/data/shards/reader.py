@@ -1,7 +1,7 @@
-"""Many shards as one line of samples, read by position.
+"""Many shards as one sequence of samples, read by position.
 
-Reading by position is what makes an epoch exact: shuffling, sharing out and resuming are arithmetic on positions,
-and nothing is decoded twice.
+Reading by position makes an epoch exact: shuffling, distributing and resuming are arithmetic on positions, and no
+sample is decoded twice.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import re
 import threading
 import zlib
 from collections import Counter, OrderedDict
@@ -22,9 +21,8 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from nxtp.data.shards.cache import RemoteCache, RemoteError
-from nxtp.data.shards.index_store import IndexStore
-from nxtp.data.shards.tar_index import HEADER, ShardIndex, index_shard
-from nxtp.data.shards.urls import is_remote
+from nxtp.data.shards.tar_index import HEADER, IndexStore, ShardIndex, index_shard
+from nxtp.data.shards.urls import is_remote, local_path
 from nxtp.errors import UserError, by_kind
 
 log = logging.getLogger(__name__)
@@ -32,13 +30,13 @@ log = logging.getLogger(__name__)
 MAX_CAPTION_BYTES = 1 << 16
 MAX_JSON_BYTES = 1 << 20
 MAX_IMAGE_BYTES = 1 << 28
+_MEMBERS = (("image", MAX_IMAGE_BYTES), ("caption", MAX_CAPTION_BYTES), ("json", MAX_JSON_BYTES))  # as in an index
 _OPEN_SHARDS = 16
 _OPEN_INDEXES = 32
-_LOCAL_SCHEME = re.compile(r"^file:(//)?")
 
 
 class SampleError(Exception):
-    """A sample that cannot be used: skipped and counted by ``kind``."""
+    """A sample that cannot be used: it is skipped, and counted by ``kind``."""
 
     def __init__(self, kind: str, key: str, shard: str):
         super().__init__(kind, key, shard)
@@ -50,7 +48,7 @@ class SampleError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class RawSample:
-    """A sample as it lies in its shard: the image's encoded bytes, texts decoded; None where absent."""
+    """A sample as its shard stores it: the image's encoded bytes, texts decoded; None if absent."""
 
     key: str
     shard: str
@@ -61,43 +59,52 @@ class RawSample:
 
 @dataclass(frozen=True, slots=True)
 class _Shard:
-    """What is known of a shard without its index: samples, size and time of its file, damage."""
+    """What is known of a shard without its index, and its index if that cannot be stored on disk.
+
+    ``stamp`` is the size and time of its file, None if only the manifest's count is known.
+    """
 
     url: str
-    path: str
     samples: int
     stamp: tuple[int, int] | None
     skipped: Counter
+    index: ShardIndex | None = None
+
+    @property
+    def name(self) -> str:
+        """What its index is stored under: the same from every working directory."""
+        return self.url if is_remote(self.url) else os.path.abspath(local_path(self.url))
 
 
 class IndexedShards:
-    """Many shards as one line of samples, positions 0 … len-1, in the order of ``urls``.
+    """Many shards as one sequence of samples, positions 0 … len-1, in the order of ``urls``.
 
-    Each shard is indexed once and its index kept on disk (``store``). Remote shards (anything with ``://``, and
-    ``pipe:`` commands) are fetched whole into ``cache``: when they are first read where a manifest beside them says
-    how many samples they hold, else at once. Damaged shards contribute what is readable; ``skipped`` counts the rest
-    by kind. Copies (pickles, forks) share nothing: each process and thread opens its own files.
+    Each shard is indexed once and its index stored on disk (``store``). Remote shards (``://`` and ``pipe:``) are
+    fetched whole into ``cache``: when a sample is first read if a manifest beside them lists their number of samples,
+    else at once. What is readable in damaged shards is used; ``skipped`` counts the rest by kind. Copies (pickles,
+    forks) share nothing: each process and thread opens its own files.
 
     Raises:
-        UserError: a remote shard without ``cache``, or with a scheme that WebDataset cannot open.
+        UserError: a remote shard without ``cache``, or with a scheme that cannot be opened.
     """
 
-    def __init__(self, urls: Sequence[str], cache: RemoteCache | None = None, store: IndexStore | None = None):
+    def __init__(
+        self, urls: Sequence[str | os.PathLike], cache: RemoteCache | None = None, store: IndexStore | None = None
+    ):
         self.urls = [os.fspath(url) for url in urls]
-        self.cache, self.store = cache, store or IndexStore()
+        self.store = store or IndexStore()
+        self.cache = cache
         remote = [url for url in self.urls if is_remote(url)]
         if remote and cache is None:
-            raise UserError(
-                f"{remote[0]} is remote: name a directory that keeps fetched shards (data.cache_dir, --cache-dir)."
-            )
-        unknown = [url for url in remote if self.store.head(_name(url), None) is None]
-        counts = cache.counts(unknown) if unknown else {}
-        # Processes that begin together share the work: each starts elsewhere and takes over what others have stored.
+            raise UserError(f"{remote[0]} is remote: set a directory for fetched shards (data.cache_dir, --cache-dir).")
+        unknown = [url for url in remote if self.store.head(url, None) is None]
+        counts = cache.counts(unknown) if cache is not None and unknown else {}
+        # Processes that start together share the work: each starts elsewhere and uses what others have stored.
         start = os.getpid() % max(len(self.urls), 1)
         order = [*range(start, len(self.urls)), *range(start)]
         with ThreadPoolExecutor(max_workers=8) as pool:
-            looked_at = pool.map(lambda i: self._look_at(self.urls[i], counts), order)
-            found = dict(zip(order, looked_at, strict=True))
+            described = pool.map(lambda i: self._describe(self.urls[i], counts), order)
+            found = dict(zip(order, described, strict=True))
         self.shards = [found[i] for i in range(len(self.urls))]
         self.sizes = np.array([shard.samples for shard in self.shards], dtype=np.int64)
         self._ends = np.cumsum(self.sizes)
@@ -105,8 +112,7 @@ class IndexedShards:
         for shard in self.shards:
             self.skipped.update(shard.skipped)
             if shard.skipped:
-                told = by_kind(shard.skipped)
-                log.warning("%s: %s", shard.url, told)
+                log.warning("%s: %s", shard.url, by_kind(shard.skipped))
         self._local = threading.local()
 
     def __len__(self) -> int:
@@ -119,11 +125,11 @@ class IndexedShards:
         self.__dict__ = state | {"_local": threading.local()}
 
     def shard_of(self, position: int) -> str:
-        """The URL of the shard that holds ``position``."""
+        """The URL of the shard that contains ``position``."""
         return self.urls[self._locate(position)[0]]
 
     def key_of(self, position: int) -> str:
-        """The key at ``position``; its number in the shard, in brackets, where the shard can no longer be read."""
+        """The key at ``position``; its number in the shard, in brackets, if the shard can no longer be read."""
         number, row = self._locate(position)
         try:
             return str(self._index(number).keys[row])
@@ -131,9 +137,9 @@ class IndexedShards:
             return f"[{row}]"
 
     def prefetch(self, numbers: Iterable[int]) -> None:
-        """Fetch the remote ones among the shards ``numbers``; failures are told when a sample is read."""
+        """Fetch the remote ones among the shards ``numbers``; failures are reported when a sample is read."""
         for number in numbers:
-            if is_remote(self.urls[number]):
+            if self.cache is not None and is_remote(self.urls[number]):
                 with suppress(RemoteError):
                     self.cache.fetch(self.urls[number])
 
@@ -149,17 +155,16 @@ class IndexedShards:
         """
         number, row = self._locate(position)
         url = self.urls[number]
-        shard = self._index(number)
-        if row >= len(shard):
+        index = self._index(number)
+        if row >= len(index):
             raise SampleError("missing sample", f"{url}[{row}]", url)
-        key = str(shard.keys[row])
-
-        headers: dict[str, bytes] = {}
-
-        def member(what: str, offsets: np.ndarray, sizes: np.ndarray, limit: int) -> bytes | None:
-            offset, size = int(offsets[row]), int(sizes[row])
+        key = str(index.keys[row])
+        *places, checksum = index.rows[row].tolist()
+        content: dict[str, bytes] = {}
+        headers = b""
+        for (what, limit), offset, size in zip(_MEMBERS, places[::2], places[1::2], strict=True):
             if offset < 0:
-                return None
+                continue
             if size > limit:
                 raise SampleError(f"oversized {what}", key, url)
             try:
@@ -170,37 +175,32 @@ class IndexedShards:
                 raise SampleError("unreadable shard", key, url) from error
             if len(data) < HEADER + size:
                 raise SampleError("truncated member", key, url)
-            headers[what] = data[:HEADER]
-            return data[HEADER:]
-
-        text = member("caption", shard.text_offset, shard.text_size, MAX_CAPTION_BYTES)
-        record = member("json", shard.json_offset, shard.json_size, MAX_JSON_BYTES)
-        image = member("image", shard.image_offset, shard.image_size, MAX_IMAGE_BYTES)
-        if zlib.crc32(b"".join(headers.get(what, b"") for what in ("image", "caption", "json"))) != shard.headers[row]:
-            self.store.forget(_name(url))  # size and time are those of the file that was indexed, the content is not
+            headers += data[:HEADER]
+            content[what] = data[HEADER:]
+        if zlib.crc32(headers) != checksum:
+            self.store.forget(self.shards[number].name)  # size and time are those of the indexed file, its content not
             raise SampleError("shard changed", key, url)
-        caption = None if text is None else decode_text(text)
-        labels = checksum = None
-        if record is not None:
+        caption = decode_text(content["caption"]) if "caption" in content else None
+        labels = None
+        if "json" in content:
             try:
-                values = json.loads(record)
+                record = json.loads(content["json"])
             except (ValueError, RecursionError):
-                values = None
-            if not isinstance(values, dict):
+                record = None
+            if not isinstance(record, dict):
                 raise SampleError("corrupt json", key, url)
-            labels, checksum = values.get("labels"), values.get("crc32")
-            if labels is not None:
+            if (labels := record.get("labels")) is not None:
                 if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
                     raise SampleError("bad labels", key, url)
-                labels = [sound_text(label) for label in labels]
-            if not caption and isinstance(values.get("caption"), str):
-                caption = sound_text(values["caption"]).strip()
-        if isinstance(checksum, int) and zlib.crc32(image) != checksum:
-            raise SampleError("damaged image", key, url)
-        return RawSample(key, url, image, caption or None, labels)
+                labels = [valid_text(label) for label in labels]
+            if not caption and isinstance(record.get("caption"), str):
+                caption = valid_text(record["caption"]).strip()
+            if isinstance(record.get("crc32"), int) and zlib.crc32(content["image"]) != record["crc32"]:
+                raise SampleError("damaged image", key, url)
+        return RawSample(key, url, content["image"], caption or None, labels)
 
     def close(self) -> None:
-        """Close the files that this thread has open; they are opened again when they are needed."""
+        """Close the files that this thread has open; they are opened again when needed."""
         for file in self._local.__dict__.pop("files", {}).values():
             file.close()
 
@@ -210,31 +210,25 @@ class IndexedShards:
         number = int(np.searchsorted(self._ends, position, side="right"))
         return number, int(position - self._ends[number] + self.sizes[number])
 
-    def _look_at(self, url: str, counts: dict[str, int]) -> _Shard:
-        """From the kept index, else the manifest's count, else by reading the shard's headers."""
-        path, stamp = self._place(url)
-        if (stamp is not None or is_remote(url)) and (head := self.store.head(_name(url), stamp)):
+    def _describe(self, url: str, counts: dict[str, int]) -> _Shard:
+        """From the stored index, else the manifest's count, else by reading the shard's headers."""
+        shard = _Shard(url, counts.get(url, 0), None, Counter())
+        stamp = None  # the time of a fetched file means nothing
+        if not is_remote(url):
+            with suppress(OSError):
+                status = os.stat(local_path(url))
+                stamp = (status.st_size, status.st_mtime_ns)
+        if (stamp is not None or is_remote(url)) and (head := self.store.head(shard.name, stamp)):
             samples, skipped, size = head
-            return _Shard(url, path, samples, stamp or (size, 0), skipped)
+            return _Shard(url, samples, stamp or (size, 0), skipped)
         if url in counts:
-            return _Shard(url, path, counts[url], None, Counter())
+            return shard
         try:
-            index = self._indexed(url, path)
+            index = self._read_index(url)
         except RemoteError as error:
-            return _Shard(url, path, 0, None, Counter({error.kind: 1}))
-        if not self.store.save(_name(url), index):
-            self.__dict__.setdefault("_unsaved", {})[url] = index
-        return _Shard(url, path, len(index), index.stamp, index.skipped)
-
-    def _place(self, url: str) -> tuple[str, tuple[int, int] | None]:
-        """A shard's local path, and its size and time; the time of a fetched file says nothing."""
-        if is_remote(url):
-            return str(self.cache.path_of(url)), None
-        path = _LOCAL_SCHEME.sub("", url)
-        with suppress(OSError):
-            status = os.stat(path)
-            return path, (status.st_size, status.st_mtime_ns)
-        return path, None
+            return _Shard(url, 0, None, Counter({error.kind: 1}))
+        stored = self.store.save(shard.name, index)
+        return _Shard(url, len(index), index.stamp, index.skipped, None if stored else index)
 
     def _index(self, number: int) -> ShardIndex:
         """A shard's index, from this thread's most recently used ones."""
@@ -243,30 +237,28 @@ class IndexedShards:
             indexes.move_to_end(number)
             return indexes[number]
         shard = self.shards[number]
-        index = self.__dict__.get("_unsaved", {}).get(shard.url)
-        stamp = None if is_remote(shard.url) else shard.stamp
-        index = index or self.store.load(_name(shard.url), shard.path, stamp)
+        index = shard.index or self.store.load(shard.name, None if is_remote(shard.url) else shard.stamp)
         if index is None:  # counted by its manifest, or the store was emptied
             try:
-                index = self._indexed(shard.url, shard.path)
+                index = self._read_index(shard.url)
             except RemoteError as error:
                 raise SampleError(error.kind, "", shard.url) from error
-            self.store.save(_name(shard.url), index)
+            self.store.save(shard.name, index)
         indexes[number] = index
         if len(indexes) > _OPEN_INDEXES:
             indexes.popitem(last=False)
         return index
 
-    def _indexed(self, url: str, path: str) -> ShardIndex:
+    def _read_index(self, url: str) -> ShardIndex:
         """A shard's index from its headers.
 
         Raises:
-            RemoteError: a remote one cannot be had.
+            RemoteError: a remote shard is not available.
         """
-        if not is_remote(url):
-            return index_shard(path)
+        if self.cache is None or not is_remote(url):
+            return index_shard(local_path(url))
         with self.cache.opened(url) as file:
-            return index_shard(path, file)
+            return index_shard(url, file)
 
     def _open(self, number: int, key: str) -> int:
         """A descriptor of the shard's file, from this thread's most recently used ones."""
@@ -275,29 +267,24 @@ class IndexedShards:
         if number in files:
             files.move_to_end(number)
             return files[number].fileno()
-        if is_remote(shard.url):
-            try:
+        remote = is_remote(shard.url)
+        try:
+            if self.cache is not None and remote:
                 file = self.cache.opened(shard.url)
-            except RemoteError as error:
-                raise SampleError(error.kind, key, shard.url) from error
-        else:
-            file = open(shard.path, "rb", buffering=0)  # noqa: SIM115
+            else:
+                file = open(local_path(shard.url), "rb", buffering=0)  # noqa: SIM115
+        except RemoteError as error:
+            raise SampleError(error.kind, key, shard.url) from error
         status = os.fstat(file.fileno())
-        found = (status.st_size, status.st_mtime_ns)
-        expected = self._index(number).stamp if shard.stamp is None else shard.stamp
-        if found[0] != expected[0] or (not is_remote(shard.url) and found != expected):
+        size, time = shard.stamp or self._index(number).stamp or (-1, -1)
+        if status.st_size != size or not (remote or status.st_mtime_ns == time):
             file.close()
-            self.store.forget(_name(shard.url))
+            self.store.forget(shard.name)
             raise SampleError("shard changed", key, shard.url)
         files[number] = file
         if len(files) > _OPEN_SHARDS:
             files.popitem(last=False)[1].close()
         return file.fileno()
-
-
-def _name(url: str) -> str:
-    """What a shard's index is kept under: the same from every working directory."""
-    return url if is_remote(url) else os.path.abspath(_LOCAL_SCHEME.sub("", url))
 
 
 def decode_text(text: bytes) -> str:
@@ -307,6 +294,6 @@ def decode_text(text: bytes) -> str:
         return text.decode("latin-1").strip()
 
 
-def sound_text(text: str) -> str:
-    """Without the lone surrogates that JSON can hold and tokenizers refuse."""
+def valid_text(text: str) -> str:
+    """``text`` without the lone surrogates that JSON may contain and tokenizers refuse."""
     return text.encode("utf-8", "replace").decode("utf-8")

@@ -1,81 +1,122 @@
-"""Where the samples of a tar shard lie: an index from its headers alone, damage counted."""
+"""Where the samples of a tar shard are: an index made from its headers alone, and kept on disk.
+
+A set is read header by header once, not at every start of every process. Damage is counted by kind.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import os
 import re
 import zlib
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from webdataset.tariterators import base_plus_ext
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
 
-from nxtp.data.shards.urls import IMAGE_EXTENSIONS
+from nxtp.data.shards.urls import IMAGE_EXTENSIONS, METADATA_NAME, split_name
+from nxtp.runs.atomic import atomic_file
 
 log = logging.getLogger(__name__)
 
 HEADER = _BLOCK = 512  # bytes
+_FORMAT = "4"  # of the files of an IndexStore
+_UNREADABLE = (OSError, SafetensorError, KeyError, ValueError)
 _MAX_NAME_BYTES = 1 << 16
-_SKIPPED_NAME = re.compile(r"__[^/]*__($|/)")  # what WebDataset takes for metadata
 _PAX_RECORD = re.compile(rb"(\d{1,9}) ([^=]+)=")
 _COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\x00", b"\x28\xb5\x2f\xfd")
 
 
 @dataclass
 class ShardIndex:
-    """Where the samples of one shard lie; row i of every array is sample i.
+    """Where the samples of one shard are.
 
-    Offsets and sizes are int64 bytes within the file, -1 where the member is absent. ``keys`` holds strings
-    (NumPy's variable-width StringDType), ``extensions`` positions in :data:`IMAGE_EXTENSIONS`, ``headers`` the CRC-32
-    of the tar headers of image, text and JSON in this order: a file with others there is another file. ``skipped``
-    counts what was left out, by kind: "truncated shard", "corrupt shard", "empty shard", "compressed shard", "shard
-    vanished", "unreadable shard", and of samples "no image", "duplicate key", "incomplete sample".
+    ``keys``     [samples], NumPy's variable-width strings
+    ``rows``     int64 [samples, 7]: offset and size in bytes of image, text and JSON, -1 if absent; CRC-32 of the tar
+                 headers of these, in this order: another value means another file
+    ``stamp``    size and mtime (ns) of the file; None if it could not be opened
+    ``skipped``  counts by kind: "truncated shard", "corrupt shard", "empty shard", "compressed shard", "shard
+                 vanished", "unreadable shard"; of samples "no image", "duplicate key", "incomplete sample"
     """
 
-    path: str
     keys: np.ndarray
-    extensions: np.ndarray
-    image_offset: np.ndarray
-    image_size: np.ndarray
-    text_offset: np.ndarray
-    text_size: np.ndarray
-    json_offset: np.ndarray
-    json_size: np.ndarray
-    headers: np.ndarray
-    stamp: tuple[int, int] | None = None  # size and mtime (ns) of the file that was indexed
+    rows: np.ndarray
+    stamp: tuple[int, int] | None = None
     skipped: Counter = field(default_factory=Counter)
-
-    @classmethod
-    def of_rows(
-        cls, path: str, keys: list[str], rows: np.ndarray, stamp: tuple[int, int] | None, skipped: Counter
-    ) -> ShardIndex:
-        """An index of ``keys`` and int64 [samples, 8] ``rows``: extension, offset and size of each member, headers."""
-        columns = (np.ascontiguousarray(rows[:, column]) for column in range(1, 8))
-        strings = np.array(keys, dtype=np.dtypes.StringDType())
-        return cls(path, strings, rows[:, 0].astype(np.int8), *columns, stamp=stamp, skipped=skipped)
-
-    def rows(self) -> np.ndarray:
-        """int64 [samples, 8], as :meth:`of_rows` takes them."""
-        members = (self.image_offset, self.image_size, self.text_offset, self.text_size)
-        columns = (self.extensions, *members, self.json_offset, self.json_size, self.headers)
-        return np.stack([column.astype(np.int64) for column in columns], axis=1)
 
     def __len__(self) -> int:
         return len(self.keys)
 
-    @property
-    def truncated(self) -> bool:
-        """Whether the file ends before its tar does."""
-        return self.skipped["truncated shard"] > 0
+
+class IndexStore:
+    """One small file per shard, named after the shard's location, valid while the shard's size and time are the same.
+
+    Args:
+        directory: by default ``$XDG_CACHE_HOME/nxtp/index``, usually ~/.cache/nxtp/index.
+    """
+
+    def __init__(self, directory: Path | str | None = None):
+        default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nxtp" / "index"
+        self.directory = Path(directory) if directory is not None else default
+
+    def head(self, name: str, stamp: tuple[int, int] | None) -> tuple[int, Counter, int] | None:
+        """(samples, skipped, bytes of the shard) without reading the index itself; None if it is missing or old."""
+        with suppress(*_UNREADABLE), safe_open(self._file(name), "np") as file:
+            about = file.metadata()
+            size, time = json.loads(about["stamp"])
+            if about["format"] == _FORMAT and about["name"] == name and stamp in (None, (size, time)):
+                return int(about["samples"]), Counter(json.loads(about["skipped"])), size
+        return None
+
+    def load(self, name: str, stamp: tuple[int, int] | None) -> ShardIndex | None:
+        """The index; None if it is missing or old."""
+        if (head := self.head(name, stamp)) is None:
+            return None
+        with suppress(*_UNREADABLE), safe_open(self._file(name), "np") as file:
+            ends, text = file.get_tensor("key_ends"), file.get_tensor("keys").tobytes()
+            begins = [0, *ends[:-1].tolist()]
+            keys = [text[a:b].decode("utf-8", "surrogatepass") for a, b in zip(begins, ends.tolist(), strict=True)]
+            size, time = json.loads(file.metadata()["stamp"])
+            return ShardIndex(_strings(keys), file.get_tensor("rows"), (size, time), head[1])
+        return None
+
+    def save(self, name: str, index: ShardIndex) -> bool:
+        """Store an index; False if nothing can be written, which is no error."""
+        if index.stamp is None:
+            return False
+        keys = [key.encode("utf-8", "surrogatepass") for key in index.keys.tolist()]
+        tensors = {
+            "keys": np.frombuffer(b"".join(keys), dtype=np.uint8),
+            "key_ends": np.cumsum([len(key) for key in keys], dtype=np.int64),
+            "rows": index.rows,
+        }
+        about = {"format": _FORMAT, "name": name, "samples": str(len(index)), "stamp": json.dumps(index.stamp)}
+        try:
+            with atomic_file(self._file(name)) as file:
+                file.write(save(tensors, metadata=about | {"skipped": json.dumps(index.skipped)}))
+        except OSError:
+            return False
+        return True
+
+    def forget(self, name: str) -> None:
+        """Delete a stored index."""
+        with suppress(OSError):
+            self._file(name).unlink()
+
+    def _file(self, name: str) -> Path:
+        return self.directory / f"{hashlib.sha256(name.encode()).hexdigest()[:32]}.safetensors"
 
 
 class _Damage(Exception):
-    """The tar cannot be followed beyond this point; ``name`` is the member that is cut, where known."""
+    """The tar cannot be followed beyond this point; ``name`` is the truncated member, if known."""
 
     def __init__(self, kind: str, name: str | None = None):
         super().__init__(kind, name)
@@ -83,57 +124,58 @@ class _Damage(Exception):
 
 
 def index_shard(path: str | os.PathLike, file: BinaryIO | None = None) -> ShardIndex:
-    """Find the samples of a shard from its tar headers alone; ``file`` is it, where it is open already.
+    """Find the samples of a shard from its tar headers alone; ``file`` is the shard if it is open already.
 
-    Agrees with WebDataset on sound shards. Where the tar is damaged, the samples before the damage are kept and a
-    fault is counted; nothing is raised. Of a key that comes twice, the first sample is kept. Names are only keys:
-    nothing is ever written under them.
+    Agrees with WebDataset on sound shards. In a damaged tar the samples before the damage are used and the damage is
+    counted; nothing is raised. The first sample of a duplicate key is used. Names are only keys: nothing is ever
+    written under them.
     """
-    path = os.fspath(path)
-    rows = _Rows()
+    samples = _Samples()
     stamp = None
     try:
         with open(path, "rb", buffering=0) if file is None else nullcontext(file) as file:
             status = os.fstat(file.fileno())
             stamp = (status.st_size, status.st_mtime_ns)
             for name, *where in _members(file.fileno(), status.st_size):
-                rows.add(name, *where)
-        rows.close()
+                samples.add(name, *where)
+        samples.close()
     except _Damage as damage:
-        rows.close_damaged(damage)
+        samples.close_damaged(damage)
     except FileNotFoundError:
-        rows.close_damaged(_Damage("shard vanished"))
+        samples.close_damaged(_Damage("shard vanished"))
     except OSError as error:
         log.warning("%s cannot be read: %s", path, error)
-        rows.close_damaged(_Damage("unreadable shard"))
-    if not rows.seen and not rows.skipped:
-        rows.skipped["empty shard"] += 1
-    return rows.index(path, stamp)
+        samples.close_damaged(_Damage("unreadable shard"))
+    if not samples.seen and not samples.skipped:
+        samples.skipped["empty shard"] += 1
+    rows = np.array(samples.rows, dtype=np.int64).reshape(-1, 7)
+    return ShardIndex(_strings(samples.keys), rows, stamp, samples.skipped)
 
 
-class _Rows:
-    """Gathers tar members into samples, the members of one key being adjacent."""
+def _strings(keys: list[str]) -> np.ndarray:
+    return np.array(keys, dtype=np.dtypes.StringDType())
 
-    def __init__(self):
+
+class _Samples:
+    """Groups tar members into samples; the members of one key are adjacent."""
+
+    def __init__(self) -> None:
         self.keys: list[str] = []
-        self.numbers: list[tuple[int, ...]] = []
+        self.rows: list[tuple[int, ...]] = []
         self.seen: set[str] = set()
         self.skipped: Counter = Counter()
         self._key: str | None = None
         self._members: dict[str, tuple[int, int, bytes]] = {}
         self._repeated = False
-        self._usual: set[str] = set()  # extensions of the sample before
+        self._usual: set[str] = set()  # extensions of the previous sample
 
     def add(self, name: str, offset: int, size: int, header: bytes) -> None:
-        if _SKIPPED_NAME.match(name):
+        if METADATA_NAME.match(name) or (parts := split_name(name)) is None:
             return
-        key, extension = base_plus_ext(name)
-        if key is None:
-            return
+        key, extension = parts[0], parts[1].lower()
         if key != self._key:
             self.close()
             self._key = key
-        extension = extension.lower()
         if extension in self._members:
             self._repeated = True
         else:
@@ -144,31 +186,30 @@ class _Rows:
         key, members = self._key, self._members
         if key is None:
             return
-        extension = next((e for e in IMAGE_EXTENSIONS if e in members), None)
+        image = next((e for e in IMAGE_EXTENSIONS if e in members), None)
         if self._repeated:
             self.skipped["duplicate key"] += 1
         if key in self.seen:
             self.skipped["duplicate key"] += 1
-        elif extension is None:
+        elif image is None:
             self.skipped["no image"] += 1
         else:
-            self.keys.append(key)
-            found = [members.get(name, (-1, -1, b"")) for name in (extension, "txt", "json")]
+            found = [members.get(name, (-1, -1, b"")) for name in (image, "txt", "json")]
             places = [number for offset, size, _ in found for number in (offset, size)]
-            headers = zlib.crc32(b"".join(header for *_, header in found))
-            self.numbers.append((IMAGE_EXTENSIONS.index(extension), *places, headers))
+            self.keys.append(key)
+            self.rows.append((*places, zlib.crc32(b"".join(header for *_, header in found))))
         self.seen.add(key)
         self._usual = set(members)
         self._discard()
 
     def close_damaged(self, damage: _Damage) -> None:
-        """End at a damage: the open sample is kept if it is whole, judged by the sample before it."""
+        """End at a damage: the open sample is used if it is complete, judged by the previous sample."""
         self.skipped[damage.kind] += 1
         if damage.name is not None:
-            whole = base_plus_ext(damage.name)[0] != self._key
+            complete = (split_name(damage.name) or (None,))[0] != self._key
         else:
-            whole = bool(self._usual) and self._usual <= set(self._members)
-        if self._key is not None and not whole:
+            complete = bool(self._usual) and self._usual <= set(self._members)
+        if self._key is not None and not complete:
             self.skipped["incomplete sample"] += 1
             self._discard()
         self.close()
@@ -176,13 +217,9 @@ class _Rows:
     def _discard(self) -> None:
         self._key, self._members, self._repeated = None, {}, False
 
-    def index(self, path: str, stamp: tuple[int, int] | None) -> ShardIndex:
-        rows = np.array(self.numbers, dtype=np.int64).reshape(-1, 8)
-        return ShardIndex.of_rows(path, self.keys, rows, stamp, self.skipped)
-
 
 def _members(fd: int, end: int) -> Iterator[tuple[str, int, int, bytes]]:
-    """Name, data offset, data size and header (it ends where the data begin) of the regular files of a tar.
+    """Name, data offset, data size and header (which ends where the data begin) of the regular files of a tar.
 
     Formats: ustar, GNU long names, pax.
 

@@ -1,38 +1,37 @@
-"""Finding shards: directories, globs, brace expressions and URLs."""
+"""Names of shards and of their members: directories, globs, brace expressions, URLs; key and extension."""
 
 from __future__ import annotations
 
 import glob
-import logging
 import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from webdataset.shardlists import expand_urls
+from braceexpand import braceexpand
 
 from nxtp.errors import UserError, some_of
 
-log = logging.getLogger("nxtp")
-
-
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
-
-
-_SKIPPED_NAME = re.compile(r"__[^/]*__($|/)")  # what WebDataset takes for metadata
-
-
+METADATA_NAME = re.compile(r"__[^/]*__($|/)")  # members that WebDataset takes for metadata
 _LOCAL_SCHEME = re.compile(r"^file:(//)?")
+_MEMBER_NAME = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)$")
+
+
+def split_name(name: str) -> tuple[str, str] | None:
+    """(key, extension) of a member's name, split at the first dot of its last part as WebDataset does it."""
+    match = _MEMBER_NAME.match(name)
+    return (match[1], match[2]) if match else None
 
 
 def expand_shards(spec: str | os.PathLike | Sequence[str | os.PathLike]) -> list[str]:
     """Sorted, distinct paths and URLs of shards.
 
     ``spec`` is a directory (its ``*.tar``, not those of its subdirectories), a file, a glob, a URL or ``pipe:``
-    command, each with WebDataset's brace expressions (``cc3m-{000..331}.tar``), or a list of these.
+    command, each with brace expressions (``cc3m-{000..331}.tar``), or a list of these.
 
     Raises:
-        UserError: nothing was found, or a file that was named does not exist.
+        UserError: nothing is found, or a named file does not exist.
     """
     parts = [spec] if isinstance(spec, str | os.PathLike) else list(spec)
     if not parts:
@@ -42,43 +41,47 @@ def expand_shards(spec: str | os.PathLike | Sequence[str | os.PathLike]) -> list
 
 
 def _expand_one(spec: str) -> list[str]:
-    path = os.path.expanduser(_LOCAL_SCHEME.sub("", spec))
+    path = os.path.expanduser(local_path(spec))
     if os.path.isdir(path):
         found = sorted(glob.glob(os.path.join(glob.escape(path), "*.tar")))
         if not found:
-            raise UserError(f"No shards: the directory {spec} holds no *.tar file.{sets_below(path)}")
+            raise UserError(f"No shards: the directory {spec} contains no *.tar file.{sets_below(path)}")
         return found
     if os.path.exists(path):
         return [path]
     try:
-        expanded = expand_urls(spec)
-    except Exception as error:  # braceexpand has a class of its own for this
+        expanded = list(braceexpand(spec))
+    except ValueError as error:
         raise UserError(f"No shards: '{spec}' is not a brace expression ({error}).") from error
     if len(expanded) > 1:
         return [url for one in expanded for url in _expand_one(one)]
     if is_remote(spec):
         return expanded
-    path = os.path.expanduser(_LOCAL_SCHEME.sub("", expanded[0]))
+    path = os.path.expanduser(local_path(expanded[0]))
     found = sorted(glob.glob(path)) if glob.has_magic(path) else [path] * os.path.exists(path)
     if not found:
         raise UserError(
             f"No shards: nothing found at '{spec}'. Give a directory of *.tar files, a glob, a brace expression such "
-            "as 'cc3m-{000..331}.tar', or a list of these; make shards with the scripts in data/."
+            "as 'cc3m-{000..331}.tar', or a list of these; nxtp prepare makes shards."
         )
     return found
 
 
 def sets_below(directory: Path | str) -> str:
-    """' Shards are in …: name one of these.' where subdirectories hold some, else ''."""
+    """' Shards are in …: name one of these.' if subdirectories contain some, else ''."""
     below = sorted({path.parent.name for path in Path(directory).glob("*/*.tar")})
     return f" Shards are in its {some_of(below)}: name one of these." if below else ""
 
 
+def local_path(url: str) -> str:
+    return _LOCAL_SCHEME.sub("", url)
+
+
 def identity(url: str) -> str:
-    """What tells one shard from another: of two spellings or links of one file the same."""
-    return url if is_remote(url) else os.path.realpath(_LOCAL_SCHEME.sub("", url))
+    """The same text for two spellings of, or links to, one shard."""
+    return url if is_remote(url) else os.path.realpath(local_path(url))
 
 
 def is_remote(url: str) -> bool:
-    """Whether ``url`` is fetched by one of WebDataset's openers instead of being read in place."""
+    """Whether ``url`` is fetched instead of being read in place."""
     return url.startswith("pipe:") or ("://" in url and not url.startswith("file:"))
