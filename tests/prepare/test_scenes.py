@@ -5,12 +5,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import scenes
+from click.testing import CliRunner
 
 from nxtp.data.labels.nouns import noun_backend
 from nxtp.data.shards.manifest import read_manifest
 from nxtp.data.shards.reader import IndexedShards
 from nxtp.data.shards.urls import expand_shards
 from nxtp.errors import UserError
+from nxtp.prepare.commands import prepare
 
 SMALL = {"train": 9, "val": 4, "val_style": 3, "shard_size": 4, "workers": 1}
 
@@ -37,8 +39,12 @@ def test_table_is_clean():
             assert scenes.sprite(art, concept.codepoint).getchannel("A").getextrema()[1] == 255
 
 
-def test_number_of_processes_does_not_matter(made, tmp_path):
-    assert hashes(scenes.make_scenes(tmp_path, **SMALL | {"workers": 2})) == hashes(made)
+def test_the_command_with_two_processes_writes_the_same(made, tmp_path):
+    options = {"train": 9, "val": 4, "val-style": 3, "shard-size": 4, "workers": 2, "concepts": 500}
+    arguments = [f"--{name}={value}" for name, value in options.items()]
+    result = CliRunner().invoke(prepare, ["scenes", f"--out={tmp_path}", *arguments])
+    assert result.exit_code == 0, result.output
+    assert hashes(tmp_path) == hashes(made)
 
 
 def test_a_larger_set_begins_with_the_smaller_one(made, tmp_path):
