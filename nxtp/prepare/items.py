@@ -154,8 +154,8 @@ def _convert(data: bytes, options: WriterOptions, border: int) -> tuple[bytes, s
         raise Skip("bad image") from None
     if min(size) <= 2 * border:
         raise Skip("image smaller than its border")
-    smaller = options.resize is not None and min(size) > options.resize
-    if extension is not None and not smaller and not border and not options.check:
+    resize = options.resize if options.resize is not None and min(size) > options.resize else None
+    if extension is not None and not (resize or border or options.check):
         return data, extension
     try:
         image = load_image(data)
@@ -164,13 +164,12 @@ def _convert(data: bytes, options: WriterOptions, border: int) -> tuple[bytes, s
     buffer = io.BytesIO()
     if border:
         image = image.crop((border, border, image.width - border, image.height - border))
-    if smaller:
-        scale = options.resize / min(image.size)
-        size = tuple(round(side * scale) for side in image.size)
-        if max(size) > _LONGEST_JPEG:
+    if resize is not None:
+        scale = resize / min(image.size)
+        width, height = (round(side * scale) for side in image.size)
+        if max(width, height) > _LONGEST_JPEG:
             raise Skip(f"longer than {_LONGEST_JPEG:,} pixels after --resize")
-        image = image.resize(size, Image.Resampling.BICUBIC)
-        image.save(buffer, "JPEG", quality=options.quality)
+        image.resize((width, height), Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=options.quality)
         return buffer.getvalue(), "jpg"
     if extension is not None and not border:
         return data, extension

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import wraps
 from typing import Any
 
@@ -14,26 +14,27 @@ from nxtp.data.labels.nouns import noun_backend
 from nxtp.errors import UserError
 
 
+def _option(value: Any, help: str, **settings: Any) -> Any:
+    """A field, with the arguments that :func:`writer_options` gives to ``click.option``."""
+    return field(default=value, metadata={"default": value, "help": help, **settings})
+
+
 @dataclass(frozen=True)
 class WriterOptions:
-    """How a set is written.
+    """How a set is written."""
 
-    ``shard_size``  samples per shard
-    ``workers``     processes
-    ``resize``      pixels of the short side, at most; the ratio is kept. None copies images byte for byte
-    ``quality``     of the JPEGs that ``resize`` writes
-    ``nouns``       the noun backend whose labels are stored, so that training need not find them
-    ``check``       decode every image, and skip those that cannot be decoded
-    ``overwrite``   replace a set that was made with other options
-    """
-
-    shard_size: int = 5_000
-    workers: int = 1
-    resize: int | None = None
-    quality: int = 95
-    nouns: str | None = None
-    check: bool = False
-    overwrite: bool = False
+    shard_size: int = _option(5_000, "Samples per shard.", type=click.IntRange(1), show_default=True)
+    workers: int = _option(1, "Processes.", type=click.IntRange(1), default=os.cpu_count(), show_default="all cores")
+    resize: int | None = _option(
+        None,
+        "Pixels of the short side, at most; the ratio is kept. By default images are copied byte for byte.",
+        type=click.IntRange(16),
+        metavar="PIXELS",
+    )
+    quality: int = _option(95, "JPEG quality after --resize.", type=click.IntRange(1, 100), show_default=True)
+    nouns: str | None = _option(None, "Store the captions' nouns as labels: textblob, nltk, …", metavar="BACKEND")
+    check: bool = _option(False, "Decode every image; skip those that cannot be decoded.", is_flag=True)
+    overwrite: bool = _option(False, "Replace a set that was made with other options.", is_flag=True)
 
     def __post_init__(self) -> None:
         if self.nouns is not None:
@@ -50,26 +51,12 @@ def writer_options(command: Callable) -> Callable:
 
     @wraps(command)
     def run(**arguments):
-        options = WriterOptions(**{field.name: arguments.pop(field.name) for field in fields(WriterOptions)})
         try:
+            options = WriterOptions(**{option.name: arguments.pop(option.name) for option in fields(WriterOptions)})
             return command(options=options, **arguments)
         except UserError as error:
             raise click.ClickException(str(error)) from error
 
-    cores = os.cpu_count() or 1
-    help_resize = "Pixels of the short side, at most. By default images are copied byte for byte."
-    for option in (
-        click.option("--overwrite", is_flag=True, help="Replace a set that was made with other options."),
-        click.option("--check", is_flag=True, help="Decode every image; skip those that cannot be decoded."),
-        click.option("--nouns", metavar="BACKEND", help="Store the captions' nouns as labels: textblob, nltk, …"),
-        click.option(
-            "--quality", type=click.IntRange(1, 100), default=95, show_default=True, help="Of JPEGs after --resize."
-        ),
-        click.option("--resize", type=click.IntRange(16), metavar="PIXELS", help=help_resize),
-        click.option("--workers", type=click.IntRange(1), default=cores, show_default="all cores", help="Processes."),
-        click.option(
-            "--shard-size", type=click.IntRange(1), default=5_000, show_default=True, help="Samples per shard."
-        ),
-    ):
-        run = option(run)
+    for option in reversed(fields(WriterOptions)):
+        run = click.option(f"--{option.name.replace('_', '-')}", **option.metadata)(run)
     return run

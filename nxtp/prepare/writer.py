@@ -139,10 +139,10 @@ def write_set(
         known = {row["name"]: row for row in manifest["shards"]} if manifest else {}
         tasks = [(out / name, part, make, known.get(name, _EMPTY) if known else None) for name, part in jobs.items()]
         try:
-            results = _run(tasks, len(items), options.workers, console)
+            results = _run(tasks, options.workers, console)
         except (OSError, BrokenProcessPool) as error:
             why = error.strerror if isinstance(error, OSError) else "a worker was killed; is memory short?"
-            raise UserError(f"{out} cannot be written ({why}). The same command continues.") from error
+            raise UserError(f"{out} cannot be written ({why}). Run the same command again to continue.") from error
         if manifest is not None and all(state == "kept" for _, state in results):
             console.print(f"{out}: {counted(manifest['samples'], 'sample')} as in the manifest, nothing to do.")
             return manifest
@@ -219,17 +219,18 @@ def _finished_set(out: Path, made_by: Mapping[str, Any], overwrite: bool) -> dic
     return None
 
 
-def _run(tasks: Sequence[tuple], total: int, workers: int, console: Console) -> list[tuple[dict[str, Any], str]]:
+def _run(tasks: Sequence[tuple], workers: int, console: Console) -> list[tuple[dict[str, Any], str]]:
     """:func:`_finish_shard` of all tasks, in their order, with a progress bar; one worker is this process."""
     context = multiprocessing.get_context("forkserver")
     count = context.Value("q", 0)
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(elapsed_when_finished=True))
     with Progress("{task.description}", *columns, console=console) as progress:
-        bar = progress.add_task("", total=total)
+        bar = progress.add_task("", total=sum(len(items) for _, items, *_ in tasks))
 
         def show() -> None:
             rate = count.value / (progress.tasks[bar].elapsed or 1e-9)
-            progress.update(bar, completed=count.value, description=f"{rate:,.0f} samples/s")
+            text = f"{tasks[0][0].parent.name}: {rate:,.0f} samples/s"
+            progress.update(bar, completed=count.value, description=text)
 
         workers = min(workers, len(tasks))
         if workers == 1:
@@ -261,7 +262,12 @@ def _start_worker(count: Any) -> None:
     global _count
     _count = count
     if parent := multiprocessing.parent_process():
-        threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
+        def follow() -> None:
+            parent.join()
+            os._exit(1)
+
+        threading.Thread(target=follow, daemon=True).start()
 
 
 def _finish_shard(path: Path, items: Sequence[Any], make: Make, info: Any) -> tuple[dict[str, Any], str]:
