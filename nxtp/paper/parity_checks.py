@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import cached_property, partial
 from typing import Any, NamedTuple
 
@@ -79,14 +79,10 @@ class Ours:
 
     def ranked(self, name: str) -> list[Labels]:
         """Labels with scores by one ranking, spelled as recorded."""
-        found = re.search(r"w\{i % (\d+)\}", self.recording.spelling)
-        if found is None:
+        words = re.search(r"w\{i % (\d+)\}", self.recording.spelling)
+        if words is None:
             raise Skip(f"unknown spelling in {RANKED}: {self.recording.spelling!r}")
-        words = int(found[1])
-
-        def spell(ids: Sequence[int]) -> str:
-            return "".join(f"w{i % words}" for i in ids)
-
+        spell = lambda ids: "".join(f"w{i % int(words[1])}" for i in ids)  # noqa: E731
         config = RankingConfig(name, published=True)
         return rank(self.samples, spell, config, self.recording.meta["k"], model=self.model, images=self.images)
 

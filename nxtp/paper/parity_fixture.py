@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -21,6 +22,7 @@ from nxtp.paper.release import released_entries
 
 META, RELEASE, EXPECTED = "meta.json", "release_format.pth", "expected.safetensors"
 SAMPLERS, RANKED = "samplers.safetensors", "ranked_labels.json"
+T = TypeVar("T")
 
 
 @dataclass
@@ -52,14 +54,14 @@ class Recording:
         for name in (META, RELEASE, EXPECTED):
             if not (directory / name).is_file():
                 raise UserError(f"'{directory}' has no {name}: not a recording of the published implementation.")
-        expected = _read_tensors(directory / EXPECTED)
+        expected = _read(directory / EXPECTED, load_file)
         if (directory / SAMPLERS).is_file():
-            expected |= _read_tensors(directory / SAMPLERS)
+            expected |= _read(directory / SAMPLERS, load_file)
         if "images" not in expected:
             raise UserError(f"'{directory / EXPECTED}' has no images: nothing can be compared.")
-        ranked = _read_json(directory / RANKED) if (directory / RANKED).is_file() else {}
+        ranked = _read(directory / RANKED, _json) if (directory / RANKED).is_file() else {}
         released = PickledFile(directory / RELEASE, keys=("model",))
-        meta = _read_json(directory / META)
+        meta = _read(directory / META, _json)
         return cls(directory, meta, released, expected, ranked.get("ranked", {}), ranked.get("spelling", ""))
 
     @property
@@ -87,10 +89,7 @@ class Recording:
         except RuntimeError as error:
             lines = " ".join(str(error).split())
             raise UserError(f"'{self.directory}': parameters and {META} do not fit: {lines}") from error
-        for names, what in (
-            (mismatch.missing_keys, "lacks"),
-            (mismatch.unexpected_keys, f"has more than {META} says:"),
-        ):
+        for names, what in ((mismatch.missing_keys, "lacks"), (mismatch.unexpected_keys, f"has more than {META}:")):
             if names:
                 raise UserError(f"'{self.directory / RELEASE}' {what} {', '.join(names)}.")
         return model
@@ -123,18 +122,12 @@ class Recording:
         return ModelConfig(encoder=encoder, decoder=DecoderConfig(config=decoder))
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read(path: Path, load: Callable[[Path], T]) -> T:
     try:
-        content = json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(f"'{path}' is not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"'{path}' is not a JSON object.")
-    return content
-
-
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
+        return load(path)
+    except (SafetensorError, OSError, ValueError, TypeError) as error:
         raise UserError(f"'{path}' cannot be read: {error}") from error
+
+
+def _json(path: Path) -> dict[str, Any]:
+    return dict(json.loads(path.read_text()))

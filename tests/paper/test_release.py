@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 import warnings
@@ -173,10 +174,17 @@ def import_it(place: Path, to: Path, **changes):
     return import_release(changes.pop("checkpoint", place / "release.pth"), to=to, **(options | changes))
 
 
-def test_a_release_and_its_base_weights_become_the_model_that_was_trained(place, tmp_path):
-    place, trained, tokenizer = place
-    done = import_it(place, tmp_path / "model")
-    recognizer = Recognizer.from_pretrained(tmp_path / "model", device="cpu")
+@pytest.fixture(scope="module")
+def imported(place, tmp_path_factory):
+    """The model directory of the release, and what its conversion returned."""
+    directory = tmp_path_factory.mktemp("imported") / "model"
+    return directory, import_it(place[0], directory)
+
+
+def test_a_release_and_its_base_weights_become_the_model_that_was_trained(place, imported):
+    _, trained, tokenizer = place
+    directory, done = imported
+    recognizer = Recognizer.from_pretrained(directory, device="cpu")
     ours = recognizer.model.state_dict()
     assert ours.keys() == trained.state_dict().keys()
     for name, tensor in trained.state_dict().items():
@@ -191,15 +199,15 @@ def test_a_release_and_its_base_weights_become_the_model_that_was_trained(place,
 
 
 @pytest.mark.parametrize("clip", ["clip.pt", "clip.torchscript.pt"])
-def test_every_form_of_the_base_weights_gives_the_same_file(place, tmp_path, clip):
+def test_every_form_of_the_base_weights_gives_the_same_file(place, imported, tmp_path, clip):
     place, _, _ = place
-    import_it(place, tmp_path / "a")
     meta = {"llama": place / "meta" / "consolidated.00.pth", "tokenizer": place / "meta" / "tokenizer.model"}
     import_it(place, tmp_path / "b", clip=str(place / clip), **meta)
-    weights = [(tmp_path / x / "model.safetensors").read_bytes() for x in "ab"]
+    directories = [imported[0], tmp_path / "b"]
+    weights = [(directory / "model.safetensors").read_bytes() for directory in directories]
     assert weights[0] == weights[1]
     images = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
-    a, b = (Recognizer.from_pretrained(tmp_path / x, device="cpu").predict_pixels(images) for x in "ab")
+    a, b = (Recognizer.from_pretrained(directory, device="cpu").predict_pixels(images) for directory in directories)
     assert a == b
 
 
@@ -217,9 +225,9 @@ def test_llama_completes_a_release_that_trained_only_some_blocks(place, tmp_path
     assert torch.equal(state.read("projection.weight"), trained.projection.weight)
 
 
-def test_there_and_back_to_the_bit(place, tmp_path):
+def test_there_and_back_to_the_bit(place, imported, tmp_path):
     place, _, _ = place
-    import_it(place, tmp_path / "model")
+    shutil.copytree(imported[0], tmp_path / "model")
     export_release(tmp_path / "model", tmp_path / "again.pth")
     first, again = (torch.load(p, weights_only=True) for p in (place / "release.pth", tmp_path / "again.pth"))
     assert first["model"].keys() == again["model"].keys()
