@@ -76,7 +76,7 @@ def evaluate_sets(cfg: DictConfig, out: Path, record: RunRecord) -> dict[str, fl
     record.parameters = {"model": sum(p.numel() for p in recognizer.model.parameters())}
     record.monitor = f"{first}/recall@{cfg.top_k}"
     embedder = label_embedder(cfg.semantic, recognizer.device) if cfg.semantic else None
-    classes = recognizer.vocabulary(read_classes(cfg.classes)) if cfg.classes else None
+    classes = recognizer.prepare_classes(read_classes(cfg.classes)) if cfg.classes else None
 
     def predict(pixels: Tensor) -> list[Labels]:
         if classes is not None:
