@@ -89,18 +89,18 @@ def test_weight_decay_acts_as_published(tmp_path):
 
 def test_sources_are_read_as_one_set_and_counted(tmp_path, caplog):
     a, b = write_shards(tmp_path / "a", [3, 2]), write_shards(tmp_path / "b", [4])
-    spec = {"a": {"shards": str(a), "samples": 5}, "b": {"shards": str(b), "samples": 6}}
+    spec = {"a": {"shards": str(a), "expected_samples": 5}, "b": {"shards": str(b), "expected_samples": 6}}
     with caplog.at_level(logging.WARNING, "nxtp"):
         shards = open_set("train", spec, DataConfig())
     assert len(shards) == 9
-    assert [record.getMessage() for record in caplog.records] == ["data.train.b holds 4 samples; the recipe expects 6."]
-    with pytest.raises(UserError, match=r"data.train.a.sampels'. Did you mean 'samples'"):
-        open_set("train", {"a": {"shards": str(a), "sampels": 5}}, DataConfig())
+    assert [record.getMessage() for record in caplog.records] == ["data.train.b has 4 samples; the recipe expects 6."]
+    with pytest.raises(UserError, match=r"data.train.a.expected_sample'. Did you mean 'expected_samples'"):
+        open_set("train", {"a": {"shards": str(a), "expected_sample": 5}}, DataConfig())
 
 
 def test_a_difference_is_told_once_a_run(tmp_path, caplog):
     shards = write_shards(tmp_path / "a", [8])
-    train = f"data.train={{a: {{shards: {shards}, samples: 9}}}}"
+    train = f"data.train={{a: {{shards: {shards}, expected_samples: 9}}}}"
     cfg = composed(tmp_path, *TINY_OVERRIDES, "data.batch_size=2", train)
     with caplog.at_level(logging.WARNING, "nxtp"):
         data, _ = build(cfg, tmp_path / "run")

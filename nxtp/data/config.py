@@ -1,24 +1,21 @@
-"""What a set of samples is made of: sources, their weights, where the shards lie, which nouns are labels."""
+"""The configuration of data: sources of shards, labels, batches (conf/data)."""
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from nxtp.config import to_dataclass
 
-log = logging.getLogger("nxtp")
-
 
 @dataclass
-class Source:
+class SourceConfig:
     """One of several training sets.
 
     ``shards``            a directory, a glob, a brace expression, or a list of them
-    ``expected_samples``  how many a recipe expects there (told when it differs)
-    ``repeat``            how often each of its samples comes in an epoch: 1 once, 2 twice, 0.5 every other epoch
+    ``expected_samples``  how many a recipe expects; a warning if the number differs
+    ``repeat``            how often each sample comes per epoch: 1 once, 2 twice, 0.5 every other epoch
     """
 
     shards: Any
@@ -30,24 +27,24 @@ class Source:
 class DataConfig:
     """Where the shards are and how they become batches.
 
-    ``root``           where the sets stand together, for configurations that name it once
-    ``train``          a directory of shards, a glob, a brace expression, a list of them, or name → :class:`Source`
-    ``val``            name → shards, each evaluated and logged under its name
-    ``batch_size``     images a rank and step
-    ``num_workers``        loader processes a rank
-    ``max_samples``        use only this many training samples: a fixed, nested choice (more samples contain fewer)
-    ``fraction``       the same as a share of all training samples
-    ``subset_seed``    another seed, another choice; the training's seed does not change it
-    ``shuffle_window``         samples are shuffled within windows of this many, over shuffled shards; 0 shuffles shards only
-    ``nouns``          backend that makes labels of captions, where a sample has no labels of its own
-    ``given_labels``   all, or first: train on the first only of the labels that a sample gives (a class's main name)
-    ``max_labels``     labels an image at most; of more, a new random choice each epoch
-    ``max_skip_fraction``    a larger share of skipped samples than this ends the run
-    ``cache_dir``      where remote shards are kept
-    ``cache_gb``       at most so much of them (10⁹ bytes): the least recently used are deleted
-    ``read_timeout``  seconds after which a transfer that stands still is given up
-    ``features``       a directory that ``nxtp features`` made: training reads a frozen encoder's tokens, not images
-    ``index_dir``      where the indexes of shards are kept; by default in the user's cache directory
+    ``root``              a directory that the other keys of a file in conf/data may refer to
+    ``train``             a directory of shards, a glob, a brace expression, a list, or name → :class:`SourceConfig`
+    ``val``               name → shards, each evaluated and logged under its name
+    ``batch_size``        images per rank and step
+    ``num_workers``       loader processes per rank
+    ``max_samples``       use only so many training samples: a fixed, nested choice (more samples contain fewer)
+    ``fraction``          the same as a share of all training samples
+    ``subset_seed``       seed of that choice; the training seed does not change it
+    ``shuffle_window``    shuffle samples within windows of this many, over shuffled shards; 0 shuffles shards only
+    ``nouns``             backend that finds the nouns of a caption, for samples without labels of their own
+    ``given_labels``      all, or first: train on the first of the labels that a sample gives (a class's main name)
+    ``max_labels``        labels per image at most; of more, a new random choice each epoch
+    ``max_skip_fraction`` a larger share of skipped samples ends the run
+    ``cache_dir``         where fetched remote shards are stored
+    ``cache_gb``          size limit of it (10⁹ bytes): the least recently used shards are deleted
+    ``read_timeout``      seconds without progress after which a transfer fails
+    ``features``          a directory of ``nxtp features``: train on a frozen encoder's tokens instead of images
+    ``index_dir``         where the indexes of shards are stored; by default in the user's cache directory
     """
 
     root: str | None = None
@@ -72,8 +69,8 @@ class DataConfig:
     seed: int = 0
 
 
-def named_sources(spec: Any) -> dict[str, Source]:
-    """A set's sources by name; shards given without names are one source, named ''."""
+def named_sources(spec: Any) -> dict[str, SourceConfig]:
+    """A set's sources by name; shards without names are one source, named ''."""
     if not isinstance(spec, Mapping):
-        return {"": Source(spec)}
-    return {name: to_dataclass(Source, source, f"data.train.{name}") for name, source in spec.items()}
+        return {"": SourceConfig(spec)}
+    return {name: to_dataclass(SourceConfig, source, f"data.train.{name}") for name, source in spec.items()}

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,12 +26,14 @@ from nxtp.model.tokenizer import LabelTokenizer
 
 @dataclass
 class Batch:
-    """What a step sees, and what was skipped to get it.
+    """The input of one step on one rank.
 
-    ``images`` uint8 [B, 3, S, S], or features of a frozen encoder, floating point [B, N, D_encoder]; ``layout`` their
-    laid-out labels. ``samples_read`` counts the samples that were read for this batch, ``skipped`` those of them that were
-    skipped, by kind. B may be smaller than the batch size, in evaluation even 0. In training a batch without a usable
-    sample has no keys and one blank image whose loss does not count: every rank must take part in the step.
+    ``images``        uint8 [B, 3, S, S], or features of a frozen encoder, floating point [B, N, D_encoder]
+    ``layout``        their laid-out labels
+    ``samples_read``  samples read for this batch, of which ``skipped`` (by kind) could not be used
+
+    B may be smaller than the batch size, in evaluation even 0. In training a batch without a usable sample has no keys
+    and one blank image whose loss does not count: every rank must take part in the step.
     """
 
     images: Tensor
@@ -43,20 +46,11 @@ class Batch:
     def __len__(self) -> int:
         return len(self.keys)
 
-    def to(self, *args, **kwargs) -> Batch:
-        return Batch(
-            self.images.to(*args, **kwargs),
-            self.layout.to(*args, **kwargs),
-            self.keys,
-            self.labels,
-            self.samples_read,
-            self.skipped,
-        )
+    def to(self, *args: Any, **kwargs: Any) -> Batch:
+        return replace(self, images=self.images.to(*args, **kwargs), layout=self.layout.to(*args, **kwargs))
 
     def pin_memory(self) -> Batch:
-        return Batch(
-            self.images.pin_memory(), self.layout.pin_memory(), self.keys, self.labels, self.samples_read, self.skipped
-        )
+        return replace(self, images=self.images.pin_memory(), layout=self.layout.pin_memory())
 
 
 class BatchDataset(Dataset):
@@ -79,7 +73,7 @@ class BatchDataset(Dataset):
         self.prompts, self.training = list(prompts), training
         self.nouns = noun_backend(config.nouns)
         if config.given_labels not in ("all", "first"):
-            raise UserError(f"data.given_labels is '{config.given_labels}': say all or first.")
+            raise UserError(f"data.given_labels must be all or first, got '{config.given_labels}'.")
         self.features = FeatureStore(config.features) if training and config.features else None
 
     def __getitem__(self, item: tuple[int, np.ndarray]) -> Batch:
@@ -91,11 +85,8 @@ class BatchDataset(Dataset):
                 raw = self.shards.read(position)
                 labels = self.labels_of(raw)
                 pixels = self.pixels_of(raw)
-            except SampleError as fault:
-                skipped[fault.kind] += 1
-                continue
-            except ImageError:
-                skipped["bad image"] += 1
+            except (SampleError, ImageError) as error:
+                skipped[error.kind if isinstance(error, SampleError) else "bad image"] += 1
                 continue
             if self.training:
                 order = self._random(epoch, position).permutation(len(labels))
@@ -129,14 +120,14 @@ class BatchDataset(Dataset):
         return torch.zeros(meta.tokens, meta.width, dtype=getattr(torch, meta.dtype))
 
     def _random(self, *which: int) -> np.random.Generator:
-        """A sample's own random numbers: the same in whichever batch, on whichever rank it comes."""
+        """Random numbers of a sample: the same in whichever batch and on whichever rank it is."""
         return np.random.default_rng([self.config.seed, *which])
 
     def pixels_of(self, raw: RawSample) -> Tensor:
-        """A sample's image, uint8 [3, S, S], or where there are features its features [N, D_encoder].
+        """A sample's image, uint8 [3, S, S], or with ``data.features`` its features [N, D_encoder].
 
         Raises:
-            SampleError: there are none.
+            SampleError: the image has no features.
             ImageError: the image cannot be decoded.
         """
         if self.features is None:
@@ -150,10 +141,10 @@ class BatchDataset(Dataset):
         return features
 
     def labels_of(self, raw: RawSample) -> list[str]:
-        """Of a sample's labels those that have tokens.
+        """The labels of a sample that have tokens.
 
         Raises:
-            SampleError: none has.
+            SampleError: no label has.
         """
         labels = labels_of(raw, self.nouns)
         if self.training and raw.labels is not None and self.config.given_labels == "first":

@@ -1,13 +1,13 @@
-"""Opening a set of shards, which may be a mixture of several sources."""
+"""Opening a set of shards: one source or a mixture of several."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from nxtp.data.config import DataConfig, named_sources
-from nxtp.data.sampler import Part
 from nxtp.data.shards.cache import RemoteCache
 from nxtp.data.shards.reader import IndexedShards
 from nxtp.data.shards.tar_index import IndexStore
@@ -18,26 +18,39 @@ log = logging.getLogger("nxtp")
 
 
 @dataclass(frozen=True)
+class MixtureSource:
+    """One source of a mixture: the numbers of its shards, ascending, and how often its samples come per epoch.
+
+    ``repeat`` w gives each sample ⌊w⌋ times per epoch, and a share w - ⌊w⌋ of the samples, which moves on with every
+    epoch, once more.
+    """
+
+    name: str
+    shards: Sequence[int]
+    repeat: float = 1.0
+
+
+@dataclass(frozen=True)
 class OpenedSet:
-    """A set that is ready to be read: its shards in one line, and which of them are each source's."""
+    """A set that is ready to be read: its shards in one sequence, and the sources that they belong to."""
 
     shards: IndexedShards
-    parts: list[Part]
+    sources: list[MixtureSource]
 
     def __len__(self) -> int:
         return len(self.shards)
 
 
 def open_set(name: str, spec: Any, config: DataConfig) -> OpenedSet:
-    """The indexed shards of one set.
+    """The indexed shards of the set ``data.<name>``.
 
     Raises:
-        UserError: nothing is given, nothing found, or nothing in it.
+        UserError: ``spec`` is None, no shard is found, none has a sample, or two sources share one.
     """
     if spec is None:
         raise UserError(f"data.{name} is not set: give a directory of shards, a glob or a brace expression.")
-    sources = named_sources(spec)
-    urls = {source: expand_shards(given.shards) for source, given in sources.items()}
+    configs = named_sources(spec)
+    urls = {source: expand_shards(given.shards) for source, given in configs.items()}
     owner: dict[str, str] = {}
     for source, members in urls.items():
         for url in members:
@@ -47,19 +60,16 @@ def open_set(name: str, spec: Any, config: DataConfig) -> OpenedSet:
     if config.cache_dir is not None:
         limit = None if config.cache_gb is None else int(config.cache_gb * 1e9)
         cache = RemoteCache(config.cache_dir, limit, config.read_timeout)
-    shards = IndexedShards(
-        sorted(url for members in urls.values() for url in members), cache, IndexStore(config.index_dir)
-    )
+    every = sorted(url for members in urls.values() for url in members)
+    shards = IndexedShards(every, cache, IndexStore(config.index_dir))
     if len(shards) == 0:
-        raise UserError(f"data.{name}: the shards of {spec} hold no sample ({by_kind(shards.skipped)}).")
+        raise UserError(f"data.{name}: the shards of {spec} contain no sample ({by_kind(shards.skipped)}).")
     number = {url: i for i, url in enumerate(shards.urls)}
-    parts = []
-    for source, given in sources.items():
-        part = Part(source, sorted(number[url] for url in urls[source]), given.repeat)
-        parts.append(part)
-        found = int(shards.sizes[list(part.shards)].sum())
-        if given.expected_samples is not None and found != given.expected_samples:
-            log.warning(
-                "data.%s.%s holds %d samples; the recipe expects %d.", name, source, found, given.expected_samples
-            )
-    return OpenedSet(shards, parts)
+    sources = []
+    for source, given in configs.items():
+        own = sorted(number[url] for url in urls[source])
+        sources.append(MixtureSource(source, own, given.repeat))
+        found, expected = int(shards.sizes[own].sum()), given.expected_samples
+        if expected not in (None, found):
+            log.warning("data.%s.%s has %d samples; the recipe expects %d.", name, source, found, expected)
+    return OpenedSet(shards, sources)

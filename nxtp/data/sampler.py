@@ -7,61 +7,49 @@ import math
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 
 import numpy as np
 from torch.utils.data import Sampler
 
+from nxtp.data.mixture import MixtureSource
 from nxtp.errors import UserError, at_least
 
 _SUBSET, _ROTATION = 0xDA7A, 0x2077  # distinct streams of random numbers
-_UNSHUFFLED = 65_536  # positions at a time where nothing is shuffled
+_UNSHUFFLED = 65_536  # positions at a time if nothing is shuffled
+Prefetch = Callable[[Sequence[int]], None]
 
 
-@dataclass(frozen=True)
-class Part:
-    """One source of a mixture: which shards (numbers in the ShardSet, ascending) are its, and how often they come.
-
-    ``repeat`` w shows each sample w times an epoch: ⌊w⌋ times, and for the rest of w a share of the samples that
-    moves on with every epoch.
-    """
-
-    name: str
-    shards: Sequence[int]
-    repeat: float = 1.0
-
-
-class ElasticBatchSampler(Sampler):
+class ElasticBatchSampler(Sampler[tuple[int, np.ndarray]]):
     """The batches of each epoch on one rank.
 
-    The global order is the same whatever the number of ranks and loader workers: shards in a shuffled order, end to
-    end, shuffled again within windows. Step i of all ranks together takes the i-th run of ``batch_size · world``
-    samples of it. In training an epoch has whole steps only (the few samples left over change with the epoch); in
-    evaluation (``shuffle=False``) every sample comes once, the last step is shared out evenly and may leave a rank
-    with a smaller or empty batch. Only the window at hand is held in memory, and any step is found at once.
+    The global order does not depend on the number of ranks and loader workers: shards in a shuffled order, end to end,
+    shuffled again within windows. Step i of all ranks together takes the i-th run of ``batch_size · world`` samples.
+    In training an epoch has whole steps only; the few samples left over change with the epoch. In evaluation
+    (``shuffle=False``) every sample comes once, and the last step is divided evenly, so that a rank may get a smaller
+    or empty batch. One window is held in memory, and any step is found at once.
 
     Args:
         shard_sizes: samples of each shard.
-        parts: the sources; by default all shards are one. In evaluation repeats do not count.
-        max_samples: only so many of all samples, in the sources' natural proportion: a fixed choice of ``subset_seed``
-            alone, and a larger one contains every smaller one.
+        sources: the sources of a mixture; by default all shards are one. In evaluation repeats are ignored.
+        max_samples: use only so many samples, in the sources' natural proportion: a fixed choice of ``subset_seed``
+            alone; a larger one contains every smaller one.
         fraction: the same as a share of all samples.
 
     Yields:
-        (epoch, int64 array of positions in the ShardSet)
+        (epoch, int64 array of positions in the :class:`~nxtp.data.shards.reader.IndexedShards`)
 
     Raises:
-        UserError: a repeat, ``max_samples`` or ``fraction`` that is not above 0, a negative seed,
-            or fewer samples than one step needs.
+        UserError: a repeat, ``max_samples`` or ``fraction`` out of range, a negative seed, or fewer samples than one
+            step needs.
     """
 
     def __init__(
         self,
-        shard_sizes: Sequence[int],
+        shard_sizes: Sequence[int] | np.ndarray,
         batch_size: int,
         *,
         shuffle: bool,
-        parts: Sequence[Part] | None = None,
+        sources: Sequence[MixtureSource] | None = None,
         seed: int = 0,
         shuffle_window: int = 20_000,
         rank: int = 0,
@@ -75,21 +63,26 @@ class ElasticBatchSampler(Sampler):
         self.sizes = np.asarray(shard_sizes, dtype=np.int64)
         self.batch_size, self.seed, self.rank, self.world = batch_size, seed, rank, world
         self.shuffle, self.window = shuffle, shuffle_window
-        self.parts = list(parts) if parts is not None else [Part("", range(len(self.sizes)))]
+        self.sources = list(sources) if sources is not None else [MixtureSource("", range(len(self.sizes)))]
+        for source in self.sources:
+            if not (math.isfinite(source.repeat) and source.repeat > 0):
+                raise UserError(f"The repeat of source '{source.name}' must be > 0, got {source.repeat}.")
         self._starts = np.cumsum(self.sizes) - self.sizes
-        self._part_sizes = [int(self.sizes[list(part.shards)].sum()) for part in self.parts]
-        for part in self.parts:
-            if not (math.isfinite(part.repeat) and part.repeat > 0):
-                raise UserError(f"The repeat of source '{part.name}' is {part.repeat}: it must be above 0.")
-        chosen = subset_counts(self._part_sizes, subset_size(sum(self._part_sizes), max_samples, fraction))
-        self._chosen = [self._choose(i, count, subset_seed) for i, count in enumerate(chosen)]
-        repeats = [part.repeat if shuffle else 1.0 for part in self.parts]
+        counts = [int(self.sizes[list(source.shards)].sum()) for source in self.sources]
+        used = subset_counts(counts, subset_size(sum(counts), max_samples, fraction))
+        # Of each source the used positions, sorted, counted within the source; None: all.
+        self._subsets = [
+            None if n == count else np.sort(_random(subset_seed, _SUBSET, source.name).permutation(count)[:n])
+            for source, count, n in zip(self.sources, counts, used, strict=True)
+        ]
+        self._used = used
+        repeats = [source.repeat if shuffle else 1.0 for source in self.sources]
         self._repeats = [int(repeat) for repeat in repeats]
-        self._extra = [round((w - r) * n) for w, r, n in zip(repeats, self._repeats, chosen, strict=True)]
-        self.total = sum(r * n + e for r, n, e in zip(self._repeats, chosen, self._extra, strict=True))
+        self._extra = [round((w - r) * n) for w, r, n in zip(repeats, self._repeats, used, strict=True)]
+        self.total = sum(r * n + e for r, n, e in zip(self._repeats, used, self._extra, strict=True))
         self.epoch = 0
         self.start = 0  # samples of this epoch that all ranks together have had already
-        self.prefetch: Callable[[Sequence[int]], None] | None = None
+        self.prefetch: Prefetch | None = None
         if self.steps == 0:
             raise UserError(
                 f"{self.total} samples do not fill one step of {batch_size} images on {world} rank(s): "
@@ -107,7 +100,7 @@ class ElasticBatchSampler(Sampler):
         return self.steps_after(0)
 
     def steps_after(self, samples: int) -> int:
-        """Steps of an epoch that are left when ``samples`` of it are done."""
+        """Steps of an epoch that remain when ``samples`` of it are done."""
         left = self.total - samples
         return max(0, left // self.per_step if self.shuffle else -(-left // self.per_step))
 
@@ -118,53 +111,48 @@ class ElasticBatchSampler(Sampler):
         return self.steps
 
     def __iter__(self) -> Iterator[tuple[int, np.ndarray]]:
-        line = self._line(self.epoch)
-        begin = self.start
+        order, begin = self._order(self.epoch), self.start
         for _ in range(self.steps_after(begin)):
-            run = line.take(begin, min(begin + self.per_step, self.total))
+            run = order.positions(begin, min(begin + self.per_step, self.total))
             yield self.epoch, np.array_split(run, self.world)[self.rank]
             begin += self.per_step
 
-    def _choose(self, index: int, count: int, seed: int) -> np.ndarray | None:
-        """Sorted positions within a source's own line; None for all of them."""
-        size = self._part_sizes[index]
-        if count == size:
-            return None
-        rng = np.random.default_rng([seed, _SUBSET, _hash(self.parts[index].name)])
-        return np.sort(rng.permutation(size)[:count]).astype(np.int64)
-
-    def _line(self, epoch: int) -> _Line:
+    def _order(self, epoch: int) -> _EpochOrder:
         pieces: list[np.ndarray | range] = []
-        for index, part in enumerate(self.parts):
-            shards = np.asarray(part.shards, dtype=np.int64)
-            chosen = self._chosen[index]
-            if chosen is None:
+        for index, source in enumerate(self.sources):
+            shards, subset = np.asarray(source.shards, dtype=np.int64), self._subsets[index]
+            if subset is None:
                 once = [range(self._starts[s], self._starts[s] + self.sizes[s]) for s in shards]
             else:
-                once = self._by_shard(chosen, shards)
+                once = self._by_shard(subset, shards)
             pieces += once * self._repeats[index]
             if extra := self._extra[index]:
-                count = len(chosen) if chosen is not None else self._part_sizes[index]
-                rng = np.random.default_rng([self.seed, _ROTATION, _hash(part.name)])
+                count = self._used[index]
                 turn = (epoch * extra + np.arange(extra)) % count
-                local = np.sort(rng.permutation(count)[turn])
-                pieces += self._by_shard(local if chosen is None else chosen[local], shards)
+                local = np.sort(_random(self.seed, _ROTATION, source.name).permutation(count)[turn])
+                pieces += self._by_shard(local if subset is None else subset[local], shards)
         pieces = [piece for piece in pieces if len(piece)]
         if self.shuffle:
             pieces = [pieces[i] for i in np.random.default_rng([self.seed, epoch]).permutation(len(pieces))]
         seed = [self.seed, epoch] if self.shuffle and self.window > 1 else None
-        return _Line(pieces, self.window if seed else _UNSHUFFLED, seed, self._starts, self.prefetch)
+        return _EpochOrder(pieces, self.window if seed else _UNSHUFFLED, seed, self._starts, self.prefetch)
 
     def _by_shard(self, local: np.ndarray, shards: np.ndarray) -> list[np.ndarray]:
-        """Sorted positions on a source's own line → positions in the ShardSet, a piece a shard."""
+        """Sorted positions within a source → positions in all shards, one array per shard."""
         ends = np.cumsum(self.sizes[shards])
         bounds = np.searchsorted(local, ends)
         offsets = self._starts[shards] - (ends - self.sizes[shards])
         return [local[a:b] + o for a, b, o in zip([0, *bounds[:-1]], bounds, offsets, strict=True)]
 
 
-class _Line:
-    """All positions of an epoch in order, computed window by window."""
+class _EpochOrder:
+    """All positions of an epoch in order, computed window by window.
+
+    Args:
+        pieces: the positions of each shard (and repetition), in the shuffled order of shards.
+        seed: of the shuffling within windows; None for none.
+        starts: the first position of each shard.
+    """
 
     def __init__(
         self,
@@ -172,17 +160,17 @@ class _Line:
         window: int,
         seed: list[int] | None,
         starts: np.ndarray,
-        prefetch: Callable[[Sequence[int]], None] | None,
+        prefetch: Prefetch | None,
     ):
         self.pieces, self.window, self.seed, self.starts = pieces, window, seed, starts
         self.ends = np.cumsum([len(piece) for piece in pieces])
         self._prefetch = prefetch
-        self._ahead: Future | None = None
+        self._fetching: Future | None = None
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="prefetch") if prefetch else None
-        self._held: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
+        self._current: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
 
-    def take(self, begin: int, end: int) -> np.ndarray:
-        """Positions begin … end-1 of the line."""
+    def positions(self, begin: int, end: int) -> np.ndarray:
+        """Number begin … end-1 of the epoch's positions."""
         runs = []
         for number in range(begin // self.window, -(-end // self.window)):
             first = number * self.window
@@ -190,19 +178,19 @@ class _Line:
         return np.concatenate(runs)
 
     def _window(self, number: int) -> np.ndarray:
-        if self._held[0] != number:
+        if self._current[0] != number:
             positions = np.concatenate(self._pieces_of(number))
             if self.seed is not None:
                 np.random.default_rng([*self.seed, number]).shuffle(positions)
-            self._held = (number, positions)
-            if self._pool is not None and (self._ahead is None or self._ahead.done()):
-                ahead = [int(p[0]) for p in self._pieces_of(number + 1)]
-                shards = np.unique(np.searchsorted(self.starts, ahead, side="right") - 1) if ahead else []
-                self._ahead = self._pool.submit(self._prefetch, [int(s) for s in shards])
-        return self._held[1]
+            self._current = (number, positions)
+            if self._pool is not None and (self._fetching is None or self._fetching.done()):
+                ahead = [int(piece[0]) for piece in self._pieces_of(number + 1)]
+                shards = np.unique(np.searchsorted(self.starts, ahead, side="right") - 1).tolist() if ahead else []
+                self._fetching = self._pool.submit(self._prefetch, shards)
+        return self._current[1]
 
     def _pieces_of(self, number: int) -> list[np.ndarray]:
-        """The parts of the pieces that lie in a window."""
+        """What a window contains of each piece."""
         total = int(self.ends[-1])
         begin, end = min(number * self.window, total), min((number + 1) * self.window, total)
         found = []
@@ -218,13 +206,13 @@ def subset_size(total: int, max_samples: int | None, fraction: float | None) -> 
     """How many of ``total`` samples are used.
 
     Raises:
-        UserError: both are given, or one is out of range.
+        UserError: both settings are given, or one is out of range.
     """
     if max_samples is not None and fraction is not None:
         raise UserError(f"data.max_samples={max_samples} and data.fraction={fraction}: give one of them.")
     if fraction is not None:
         if not 0 < fraction <= 1:
-            raise UserError(f"data.fraction is {fraction}: above 0 and at most 1, please.")
+            raise UserError(f"data.fraction must be > 0 and ≤ 1, got {fraction}.")
         return max(1, round(fraction * total)) if total else 0
     if max_samples is None:
         return total
@@ -235,12 +223,12 @@ def subset_size(total: int, max_samples: int | None, fraction: float | None) -> 
 def subset_counts(sizes: Sequence[int], wanted: int) -> list[int]:
     """How many of ``wanted`` samples each source gives: its share, and never fewer when more are wanted.
 
-    Sample r of a source of n has priority (r + ½) / n; the ``wanted`` smallest are taken.
+    Sample r of a source of n has priority (r + ½) / n; the ``wanted`` smallest are used.
     """
-    total, sources = sum(sizes), len(sizes)
+    total = sum(sizes)
     if wanted >= total:
         return list(sizes)
-    counts = [max(0, wanted * n // total - sources - 1) for n in sizes]
+    counts = [max(0, wanted * n // total - len(sizes) - 1) for n in sizes]
     heap = [((c + 0.5) / n, i) for i, (c, n) in enumerate(zip(counts, sizes, strict=True)) if n]
     heapq.heapify(heap)
     for _ in range(wanted - sum(counts)):
@@ -251,5 +239,5 @@ def subset_counts(sizes: Sequence[int], wanted: int) -> list[int]:
     return counts
 
 
-def _hash(name: str) -> int:
-    return zlib.crc32(name.encode())
+def _random(seed: int, stream: int, name: str) -> np.random.Generator:
+    return np.random.default_rng([seed, stream, zlib.crc32(name.encode())])

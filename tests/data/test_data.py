@@ -17,7 +17,8 @@ from omegaconf import OmegaConf
 from nxtp.data.config import DataConfig, named_sources
 from nxtp.data.datamodule import WebDatasetDataModule
 from nxtp.data.labels.from_samples import label_texts, warn_if_nouns_differ
-from nxtp.data.sampler import ElasticBatchSampler, Part, subset_counts
+from nxtp.data.mixture import MixtureSource
+from nxtp.data.sampler import ElasticBatchSampler, subset_counts
 from nxtp.errors import UserError
 from nxtp.model.tokenizer import train_tokenizer
 from nxtp.prepare.writer import write_shard
@@ -87,15 +88,15 @@ def test_every_window_of_every_epoch_has_an_order_of_its_own():
     assert len(orders) == 9
 
 
-PARTS = [Part("a", [0, 2]), Part("b", [1, 3, 4])]
-PART_SIZES = [30, 50, 7, 20, 11]
+SOURCES = [MixtureSource("a", [0, 2]), MixtureSource("b", [1, 3, 4])]
+SHARD_SIZES = [30, 50, 7, 20, 11]
 
 
 def test_subsets_are_nested_and_keep_the_proportions():
     def chosen(**subset) -> set[int]:
-        return set(positions(ElasticBatchSampler(PART_SIZES, 1, shuffle=False, parts=PARTS, **subset)))
+        return set(positions(ElasticBatchSampler(SHARD_SIZES, 1, shuffle=False, sources=SOURCES, **subset)))
 
-    total, previous = sum(PART_SIZES), set()
+    total, previous = sum(SHARD_SIZES), set()
     in_a = {*range(30), *range(80, 87)}
     for count in range(1, total + 1):
         now = chosen(max_samples=count)
@@ -118,8 +119,8 @@ def test_subset_counts_never_fall(sizes, share):
 
 
 def test_weights_say_how_often_a_sample_comes():
-    parts = [Part("a", [0, 2], 2.0), Part("b", [1, 3, 4], 0.5)]
-    plan = ElasticBatchSampler(PART_SIZES, 1, shuffle=True, parts=parts, shuffle_window=40)
+    sources = [MixtureSource("a", [0, 2], 2.0), MixtureSource("b", [1, 3, 4], 0.5)]
+    plan = ElasticBatchSampler(SHARD_SIZES, 1, shuffle=True, sources=sources, shuffle_window=40)
     in_a = {*range(30), *range(80, 87)}
     seen = Counter()
     for epoch in range(4):
@@ -130,7 +131,7 @@ def test_weights_say_how_often_a_sample_comes():
         assert max(once[p] for p in range(118) if p not in in_a) == 1
         seen.update(once)
     assert {seen[p] for p in range(118) if p not in in_a} <= {1, 2, 3}, "the half moves on"
-    assert ElasticBatchSampler(PART_SIZES, 1, shuffle=False, parts=parts).total == 118, "evaluation counts each once"
+    assert ElasticBatchSampler(SHARD_SIZES, 1, shuffle=False, sources=sources).total == 118, "evaluation counts each once"
 
 
 @settings(max_examples=80, deadline=None)
@@ -144,8 +145,8 @@ def test_weights_say_how_often_a_sample_comes():
 )
 def test_a_mixture_gives_each_sample_as_often_as_its_weight_says(sizes, weights, fraction, ranks, epoch, data):
     """Within the chosen subset, in any epoch, and when other ranks continue at any step."""
-    parts = [Part(str(i), range(i, len(sizes), 3), weight) for i, weight in enumerate(weights)]
-    common = {"parts": parts, "fraction": fraction, "shuffle_window": 25}
+    sources = [MixtureSource(str(i), range(i, len(sizes), 3), weight) for i, weight in enumerate(weights)]
+    common = {"sources": sources, "fraction": fraction, "shuffle_window": 25}
     if sum(sizes) == 0:
         return
     chosen = set(positions(ElasticBatchSampler(sizes, 1, shuffle=False, **common)))
@@ -163,11 +164,11 @@ def test_a_mixture_gives_each_sample_as_often_as_its_weight_says(sizes, weights,
     seen = Counter(positions(whole))
     assert set(seen) <= chosen
     starts = np.cumsum(sizes) - sizes
-    for part in parts:
-        own = [p for s in part.shards for p in range(starts[s], starts[s] + sizes[s]) if p in chosen]
-        floor = int(part.weight)
+    for source in sources:
+        own = [p for s in source.shards for p in range(starts[s], starts[s] + sizes[s]) if p in chosen]
+        floor = int(source.repeat)
         assert {seen[p] for p in own} <= {floor, floor + 1}
-        assert sum(seen[p] for p in own) == floor * len(own) + round((part.weight - floor) * len(own))
+        assert sum(seen[p] for p in own) == floor * len(own) + round((source.repeat - floor) * len(own))
     steps = data.draw(st.integers(0, first[0].steps))
     got = Counter(p for one in first for _, run in list(one)[:steps] for p in run.tolist())
     for one in rest:
@@ -179,7 +180,7 @@ def test_a_mixture_gives_each_sample_as_often_as_its_weight_says(sizes, weights,
 
 @pytest.mark.parametrize(("weight", "epochs", "times"), [(0.5, 4, 2), (1.7, 10, 17), (0.1, 10, 1), (2, 3, 6)])
 def test_over_epochs_every_sample_comes_equally_often(weight, epochs, times):
-    plan, seen = ElasticBatchSampler([20, 30], 1, shuffle=True, parts=[Part("a", [0, 1], weight)]), Counter()
+    plan, seen = ElasticBatchSampler([20, 30], 1, shuffle=True, sources=[MixtureSource("a", [0, 1], weight)]), Counter()
     for epoch in range(epochs):
         plan.set_epoch(epoch)
         seen.update(positions(plan))
@@ -189,14 +190,14 @@ def test_over_epochs_every_sample_comes_equally_often(weight, epochs, times):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"fraction": 0.0}, r"data\.fraction is 0\.0: above 0"),
-        ({"fraction": 1.5}, r"data\.fraction is 1\.5"),
-        ({"seed": -1}, "seed is -1: at least 0"),
-        ({"subset_seed": -1}, r"data\.subset_seed is -1: at least 0"),
-        ({"max_samples": 0}, r"data\.max_samples is 0"),
+        ({"fraction": 0.0}, r"data\.fraction must be > 0 and ≤ 1, got 0\.0"),
+        ({"fraction": 1.5}, r"data\.fraction must .* got 1\.5"),
+        ({"seed": -1}, "^seed must be ≥ 0, got -1"),
+        ({"subset_seed": -1}, r"data\.subset_seed must be ≥ 0, got -1"),
+        ({"max_samples": 0}, r"data\.max_samples must be ≥ 1, got 0"),
         ({"max_samples": 5, "fraction": 0.5}, "give one of them"),
-        ({"parts": [Part("a", [0], 0.0)]}, "repeat of source 'a' is 0"),
-        ({"parts": [Part("a", [0], float("nan"))]}, "repeat of source 'a'"),
+        ({"sources": [MixtureSource("a", [0], 0.0)]}, "repeat of source 'a' must be > 0, got 0"),
+        ({"sources": [MixtureSource("a", [0], float("nan"))]}, "repeat of source 'a'"),
     ],
 )
 def test_subsets_and_weights_out_of_range(change, message):
@@ -322,7 +323,7 @@ def test_given_labels_of_training(tmp_path, given):
 
 def test_given_labels_is_one_of_two_words(tmp_path):
     data = shard_data(str(write_shards(tmp_path / "s", [8])), given_labels="frist")
-    with pytest.raises(UserError, match=r"data\.given_labels is 'frist'"):
+    with pytest.raises(UserError, match=r"data\.given_labels must be all or first, got 'frist'"):
         data.train_dataloader()
 
 

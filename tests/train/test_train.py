@@ -210,7 +210,7 @@ def test_evaluate_writes_metrics_and_predictions(workplace):
         "+data.val.val=val",
         "out=out",
         "semantic=null",
-        "data.num_num_workers=0",
+        "data.num_workers=0",
         "grid=2",
         cwd=root,
     )
@@ -304,7 +304,7 @@ def test_all_bad_shards_are_an_error_in_one_line(tmp_path):
     (tmp_path / "train" / "a.tar").write_bytes(b"nothing like a tar file" * 60)
     done = run_nxtp("train", "name=r", "data.train=train", *TINY_OVERRIDES, cwd=tmp_path)
     assert done.returncode == 1
-    assert "hold no sample" in done.stderr.splitlines()[-1]
+    assert "contain no sample" in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr
 
 

@@ -1,4 +1,4 @@
-"""Labels as text: one spelling for comparison, and lists without duplicates."""
+"""The spelling of labels: one form for comparison, and lists without duplicates."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ import unicodedata
 from collections.abc import Iterable
 
 DELIMITER = ","
-
-
 _SPACE = re.compile(r"\s+")
 
 
@@ -18,9 +16,9 @@ def normalise(label: str) -> str:
 
 
 def clean_labels(labels: Iterable[str]) -> list[str]:
-    """Explicit labels as a model can write them, in order: trimmed, without the delimiter, none empty.
+    """Labels as a model can write them, in order: trimmed, without the delimiter, none empty.
 
-    Of labels that are the same in normalised form, the first is kept.
+    Of labels with the same normalised form the first is used.
     """
     cleaned = (_SPACE.sub(" ", label.replace(DELIMITER, " ")).strip() for label in labels)
     distinct: dict[str, str] = {}

@@ -1,11 +1,10 @@
-"""The labels of a sample: those it gives, or the nouns of its caption."""
+"""The labels of a sample: its own, or the nouns of its caption."""
 
 from __future__ import annotations
 
 import logging
 import os
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,23 +19,23 @@ log = logging.getLogger("nxtp")
 
 
 def warn_if_nouns_differ(name: str, spec: Any, nouns: str, trained: str | None) -> None:
-    """Labels of captions depend on the backend that found them: say so where it is not the training's.
+    """Warn if a set's noun backend is not that of the training labels: their labels cannot be compared.
 
     Args:
-        name: of the set, for the message.
-        spec: its shards; a manifest that names a backend is believed, for others ``nouns`` is used.
-        trained: the backend of the training's labels; None: unknown, nothing to compare.
+        name: the set's, for the message.
+        spec: its shards; the backend is the one that their manifest names, else ``nouns``.
+        trained: the backend of the training labels; None if unknown.
     """
     for source in named_sources(spec).values():
-        directory = Path(source.shards) if isinstance(source.shards, str | os.PathLike) else None
-        manifest = read_manifest(directory) if directory is not None and directory.is_dir() else None
+        is_directory = isinstance(source.shards, str | os.PathLike) and os.path.isdir(source.shards)
+        manifest = read_manifest(source.shards) if is_directory else None
         here = ((manifest or {}).get("nouns") or {}).get("backend", nouns)
         if trained is not None and here != trained:
-            log.warning("Set '%s': nouns come from '%s', the model's training labels from '%s'.", name, here, trained)
+            log.warning("Set '%s': noun backend '%s'; the model was trained with '%s'.", name, here, trained)
 
 
 def label_texts(shards: IndexedShards, config: DataConfig, limit: int = 20_000) -> list[str]:
-    """Distinct labels of up to ``limit`` samples spread over the shards, sorted: what a tokenizer is trained on."""
+    """Distinct labels of up to ``limit`` samples spread over the shards, sorted, to train a tokenizer on."""
     nouns = noun_backend(config.nouns)
     found: set[str] = set()
     for position in np.unique(np.linspace(0, len(shards) - 1, min(limit, len(shards)), dtype=np.int64)):
@@ -47,7 +46,7 @@ def label_texts(shards: IndexedShards, config: DataConfig, limit: int = 20_000) 
 
 
 def labels_of(raw: RawSample, nouns: NounBackend) -> list[str]:
-    """Labels given explicitly win over nouns from a caption.
+    """A sample's own labels, else the nouns of its caption.
 
     Raises:
         SampleError: "no caption" (nor labels), or "no labels" (no noun in the caption).

@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from functools import cache
-from importlib.resources import files
-
-from open_clip import IMAGENET_CLASSNAMES
+from importlib.util import find_spec
+from pathlib import Path
 
 from nxtp.errors import UserError, nearest
 
@@ -17,26 +16,30 @@ SUBSETS = ("imagenet_a", "imagenet_r")
 
 @dataclass(frozen=True)
 class ImageNetClass:
-    """One of the 1,000 classes.
-
-    ``synonyms``   WordNet's lemmas of the synset, the usual first
-    ``clip_name``  the one name that CLIP's authors chose; two pairs of classes share theirs
-    """
+    """One of the 1,000 classes; ``synonyms`` are WordNet's lemmas of the synset, the usual one first."""
 
     index: int
     wnid: str
     synonyms: tuple[str, ...]
-    clip_name: str
+
+    @property
+    def clip_name(self) -> str:
+        """The name that CLIP's authors chose; two pairs of classes share theirs."""
+        from open_clip import IMAGENET_CLASSNAMES  # seconds to import, and seldom needed
+
+        return IMAGENET_CLASSNAMES[self.index]
 
     def labels(self, names: str = "synonyms") -> list[str]:
         """The class as label texts: all ``synonyms``, the ``first`` of them, or the ``clip`` name.
 
         Raises:
-            UserError: no such naming.
+            UserError: another value of ``names``.
         """
         if names not in NAMES:
-            raise UserError(f"No naming '{names}' of ImageNet's classes.{nearest(names, NAMES)} Known: {NAMES}.")
-        return {"synonyms": list(self.synonyms), "first": [self.synonyms[0]], "clip": [self.clip_name]}[names]
+            raise UserError(f"names must be one of {', '.join(NAMES)}, got '{names}'.{nearest(names, NAMES)}")
+        if names == "clip":
+            return [self.clip_name]
+        return list(self.synonyms) if names == "synonyms" else [self.synonyms[0]]
 
 
 @cache
@@ -45,8 +48,7 @@ def imagenet_classes() -> tuple[ImageNetClass, ...]:
     wnids = _lines("imagenet_synsets.txt")
     lemmas = dict(line.split("\t", 1) for line in _lines("imagenet_synset_to_lemma.txt"))
     synonyms = [tuple(dict.fromkeys(name.strip() for name in lemmas[wnid].split(","))) for wnid in wnids]
-    rows = zip(wnids, synonyms, IMAGENET_CLASSNAMES, strict=True)
-    return tuple(ImageNetClass(i, *row) for i, row in enumerate(rows))
+    return tuple(ImageNetClass(i, *row) for i, row in enumerate(zip(wnids, synonyms, strict=True)))
 
 
 @cache
@@ -64,9 +66,15 @@ def subset(name: str) -> frozenset[int]:
 @cache
 def real_labels() -> tuple[tuple[int, ...], ...]:
     """ReaL's class indices of each of the 50,000 validation images, in their order; some have none."""
-    text = files("timm.data").joinpath("_info", "imagenet_real_labels.json").read_text()
-    return tuple(tuple(indices) for indices in json.loads(text))
+    return tuple(tuple(indices) for indices in json.loads(_info("imagenet_real_labels.json")))
 
 
 def _lines(name: str) -> list[str]:
-    return files("timm.data").joinpath("_info", name).read_text().splitlines()
+    return _info(name).splitlines()
+
+
+def _info(name: str) -> str:
+    """One of timm's data files, read without importing timm."""
+    spec = find_spec("timm")
+    assert spec is not None and spec.submodule_search_locations is not None
+    return Path(spec.submodule_search_locations[0], "data", "_info", name).read_text()

@@ -1,7 +1,7 @@
-"""Nouns of captions the published way: its cleaning, NLTK's tagger, WordNet's lemmas. Once as it is, once done right.
+"""Nouns of captions by NLTK's tagger and WordNet's lemmas, after the published cleaning or a corrected one.
 
 The published cleaning deletes a list of words as *substrings*, inside longer words too ("stop" becomes "s", "holiday"
-"holi"): needed to reproduce published numbers, wrong otherwise.
+"holi"): use it to reproduce published numbers only.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from importlib.metadata import version
 
 from nxtp.errors import UserError
 
-# Words that say nothing about what a picture shows, in the order in which they are deleted.
+# Words that do not name what a picture shows, in the order in which they are deleted.
 NOISE = (
     *("person", "persons", "stock", "illustration", "foreground", "background", "photography"),
     *("image", "images", "front", "day", "ounce", "top"),
@@ -36,7 +36,7 @@ def clean_as_published(caption: str) -> str:
 
 
 def clean(caption: str) -> str:
-    """The same with whole words deleted, and with odd characters as the end of a word rather than nothing."""
+    """The same, but only whole words are deleted, and an odd character ends a word."""
     text = _NOISE_WORD.sub(" ", caption.lower().replace("’", "'"))
     return re.sub(r"[,&]", " ", _DROPPED.sub(" ", text))
 
@@ -45,7 +45,7 @@ class NltkNouns:
     """``nltk``: whole-word cleaning, lemmas without repetition.
 
     Raises:
-        UserError: NLTK's data is not there and cannot be fetched.
+        UserError: NLTK's data is missing and cannot be fetched.
     """
 
     name = "nltk"
@@ -63,7 +63,7 @@ class NltkNouns:
 
 
 class PublishedNouns(NltkNouns):
-    """``nltk_published``: substring cleaning; words that differ before they are lemmatised stay, as repetitions."""
+    """``nltk_published``: substring cleaning; words that differ before lemmatising are repeated."""
 
     name = "nltk_published"
 
@@ -73,7 +73,7 @@ class PublishedNouns(NltkNouns):
 
 
 def _nouns(text: str) -> list[str]:
-    """Words that NLTK tags as common nouns and that hold no digit, in order."""
+    """Words that NLTK tags as common nouns and that contain no digit, in order."""
     import nltk
 
     tagged = nltk.pos_tag(nltk.word_tokenize(text))
@@ -88,7 +88,7 @@ def _lemma(word: str) -> str:
 
 
 def find_resources() -> None:
-    """Make sure that NLTK's data is there; what is missing is fetched, once.
+    """Fetch what is missing of NLTK's data.
 
     Raises:
         UserError: it is missing and cannot be fetched.
@@ -97,7 +97,7 @@ def find_resources() -> None:
 
     missing = [name for name, path in RESOURCES.items() if not _has(path)]
     for name in missing:
-        nltk.download(name, quiet=True, print_error_to=io.StringIO())  # what went wrong is said below, once
+        nltk.download(name, quiet=True, print_error_to=io.StringIO())  # a failure is reported below, once
     if any(not _has(RESOURCES[name]) for name in missing):
         raise UserError(
             f"NLTK's data is missing ({', '.join(RESOURCES)}) and could not be fetched. On a machine with network: "

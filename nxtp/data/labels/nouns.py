@@ -1,10 +1,10 @@
-"""Captions → nouns, and the form in which labels are written and compared."""
+"""Where a caption becomes nouns: the backends of ``data.nouns``, and the default one, TextBlob."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from functools import lru_cache
+from importlib import import_module
 from importlib.metadata import version
 from typing import Protocol
 
@@ -13,7 +13,7 @@ from nxtp.errors import UserError, nearest
 
 
 class NounBackend(Protocol):
-    """Turns a caption into labels. Can be pickled; loads its libraries at the first call."""
+    """Turns a caption into labels. Can be pickled; imports its libraries at the first call."""
 
     name: str
 
@@ -25,18 +25,23 @@ class NounBackend(Protocol):
         """Distinct singular nouns, lower-case, in order of appearance."""
 
 
-_BACKENDS: dict[str, Callable[[], NounBackend]] = {}
+_BACKENDS = {  # module and class, imported when chosen
+    "textblob": ("nxtp.data.labels.nouns", "TextBlobNouns"),
+    "nltk": ("nxtp.data.labels.nltk_nouns", "NltkNouns"),
+    "nltk_published": ("nxtp.data.labels.nltk_nouns", "PublishedNouns"),
+}
 
 
 def noun_backend(name: str = "textblob") -> NounBackend:
     """The noun backend of that name.
 
     Raises:
-        UserError: there is none.
+        UserError: no such backend.
     """
     if name not in _BACKENDS:
-        raise UserError(f"No noun backend '{name}'; there is {', '.join(sorted(_BACKENDS))}.{nearest(name, _BACKENDS)}")
-    return _BACKENDS[name]()
+        raise UserError(f"No noun backend '{name}'; known are {', '.join(_BACKENDS)}.{nearest(name, _BACKENDS)}")
+    module, kind = _BACKENDS[name]
+    return getattr(import_module(module), kind)()
 
 
 # Singulars where the dictionary has none or a rarer word, and plurals that name one thing.
@@ -50,10 +55,10 @@ _SINGULAR = {
     "smoothies": "smoothie",
 } | {word: word for word in ("fries", "pants", "shears", "shorts", "sunglasses", "tongs", "trousers")}
 
-# Where in the picture, not what: left out unless part of a compound ("shop front").
+# Where in the picture, not what: skipped unless part of a compound ("shop front").
 _PLACES = frozenset({"back", "background", "bottom", "center", "centre", "foreground"})
 _PLACES |= {"front", "left", "middle", "right", "side", "top"}
-# The picture itself: left out where the caption begins to say what it shows ("a photo of a dog").
+# The picture itself: skipped before the words that introduce what it shows ("a photo of a dog").
 _PICTURES = frozenset({"close", "close-up", "illustration", "image", "photo", "photograph", "picture", "view"})
 _SHOWS = frozenset({"depicting", "depicts", "featuring", "of", "show", "showing", "shows", "up", "with"})
 
@@ -69,9 +74,8 @@ _WORD = re.compile(r"[^\W\d_]+(?:['’-][^\W\d_]+)*")
 class TextBlobNouns:
     """TextBlob's rule tagger and lemminflect's dictionary: offline, no download.
 
-    The tagger gives many words the tag they have most often in running text ("a bear": verb). Where a noun must
-    stand, a word that the dictionary has as a noun is taken for one; a "plural" after a singular one ("a whale
-    jumps") is taken for a verb.
+    The tagger gives many words their most frequent tag ("a bear": verb). Where the grammar needs a noun, a word that
+    the dictionary has as a noun counts as one; a "plural" after a singular noun ("a whale jumps") counts as a verb.
     """
 
     name = "textblob"
@@ -107,7 +111,7 @@ class TextBlobNouns:
 
 
 def _must_be_noun(word: str, pos: str, before: str, before_pos: str, number: int) -> bool:
-    """Whether a word that was not tagged as a noun stands where one must, and can be one."""
+    """Whether a word that is not tagged as a noun is where a noun must be, and can be one."""
     article = before in _ARTICLES or before_pos == "PRP$"
     if pos in ("JJ", "RB"):
         fits = before_pos in _MODIFIER_TAGS and number != 2
@@ -125,7 +129,7 @@ def _must_be_noun(word: str, pos: str, before: str, before_pos: str, number: int
 
 
 def _must_be_verb(word: str, pos: str, before_pos: str, number: int) -> bool:
-    """Whether a word that was tagged as a noun disagrees with the noun before it, and can be a verb."""
+    """Whether a word that is tagged as a noun disagrees with the noun before it, and can be a verb."""
     disagrees = (number == 1 and before_pos == "NN" and pos == "NNS") or (
         number == 2 and before_pos == "NNS" and word.endswith("ing")
     )
@@ -134,7 +138,7 @@ def _must_be_verb(word: str, pos: str, before_pos: str, number: int) -> bool:
 
 @lru_cache(1 << 16)
 def _singular(word: str, plural: bool) -> str:
-    """Singular of a lower-case noun; ``plural`` decides for words that the dictionary does not have."""
+    """Singular of a lower-case noun; ``plural`` decides for words that the dictionary lacks."""
     from lemminflect import getAllLemmas
     from textblob.en.inflect import singularize
 
@@ -159,17 +163,3 @@ def _is_verb(word: str) -> bool:
     from lemminflect import getAllLemmas
 
     return "VERB" in getAllLemmas(word)
-
-
-def _nltk(kind: str) -> Callable[[], NounBackend]:
-    def make() -> NounBackend:
-        from nxtp.data.labels import nltk_nouns as nltk_labels
-
-        return getattr(nltk_labels, kind)()
-
-    return make
-
-
-_BACKENDS["textblob"] = TextBlobNouns
-_BACKENDS["nltk"] = _nltk("NltkNouns")
-_BACKENDS["nltk_published"] = _nltk("PublishedNouns")

@@ -1,0 +1,4 @@
+"""Tar shards: finding (urls), listing (manifest), indexing (tar_index), fetching (cache) and reading them (reader).
+
+Imports only errors and runs; no torch. Start with :class:`nxtp.data.shards.reader.IndexedShards`.
+"""
