@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
+from hydra._internal.core_plugins.file_config_source import FileConfigSource
 from hydra.core.object_type import ObjectType
 from hydra.core.plugins import Plugins
 from hydra.plugins.config_source import ConfigLoadError, ConfigResult, ConfigSource
-from omegaconf import OmegaConf
 
 from nxtp.config import OTHER_GROUPS
 
@@ -17,7 +18,7 @@ NOT_A_SWEEP = ("report",)  # what a study's table and plot show
 
 
 def study_dirs() -> list[Path]:
-    """Where studies are looked for: ./experiments, then the checkout's."""
+    """Where studies are searched: ./experiments, then the checkout's."""
     return [d for d in dict.fromkeys([Path.cwd() / "experiments", CHECKOUT]) if d.is_dir()]
 
 
@@ -28,7 +29,7 @@ def study_names() -> list[str]:
 
 
 class StudySource(ConfigSource):
-    """Lets Hydra find experiments/<study>/<sweep>.yaml as <sweep> of the group study/<study>."""
+    """Hydra's source of experiments/<study>/<sweep>.yaml, as <sweep> of the group study/<study>."""
 
     @staticmethod
     def scheme() -> str:
@@ -38,42 +39,30 @@ class StudySource(ConfigSource):
         return True
 
     def load_config(self, config_path: str) -> ConfigResult:
-        name = self._normalize_file_name(config_path)
-        for path in self._inside(name):
-            if path.is_file():
-                text = path.read_text()
-                return ConfigResult(
-                    provider=self.provider,
-                    path=f"study://{path.parent}",
-                    config=OmegaConf.create(text),
-                    header=self._get_header_dict(text[:512]),
-                )
+        for source, path in self._sources(config_path):
+            if source.is_config(path):
+                return source.load_config(path)
         raise ConfigLoadError(f"Config not found: {config_path}")
 
     def is_group(self, config_path: str) -> bool:
-        return config_path in ("", GROUP) or any(path.is_dir() for path in self._inside(config_path))
+        return config_path in ("", GROUP) or any(s.is_group(path) for s, path in self._sources(config_path))
 
     def is_config(self, config_path: str) -> bool:
-        name = self._normalize_file_name(config_path)
-        return Path(name).stem not in NOT_A_SWEEP and any(path.is_file() for path in self._inside(name))
+        is_sweep = Path(config_path).stem not in NOT_A_SWEEP
+        return is_sweep and any(s.is_config(path) for s, path in self._sources(config_path))
 
     def list(self, config_path: str, results_filter: ObjectType | None) -> list[str]:
         if config_path == "":
             return [] if results_filter == ObjectType.CONFIG else [GROUP]
-        found: set[str] = set()
-        for directory in self._inside(config_path):
-            for entry in directory.iterdir() if directory.is_dir() else ():
-                if entry.is_dir() and results_filter != ObjectType.CONFIG:
-                    found.add(entry.name)
-                if entry.suffix == ".yaml" and entry.stem not in NOT_A_SWEEP and results_filter != ObjectType.GROUP:
-                    found.add(entry.stem)
-        return sorted(found)
+        sources = [(s, path) for s, path in self._sources(config_path) if s.is_group(path)]
+        found = {name for s, path in sources for name in s.list(path, results_filter)}
+        return sorted(found - set(NOT_A_SWEEP))
 
-    @staticmethod
-    def _inside(config_path: str) -> list[Path]:
-        """What a path of the group stands for, in each directory of studies."""
+    def _sources(self, config_path: str) -> Iterator[tuple[FileConfigSource, str]]:
+        """For each directory of studies, its source and the path inside."""
         group, _, rest = config_path.partition("/")
-        return [d / rest for d in study_dirs()] if group == GROUP else []
+        for directory in study_dirs() if group == GROUP else []:
+            yield FileConfigSource(self.provider, f"file://{directory}"), rest
 
 
 Plugins.instance().register(StudySource)

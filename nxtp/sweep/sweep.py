@@ -79,7 +79,7 @@ class Sweep:
         is_help = any((arguments.help, arguments.hydra_help, arguments.cfg, arguments.info))
         if is_help or not (arguments.multirun or GROUP in keys):
             return None
-        single = [o.input_line for o in keys.values() if not o.is_sweep_override()]
+        single = [str(o.input_line) for o in keys.values() if not o.is_sweep_override()]
         if arguments.config_dir:
             directory = quoted("file://" + os.path.abspath(arguments.config_dir))
             single.append(f"hydra.searchpath=[study://,{directory}]")
@@ -187,7 +187,8 @@ def run_in_process(command: str, cfg: DictConfig, runs: list[str]) -> float | No
     hydra = HydraConfig.get()
     out = Path(hydra.runtime.output_dir)
     log.info("%s", f"{hydra.job.num + 1}/{len(runs)}  {out.name}" if runs else f"run {hydra.job.num + 1}  {out.name}")
-    if is_finished(out, OmegaConf.to_container(cfg, resolve=True)):
+    resolved: Any = OmegaConf.to_container(cfg, resolve=True)
+    if is_finished(out, resolved):
         log.info("%s: finished before", out.name)
         return _objective(out)
     arguments = list(hydra.overrides.task)

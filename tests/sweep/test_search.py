@@ -247,7 +247,7 @@ def test_a_trial_below_the_median_is_pruned(monkeypatch):
         return None
 
     def told_steps() -> list[int]:
-        return list(search.trials[-1].intermediate)
+        return [step for step, _ in search.trials[-1].intermediate]
 
     monkeypatch.setattr(Search, "poll_s", 0.01)
     runs = Runs(how)

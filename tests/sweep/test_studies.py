@@ -31,7 +31,7 @@ def base(sweep: str) -> list[str]:
 
 
 def test_there_are_these_studies():
-    assert sorted(p.name for p in CHECKOUT.iterdir() if p.is_dir() and (p / "README.md").is_file()) == STUDIES
+    assert sorted(p.name for p in CHECKOUT.iterdir() if (p / "report.yaml").is_file()) == STUDIES
     assert set(SWEEPS) == set(study_names())
 
 

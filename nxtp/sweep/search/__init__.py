@@ -1,1 +1,1 @@
-"""`nxtp sweep search`: Optuna in place of a grid."""
+"""hydra/sweeper=optuna: plugin.py is Hydra's side, trials.py Optuna's, space.py translates ranges."""

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hydra.core.plugins import Plugins
+from hydra.plugins.launcher import Launcher
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
@@ -40,6 +41,10 @@ class SearchConfig:
 class OptunaSweeper(Sweeper):
     """Searches ranges for the best metric of the run records."""
 
+    config: DictConfig
+    hydra_context: HydraContext
+    launcher: Launcher
+
     def __init__(self, **options: Any):
         self.options = options
 
@@ -68,8 +73,8 @@ class OptunaSweeper(Sweeper):
         axes, fixed = split(options.params, arguments)
         metric, direction = self._goal(options)
         self._check(axes, fixed)
-        config = OmegaConf.to_container(self.config, resolve=False)
-        config = {key: value for key, value in config.items() if key != "hydra"}
+        composed: Any = OmegaConf.to_container(self.config, resolve=False)
+        config = {key: value for key, value in composed.items() if key != "hydra"}
         directory = Path(str(self.config.hydra.sweep.dir))
 
         def launch(points: Sequence[list[str]], first: int) -> None:

@@ -52,12 +52,14 @@ def split(params: Mapping[str, Any], overrides: Sequence[str]) -> tuple[list[Axi
     if not any(o.is_sweep_override() for o in parsed.values()):
         raise UserError("Nothing to search: no range, as in 'optim.lr=tag(log,interval(1e-5,1e-2))'.")
     searched = {key: o for key, o in parsed.items() if key in params or o.is_sweep_override()}
-    return [_axis(o) for o in searched.values()], [o.input_line for key, o in parsed.items() if key not in searched]
+    return [_axis(o) for o in searched.values()], [
+        str(o.input_line) for key, o in parsed.items() if key not in searched
+    ]
 
 
 def _axis(override: Override) -> Axis:
     key, text, sweep = override.get_key_element(), override.get_value_string(), override.value()
-    tags = getattr(sweep, "tags", set())
+    tags: set[str] = getattr(sweep, "tags", set())
     try:
         if tags - {"log"}:
             raise ValueError(f"unknown tag '{min(tags - {'log'})}'; the only one is log")

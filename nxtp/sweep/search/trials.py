@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import click
 import numpy as np
@@ -40,7 +40,7 @@ class SearchTrial:
     ``run``           its directory inside the search's
     ``params``        axis → value as Optuna proposed it; the run has it rounded
     ``state``         running (or killed: it is resumed), complete, pruned, failed
-    ``intermediate``  optimiser step → metric of the validation after it, where trials are pruned
+    ``intermediate``  [optimiser step, metric of the validation after it] where trials may be pruned
     """
 
     number: int
@@ -49,10 +49,7 @@ class SearchTrial:
     state: str = "running"
     value: float | None = None
     error: str | None = None
-    intermediate: dict[int, float] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self.intermediate = {int(step): value for step, value in self.intermediate.items()}  # JSON's keys are strings
+    intermediate: list[tuple[int, float]] = field(default_factory=list)
 
 
 @contextmanager
@@ -76,52 +73,54 @@ def locked(directory: Path) -> Iterator[None]:
         os.close(lock)
 
 
+@dataclass
 class Search:
     """The trials in a search's directory. A new object resumes where an earlier one stopped, however it stopped.
 
     A proposal depends on the seed, its number and the trials that are done, on nothing else: a search that was killed
     proposes what it would have proposed.
 
-    Args:
-        config: the runs' configuration, but for the axes. With other settings trials could not be compared.
-        metric: of the run records; ``direction`` is minimize or maximize.
-        prune: stop a run whose metric after a validation is below the median of the other runs' at that step.
+    ``config``     of the runs, but for the axes: with other settings trials could not be compared
+    ``metric``     of the run records; ``direction`` is minimize or maximize
+    ``prune``      stop a run whose metric after a validation is below the median of the other runs' at that step
+    ``failed``     run → why, of this process; ``killed`` likewise
 
     Raises:
         UserError: the directory contains a search with other settings.
     """
 
-    poll_s = 1.0  # between two looks at the record of a run that may be pruned
+    directory: Path
+    axes: list[Axis]
+    config: dict[str, Any]
+    metric: str
+    direction: str
+    seed: int = 0
+    prune: bool = False
+    trials: list[SearchTrial] = field(default_factory=list)
+    failed: dict[str, str] = field(default_factory=dict)
+    killed: dict[str, str] = field(default_factory=dict)
 
-    def __init__(
-        self,
-        directory: Path,
-        axes: list[Axis],
-        config: dict[str, Any],
-        metric: str,
-        direction: str,
-        *,
-        seed: int = 0,
-        prune: bool = False,
-    ):
-        self.directory, self.axes, self.seed, self.prune = directory, axes, seed, prune
-        self.config, self.metric, self.direction = json.loads(json.dumps(config)), metric, direction
-        self.settings = {"metric": metric, "direction": direction, "ranges": {axis.key: axis.text for axis in axes}}
-        self.trials: list[SearchTrial] = []
-        self.failed: dict[str, str] = {}  # run → why; of this process
-        self.killed: dict[str, str] = {}
-        if (directory / FILE).exists():
-            before = json.loads((directory / FILE).read_text())
-            changed = differences(before["settings"], self.settings)
-            old, new = before["config"], self.config
-            changed += differences(old, new) + differences(old.get("trainer"), new.get("trainer"), "its trainer")
-            if changed:
-                raise UserError(
-                    f"'{directory}' contains a search with other settings ({', '.join(changed[:6])}): "
-                    "choose another name or delete it."
-                )
-            self.trials = [SearchTrial(**trial) for trial in before["trials"]]
+    poll_s: ClassVar[float] = 1.0  # between two looks at the record of a run that may be pruned
+
+    def __post_init__(self) -> None:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
+        if not (self.directory / FILE).exists():
+            return
+        before = json.loads((self.directory / FILE).read_text())
+        now = json.loads(json.dumps({"settings": self.settings, "config": self.config}))
+        changed = differences(before["settings"], now["settings"]) + differences(before["config"], now["config"])
+        changed += differences(before["config"].get("trainer"), now["config"].get("trainer"), "its trainer")
+        if changed:
+            raise UserError(
+                f"'{self.directory}' contains a search with other settings ({', '.join(changed[:6])}): "
+                "choose another name or delete it."
+            )
+        self.trials = [SearchTrial(**trial) for trial in before["trials"]]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        ranges = {axis.key: axis.text for axis in self.axes}
+        return {"metric": self.metric, "direction": self.direction, "ranges": ranges}
 
     def run(self, launch: Callable[[Sequence[list[str]], int], Any], n_trials: int, n_jobs: int = 1) -> None:
         """Run trials until ``n_trials`` are complete or pruned. Failed ones do not count; the next call replaces them.
@@ -153,9 +152,9 @@ class Search:
 
     def best(self) -> list[SearchTrial]:
         """Complete trials, the best first; one of each run."""
-        sign = -1 if self.direction == "maximize" else 1
         runs = {trial.run: trial for trial in reversed(self.trials) if trial.state == "complete"}
-        return sorted(runs.values(), key=lambda trial: (sign * trial.value, trial.number))
+        in_order = sorted(runs.values(), key=lambda trial: trial.number)
+        return sorted(in_order, key=lambda trial: trial.value or 0.0, reverse=self.direction == "maximize")
 
     def require_finished(self) -> None:
         """
@@ -174,15 +173,9 @@ class Search:
         study = optuna.create_study(direction=self.direction, sampler=TPESampler(seed=int(seed)), pruner=MedianPruner())
         for trial in self.trials:
             if trial.state in COUNTED:
-                study.add_trial(
-                    create_trial(
-                        state=COUNTED[trial.state],
-                        value=trial.value,
-                        params=trial.params,
-                        distributions=self._distributions,
-                        intermediate_values=trial.intermediate,
-                    )
-                )
+                known = {"params": trial.params, "distributions": self._distributions, "value": trial.value}
+                steps = dict(trial.intermediate)
+                study.add_trial(create_trial(state=COUNTED[trial.state], intermediate_values=steps, **known))
         return study
 
     @property
@@ -237,32 +230,31 @@ class Search:
 
     @contextmanager
     def _pruning(self, trials: Collection[SearchTrial]) -> Iterator[None]:
-        """Meanwhile, tell Optuna the metric after each validation, and stop the runs that it prunes."""
-        if not self.prune:
-            yield
-            return
+        """Meanwhile, report the metric after each validation to Optuna, and stop the runs that it prunes."""
         ended = threading.Event()
-        watcher = threading.Thread(target=self._watch, args=(list(trials), ended))
-        watcher.start()
+        watcher = threading.Thread(target=self._watch, args=(trials, ended))
+        if self.prune:
+            watcher.start()
         try:
             yield
         finally:
             ended.set()
-            watcher.join()
+            if self.prune:
+                watcher.join()
 
-    def _watch(self, trials: list[SearchTrial], ended: threading.Event) -> None:
-        proposals = []
+    def _watch(self, trials: Collection[SearchTrial], ended: threading.Event) -> None:
+        watched = []
         for trial in trials:
             study = self._study(trial.number)
             study.enqueue_trial(trial.params)
-            proposals.append(study.ask(self._distributions))
+            watched.append((trial, study.ask(self._distributions)))
         while not ended.wait(self.poll_s):
-            for trial, proposal in zip(trials, proposals, strict=True):
+            for trial, proposal in watched:
                 record = read_record(self.directory / trial.run) or {}
                 step, value = record.get("validated", 0), record.get("metrics", {}).get(self.metric)
-                if value is None or step <= max(trial.intermediate, default=0):
+                if value is None or step <= max((s for s, _ in trial.intermediate), default=0):
                     continue
-                trial.intermediate[step] = value
+                trial.intermediate.append((step, value))
                 proposal.report(value, step)
                 if proposal.should_prune() and record["status"] == "running" and is_alive(record):
                     trial.state = "pruned"
