@@ -1,7 +1,7 @@
-"""Where a model looks: attention of a label's tokens onto the image grid, and of image tokens onto each other.
+"""Where a model looks: attention of a label's tokens to the image grid, and of image tokens to each other.
 
-Weights are the decoder's own, behind its softmax, of every block and head. A label is laid out alone behind the prefix,
-as one-shot sampling sees it.
+Weights are the decoder's own, after its softmax, of every block and head. A label stands alone behind the prefix, as in
+one-shot sampling.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from nxtp.model.model import Model
 def label_attention(
     model: Model, image: Tensor, label: Sequence[int], *, prompt: Sequence[int], delimiter: int
 ) -> Tensor:
-    """Attention weights of each of a label's tokens onto the image tokens.
+    """Attention weights of each of a label's tokens to the image tokens.
 
     Args:
         model: in evaluation mode.
@@ -30,11 +30,10 @@ def label_attention(
         prompt: BOS and prompt token ids.
 
     Returns:
-        float32 [blocks, heads, tokens, rows, columns]: of each block and head a token's weights on the grid of patches;
-        what is missing to 1 goes to ``<|image|>``, the prompt and the label itself.
+        float32 [blocks, heads, tokens, rows, columns]. The rest up to 1 goes to ``<|image|>``, prompt and label.
 
     Raises:
-        UserError: the tower's tokens are no square grid.
+        UserError: the tower's tokens do not form a square grid.
     """
     count = model.num_image_tokens
     side = grid_side(count)
@@ -47,34 +46,34 @@ def label_attention(
 
 @torch.inference_mode()
 def patch_attention(model: Model, image: Tensor, *, prompt: Sequence[int]) -> Tensor:
-    """Attention weights of image tokens onto image tokens: float32 [blocks, heads, N, N], of uint8 [3, S, S]."""
+    """Attention weights of image tokens to image tokens: float32 [blocks, heads, N, N], of uint8 [3, S, S]."""
     weights = torch.stack(model.prefix_attention(image[None], prompt))[:, 0]
-    count = model.num_image_tokens
-    return weights[:, :, :count, :count].float().cpu()
+    return weights[:, :, : model.num_image_tokens, : model.num_image_tokens].float().cpu()
 
 
 def grid_side(count: int) -> int:
-    """Patches a side of a square grid of ``count``.
+    """Rows of a square grid of ``count`` patches.
 
     Raises:
-        UserError: it is none.
+        UserError: the grid is not square.
     """
     side = math.isqrt(count)
     if side * side != count:
-        raise UserError(f"The encoder's {count} image tokens are no square grid: where they lie is not known.")
+        raise UserError(f"The encoder's {count} image tokens do not form a square grid, so they have no known places.")
     return side
 
 
 def average(weights: Tensor, block: int | None = None, head: int | None = None) -> Tensor:
-    """One map [rows, columns] of what :func:`label_attention` gives: the mean over tokens, and over blocks and heads or
-    of the one that is named (a negative number counts from the end).
+    """One map [rows, columns] of :func:`label_attention`'s weights: their mean over tokens, and over blocks and heads
+    or for the given one (a negative number counts from the end).
 
     Raises:
         UserError: no such block or head.
     """
-    for name, number, size in (("block", block, weights.shape[0]), ("head", head, weights.shape[1])):
-        if number is not None and not -size <= number < size:
-            raise UserError(f"{name} is {number}: there are {size}, from 0 on.")
-    chosen = weights if block is None else weights[block][None]
-    chosen = chosen if head is None else chosen[:, head][:, None]
-    return chosen.mean(dim=(0, 1, 2))
+    for dim, (name, number) in enumerate((("block", block), ("head", head))):
+        if number is not None:
+            size = weights.shape[dim]
+            if not -size <= number < size:
+                raise UserError(f"{name} must be from {-size} to {size - 1}, got {number}.")
+            weights = weights.narrow(dim, number % size, 1)
+    return weights.mean(dim=(0, 1, 2))

@@ -7,20 +7,21 @@ import re
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedConfig
-from transformers.utils.hub import cached_file
 
 from nxtp.errors import UserError, nearest
-from nxtp.model.hub import require_source
-from nxtp.model.weights import SafetensorsFiles, assign
+from nxtp.model.hub import reason, require_source
+from nxtp.model.weights import MODEL_FILE, SafetensorsFiles, assign
+
+if TYPE_CHECKING:
+    from transformers import DynamicCache, PreTrainedConfig
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
-# Causal LMs whose blocks take embeddings as they are, rotary positions and a ready mask, as LLaMA does.
+# Causal LMs whose blocks take embeddings, rotary positions and a ready mask, as LLaMA does.
 FAMILY = ("llama", "mistral", "qwen2", "qwen3", "olmo2", "smollm3")
 
 KEEP = ("first", "last", "ends", "even")
@@ -30,10 +31,10 @@ KEEP = ("first", "last", "ends", "even")
 class DecoderConfig:
     """Which language model, and which of its blocks are kept.
 
-    ``source``       a local directory or hub name with weights; null builds from ``config`` at random
-    ``config``       fields of the Hugging Face configuration. Beside a ``source`` they go over its own; with
-                     ``model_type`` among them they are the whole configuration, and the source gives weights only
-    ``depth``        keep so many blocks (of a random model: its number of blocks); null keeps all
+    ``source``       a local directory or Hub name with weights; null builds from ``config`` with random weights
+    ``config``       fields of the Hugging Face configuration. With a ``source`` they override its own; if
+                     ``model_type`` is among them they are the whole configuration, and the source gives weights only
+    ``depth``        keep this many blocks (of a random model: its number of blocks); null keeps all
     ``keep``         which: first, last, ends (half from either end), or even (every n/depth-th from the first on)
     ``blocks``       keep exactly these blocks of the source, e.g. [0, 1, 2, 31]; instead of ``depth``
     """
@@ -46,12 +47,12 @@ class DecoderConfig:
 
 
 class Decoder(nn.Module):
-    """Embedding, blocks, final norm and output layer, fed with embeddings, positions and a ready mask.
+    """Embedding, blocks, final norm and output layer; takes embeddings, positions and a ready mask.
 
     A model with a source is built on the meta device and then filled from it; without one it starts at random.
 
     Args:
-        load_pretrained: read the source's weights; else they are left as they come, to be loaded by the caller.
+        load_pretrained: read the source's weights; otherwise the caller loads them.
         deferred: leave a model with a source on the meta device: its caller shards it and then calls :meth:`fill`.
 
     Raises:
@@ -65,6 +66,8 @@ class Decoder(nn.Module):
         load_pretrained: bool = True,
         deferred: bool = False,
     ):
+        from transformers import AutoModelForCausalLM
+
         super().__init__()
         self.config = config
         architecture, self.kept_blocks = resolve(config, vocab_size)
@@ -72,7 +75,7 @@ class Decoder(nn.Module):
         with torch.device("meta") if from_source else nullcontext():
             self.lm = AutoModelForCausalLM.from_config(architecture)
         self.lm.config.use_cache = False
-        # Parameters that are one must not be moved from the meta device by shards, which would part them.
+        # Tied parameters must not leave the meta device in shards: they would no longer be tied.
         if from_source and not (deferred and not architecture.tie_word_embeddings):
             self.fill(torch.get_default_device(), load_pretrained)
 
@@ -81,12 +84,12 @@ class Decoder(nn.Module):
         return not any(parameter.is_meta for parameter in self.parameters())
 
     def fill(self, device: torch.device, load_pretrained: bool = True) -> None:
-        """Give a model on the meta device, sharded or not, its memory and its source's weights, tensor by tensor."""
+        """Allocate a model on the meta device, sharded or not, and load its source's weights tensor by tensor."""
         self.lm.to_empty(device=device)
         with torch.device(device):  # its buffers are computed, not stored
             self.lm.model.rotary_emb = type(self.lm.model.rotary_emb)(config=self.lm.config)
         self.lm.tie_weights()
-        if load_pretrained and device.type != "meta":
+        if load_pretrained and device.type != "meta" and self.config.source is not None:
             fill_blocks(self.lm, self.config.source, self.kept_blocks)
 
     @property
@@ -113,8 +116,8 @@ class Decoder(nn.Module):
         Args:
             embeddings_BTD: [B, T, D].
             positions_BT: int64 [B or 1, T] rotary positions.
-            mask: bool [B or 1, 1, T, cached + T], True = may attend. Used as it is: causality is the caller's.
-            cache: keys and values of earlier tokens; this call's are appended.
+            mask: bool [B or 1, 1, T, cached + T], True = may attend. It must contain causality, too.
+            cache: keys and values of earlier tokens; this call appends its own.
 
         Returns:
             [B, T, D].
@@ -130,7 +133,7 @@ class Decoder(nn.Module):
     def attention(self, embeddings_BTD: Tensor, positions_BT: Tensor, mask: Tensor) -> list[Tensor]:
         """Attention weights of every block, each [B, H, T, T]; arguments as in :meth:`forward`.
 
-        Only the plain implementation computes them, and it wants the mask as numbers to be added.
+        Only the eager implementation returns them, and it needs an additive mask.
         """
         added = torch.zeros(mask.shape, dtype=embeddings_BTD.dtype, device=mask.device)
         added = added.masked_fill(~mask, torch.finfo(embeddings_BTD.dtype).min)
@@ -156,33 +159,30 @@ class Decoder(nn.Module):
 
 def resolve(config: DecoderConfig, vocab_size: int | None = None) -> tuple[PreTrainedConfig, list[int]]:
     """The Hugging Face configuration of the truncated model, and the source's blocks it keeps, in order."""
+    from transformers import AutoConfig
+
     fields = dict(config.config or {})
     if vocab_size is not None:
         fields.setdefault("vocab_size", vocab_size)
+    _require_family(fields.get("model_type", "llama"))
     if config.source is not None:
         require_source(config.source, "model.decoder.source")
-    if config.source is not None and "model_type" not in fields:
-        try:
+    elif not fields:
+        raise UserError("model.decoder needs 'source' (a directory or Hub name) or 'config' (to start at random).")
+    elif config.blocks is not None:
+        raise UserError("model.decoder.blocks chooses blocks of a source; without one set model.decoder.depth.")
+    elif config.depth is not None:
+        fields["num_hidden_layers"] = config.depth
+    try:
+        if config.source is not None and "model_type" not in fields:
+            where = f"model.decoder.source: no usable model in '{config.source}'"
             full = AutoConfig.from_pretrained(config.source, trust_remote_code=False, **fields)
-        except Exception as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise UserError(f"model.decoder.source: no usable model in '{config.source}': {reason}") from error
-    elif fields:
-        model_type = fields.pop("model_type", "llama")
-        if model_type not in FAMILY:
-            raise UserError(_not_family(model_type))
-        if config.source is None and config.blocks is not None:
-            raise UserError("model.decoder.blocks chooses blocks of a source; without one set model.decoder.depth.")
-        if config.source is None and config.depth is not None:
-            fields["num_hidden_layers"] = config.depth
-        try:
-            full = AutoConfig.for_model(model_type, **fields)
-        except Exception as error:  # transformers has many kinds
-            raise UserError(f"model.decoder.config: {' '.join(str(error).split())}") from error
-    else:
-        raise UserError("model.decoder needs 'source' (a directory or hub name) or 'config' (to start at random).")
-    if full.model_type not in FAMILY:
-        raise UserError(_not_family(full.model_type))
+        else:
+            where = "model.decoder.config"
+            full = AutoConfig.for_model(fields.pop("model_type", "llama"), **fields)
+    except Exception as error:  # transformers raises many types
+        raise UserError(f"{where}: {reason(error)}") from error
+    _require_family(full.model_type)
 
     count = full.num_hidden_layers
     if config.blocks is not None and config.depth is not None:
@@ -194,15 +194,14 @@ def resolve(config: DecoderConfig, vocab_size: int | None = None) -> tuple[PreTr
     if not kept or len(set(kept)) != len(kept) or not all(0 <= block < count for block in kept):
         raise UserError(f"model.decoder: blocks {kept} of '{config.source}', which has blocks 0 to {count - 1}.")
     full.num_hidden_layers = len(kept)
-    layer_types = getattr(full, "layer_types", None)
-    if layer_types is not None:
-        full.layer_types = [layer_types[block] for block in kept]
-        if set(full.layer_types) != {"full_attention"}:
-            raise UserError(
-                f"model.decoder: blocks with {set(full.layer_types)}; only full attention can follow the mask."
-            )
+    for name in ("layer_types", "no_rope_layers"):  # one entry per block
+        if getattr(full, name, None) is not None:
+            setattr(full, name, [getattr(full, name)[block] for block in kept])
+    kinds = set(getattr(full, "layer_types", None) or ()) - {"full_attention"}
+    if kinds:
+        raise UserError(f"model.decoder: blocks with {', '.join(kinds)}; only full attention can follow the mask.")
     if getattr(full, "sliding_window", None):
-        full.sliding_window = None  # the mask says all; Mistral's default would be a second opinion
+        full.sliding_window = None  # Mistral's default would restrict attention beyond the mask
     full.dtype = torch.float32
     full._attn_implementation = "sdpa"
     return full, kept
@@ -212,26 +211,23 @@ def choose_blocks(count: int, depth: int, keep: str) -> list[int]:
     """The numbers of ``depth`` of ``count`` blocks, in order.
 
     Raises:
-        UserError: no such way to keep them.
+        UserError: an unknown way to keep them.
 
     >>> [choose_blocks(8, 4, keep) for keep in KEEP]
     [[0, 1, 2, 3], [4, 5, 6, 7], [0, 1, 6, 7], [0, 2, 4, 6]]
     """
-    if keep not in KEEP:
-        raise UserError(f"model.decoder.keep is '{keep}'.{nearest(keep, KEEP)} Known: {', '.join(KEEP)}.")
-    if keep == "last":
-        return list(range(count - depth, count))
-    if keep == "ends":
-        front = (depth + 1) // 2
-        return [*range(front), *range(count - depth + front, count)]
+    front = {"first": depth, "last": 0, "ends": (depth + 1) // 2}
     if keep == "even":
         return [place * count // depth for place in range(depth)]
-    return list(range(depth))
+    if keep not in front:
+        raise UserError(f"model.decoder.keep is '{keep}'.{nearest(keep, KEEP)} Known: {', '.join(KEEP)}.")
+    return [*range(front[keep]), *range(count - depth + front[keep], count)]
 
 
-def _not_family(model_type: str) -> str:
-    known = ", ".join(FAMILY)
-    return f"model.decoder: '{model_type}' is not a LLaMA-family model.{nearest(model_type, FAMILY)} Known: {known}."
+def _require_family(model_type: str) -> None:
+    if model_type not in FAMILY:
+        known = f"{nearest(model_type, FAMILY)} Known: {', '.join(FAMILY)}."
+        raise UserError(f"model.decoder: '{model_type}' is not a LLaMA-family model.{known}")
 
 
 def fill_blocks(lm: nn.Module, source: str, kept: list[int]) -> None:
@@ -242,71 +238,55 @@ def fill_blocks(lm: nn.Module, source: str, kept: list[int]) -> None:
     Raises:
         UserError: the source lacks weights, or has them in another shape.
     """
-    number = {block: new for new, block in enumerate(kept)}
     weights = SafetensorsFiles(weight_files(source))
-    stored: dict[str, str] = {}
-    for key in weights.specs:
-        match = re.match(r"model\.layers\.(\d+)\.(.*)", key)
-        if match is None:
-            stored[key] = key
-        elif int(match[1]) in number:
-            stored[f"model.layers.{number[int(match[1])]}.{match[2]}"] = key
     own = lm.state_dict()
-    if lm.config.tie_word_embeddings and EMBEDDING in stored:
-        stored.setdefault(HEAD, stored[EMBEDDING])
-    grows = {
-        name
-        for name in (EMBEDDING, HEAD)
-        if name in stored
-        and weights.specs[stored[name]].shape[0] < own[name].shape[0]
-        and weights.specs[stored[name]].shape[1:] == tuple(own[name].shape[1:])
-    }
-    missing = sorted(set(own) - set(stored))
-    wrong = [
-        name
-        for name in own
-        if name in stored and name not in grows and weights.specs[stored[name]].shape != tuple(own[name].shape)
-    ]
+    stored = {name: re.sub(r"^(model\.layers\.)(\d+)", lambda m: f"{m[1]}{kept[int(m[2])]}", name) for name in own}
+    if lm.config.tie_word_embeddings and stored[HEAD] not in weights.specs:
+        stored[HEAD] = EMBEDDING
+
+    def fits(name: str) -> bool:
+        (rows, *rest), (own_rows, *own_rest) = weights.specs[stored[name]].shape, own[name].shape
+        return rest == own_rest and (rows == own_rows or (name in (EMBEDDING, HEAD) and rows < own_rows))
+
+    missing = [name for name in own if stored[name] not in weights.specs]
+    wrong = [name for name in own if name not in missing and not fits(name)]
     if wrong or missing:
         raise UserError(
             f"model.decoder.source '{source}': missing {missing or 'nothing'}, wrong shape {wrong or 'none'}."
         )
     for name, parameter in own.items():
         full = weights.read(stored[name])
-        if name in grows:
+        if full.shape[0] < parameter.shape[0]:
             rows, width = parameter.shape[0] - full.shape[0], parameter.shape[1]
-            own_numbers = torch.Generator().manual_seed(torch.initial_seed())  # whether it is filled sooner or later
-            new = torch.empty(rows, width).normal_(std=lm.config.initializer_range, generator=own_numbers)
+            generator = torch.Generator().manual_seed(torch.initial_seed())  # the same whenever the model is filled
+            new = torch.empty(rows, width).normal_(std=lm.config.initializer_range, generator=generator)
             full = torch.cat([full, new.to(full.dtype)])
         assign(parameter, full)
 
 
 def plain_config(config: PreTrainedConfig) -> dict[str, Any]:
-    """A model's configuration as plain fields, without where it came from: what :class:`DecoderConfig` takes."""
+    """A model's configuration as plain fields, without its origin: what :class:`DecoderConfig` takes."""
     fields = {"model_type": config.model_type, **config.to_diff_dict()}
     for name in ("_name_or_path", "architectures", "transformers_version", "dtype", "use_cache", "auto_map"):
         fields.pop(name, None)
-    fields["vocab_size"] = config.vocab_size
-    fields["num_hidden_layers"] = config.num_hidden_layers
-    return fields
+    return fields | {"vocab_size": config.vocab_size, "num_hidden_layers": config.num_hidden_layers}
 
 
 def weight_files(source: str) -> list[Path]:
-    """The safetensors files of a directory or hub name.
+    """The safetensors files of a directory or Hub name.
 
     Raises:
         UserError: it has none.
     """
+    from transformers.utils.hub import cached_file
 
-    def find(name: str) -> Path | None:
-        found = cached_file(source, name, _raise_exceptions_for_missing_entries=False)
-        return Path(found) if found else None
+    def find(name: str) -> str | None:
+        return cached_file(source, name, _raise_exceptions_for_missing_entries=False)
 
-    single = find("model.safetensors")
-    if single is not None:
-        return [single]
-    index = find("model.safetensors.index.json")
-    if index is None:
-        raise UserError(f"model.decoder.source: '{source}' has no model.safetensors and no index of shards.")
-    names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    return [find(name) for name in names]
+    names = [MODEL_FILE]
+    if not find(MODEL_FILE):
+        index = find(f"{MODEL_FILE}.index.json")
+        if index is None:
+            raise UserError(f"model.decoder.source: '{source}' has no {MODEL_FILE} and no index of shards.")
+        names = sorted(set(json.loads(Path(index).read_text())["weight_map"].values()))
+    return [Path(find(name) or name) for name in names]

@@ -6,15 +6,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import open_clip
 import torch
 from torch import Tensor, nn
 
 from nxtp.errors import UserError, nearest
-from nxtp.model.weights import SINGLE as MODEL_FILE
-from nxtp.model.weights import SafetensorsFiles
+from nxtp.model.weights import MODEL_FILE, SafetensorsFiles
 
-PREFIX = "encoder.visual."  # of its tensors in a model directory
+PREFIX = "encoder.visual."  # of the tower's tensors in a model directory
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -23,12 +21,12 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 class EncoderConfig:
     """Which tower, and how an image becomes its input.
 
-    ``name``        open_clip model name (``ViT-L-14``); null when ``vision`` describes the tower
-    ``vision``      open_clip ``vision_cfg`` of a tower outside the zoo, e.g. ``{timm_model_name: resnet10t}``
-    ``pretrained``  open_clip weight tag or local weight file; or a model directory, whose encoder (of the same tower)
-                    is taken; null starts from random weights
+    ``name``        open_clip model name (``ViT-L-14``); null if ``vision`` describes the tower
+    ``vision``      open_clip ``vision_cfg`` of another tower, e.g. ``{timm_model_name: resnet10t}``
+    ``pretrained``  open_clip weight tag or local weight file; or a model directory with an encoder of the same tower;
+                    null starts from random weights
     ``quick_gelu``  OpenAI's weights were trained with QuickGELU; it cannot be inferred from a file
-    ``image_size``  pixels a side after resizing the short side (bicubic) and cropping the centre
+    ``image_size``  height and width in pixels, after resizing the short side (bicubic) and cropping the centre
     ``mean, std``   channel statistics of the normalised input, RGB in [0, 1]
     """
 
@@ -44,8 +42,8 @@ class EncoderConfig:
 class Encoder(nn.Module):
     """The tower without its pooling and output heads: images → its last layer's patch tokens, normalised.
 
-    ``width`` and ``num_tokens`` give D_encoder and N. Parameters that the tokens do not depend on (pooling,
-    projection to the contrastive space) are dropped, so that every parameter left can be trained under DDP.
+    ``width`` is D_encoder, ``num_tokens`` is N. Parameters that the tokens do not depend on (pooling, projection to
+    the contrastive space) are removed, so that DDP can train every remaining parameter.
 
     Raises:
         UserError: an unknown tower or weight tag, or a tower without spatial features.
@@ -73,12 +71,12 @@ class Encoder(nn.Module):
         """Patch tokens.
 
         Args:
-            images: uint8 [B, 3, S, S] in 0..255, or floating point, already normalised; or, floating point
-                [B, N, D_encoder], features of a wholly frozen tower that were computed before: they pass.
+            images: uint8 [B, 3, S, S] in 0..255, or floating point, already normalised; or stored features of a
+                frozen tower, floating point [B, N, D_encoder], which are returned as they are.
 
         Returns:
-            [B, N, D_encoder]. A wholly frozen tower runs without autograd. In a partly frozen one autograd
-            records nothing before the first trainable block, since no input of it requires a gradient.
+            [B, N, D_encoder]. A frozen tower runs without autograd; in a partly frozen one autograd records nothing
+            before the first trainable block.
         """
         if images.ndim == 3:
             return images.to(self.mean.dtype)
@@ -90,7 +88,7 @@ class Encoder(nn.Module):
             return _spatial_tokens(self.visual, images)
 
     def forward_with_prefix(self, images: Tensor) -> Tensor:
-        """As :meth:`forward`, with the tower's class token(s) kept in front: [B, 1 + N, D_encoder]."""
+        """As :meth:`forward`, with the tower's class token(s) in front: [B, 1 + N, D_encoder]."""
         return _spatial_tokens(self.visual, images, with_prefix=True)
 
     @property
@@ -102,13 +100,11 @@ class Encoder(nn.Module):
         return sum(isinstance(m, nn.Conv2d) for m in self.visual.modules()) > 4
 
     def train(self, mode: bool = True) -> Encoder:
-        """Frozen parts stay in evaluation mode: no dropout, and batch statistics do not move."""
+        """Frozen parts stay in evaluation mode: no dropout, no update of batch statistics."""
         super().train(mode)
-        if mode:
-            for module in self.visual.modules():
-                own = list(module.parameters(recurse=True))
-                if not any(p.requires_grad for p in own):
-                    module.training = False
+        for module in self.visual.modules():
+            if not any(p.requires_grad for p in module.parameters()):
+                module.training = False
         return self
 
     def blocks(self) -> list[nn.Module]:
@@ -127,35 +123,37 @@ class Encoder(nn.Module):
 
 def _tower_config(config: EncoderConfig) -> dict[str, Any]:
     """embed_dim, vision_cfg and quick_gelu as open_clip spells them."""
-    if (config.name is None) == (config.vision is None):
-        raise UserError("model.encoder needs either 'name' (an open_clip model) or 'vision' (a vision_cfg), not both.")
-    if config.name is not None:
+    import open_clip
+
+    if config.name is not None and config.vision is None:
         known = open_clip.get_model_config(config.name)
         if known is None:
             raise UserError(
                 f"open_clip has no model '{config.name}'.{nearest(config.name, open_clip.list_models())} "
                 "All names: python -c 'import open_clip; print(open_clip.list_models())'"
             )
-        vision = dict(known["vision_cfg"])
-        quick_gelu = config.quick_gelu or known.get("quick_gelu", False)
-        embed_dim = known["embed_dim"]
-    else:
+    elif config.vision is not None and config.name is None:
+        known = {"vision_cfg": config.vision, "embed_dim": 8}
         if config.pretrained is not None and not is_model_dir(config.pretrained):
             raise UserError(
-                f"model.encoder.pretrained is '{config.pretrained}': of a described tower it can only be a model "
-                "directory of ours; open_clip's weights go with model.encoder.name."
+                f"model.encoder.pretrained is '{config.pretrained}': with model.encoder.vision it can only be a model "
+                "directory; open_clip's weights need model.encoder.name."
             )
-        vision, quick_gelu, embed_dim = dict(config.vision), config.quick_gelu, 8
-        if "timm_model_name" in vision:
-            vision = {"timm_pool": "", "timm_proj": "none", **vision}
+        if "timm_model_name" in config.vision:
+            known["vision_cfg"] = {"timm_pool": "", "timm_proj": "none", **config.vision}
+    else:
+        raise UserError("model.encoder needs either 'name' (an open_clip model) or 'vision' (a vision_cfg), not both.")
+    vision = {**known["vision_cfg"], "image_size": config.image_size}
     if "timm_model_name" in vision:
         vision["timm_model_pretrained"] = False
-    vision["image_size"] = config.image_size
-    return {"embed_dim": embed_dim, "vision_cfg": vision, "quick_gelu": quick_gelu}
+    quick_gelu = config.quick_gelu or known.get("quick_gelu", False)
+    return {"embed_dim": known["embed_dim"], "vision_cfg": vision, "quick_gelu": quick_gelu}
 
 
 def _build_tower(tower: dict[str, Any]) -> nn.Module:
-    """open_clip builds towers in pairs: ask for the smallest text tower and leave it."""
+    """open_clip builds towers in pairs: take the image tower beside the smallest text tower."""
+    import open_clip
+
     text = {"context_length": 8, "vocab_size": 8, "width": 8, "heads": 1, "layers": 1}
     try:
         return open_clip.CLIP(**tower, text_cfg=text).visual
@@ -168,30 +166,32 @@ def is_model_dir(source: str) -> bool:
 
 
 def fill_from_model_dir(visual: nn.Module, directory: Path, without: list[str]) -> None:
-    """Give a tower the weights of a model directory's encoder, but for those that no encoder keeps.
+    """Load the weights of a model directory's encoder, except those named in ``without``, which no encoder keeps.
 
     Raises:
-        UserError: that encoder is of another tower.
+        UserError: that encoder has another tower.
     """
     weights = SafetensorsFiles([directory / MODEL_FILE])
     found = {name.removeprefix(PREFIX): spec.shape for name, spec in weights.specs.items() if name.startswith(PREFIX)}
     wanted = {name: tensor for name, tensor in visual.state_dict().items() if name not in without}
     if found != {name: tuple(tensor.shape) for name, tensor in wanted.items()}:
-        raise UserError(f"model.encoder.pretrained: the encoder in '{directory}' is of another tower.")
+        raise UserError(f"model.encoder.pretrained: the encoder in '{directory}' has another tower.")
     for name, tensor in wanted.items():
         tensor.copy_(weights.read(PREFIX + name))
 
 
 def pretrained_tower(config: EncoderConfig) -> dict[str, Tensor]:
     """The image tower's weights of an open_clip model, from its tag or file."""
-    source = config.pretrained
-    if Path(source).suffix and not Path(source).exists():
-        raise UserError(f"model.encoder.pretrained: no file '{source}'.")
-    tags = open_clip.list_pretrained_tags_by_model(config.name)
+    import open_clip
+
+    name, source = str(config.name), str(config.pretrained)
+    tags = open_clip.list_pretrained_tags_by_model(name)
     if not Path(source).exists() and source not in tags:
-        raise UserError(f"open_clip has no weights '{source}' for {config.name}.{nearest(source, tags)} Known: {tags}")
+        if Path(source).suffix:
+            raise UserError(f"model.encoder.pretrained: no file '{source}'.")
+        raise UserError(f"open_clip has no weights '{source}' for {name}.{nearest(source, tags)} Known: {tags}")
     model = open_clip.create_model(
-        config.name,
+        name,
         pretrained=source,
         force_quick_gelu=config.quick_gelu,
         force_image_size=config.image_size,
@@ -213,13 +213,13 @@ def _probe(visual: nn.Module, image_size: int) -> tuple[list[str], int, int]:
 
 
 def _spatial_tokens(visual: nn.Module, images: Tensor, with_prefix: bool = False) -> Tensor:
-    attentional_pool = isinstance(visual, open_clip.transformer.VisionTransformer) and visual.attn_pool is not None
+    attentional_pool = getattr(visual, "attn_pool", None) is not None  # of open_clip's VisionTransformer only
     out = visual.forward_intermediates(
         images,
         indices=1,
-        normalize_intermediates=not attentional_pool,  # CoCa's last norm belongs to its pooling
+        normalize_intermediates=not attentional_pool,  # CoCa's last norm is a part of its pooling
         intermediates_only=True,
-        output_fmt="NCHW",  # the one format that every tower has
+        output_fmt="NCHW",  # the only format of every tower
         output_extra_tokens=with_prefix,
     )
     tokens = out["image_intermediates"][-1].flatten(2).transpose(1, 2)

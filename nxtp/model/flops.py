@@ -1,4 +1,4 @@
-"""What a run costs: FLOPs by formula, the peaks of GPUs, peak memory, parameters. Measured by nxtp.train.callbacks.throughput."""
+"""FLOPs by formula, peak FLOP/s of GPUs, peak memory, parameter counts. nxtp.train.callbacks.throughput logs them."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import copy
 import re
 import resource
 import sys
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
-from open_clip.transformer import VisionTransformer
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -20,7 +20,7 @@ from nxtp.model.trainable import TrainableConfig, choose_trainable
 
 
 def meta_model(config: ModelConfig, vocab_size: int | None, trainable: TrainableConfig | None = None) -> Model:
-    """The model's shapes without its numbers, on the meta device, in well under a second."""
+    """The model's shapes without its weights, on the meta device, in well under a second."""
     with torch.device("meta"):
         model = Model(config, vocab_size, load_pretrained=False)
     if trainable is not None:
@@ -29,7 +29,7 @@ def meta_model(config: ModelConfig, vocab_size: int | None, trainable: Trainable
 
 
 class Flops(NamedTuple):
-    """Floating point operations of a forward and a backward pass; a multiplication and an addition are two."""
+    """Floating point operations of a forward and a backward pass; a multiplication and an addition count as two."""
 
     forward: float
     backward: float
@@ -42,16 +42,16 @@ class Flops(NamedTuple):
         return Flops(self.forward * factor, self.backward * factor)
 
     @staticmethod
-    def sum(items) -> Flops:
+    def sum(items: Iterable[Flops]) -> Flops:
         return Flops(*(sum(column) for column in zip((0, 0), *items, strict=True)))
 
 
 class ModelFlops:
-    """FLOPs of a model's matrix products as a function of a batch's shape; everything else is left out as small.
+    """FLOPs of a model's matrix products as a function of a batch's shape; all other operations are small.
 
-    A product of [m, k] and [k, n] is 2mkn forward. Backward it is as much again for the weight's gradient, if the
-    weight trains, and as much again for the input's gradient, if something at or before the input trains. With
-    B images, N image tokens, T positions a sequence, S supervised positions in the batch:
+    A product of [m, k] and [k, n] is 2mkn forward. The backward pass adds as much for the weight's gradient, if the
+    weight trains, and as much for the input's gradient, if something at or before the input trains. With B images,
+    N image tokens, T positions per sequence, S supervised positions in the batch:
 
         encoder       B · (2·N·3p²·w + L·(2·(N+1)·(4w² + 2wm) + 4·(N+1)²·w))   ViT: patch p, width w, L blocks, MLP m
         projection    B · 2·N·w·D
@@ -60,14 +60,15 @@ class ModelFlops:
                                                  backward twice that, without the recomputation of fused kernels
         output layer  S · 2·D·V                  only supervised positions
 
-    No formula fits every other tower (convolutional, or from timm): its share of an image is counted operator by
-    operator, once, on the meta device.
+    Other towers (convolutional, or from timm) are counted operator by operator, once, on the meta device.
 
     Args:
         model: on any device; ``requires_grad`` says what trains.
     """
 
     def __init__(self, model: Model):
+        from open_clip.transformer import VisionTransformer
+
         config, count = model.decoder.lm.config, model.num_image_tokens
         width, heads = config.hidden_size, config.num_attention_heads
         head = getattr(config, "head_dim", None) or width // heads
@@ -75,7 +76,7 @@ class ModelFlops:
         of_block = 2 * (2 * width * inner + 2 * width * keys + 3 * width * config.intermediate_size)
 
         vit = isinstance(model.encoder.visual, VisionTransformer)
-        self.encoder = _vit(model.encoder) if vit else _counted(model.encoder)  # of an image, as the next
+        self.encoder = _vit(model.encoder) if vit else _counted(model.encoder)  # per image, as the next
         below = _trains(model.encoder)
         self.projection = _product(2 * count * model.encoder.width * width, _trains(model.projection), below)
         below = below or _trains(model.projection, model.image_token, model.decoder.lm.model.embed_tokens)
@@ -85,12 +86,12 @@ class ModelFlops:
             below = below or trainable  # a block begins with its norm
             linear.append(_product(of_block, trainable, below))
             attention.append(_product(4 * inner, below, below))
-        self.decoder, self.attention = Flops.sum(linear), Flops.sum(attention)  # of a position; of a pair
+        self.decoder, self.attention = Flops.sum(linear), Flops.sum(attention)  # per position; per pair
         below = below or _trains(model.decoder.lm.model.norm)
-        self.output = _product(2 * width * config.vocab_size, _trains(model.decoder.lm.lm_head), below)  # of a source
+        self.output = _product(2 * width * config.vocab_size, _trains(model.decoder.lm.lm_head), below)  # per source
 
     def parts(self, images: int, length: float, sources: float) -> dict[str, Flops]:
-        """FLOPs by part of ``images`` sequences of ``length`` positions, ``sources`` of them all supervised."""
+        """FLOPs by part of ``images`` sequences of ``length`` positions, with ``sources`` supervised ones in all."""
         return {
             "encoder": self.encoder.times(images),
             "projection": self.projection.times(images),
@@ -105,7 +106,7 @@ class ModelFlops:
     def of(self, layout: Layout, *, padding: bool = False) -> Flops:
         """FLOPs of a step on a batch: of its real tokens (at their mean length), or with ``padding`` as executed.
 
-        Only shapes are read: no synchronisation.
+        Reads shapes only, so it does not synchronise the GPU.
         """
         images, length = layout.segments_BT.shape
         if not images:
@@ -114,7 +115,7 @@ class ModelFlops:
 
 
 def training_flops(model: Model, *, prompt_tokens: int = 7, labels: int = 8, label_tokens: int = 2) -> Flops:
-    """FLOPs of one image with so many labels, objective ``matched``. ``label_tokens`` is without the delimiter."""
+    """FLOPs of one image with ``labels`` labels of ``label_tokens`` tokens and a delimiter, objective ``matched``."""
     layout = lay_out(
         [[(0,) * label_tokens] * labels],
         prompt=[0] * prompt_tokens,
@@ -161,9 +162,9 @@ def _counted(encoder: Encoder) -> Flops:
     return Flops(forward.get_total_flops(), backward.get_total_flops())
 
 
-# Dense peaks in TFLOP/s for float16, bfloat16 (both with float32 accumulation), TF32 and float32, from the makers' data
-# sheets, found by the device's name. Lightning's get_available_flops (2.6) is not used: it does not find an H200, takes
-# an L40S for an L4, gives an H100 NVL more than twice its peak, leaves out the tensor cores of RTX 4090, A40 and A6000.
+# Dense peaks in TFLOP/s for float16, bfloat16 (both with float32 accumulation), TF32 and float32, from data sheets, by
+# the device's name. Lightning's get_available_flops (2.6) does not know the H200, takes an L40S for an L4, gives an
+# H100 NVL more than twice its peak, and ignores the tensor cores of RTX 4090, A40 and A6000.
 _PEAKS = (
     (r"GB200", 2500, 2500, 1250, 80),
     (r"B200", 2250, 2250, 1125, 75),
@@ -190,7 +191,7 @@ _PEAKS = (
 
 
 def peak_flops(device_name: str, dtype: torch.dtype | None) -> float | None:
-    """FLOP/s that the device's matrix units can do at most in ``dtype``, without sparsity; None when unknown.
+    """Peak FLOP/s of the device's matrix units in ``dtype``, without sparsity; None if unknown.
 
     float32 means TF32 where ``torch.set_float32_matmul_precision`` allows it and the device has it.
     """
@@ -218,7 +219,7 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 def count_parameters(model: Model) -> dict[str, int]:
-    """Parameters by part, with those that train beside: ``encoder``, ``encoder_trained``, …, ``total``."""
+    """Parameters by part, all and trained: ``encoder``, ``encoder_trained``, …, ``total``, ``total_trained``."""
     counts: dict[str, int] = {}
     for part in ("encoder", "projection", "image_token", "decoder", "total"):
         found = [p for n, p in model.named_parameters() if part == "total" or n.split(".")[0] == part]

@@ -1,4 +1,4 @@
-"""The hub: names that stand for a directory here or a repository there, and the card of a model that is pushed."""
+"""Names of models: local paths or Hugging Face Hub repositories, and one-line reasons why one cannot be loaded."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from nxtp.errors import UserError
 
 
 def is_path(source: str | Path) -> bool:
-    """Whether a name can only be a path: it is written as one, or its first half is a directory here.
+    """Whether a name can only be a path: it is written as one, or its first half is a local directory.
 
     >>> is_path("./lm"), is_path("a/b/c"), is_path("meta-llama/Llama-2-7b-hf"), is_path("gpt2")
     (True, True, False, False)
@@ -20,7 +20,13 @@ def is_path(source: str | Path) -> bool:
 def require_source(source: str | Path, setting: str) -> None:
     """
     Raises:
-        UserError: ``source`` can only be a path, and nothing is there; ``setting`` is what it was given for.
+        UserError: ``source``, the value of ``setting``, can only be a path and does not exist.
     """
     if is_path(source) and not Path(source).exists():
-        raise UserError(f"{setting}: no '{source}' here.")
+        raise UserError(f"{setting}: '{source}' does not exist.")
+
+
+def reason(error: BaseException) -> str:
+    """The first sentence of a library's error, on one line."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text.split(". ")[0][:200].rstrip(".")

@@ -1,4 +1,4 @@
-"""The sequence layout and the attention rule: the one idea that training, sampling and export share.
+"""The sequence layout and the attention rule, which training, sampling and export share.
 
     prefix  = image tokens · <|image|> · BOS · prompt          segment 0
     label j = its tokens · delimiter                           segment j ≥ 1        padding: segment -1
@@ -11,10 +11,11 @@ A query q may attend to a key k  ⇔  k ≤ q and (segment[k] = 0 or segment[k] 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from enum import StrEnum
 from itertools import chain
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,12 +25,12 @@ PUBLISHED_LENGTH = 512  # image and text positions of every published training s
 
 
 class Objective(StrEnum):
-    """Where a label stands, and where its first token is predicted.
+    """The positions of labels, and where a label's first token is predicted.
 
-    ``published``: positions run on from label to label; the first token of a label is predicted at the
-    delimiter of the label before (the last prompt token for the first label); the prompt is supervised too.
-    ``matched``: every label stands right after the prompt and its first token is predicted at the last
-    prompt token, as in one-shot sampling; only labels and their delimiters are supervised.
+    ``published``: positions continue from label to label; a label's first token is predicted at the previous label's
+    delimiter (the first label's at the last prompt token); the prompt is supervised too.
+    ``matched``: the positions of every label start right after the prompt, and its first token is predicted at the
+    last prompt token, as in one-shot sampling; only labels and their delimiters are supervised.
     """
 
     PUBLISHED = "published"
@@ -38,14 +39,14 @@ class Objective(StrEnum):
 
 @dataclass
 class Layout:
-    """A batch of laid-out sequences. All index tensors are int64.
+    """A batch of sequences. All index tensors are int64.
 
     ``tokens_BU``     token ids after ``<|image|>``: BOS, prompt, labels and delimiters (padding: 0), U = T - N - 1
     ``segments_BT``   0 in the prefix, j ≥ 1 in label j, -1 in padding
     ``positions_BT``  rotary position of each token
     ``sources``       distinct supervised positions, as indices into the flattened B·T axis
     ``pairs_S``       for each supervised pair, its row in ``sources``
-    ``targets_S``     for each supervised pair, the token to be predicted there
+    ``targets_S``     for each supervised pair, the token to predict there
     ``num_image_tokens``  N
     ``num_tokens``        real (not padding) tokens in the batch, image tokens included
     """
@@ -63,11 +64,11 @@ class Layout:
         """The attention rule for the whole batch: bool [B, 1, T, T], True = may attend."""
         return attention_mask(self.segments_BT, self.num_image_tokens)
 
-    def _map(self, function) -> Layout:
+    def _map(self, function: Callable[[Tensor], Tensor]) -> Layout:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         return Layout(**{k: function(v) if isinstance(v, Tensor) else v for k, v in values.items()})
 
-    def to(self, *args, **kwargs) -> Layout:
+    def to(self, *args: Any, **kwargs: Any) -> Layout:
         return self._map(lambda t: t.to(*args, **kwargs))
 
     def pin_memory(self) -> Layout:
@@ -78,9 +79,9 @@ def attention_mask(segments_BT: Tensor, num_image_tokens: int, query_start: int 
     """The attention rule by broadcasting.
 
     Args:
-        segments_BT: int64 [B, T], one segment number a token.
+        segments_BT: int64 [B, T], the segment number of each token.
         num_image_tokens: the first N tokens of each sequence are image tokens.
-        query_start: rows before it are left out (queries with cached keys).
+        query_start: skip the rows before it (queries whose keys are cached).
 
     Returns:
         bool [B, 1, T - query_start, T], True where the query (row) may attend to the key (column).
@@ -94,12 +95,11 @@ def attention_mask(segments_BT: Tensor, num_image_tokens: int, query_start: int 
     return (rule | both_images).unsqueeze(1)
 
 
-def branch_mask(prefix_length: int, branches: int, steps: int, device=None) -> Tensor:
-    """The same rule for K branches grown together behind a cached prefix, one token a branch a step.
+def branch_mask(prefix_length: int, branches: int, steps: int, device: torch.device | None = None) -> Tensor:
+    """The same rule for K branches that grow together behind a cached prefix, one token per branch and step.
 
-    The row of cached keys is ``prefix · K tokens of step 1 · … · K tokens of step n``; the queries are the K
-    tokens of step n. Branch j sees the prefix and its own tokens: what :func:`attention_mask` says when
-    branch j is segment j + 1.
+    The row of cached keys is ``prefix · K tokens of step 1 · … · K tokens of step n``; the queries are the K tokens of
+    step n. Branch j sees the prefix and its own tokens: :func:`attention_mask` with branch j as segment j + 1.
 
     Returns:
         bool [1, 1, K, P + K·n].
@@ -117,17 +117,16 @@ def lay_out(
     num_image_tokens: int,
     objective: Objective | str = Objective.MATCHED,
 ) -> Layout:
-    """Lay all labels of each image after its prefix.
+    """Put all labels of each image behind its prefix.
 
     Args:
-        labels: for each image its labels, each a non-empty sequence of token ids without the delimiter.
+        labels: the labels of each image, each a non-empty sequence of token ids without the delimiter.
         prompt: BOS and prompt token ids, at least one.
         delimiter: the token id that ends a label.
         num_image_tokens: N.
-        objective: see :class:`Objective`.
 
     Returns:
-        A :class:`Layout` as long as its longest real sequence.
+        A :class:`Layout` as long as its longest sequence.
 
     Raises:
         ValueError: an empty prompt, or a label without tokens.
@@ -138,7 +137,7 @@ def lay_out(
     if queries == 0:
         raise ValueError("the prompt needs at least one token (BOS)")
 
-    # One entry a label, then one entry a token; everything below is arithmetic on these vectors.
+    # One entry per label, then one entry per token; everything below is arithmetic on these vectors.
     flat = [label for image in labels for label in image]
     lengths = np.fromiter(map(len, flat), dtype=np.int64, count=len(flat)) + 1  # the delimiter included
     if (lengths == 1).any():

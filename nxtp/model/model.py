@@ -4,24 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
 
 from nxtp.model.decoder import Decoder, DecoderConfig
 from nxtp.model.encoder import Encoder, EncoderConfig
 from nxtp.model.layout import Layout, attention_mask
 from nxtp.model.tokenizer import PROMPT
 
+if TYPE_CHECKING:
+    from transformers import DynamicCache
+
 
 @dataclass
 class ModelConfig:
-    """Everything needed to rebuild a model; plain data, so a stranger's configuration runs no code.
+    """Everything needed to rebuild a model. Plain data, so an untrusted configuration runs no code.
 
-    ``prompt``      the text between ``<|image|>`` and the labels, in evaluation and use
-    ``tokenizer``   directory or hub name; null with a decoder source takes the source's, else one is trained
-    ``vocab_size``  rows of a tokenizer that is trained (an upper bound)
+    ``prompt``      the text between ``<|image|>`` and the labels, in evaluation and inference
+    ``tokenizer``   directory or Hub name; null takes the decoder source's, or trains one if there is no source
+    ``vocab_size``  of a tokenizer that is trained: at most this many rows
     """
 
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
@@ -33,7 +36,7 @@ class ModelConfig:
 
 @dataclass
 class Loss:
-    """Summed over the batch, so that ranks and accumulated batches can be averaged over all their tokens.
+    """Of a batch's supervised tokens, so that ranks and accumulated batches can be averaged over all their tokens.
 
     ``nll_S``   float32 [S], the negative log-likelihood of each supervised pair, natural logarithm
     """
@@ -56,8 +59,8 @@ class Loss:
 class Model(nn.Module):
     """Image tokens as the prefix of a truncated language model (paper, section 3).
 
-    The embedding of ``<|image|>`` is a parameter of its own: it trains whether or not the vocabulary's
-    embedding does, and the tokenizer needs no such token. ``load_pretrained`` and ``deferred`` are the decoder's.
+    The embedding of ``<|image|>`` is a parameter of its own: it trains whether or not the vocabulary's embedding does,
+    and the tokenizer needs no such token. ``load_pretrained`` and ``deferred`` are those of :class:`Decoder`.
     """
 
     def __init__(
@@ -84,7 +87,7 @@ class Model(nn.Module):
 
         Args:
             images: uint8 [B, 3, S, S], or normalised floating point.
-            layout: the batch's sequences; only its supervised positions go through the output layer.
+            layout: the batch's sequences. Only its supervised positions go through the output layer.
         """
         hidden_BTD = self.hidden(images, layout)
         logits = self.decoder.logits(hidden_BTD.flatten(0, 1)[layout.sources])
@@ -119,13 +122,15 @@ class Model(nn.Module):
         Returns:
             logits of the first token of a label, float32 [B, V], and the prefix's keys and values.
         """
+        from transformers import DynamicCache
+
         embeddings, positions, mask = self._prefix(images, prompt)
         cache = DynamicCache(config=self.decoder.lm.config)
         hidden = self.decoder(embeddings, positions, mask, cache)
         return self.decoder.logits(hidden[:, -1]), cache
 
     def prefix_attention(self, images: Tensor, prompt: Sequence[int]) -> list[Tensor]:
-        """Attention weights of every decoder block over the prefix, each [B, H, P, P]; arguments as in prefill."""
+        """Attention weights of every decoder block in the prefix, each [B, H, P, P]; arguments: :meth:`prefill`."""
         return self.decoder.attention(*self._prefix(images, prompt))
 
     def _prefix(self, images: Tensor, prompt: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:

@@ -8,12 +8,13 @@ import tempfile
 from collections.abc import Iterable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoTokenizer, LlamaTokenizerFast, PreTrainedTokenizerFast
+from typing import TYPE_CHECKING
 
 from nxtp.errors import UserError
-from nxtp.model.hub import require_source
+from nxtp.model.hub import reason, require_source
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 PROMPT = "The objects in the image are"  # the published evaluation prompt
 DELIMITER = ","
@@ -23,10 +24,10 @@ FILES = ("tokenizer.json", "tokenizer_config.json")
 
 
 class LabelTokenizer:
-    """A Hugging Face tokenizer as this project uses it: a prompt, labels, and the delimiter that ends a label.
+    """A Hugging Face tokenizer for a prompt, labels, and the delimiter that ends a label.
 
-    A label is tokenised as it stands in running text behind the prompt ("… are dog"), so its first token is a
-    word start in sentencepiece and byte-level vocabularies alike.
+    A label is tokenised behind the prompt ("… are dog"), so that its first token starts a word in sentencepiece and
+    byte-level vocabularies alike.
 
     Raises:
         UserError: the delimiter is not one token, or the prompt's tokens change when a label follows.
@@ -70,7 +71,7 @@ class LabelTokenizer:
         return self._prompts[prompt]
 
     def encode_labels(self, labels: Sequence[str]) -> list[tuple[int, ...]]:
-        """Token ids of each label, without the delimiter. A label that is nothing but spaces gives ()."""
+        """Token ids of each label, without the delimiter; () for a blank label."""
         new = [label for label in dict.fromkeys(labels) if label not in self._labels]
         if len(self._labels) + len(new) > 1_000_000:  # bounded memory in long-running workers
             self._labels.clear()
@@ -82,7 +83,7 @@ class LabelTokenizer:
         return [self._labels[label] for label in labels]
 
     def decode_label(self, ids: Sequence[int]) -> str:
-        """The text of one label, without special tokens and outer spaces."""
+        """The text of one label, without special tokens and surrounding spaces."""
         return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
 
     @property
@@ -94,51 +95,57 @@ class LabelTokenizer:
         self.tokenizer.save_pretrained(directory)
 
     def files(self) -> dict[str, str]:
-        """What :meth:`save` writes: contents by file name."""
+        """The files that :meth:`save` writes: contents by name."""
         with tempfile.TemporaryDirectory() as directory:
             self.save(Path(directory))
             return {name: Path(directory, name).read_text() for name in FILES}
 
     @classmethod
     def load(cls, source: str | Path, prompt: str = PROMPT) -> LabelTokenizer:
-        """From a directory, a hub name, or LLaMA's ``tokenizer.model``. No code from the source is run.
+        """From a directory, a Hub name, or LLaMA's ``tokenizer.model``. No code of the source is run.
 
         Raises:
-            UserError: nothing usable is there.
+            UserError: no usable tokenizer there.
         """
+        from transformers import AutoTokenizer
+
         require_source(source, "tokenizer")
+        path = Path(source)
+        pieces = path if path.suffix == ".model" else path / "tokenizer.model"
         try:
-            path = Path(source)
-            pieces = path if path.suffix == ".model" else path / "tokenizer.model"
             if pieces.is_file() and not (path / "tokenizer.json").is_file():
                 tokenizer = _read_sentencepiece(pieces)
             else:
                 tokenizer = AutoTokenizer.from_pretrained(str(source), trust_remote_code=False)
         except UserError:
             raise
-        except Exception as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise UserError(f"No usable tokenizer in '{source}': {reason}") from error
+        except Exception as error:  # transformers raises many types
+            raise UserError(f"No usable tokenizer in '{source}': {reason(error)}") from error
         if not tokenizer.is_fast:
-            raise UserError(f"The tokenizer in '{source}' has no tokenizer.json; convert it to a fast one first.")
+            raise UserError(f"The tokenizer in '{source}' has no tokenizer.json: convert it to a fast tokenizer first.")
         return cls(tokenizer, prompt)
 
 
 def _read_sentencepiece(pieces: Path) -> PreTrainedTokenizerFast:
     """LLaMA's ``tokenizer.model`` as a fast tokenizer."""
+    from transformers import LlamaTokenizerFast
+
     if find_spec("sentencepiece") is None:
         raise UserError(f"Reading '{pieces}' needs sentencepiece: pip install 'nxtp[release]'.")
-    with tempfile.TemporaryDirectory() as alone:  # transformers looks for the file by its name
+    with tempfile.TemporaryDirectory() as alone:  # transformers finds the file by its name
         Path(alone, "tokenizer.model").symlink_to(pieces.resolve())
-        # By its class: without a configuration AutoTokenizer guesses one that drops the first word's mark.
+        # By its class: without a configuration AutoTokenizer chooses one that loses the first word's mark.
         return LlamaTokenizerFast.from_pretrained(alone)
 
 
 def train_tokenizer(labels: Iterable[str], *, vocab_size: int, prompts: Sequence[str] = (PROMPT,)) -> LabelTokenizer:
     """A small byte-pair tokenizer for training from scratch, LLaMA-like: word-start marks, byte fallback.
 
-    Every distinct label counts once, so rare labels get tokens too. Deterministic in ``labels`` as a set.
+    Every distinct label counts once, so rare labels get tokens too. The result depends on the set of labels only.
     """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
     tokenizer = Tokenizer(models.BPE(unk_token=UNK, byte_fallback=True, fuse_unk=True))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Metaspace(prepend_scheme="always"), pre_tokenizers.Split(DELIMITER, "isolated")]
@@ -151,16 +158,9 @@ def train_tokenizer(labels: Iterable[str], *, vocab_size: int, prompts: Sequence
         vocab_size=vocab_size, special_tokens=special, initial_alphabet=list(ALPHABET), show_progress=False
     )
     tokenizer.train_from_iterator([*sorted(set(labels)), *prompts, "a"], trainer)
-    # Only the first three are special to the decoder: bytes and the delimiter are ordinary text.
-    wrapped = PreTrainedTokenizerFast(
-        tokenizer_object=_without_special_bytes(tokenizer), bos_token=BOS, eos_token=EOS, unk_token=UNK
-    )
-    return LabelTokenizer(wrapped, prompts[0])
-
-
-def _without_special_bytes(tokenizer: Tokenizer) -> Tokenizer:
-    """The same vocabulary, with byte tokens and delimiter matched by the model instead of as added tokens."""
-
+    # Only the first three stay special tokens: bytes and the delimiter are ordinary text, matched by the model.
     state = json.loads(tokenizer.to_str())
     state["added_tokens"] = [t for t in state["added_tokens"] if t["content"] in (UNK, BOS, EOS)]
-    return Tokenizer.from_str(json.dumps(state))
+    plain = Tokenizer.from_str(json.dumps(state))
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=plain, bos_token=BOS, eos_token=EOS, unk_token=UNK)
+    return LabelTokenizer(wrapped, prompts[0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,7 @@ from nxtp.model.model import Model
 
 @dataclass
 class TrainableConfig:
-    """The parts that train. Blocks are counted from the end, so a change of depth keeps its meaning.
+    """The parts that train. Blocks are counted from the end, so the choice keeps its meaning when the depth changes.
 
     ``encoder``      all, none, or a number: the last blocks and what follows them (the final norm)
     ``projection``   encoder width → decoder width
@@ -37,18 +38,18 @@ def choose_trainable(model: Model, trainable: TrainableConfig) -> None:
     Raises:
         UserError: more blocks than there are, a word that is neither 'all' nor 'none', or nothing left to train.
     """
-    model.requires_grad_(False)
     lm = model.decoder.lm
-    for part in _last_blocks(model.encoder.visual, model.encoder.blocks, trainable.encoder, "encoder"):
-        part.requires_grad_(True)
-    for part in _last_blocks(lm.model.layers, lambda: list(lm.model.layers), trainable.decoder, "decoder"):
+    if lm.config.tie_word_embeddings and trainable.embedding != trainable.head:
+        raise UserError("optim.trainable: the decoder's embedding and output layer are tied: set 'embedding' = 'head'.")
+    model.requires_grad_(False)
+    layers = lm.model.layers
+    for part in (
+        *_last_blocks("encoder", trainable.encoder, model.encoder.visual, model.encoder.blocks),
+        *_last_blocks("decoder", trainable.decoder, layers, lambda: list(layers)),
+    ):
         part.requires_grad_(True)
     model.projection.requires_grad_(trainable.projection)
     model.image_token.requires_grad_(trainable.image_token)
-    if lm.config.tie_word_embeddings and trainable.embedding != trainable.head:
-        raise UserError(
-            "optim.trainable: the decoder ties its embedding to its output layer, so 'embedding' and 'head' must agree."
-        )
     lm.model.norm.requires_grad_(trainable.head)
     lm.lm_head.requires_grad_(trainable.head)
     lm.model.embed_tokens.requires_grad_(trainable.embedding)
@@ -56,21 +57,20 @@ def choose_trainable(model: Model, trainable: TrainableConfig) -> None:
         raise UserError("optim.trainable leaves nothing to train.")
 
 
-def _last_blocks(whole: nn.Module, blocks, choice: Any, name: str) -> list[nn.Module | nn.Parameter]:
-    """The parts of ``whole`` that ``choice`` (all, none, or a number of last blocks) trains."""
+def _last_blocks(name: str, choice: Any, part: nn.Module, blocks: Callable[[], list[nn.Module]]) -> list[nn.Module]:
+    """The modules of ``part`` that train, by ``choice``: all, none, or a number of last blocks."""
     if choice in ("all", "none"):
-        return [whole] if choice == "all" else []
+        return [part] if choice == "all" else []
     if not isinstance(choice, int) or isinstance(choice, bool) or choice < 0:
-        raise UserError(f"optim.trainable.{name} is '{choice}': say all, none, or a number of last blocks.")
+        raise UserError(f"optim.trainable.{name} must be all, none, or a number of last blocks, got '{choice}'.")
     found = blocks()
     if choice > len(found):
-        raise UserError(f"optim.trainable.{name} asks for the last {choice} blocks of {len(found)}.")
+        raise UserError(f"optim.trainable.{name} is {choice}, but there are {len(found)} blocks.")
     if choice == 0:
         return []
-    # The chosen blocks, and whatever stands behind the last block in the forward order (a final norm).
-    order = list(whole.modules())
-    last = max(order.index(m) for m in found[-1].modules())
-    behind = [
-        m for m in order[last + 1 :] if not any(p is q for p in m.parameters() for b in found for q in b.parameters())
-    ]
+    # The last blocks, and the modules behind them in forward order (a final norm) that have no parameter of a block.
+    order = list(part.modules())
+    end = 1 + max(order.index(module) for module in found[-1].modules())
+    of_blocks = {id(parameter) for block in found for parameter in block.parameters()}
+    behind = [m for m in order[end:] if not any(id(p) in of_blocks for p in m.parameters())]
     return [*found[-choice:], *behind]

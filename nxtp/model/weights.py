@@ -1,7 +1,7 @@
-"""Weight files, one tensor at a time: safetensors, PyTorch's pickles, TorchScript archives. Nothing in them is run.
+"""Weight files, one tensor at a time: safetensors, PyTorch's pickles, TorchScript archives. No code in them is run.
 
-A multi-gigabyte checkpoint is described without being loaded, read tensor by tensor, and written the same way, so
-that a conversion holds one tensor in memory, not a model.
+A checkpoint of many gigabytes is described without loading it, and read and written tensor by tensor: a conversion
+needs memory for one tensor, not for a model.
 """
 
 from __future__ import annotations
@@ -19,28 +19,30 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from nxtp.errors import UserError
+from nxtp.model.hub import reason
 
-INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
-_SAFETENSORS_NAMES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
-_DTYPES = {name: dtype for dtype, name in _SAFETENSORS_NAMES.items()}
+MODEL_FILE = "model.safetensors"
+_TYPES = (  # torch's dtype, its name in safetensors, its storage class in pickles
+    (torch.float64, "F64", "DoubleStorage"),
+    (torch.float32, "F32", "FloatStorage"),
+    (torch.float16, "F16", "HalfStorage"),
+    (torch.bfloat16, "BF16", "BFloat16Storage"),
+    (torch.int64, "I64", "LongStorage"),
+    (torch.int32, "I32", "IntStorage"),
+    (torch.int16, "I16", "ShortStorage"),
+    (torch.int8, "I8", "CharStorage"),
+    (torch.uint8, "U8", "ByteStorage"),
+    (torch.bool, "BOOL", "BoolStorage"),
+)
+_NAMES = {dtype: name for dtype, name, _ in _TYPES}
+_DTYPES = {name: dtype for dtype, name, _ in _TYPES}
+_STORAGES = {storage: dtype for dtype, _, storage in _TYPES}
 
 
 class Spec(NamedTuple):
-    """What a tensor is, without its numbers."""
+    """A tensor's shape and type."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -51,13 +53,13 @@ class Spec(NamedTuple):
 
 
 class Weights(ABC):
-    """Named tensors on disk: ``specs`` says what is there, :meth:`read` fetches one."""
+    """Named tensors on disk: ``specs`` describes them, :meth:`read` loads one."""
 
     specs: dict[str, Spec]
 
     @abstractmethod
     def read(self, name: str) -> Tensor:
-        """The tensor ``name`` on the CPU. Keeps nothing of it."""
+        """The tensor ``name``, on the CPU."""
 
 
 class SafetensorsFiles(Weights):
@@ -75,7 +77,7 @@ class SafetensorsFiles(Weights):
             except FileNotFoundError:
                 raise UserError(f"No file '{path}'.") from None
             except (SafetensorError, OSError, KeyError) as error:
-                raise UserError(f"'{path}' cannot be read as safetensors: {_line(error)}.") from error
+                raise UserError(f"'{path}' cannot be read as safetensors: {reason(error)}.") from error
 
     def read(self, name: str) -> Tensor:
         with safe_open(self._file[name], framework="pt") as file:
@@ -83,10 +85,9 @@ class SafetensorsFiles(Weights):
 
 
 class PickledFile(Weights):
-    """Tensors of a PyTorch pickle, at the top or under one of ``keys``; ``extra`` holds the plain values beside them.
+    """Tensors of a PyTorch pickle, at the top or under one of ``keys``; ``extra`` has the plain values beside them.
 
-    Read with ``weights_only=True`` and mapped, not loaded. The mapping is made anew for each tensor, so that pages
-    that were read do not stay in memory.
+    Read with ``weights_only=True`` and memory-mapped, anew for each tensor, so that pages do not stay in memory.
     """
 
     def __init__(self, path: Path, keys: Sequence[str] = ("model", "state_dict")):
@@ -95,11 +96,11 @@ class PickledFile(Weights):
         self._key = next((key for key in keys if isinstance(content, Mapping) and key in content), None)
         state = content if self._key is None else content[self._key]
         if not isinstance(state, Mapping):
-            raise UserError(f"'{path}' holds {type(state).__name__}, not named tensors.")
+            raise UserError(f"'{path}' contains {type(state).__name__}, not named tensors.")
         self.specs = {name: Spec(tuple(t.shape), t.dtype) for name, t in state.items() if isinstance(t, Tensor)}
         self.extra = {k: v for k, v in content.items() if isinstance(v, (int, float, str))} if self._key else {}
         if not self.specs:
-            raise UserError(f"'{path}' holds no tensors.")
+            raise UserError(f"'{path}' contains no tensors.")
 
     def _content(self) -> Any:
         try:
@@ -112,13 +113,12 @@ class PickledFile(Weights):
         except FileNotFoundError:
             raise UserError(f"No file '{self.path}'.") from None
         except IsADirectoryError:
-            raise UserError(f"'{self.path}' is a directory; a file is needed.") from None
+            raise UserError(f"'{self.path}' is a directory: give a file.") from None
         except pickle.UnpicklingError as error:
-            raise UserError(
-                f"'{self.path}' is refused: damaged, or more in it than tensors and plain values ({_line(error)})."
-            ) from error
+            problem = f"damaged, or it contains more than tensors and plain values ({reason(error)})"
+            raise UserError(f"'{self.path}' is refused: {problem}.") from error
         except Exception as error:  # damaged archives raise many types
-            raise UserError(f"'{self.path}' cannot be read: truncated or not PyTorch's ({_line(error)}).") from error
+            raise UserError(f"'{self.path}' is truncated, or not a PyTorch file ({reason(error)}).") from error
 
     def read(self, name: str) -> Tensor:
         content = self._content()
@@ -128,8 +128,7 @@ class PickledFile(Weights):
 class TorchScriptFile(Weights):
     """Parameters and buffers of a TorchScript archive (OpenAI's CLIP files), read without loading its program.
 
-    The archive's pickle is followed with an unpickler that knows tensors and nothing else: modules become plain
-    attribute dictionaries, anything else is refused.
+    The unpickler knows tensors and modules, which become dictionaries of attributes; it refuses everything else.
     """
 
     def __init__(self, path: Path):
@@ -140,14 +139,12 @@ class TorchScriptFile(Weights):
                 with archive.open(f"{self._prefix}data.pkl") as file:
                     self._parts = dict(_walk(_TensorsOnly(file).load()))
         except (OSError, zipfile.BadZipFile, StopIteration) as error:
-            raise UserError(f"'{path}' cannot be read: truncated or not a TorchScript archive.") from error
+            raise UserError(f"'{path}' cannot be read: truncated, or not a TorchScript archive.") from error
         except Exception as error:  # a damaged or hostile pickle raises many types
-            raise UserError(
-                f"'{path}' is refused: its contents are not a module's tensors ({_line(error)})."
-            ) from error
+            raise UserError(f"'{path}' is refused: it is not a module of tensors ({reason(error)}).") from error
         self.specs = {name: Spec(part.shape, part.dtype) for name, part in self._parts.items()}
         if not self.specs:
-            raise UserError(f"'{path}' holds no tensors.")
+            raise UserError(f"'{path}' contains no tensors.")
 
     @staticmethod
     def recognises(path: Path) -> bool:
@@ -165,11 +162,11 @@ class TorchScriptFile(Weights):
             storage = torch.frombuffer(content, dtype=part.dtype)
             return storage.as_strided(part.shape, part.stride, part.offset).clone()
         except (KeyError, OSError, RuntimeError, ValueError, zipfile.BadZipFile) as error:
-            raise UserError(f"'{self.path}' is damaged at '{name}' ({_line(error)}).") from error
+            raise UserError(f"'{self.path}' is damaged at '{name}' ({reason(error)}).") from error
 
 
 class _StoredTensor(NamedTuple):
-    """Where a tensor's numbers lie in an archive."""
+    """Where an archive stores a tensor."""
 
     key: str
     dtype: torch.dtype
@@ -183,20 +180,6 @@ class _Module:
 
     def __setstate__(self, state: Any) -> None:
         self.attributes = state if isinstance(state, dict) else {}
-
-
-_STORAGES = {
-    "DoubleStorage": torch.float64,
-    "FloatStorage": torch.float32,
-    "HalfStorage": torch.float16,
-    "BFloat16Storage": torch.bfloat16,
-    "LongStorage": torch.int64,
-    "IntStorage": torch.int32,
-    "ShortStorage": torch.int16,
-    "CharStorage": torch.int8,
-    "ByteStorage": torch.uint8,
-    "BoolStorage": torch.bool,
-}
 
 
 class _TensorsOnly(pickle.Unpickler):
@@ -235,12 +218,11 @@ def _walk(module: Any, prefix: str = "") -> Iterable[tuple[str, _StoredTensor]]:
 
 
 def open_weights(path: Path) -> Weights:
-    """A weight file of any kind, by its contents.
+    """A weight file of any format, recognised by its contents.
 
     Raises:
-        UserError: missing, truncated, or of no known kind.
+        UserError: a file that is missing, truncated or of another format.
     """
-    path = Path(path)
     if not path.is_file():
         raise UserError(f"No file '{path}'.")
     if path.suffix == ".safetensors":
@@ -251,30 +233,25 @@ def open_weights(path: Path) -> Weights:
 def write_safetensors(
     path: Path, specs: Mapping[str, Spec], read: Callable[[str], Tensor], track: Callable = iter
 ) -> None:
-    """Write a safetensors file one tensor at a time, wide dtypes first, as the format's alignment asks.
+    """Write a safetensors file one tensor at a time; ``safetensors.torch.save_file`` needs all tensors at once.
 
-    ``safetensors.torch.save_file`` needs all tensors at once; the format (an 8-byte length, a JSON header, the bytes
-    end to end) does not. ``read(name)`` must give a tensor of the announced shape and dtype.
+    The format: an 8-byte length, a JSON header, the tensors' bytes end to end; wide types first, for their alignment.
 
     Args:
+        read: gives the tensor of a name, of the announced shape and dtype.
         track: wraps the list of names, to show progress.
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     names = _file_order(specs)
     for name in names:
-        spec = specs[name]
-        start, end = end, end + spec.bytes
-        header[name] = {
-            "dtype": _SAFETENSORS_NAMES[spec.dtype],
-            "shape": list(spec.shape),
-            "data_offsets": [start, end],
-        }
+        shape, dtype = specs[name]
+        start, end = end, end + specs[name].bytes
+        header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
     encoded = json.dumps(header).encode()
     encoded += b" " * (-len(encoded) % 8)
     with path.open("wb") as file:
-        file.write(struct.pack("<Q", len(encoded)))
-        file.write(encoded)
+        file.write(struct.pack("<Q", len(encoded)) + encoded)
         for name in track(names):
             tensor = read(name).detach().to("cpu").contiguous()
             if (tuple(tensor.shape), tensor.dtype) != specs[name]:
@@ -289,35 +266,31 @@ def _file_order(specs: Mapping[str, Spec]) -> list[str]:
 
 def full_tensor(tensor: Tensor) -> Tensor:
     """The full tensor on every rank; a collective call where it is sharded."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 @torch.no_grad()
 def assign(parameter: Tensor, full: Tensor) -> None:
-    """Give a parameter its numbers from the full tensor, which every rank has: a sharded one takes its own part."""
-    if isinstance(parameter, DTensor):
+    """Copy the full tensor, which every rank has, into a parameter; a sharded one takes its own part."""
+    if hasattr(parameter, "full_tensor"):  # a DTensor; importing its class takes half as long as importing torch
+        from torch.distributed.tensor import distribute_tensor
+
         mesh, placements = parameter.device_mesh, parameter.placements
         full = distribute_tensor(full.to(parameter.device), mesh, placements, src_data_rank=None)
     parameter.copy_(full)
 
 
-def write_module(path: Path | None, module: nn.Module, leave_out: Collection[str] = ()) -> None:
+def write_module(path: Path | None, module: nn.Module, skip: Collection[str] = ()) -> None:
     """Write a module's state as safetensors, one tensor at a time.
 
     Args:
-        path: None on the ranks that only give their parts of a sharded module's tensors.
-        leave_out: names of tensors that are another one again.
+        path: None on ranks that only contribute their parts of a sharded module's tensors.
+        skip: names of tensors to skip: those tied to another one.
     """
-    state = {name: tensor for name, tensor in module.state_dict().items() if name not in leave_out}
+    state = {name: tensor for name, tensor in module.state_dict().items() if name not in skip}
     specs = {name: Spec(tuple(tensor.shape), tensor.dtype) for name, tensor in state.items()}
     if path is not None:
         write_safetensors(path, specs, lambda name: full_tensor(state[name]))
     else:
         for name in _file_order(specs):
             full_tensor(state[name])
-
-
-def _line(error: BaseException) -> str:
-    """An error's first sentence, on one line."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text.split(". ")[0][:200].rstrip(".")

@@ -65,7 +65,7 @@ def test_an_average_is_of_what_is_named():
     torch.testing.assert_close(average(weights), weights.mean(dim=(0, 1, 2)))
     torch.testing.assert_close(average(weights, block=-1), weights[2].mean(dim=(0, 1)))
     torch.testing.assert_close(average(weights, 1, 3), weights[1, 3].mean(dim=0))
-    with pytest.raises(UserError, match="head is 4: there are 4"):
+    with pytest.raises(UserError, match="head must be from -4 to 3, got 4"):
         average(weights, head=4)
 
 
@@ -85,5 +85,5 @@ def test_what_has_no_place_is_told():
     ours = recognizer()
     with pytest.raises(UserError, match="has no tokens"):
         ours.attention(jpeg((1, 2, 3)), " ")
-    with pytest.raises(UserError, match="15 image tokens are no square grid"):
+    with pytest.raises(UserError, match="15 image tokens do not form a square grid"):
         grid_side(15)
