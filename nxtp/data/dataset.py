@@ -79,7 +79,10 @@ class BatchDataset(Dataset):
     def __getitem__(self, item: tuple[int, np.ndarray]) -> Batch:
         epoch, positions = item
         skipped: Counter = Counter()
-        images, keys, texts, ids = [], [], [], []
+        images: list[Tensor] = []
+        keys: list[str] = []
+        texts: list[list[str]] = []
+        ids: list[Sequence[Sequence[int]]] = []  # of each image the tokens of each label
         for position in positions.tolist():
             try:
                 raw = self.shards.read(position)

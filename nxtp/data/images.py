@@ -1,4 +1,4 @@
-"""The one place where an image becomes RGB pixels, for shards, training and prediction alike."""
+"""Where an image file becomes RGB pixels, for shards, training and prediction alike."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import threading
 import warnings
 from collections.abc import Iterable
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 from typing import BinaryIO
@@ -19,7 +19,7 @@ from PIL.JpegImagePlugin import JpegImageFile
 from nxtp.errors import UserError, printable
 
 MAX_PIXELS = 178_000_000  # just below what Pillow itself refuses; 0.5 GB as RGB
-_LARGE = 16_000_000  # pixels; such images are decoded one after another: threads must not multiply their memory
+_LARGE = 16_000_000  # pixels; such images are decoded one at a time: threads must not multiply their memory
 _LONGEST = 8  # times the short side
 SUFFIXES = frozenset(
     f".{name}"
@@ -46,10 +46,9 @@ _UPRIGHT = {  # EXIF orientation → what undoes it
 
 
 class ImageError(UserError):
-    """One image that cannot be used: '<name>: <reason>', on one line whatever the name holds.
+    """An image that cannot be used: '<name>: <reason>', on one line whatever the name contains.
 
-    ``name``    what the image is called, as it is: a path can be opened by it
-    ``reason``  what is wrong with it
+    ``name`` is the image's name, unescaped: a path can be opened by it.
     """
 
     def __init__(self, name: str, reason: str):
@@ -61,7 +60,7 @@ class ImageError(UserError):
 
 
 class _Refused(Exception):
-    """Why this module will not use an image; :func:`load_image` adds its name."""
+    """Why an image is refused; :func:`load_image` adds its name."""
 
 
 def load_image(
@@ -71,11 +70,11 @@ def load_image(
     max_pixels: int = MAX_PIXELS,
     name: str | None = None,
 ) -> Image.Image:
-    """Any bitmap → RGB, upright by its EXIF orientation, transparency laid on white.
+    """Any bitmap → RGB, upright by its EXIF orientation, transparency on white.
 
-    Animations give their first frame. 16-bit grey is scaled to 8 bits. 32-bit integers and floats carry no range:
-    they count as 0–1 (floats only), 0–255 or 0–65535, the first that holds them all, else as lowest to highest. CMYK
-    is converted as Pillow does, without its colour profile. The result never shares memory with ``source``.
+    Animations give their first frame. 16-bit grey is scaled to 8 bits. 32-bit integers and floats have no range: they
+    count as 0–1 (floats only), 0–255 or 0–65535, the first that fits, else as lowest to highest. CMYK is converted as
+    Pillow does, without its colour profile. The result never shares memory with ``source``.
 
     Args:
         source: a path, a file's bytes, or an opened image (of an animation: its current frame).
@@ -84,7 +83,7 @@ def load_image(
             (tested: < 1 of 255 levels on average).
         max_pixels: larger images are refused before they are decoded; a baseline JPEG is instead decoded at the
             largest of 1/2, 1/4, 1/8 that fits. For other formats Pillow's own limit holds beside it.
-        name: what error messages call the image; its path by default.
+        name: of the image in error messages; its path by default.
 
     Raises:
         ImageError: missing, not an image, truncated, or too large.
@@ -104,7 +103,7 @@ def load_image(
 
 
 def middle_of_strip(image: Image.Image) -> Image.Image:
-    """Of an image longer than eight times its short side the middle: all that a square cut from its centre needs."""
+    """The middle of an image longer than eight times its short side: all that a square crop of its centre needs."""
     longest = _LONGEST * min(image.size)
     if max(image.size) <= longest:
         return image
@@ -113,11 +112,10 @@ def middle_of_strip(image: Image.Image) -> Image.Image:
 
 
 def find_images(paths: Iterable[str | Path]) -> tuple[list[Path], list[ImageError]]:
-    """(images, problems): files as given, directories expanded to the images anywhere below them, sorted.
+    """(images, problems): files as they are, directories expanded to the images anywhere below them, sorted.
 
-    Hidden files and directories are passed over, and each path is returned once. A path that does not exist, a
-    directory that cannot be read or holds no image is a problem, ready to be printed; the other images are returned
-    all the same.
+    Hidden files and directories are skipped, and each path is returned once. A missing path, and a directory that
+    cannot be read or contains no image, is a problem; the other images are returned all the same.
     """
     images: dict[Path, None] = {}
     problems: list[ImageError] = []
@@ -138,7 +136,7 @@ def find_images(paths: Iterable[str | Path]) -> tuple[list[Path], list[ImageErro
 
 
 def _opened(file: BinaryIO, near: int | None, max_pixels: int) -> Image.Image:
-    """Opened, not yet decoded, and small enough to be."""
+    """The image, opened but not decoded, after a check of its size."""
     head = file.read(3)
     file.seek(0)
     if not head:
@@ -155,7 +153,7 @@ def _opened(file: BinaryIO, near: int | None, max_pixels: int) -> Image.Image:
         fitting = (s for s in (8, 4, 2) if min(width, height) // s >= 2.25 * near and width % s == height % s == 0)
         reduction = next(fitting, 1)
     if "progressive" in image.info:
-        _check_size(image, max_pixels)  # it is held in memory whole before it is reduced
+        _check_size(image, max_pixels)  # all of it is in memory before it is reduced
     while (width // reduction) * (height // reduction) > max_pixels and reduction < 8:
         reduction *= 2
     if reduction > 1:
@@ -171,7 +169,7 @@ def _check_size(image: Image.Image, max_pixels: int) -> None:
 
 
 def _upright_rgb(image: Image.Image) -> Image.Image:
-    """Decoded, as a new RGB image."""
+    """The decoded image, as a new RGB image."""
     with _one_large_image if image.width * image.height > _LARGE else nullcontext():
         image.load()
         rgb = _to_rgb(image)
@@ -246,18 +244,17 @@ def _unreadable(error: OSError) -> ImageError:
 
 
 class _QuietPillow:
-    """Ignores Pillow's warnings (sizes, metadata): what matters is raised. Safe in threads, unlike catch_warnings."""
+    """Ignores Pillow's warnings (sizes, metadata): what matters is raised. Thread-safe, unlike catch_warnings."""
 
     def __init__(self):
         self._lock = threading.Lock()
         self._inside = 0
-        self._saved: warnings.catch_warnings | None = None
+        self._filters = ExitStack()
 
     def __enter__(self) -> None:
         with self._lock:
             if self._inside == 0:
-                self._saved = warnings.catch_warnings()
-                self._saved.__enter__()
+                self._filters.enter_context(warnings.catch_warnings())
                 warnings.filterwarnings("ignore", module=r"PIL\b")
             self._inside += 1
 
@@ -265,7 +262,7 @@ class _QuietPillow:
         with self._lock:
             self._inside -= 1
             if self._inside == 0:
-                self._saved.__exit__(None, None, None)
+                self._filters.close()
 
 
 _quiet_pillow = _QuietPillow()

@@ -121,6 +121,7 @@ class ElasticBatchSampler(Sampler[tuple[int, np.ndarray]]):
         pieces: list[np.ndarray | range] = []
         for index, source in enumerate(self.sources):
             shards, subset = np.asarray(source.shards, dtype=np.int64), self._subsets[index]
+            once: list[np.ndarray] | list[range]
             if subset is None:
                 once = [range(self._starts[s], self._starts[s] + self.sizes[s]) for s in shards]
             else:
@@ -183,7 +184,7 @@ class _EpochOrder:
             if self.seed is not None:
                 np.random.default_rng([*self.seed, number]).shuffle(positions)
             self._current = (number, positions)
-            if self._pool is not None and (self._fetching is None or self._fetching.done()):
+            if self._pool and self._prefetch and (self._fetching is None or self._fetching.done()):
                 ahead = [int(piece[0]) for piece in self._pieces_of(number + 1)]
                 shards = np.unique(np.searchsorted(self.starts, ahead, side="right") - 1).tolist() if ahead else []
                 self._fetching = self._pool.submit(self._prefetch, shards)

@@ -34,8 +34,8 @@ def code_version() -> dict[str, Any]:
     root = Path(__file__).resolve().parents[2]
 
     def git(*arguments: str) -> str:
-        options = {"cwd": root, "capture_output": True, "text": True, "timeout": 10, "check": True}
-        return subprocess.run(["git", *arguments], **options).stdout.strip()
+        command = ["git", "-C", str(root), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
 
     try:
         if not (root / ".git").exists():

@@ -10,8 +10,10 @@ from nxtp.runs.atomic import recover
 from nxtp.runs.record import read_record
 
 # Settings that may change when a run resumes: where it is computed, and what is logged.
-MAY_CHANGE = ("resume", "logger", "callbacks", "trainer", "parallel", "debug", "hydra")
-MAY_CHANGE += tuple(f"data.{key}" for key in ("num_workers", "cache_dir", "cache_gb", "read_timeout", "index_dir"))
+MAY_CHANGE = (
+    *("resume", "logger", "callbacks", "trainer", "parallel", "debug", "hydra"),
+    *(f"data.{key}" for key in ("num_workers", "cache_dir", "cache_gb", "read_timeout", "index_dir")),
+)
 
 
 def find_checkpoint(run_dir: Path, resolved: dict[str, Any]) -> str | None:

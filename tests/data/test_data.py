@@ -131,7 +131,9 @@ def test_weights_say_how_often_a_sample_comes():
         assert max(once[p] for p in range(118) if p not in in_a) == 1
         seen.update(once)
     assert {seen[p] for p in range(118) if p not in in_a} <= {1, 2, 3}, "the half moves on"
-    assert ElasticBatchSampler(SHARD_SIZES, 1, shuffle=False, sources=sources).total == 118, "evaluation counts each once"
+    assert ElasticBatchSampler(SHARD_SIZES, 1, shuffle=False, sources=sources).total == 118, (
+        "evaluation counts each once"
+    )
 
 
 @settings(max_examples=80, deadline=None)

@@ -68,10 +68,10 @@ def test_training_from_features_is_training_from_images(root):
 def test_a_part_of_the_data_needs_a_part_of_the_features(root):
     """And what is there is not computed again."""
     fraction = [*FROZEN, "data.fraction=0.25", "data.features=some"]
-    assert "16 images made, 0 there before" in nxtp_runs("features", *fraction, cwd=root)
-    assert "48 images made, 16 there before" in nxtp_runs("features", *FROZEN, "data.features=some", cwd=root)
+    assert "16 images computed, 0 before" in nxtp_runs("features", *fraction, cwd=root)
+    assert "48 images computed, 16 before" in nxtp_runs("features", *FROZEN, "data.features=some", cwd=root)
     assert len(FeatureStore(root / "some")) == 64
-    assert "0 images made, 64 there before" in nxtp_runs("features", *FROZEN, "data.features=some", cwd=root)
+    assert "0 images computed, 64 before" in nxtp_runs("features", *FROZEN, "data.features=some", cwd=root)
 
 
 def test_images_that_have_no_features_are_counted(root):

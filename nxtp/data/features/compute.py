@@ -1,9 +1,9 @@
-"""`nxtp features`: the features of a training set's images under a frozen encoder, computed once."""
+"""`nxtp features`: compute the features of a training set's images under a frozen encoder, once."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import lightning as L
@@ -15,16 +15,16 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from nxtp.config import to_dataclass
-from nxtp.model.encoder import Encoder
-from nxtp.data.sampler import ElasticBatchSampler
-from nxtp.errors import UserError, nearest
+from nxtp.data.config import DataConfig
 from nxtp.data.features.store import DTYPES, FeatureStore, FeatureWriter, Meta, fingerprint, image_key, in_parts
 from nxtp.data.images import ImageError, load_image
-from nxtp.model.model import ModelConfig
-from nxtp.data.transforms import to_pixels
-from nxtp.data.shards.reader import SampleError, IndexedShards
-from nxtp.data.config import DataConfig
 from nxtp.data.mixture import open_set
+from nxtp.data.sampler import ElasticBatchSampler
+from nxtp.data.shards.reader import IndexedShards, SampleError
+from nxtp.data.transforms import to_pixels
+from nxtp.errors import UserError, nearest
+from nxtp.model.encoder import Encoder
+from nxtp.model.model import ModelConfig
 
 log = logging.getLogger("nxtp")
 
@@ -32,17 +32,17 @@ PART_BYTES = 1 << 29  # of one part, about
 
 
 def extract(cfg: DictConfig) -> None:
-    """Compute what ``data.features`` lacks of the images of ``data.train`` (of ``data.fraction``, ``data.max_samples``).
+    """Add to ``data.features`` what it lacks of the images of ``data.train`` (``data.fraction``, ``data.max_samples``).
 
     Raises:
-        UserError: no directory is named, it is another encoder's, or the disk has no room.
+        UserError: no directory is set, it is another encoder's, or the disk has no room.
     """
     config = to_dataclass(DataConfig, cfg.data, "data")
     if config.features is None:
-        raise UserError("data.features is not set: the directory where features are to be kept.")
+        raise UserError("data.features is not set: set the directory for the features.")
     dtype = str(cfg.features_dtype)
     if dtype not in DTYPES:
-        raise UserError(f"features_dtype is '{dtype}'.{nearest(dtype, DTYPES)} It can be {' or '.join(DTYPES)}.")
+        raise UserError(f"features_dtype must be {' or '.join(DTYPES)}, got '{dtype}'.{nearest(dtype, DTYPES)}")
     L.seed_everything(cfg.seed, workers=True, verbose=False)
     encoder = Encoder(to_dataclass(ModelConfig, cfg.model, "model").encoder)
     encoder.requires_grad_(False).eval()
@@ -51,7 +51,7 @@ def extract(cfg: DictConfig) -> None:
     store = FeatureStore(config.features)
 
     shards = open_set("train", config.train, config).shards
-    plan = ElasticBatchSampler(
+    sampler = ElasticBatchSampler(
         shards.sizes,
         config.val_batch_size,
         shuffle=False,
@@ -59,44 +59,44 @@ def extract(cfg: DictConfig) -> None:
         fraction=config.fraction,
         subset_seed=config.subset_seed,
     )
-    writer.check_room(max(plan.total - len(store), 0))
+    writer.check_room(max(sampler.total - len(store), 0))
     loader = DataLoader(
-        Missing(shards, store, encoder.config.image_size), sampler=plan, batch_size=None, num_workers=config.num_workers
+        Missing(shards, store, encoder.config.image_size),
+        sampler=sampler,
+        batch_size=None,
+        num_workers=config.num_workers,
     )
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    encoder.to(device)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    made = 0
+    computed = 0
     with Progress(*columns) as progress:
-        task = progress.add_task("images", total=plan.total)
+        task = progress.add_task("images", total=sampler.total)
 
-        def computed() -> Iterator[tuple[list[bytes], Tensor, np.ndarray]]:
+        def batches() -> Iterator[tuple[list[bytes], Tensor, np.ndarray]]:
             for keys, pixels, unusable, samples_read in loader:
                 if keys:
-                    yield keys, run(encoder.to(device), pixels, device), unusable
+                    with torch.inference_mode():
+                        tokens = encoder(pixels.to(device)).float().cpu()  # [n, N, D_encoder]
+                    yield keys, tokens, unusable
                 progress.advance(task, samples_read)
 
-        for part in in_parts(computed(), max(1, PART_BYTES // meta.bytes_each)):
+        for part in in_parts(batches(), max(1, PART_BYTES // meta.bytes_each)):
             writer.write(*part)
-            made += len(part[0])
+            computed += len(part[0])
     log.info(
-        "%s: %d images made, %d there before; %.0f kB each.", config.features, made, len(store), meta.bytes_each / 1e3
+        "%s: %d images computed, %d before; %.0f kB each.", config.features, computed, len(store), meta.bytes_each / 1e3
     )
-
-
-@torch.inference_mode()
-def run(encoder: Encoder, pixels: Tensor, device: str) -> Tensor:
-    """uint8 [B, 3, S, S] → [B, N, D_encoder] on the CPU."""
-    return encoder(pixels.to(device)).float().cpu()
 
 
 class Missing(Dataset):
-    """Positions of a batch → the images among them that the store lacks, decoded."""
+    """Map-style over batches of positions: the images that the store lacks, decoded. Runs in loader workers."""
 
     def __init__(self, shards: IndexedShards, store: FeatureStore, image_size: int):
         self.shards, self.store, self.image_size = shards, store, image_size
 
     def __getitem__(self, item: tuple[int, np.ndarray]) -> tuple[list[bytes], Tensor, np.ndarray, int]:
-        """Keys [n], pixels uint8 [n, 3, S, S], which of them could not be decoded, and how many were looked at."""
+        """Keys [n], pixels uint8 [n, 3, S, S], which could not be decoded, bool [n], and the number of positions."""
         _, positions = item
         found: dict[bytes, Tensor | None] = {}
         for position in positions.tolist():

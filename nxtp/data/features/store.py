@@ -1,8 +1,8 @@
-"""Features of a frozen encoder, computed once and kept on disk: later epochs, runs and sweeps read them.
+"""Features of a frozen encoder on disk: computed once, read by later epochs, runs and sweeps.
 
-A store belongs to one encoder. What it keeps is found by the image's encoded bytes, not by where the image lies:
-shards may be moved, mixed, cut down; an image that changed is simply not there. Parts are written whole, so that a run
-that was killed goes on with the next one.
+A store belongs to one encoder. Features are found by the image's encoded bytes, not by the image's location: shards
+may be moved, mixed, cut down, and an image that changed has no features. Parts are written whole, so that a killed
+command continues with the next one.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -20,25 +19,25 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nxtp.model.encoder import Encoder
 from nxtp.errors import UserError
-from nxtp.runs.atomic import write_json
+from nxtp.model.encoder import Encoder
 from nxtp.model.weights import full_tensor
+from nxtp.runs.atomic import atomic_directory, write_json
 
 META = "features.json"
 LOCK = ".lock"
 DTYPES = ("float16", "float32")
 KEY_BYTES = 16
-_UNUSABLE = "unusable.npy"  # in a part: of which keys there is no image
+Part = tuple[Sequence[bytes], np.ndarray, np.ndarray]  # keys [n], tokens [n, N, D_encoder], unusable bool [n]
 
 
 def image_key(image: bytes) -> bytes:
-    """What an image's features are found by: a hash of its encoded bytes."""
+    """The key of an image's features: a hash of its encoded bytes."""
     return hashlib.blake2b(image, digest_size=KEY_BYTES).digest()
 
 
 def fingerprint(encoder: Encoder) -> str:
-    """Of all that its tokens depend on: architecture, input, weights. A collective call where they are sharded."""
+    """A hash of the encoder's architecture, input and weights. A collective call if the weights are sharded."""
     config = {k: v for k, v in asdict(encoder.config).items() if k != "pretrained"}
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
     for name, tensor in sorted(encoder.visual.state_dict().items()):
@@ -49,7 +48,7 @@ def fingerprint(encoder: Encoder) -> str:
 
 @dataclass(frozen=True)
 class Meta:
-    """What a store holds: image tokens [tokens, width] as ``dtype``, of the encoder with this fingerprint."""
+    """features.json: image tokens [tokens, width] as ``dtype``, of the encoder with this fingerprint."""
 
     encoder: str
     tokens: int
@@ -59,6 +58,7 @@ class Meta:
 
     @property
     def bytes_each(self) -> int:
+        """Of one image's features."""
         return self.tokens * self.width * np.dtype(self.dtype).itemsize
 
 
@@ -66,7 +66,7 @@ class FeatureStore:
     """Reads a store, by image.
 
     Raises:
-        UserError: no store, or one that is damaged.
+        UserError: no store, or a damaged one.
     """
 
     def __init__(self, directory: str | Path):
@@ -74,20 +74,22 @@ class FeatureStore:
         try:
             self.meta = Meta(**json.loads((self.directory / META).read_text()))
         except (FileNotFoundError, NotADirectoryError):
-            raise UserError(f"No features in '{directory}': make them with nxtp features (docs/training.md).") from None
+            raise UserError(
+                f"No features in '{directory}': compute them with nxtp features (docs/training.md)."
+            ) from None
         except OSError as error:
             raise UserError(f"'{self.directory / META}' cannot be read: {error}.") from error
         except (ValueError, TypeError) as error:
-            raise UserError(f"'{self.directory / META}' is damaged ({error}): make the features again.") from error
+            raise UserError(f"'{self.directory / META}' is damaged ({error}): compute the features again.") from error
         self.parts = sorted(self.directory.glob("part-*"))
         opened = [self._open(part) for part in self.parts]
         sizes = [len(keys) for keys, _, _ in opened]
-        every = np.concatenate([keys for keys, _, _ in opened]) if opened else np.empty(0, f"S{KEY_BYTES}")
-        order = np.argsort(every, kind="stable")
-        self._keys = every[order]
+        keys = np.concatenate([np.empty(0, f"S{KEY_BYTES}"), *(keys for keys, _, _ in opened)])
+        order = np.argsort(keys, kind="stable")
+        self._keys = keys[order]
         self._part = np.repeat(np.arange(len(sizes), dtype=np.int32), sizes)[order]
-        self._row = np.concatenate([np.arange(n, dtype=np.int32) for n in sizes] or [np.empty(0, np.int32)])[order]
-        self._unusable = np.concatenate([unusable for _, unusable, _ in opened] or [np.empty(0, bool)])[order]
+        self._row = np.concatenate([np.arange(n, dtype=np.int32) for n in (0, *sizes)])[order]
+        self._unusable = np.concatenate([np.empty(0, bool), *(unusable for _, unusable, _ in opened)])[order]
         self._begin = [begin for _, _, begin in opened]  # of each part's tokens, in its file
 
     def __len__(self) -> int:
@@ -106,7 +108,7 @@ class FeatureStore:
 
         Raises:
             KeyError: the store has no such image.
-            UserError: its file is gone or cut short.
+            UserError: its file is missing or truncated.
         """
         place = self._find(image_key(image))
         if place is None:
@@ -116,20 +118,20 @@ class FeatureStore:
         part, row = int(self._part[place]), int(self._row[place])
         path = self.parts[part] / "tokens.npy"
         offset = self._begin[part] + row * self.meta.bytes_each
-        try:  # not kept open: a store of terabytes has more parts than a process may have files
+        try:  # opened each time: a store of terabytes has more parts than a process may have files
             values = np.fromfile(path, self.meta.dtype, self.meta.tokens * self.meta.width, offset=offset)
             return torch.from_numpy(values.reshape(self.meta.tokens, self.meta.width))
         except (OSError, ValueError) as error:
             raise UserError(f"'{path}' cannot be read ({error}).") from error
 
     def _open(self, part: Path) -> tuple[np.ndarray, np.ndarray, int]:
-        """A part's keys and which have no image, [n] each, and where its tokens begin.
+        """A part's keys and which could not be decoded, [n] each, and the offset of its tokens in their file.
 
         Raises:
-            UserError: a file is missing, cut short, or not of this store.
+            UserError: a file is missing, truncated, or not of this store.
         """
         try:
-            keys, unusable = (np.load(part / name, allow_pickle=False) for name in ("keys.npy", _UNUSABLE))
+            keys, unusable = (np.load(part / f"{name}.npy", allow_pickle=False) for name in ("keys", "unusable"))
             tokens = np.load(part / "tokens.npy", mmap_mode="r", allow_pickle=False)
             if tokens.shape != (len(keys), self.meta.tokens, self.meta.width) or tokens.dtype != self.meta.dtype:
                 raise ValueError(f"tokens are {tokens.dtype} {list(tokens.shape)}, not those of {len(keys)} images")
@@ -142,27 +144,28 @@ class FeatureStore:
         return keys.view(f"S{KEY_BYTES}").ravel(), unusable, tokens.offset
 
     def check(self, encoder: Encoder) -> None:
-        """
+        """Check that the features are those of ``encoder``.
+
         Raises:
-            UserError: the store is another encoder's.
+            UserError: they are another encoder's.
         """
         if (self.meta.tokens, self.meta.width) != (encoder.num_tokens, encoder.width):
             raise UserError(
-                f"data.features: '{self.directory}' holds {self.meta.tokens} tokens of width {self.meta.width}; this "
+                f"data.features: '{self.directory}' has {self.meta.tokens} tokens of width {self.meta.width}; this "
                 f"encoder has {encoder.num_tokens} of {encoder.width}."
             )
         if self.meta.encoder != fingerprint(encoder):
             raise UserError(
-                f"data.features: '{self.directory}' was made with another encoder (its weights, input or architecture "
-                "differ): make features for this one in a directory of its own."
+                f"data.features: '{self.directory}' was computed with another encoder (weights, input or architecture "
+                "differ): compute features of this one in another directory."
             )
 
 
 class FeatureWriter:
-    """Adds parts to a store. Each is written aside and renamed; one writer at a time.
+    """Adds parts to a store; one writer at a time.
 
     Raises:
-        UserError: the directory cannot be written, is another encoder's, or another process is writing there.
+        UserError: the directory cannot be written, is another encoder's, or another process writes to it.
     """
 
     def __init__(self, directory: Path, meta: Meta):
@@ -174,51 +177,51 @@ class FeatureWriter:
             if not (directory / META).exists():
                 write_json(directory / META, asdict(meta))
         except BlockingIOError:
-            raise UserError(f"Another nxtp features is writing to '{directory}': wait for it.") from None
+            raise UserError(f"Another nxtp features writes to '{directory}': wait for it.") from None
         except OSError as error:
             raise UserError(f"'{directory}' cannot be written: {error}.") from error
         if FeatureStore(directory).meta != meta:
-            raise UserError(f"'{directory}' holds features of another encoder or dtype: choose another directory.")
-        for left in directory.glob(".part-*"):
-            shutil.rmtree(left)
+            raise UserError(f"'{directory}' has features of another encoder or dtype: choose another directory.")
+        for unfinished in directory.glob(".part-*"):
+            shutil.rmtree(unfinished)
 
     def check_room(self, images: int) -> None:
-        """
+        """Check that the features of so many images fit on the disk.
+
         Raises:
-            UserError: so many images' features will not fit on the disk.
+            UserError: they do not.
         """
         needed, free = images * self.meta.bytes_each, shutil.disk_usage(self.directory).free
         if needed > free:
             raise UserError(
                 f"The features of {images:,} images need {needed / 1e9:,.1f} GB in '{self.directory}', where "
-                f"{free / 1e9:,.1f} GB are free. Name another directory, or fewer images (data.fraction)."
+                f"{free / 1e9:,.1f} GB are free. Use another directory, or fewer images (data.fraction)."
             )
 
     def write(self, keys: Sequence[bytes], tokens: np.ndarray, unusable: np.ndarray) -> None:
-        """
+        """Add a part, whole or not at all.
+
         Args:
-            tokens: [n, N, D_encoder]; of an image that could not be decoded anything.
+            tokens: [n, N, D_encoder]; anything for an image that could not be decoded.
             unusable: bool [n], which those are.
 
         Raises:
-            UserError: the disk is full, or refuses.
+            UserError: it cannot be written.
         """
         number = 1 + max((int(p.name[5:]) for p in self.directory.glob("part-*")), default=-1)
-        aside, part = self.directory / f".part-{number:06d}", self.directory / f"part-{number:06d}"
+        part = self.directory / f"part-{number:06d}"
         try:
-            aside.mkdir()
-            np.save(aside / "keys.npy", np.frombuffer(b"".join(keys), np.uint8).reshape(len(keys), KEY_BYTES))
-            np.save(aside / "tokens.npy", tokens.astype(self.meta.dtype, copy=False))
-            np.save(aside / _UNUSABLE, unusable)
-            os.rename(aside, part)
+            with atomic_directory(part) as new:
+                np.save(new / "keys.npy", np.frombuffer(b"".join(keys), np.uint8).reshape(len(keys), KEY_BYTES))
+                np.save(new / "tokens.npy", tokens.astype(self.meta.dtype, copy=False))
+                np.save(new / "unusable.npy", unusable)
         except OSError as error:
-            shutil.rmtree(aside, ignore_errors=True)
-            raise UserError(f"'{part}' cannot be written: {error}. What was made before stays.") from error
+            raise UserError(f"'{part}' cannot be written: {error}. Earlier parts remain.") from error
 
 
-def in_parts(batches: Iterator[tuple[list[bytes], Tensor, np.ndarray]], size: int) -> Iterator[tuple]:
+def in_parts(batches: Iterator[tuple[list[bytes], Tensor, np.ndarray]], size: int) -> Iterator[Part]:
     """Batches of (keys, tokens, unusable) joined to parts of at least ``size`` images; the last may be smaller."""
-    held: list[tuple] = []
+    held: list[tuple[list[bytes], Tensor, np.ndarray]] = []
     for batch in batches:
         held.append(batch)
         if sum(len(keys) for keys, _, _ in held) >= size:
@@ -228,6 +231,6 @@ def in_parts(batches: Iterator[tuple[list[bytes], Tensor, np.ndarray]], size: in
         yield _joined(held)
 
 
-def _joined(held: list[tuple]) -> tuple[list[bytes], np.ndarray, np.ndarray]:
+def _joined(held: list[tuple[list[bytes], Tensor, np.ndarray]]) -> Part:
     keys, tokens, unusable = zip(*held, strict=True)
     return [k for each in keys for k in each], torch.cat(tokens).numpy(), np.concatenate(unusable)

@@ -76,5 +76,6 @@ def _lines(name: str) -> list[str]:
 def _info(name: str) -> str:
     """One of timm's data files, read without importing timm."""
     spec = find_spec("timm")
-    assert spec is not None and spec.submodule_search_locations is not None
-    return Path(spec.submodule_search_locations[0], "data", "_info", name).read_text()
+    assert spec is not None
+    assert spec.origin is not None
+    return Path(spec.origin).with_name("data").joinpath("_info", name).read_text()

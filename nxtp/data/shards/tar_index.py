@@ -93,7 +93,7 @@ class IndexStore:
         if index.stamp is None:
             return False
         keys = [key.encode("utf-8", "surrogatepass") for key in index.keys.tolist()]
-        tensors = {
+        tensors: dict[str, np.ndarray] = {
             "keys": np.frombuffer(b"".join(keys), dtype=np.uint8),
             "key_ends": np.cumsum([len(key) for key in keys], dtype=np.int64),
             "rows": index.rows,
@@ -136,8 +136,8 @@ def index_shard(path: str | os.PathLike, file: BinaryIO | None = None) -> ShardI
         with open(path, "rb", buffering=0) if file is None else nullcontext(file) as file:
             status = os.fstat(file.fileno())
             stamp = (status.st_size, status.st_mtime_ns)
-            for name, *where in _members(file.fileno(), status.st_size):
-                samples.add(name, *where)
+            for member in _members(file.fileno(), status.st_size):
+                samples.add(*member)
         samples.close()
     except _Damage as damage:
         samples.close_damaged(damage)
