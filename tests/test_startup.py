@@ -39,9 +39,11 @@ def place(tmp_path_factory):
 
 @pytest.mark.parametrize(
     "command",
-    ["--help", "train --help", "evaluate --help", "describe --help", "sweep --help", "sweep status mine", "report --help"]
-    + ["data --help", "prepare --help", "predict --help", "classify --help", "serve --help", "app --help"]
-    + ["export --help", "convert --help", "parity --help"],
+    [
+        *("--help", "train --help", "evaluate --help", "describe --help", "sweep --help", "sweep status mine"),
+        *("report --help", "data --help", "prepare --help", "predict --help", "classify --help", "serve --help"),
+        *("app --help", "export --help", "convert --help", "parity --help"),
+    ],
 )
 def test_help_and_status_import_no_heavy_library(place, command):
     assert not imported(*command.split(), cwd=place) & HEAVY
