@@ -19,7 +19,7 @@ COMMANDS = {
     "evaluate": ("hydra", "Measure a model directory on shards"),
     "predict": ("nxtp.inference.predict:predict", "Label images, most probable label first"),
     "classify": ("nxtp.inference.predict:classify", "Give the probability of each of your classes"),
-    "describe": ("hydra", "Count parameters, FLOPs and memory of a configuration"),
+    "describe": ("nxtp.cost.command:describe", "Count parameters, FLOPs and memory of a configuration; plan its hours"),
     "features": ("hydra", "Compute a frozen encoder's features once"),
     "prepare": ("nxtp.prepare.commands:prepare", "Make shards from a dataset or a folder of pictures"),
     "data": ("nxtp.prepare.commands:data", "Look at shards and check them"),
@@ -36,7 +36,6 @@ EXTRAS = {"serve": "serve"}  # commands whose module needs an optional dependenc
 HYDRA_COMMANDS = {
     "train": ("nxtp.train.command:train", "train", (), "experiment=demo optim.lr=3e-4 name=mine"),
     "evaluate": ("nxtp.eval.command:evaluate", "evaluate", (), "model=runs/demo/model data=scenes top_k=5"),
-    "describe": ("nxtp.cost.describe:describe", "train", ("name=describe",), "experiment=g3m trainer=fsdp"),
     "features": (
         "nxtp.data.features.compute:extract",
         "train",

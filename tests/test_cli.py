@@ -153,7 +153,7 @@ def test_describe_counts_without_weights(place):
     done = run_nxtp("describe", "experiment=demo", "model.decoder.depth=3", cwd=place)
     assert done.returncode == 0, done.stderr
     assert "total" in done.stdout
-    assert "FLOPs an image" in done.stdout
+    assert "FLOPs per image" in done.stdout
 
 
 def test_a_built_wheel_carries_conf_and_works_elsewhere(tmp_path):

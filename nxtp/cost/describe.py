@@ -1,4 +1,4 @@
-"""`nxtp describe`: parameters by part, tokens, FLOPs and memory a rank of a configuration, without data, in seconds."""
+"""Parameters by part, tokens, FLOPs and memory per rank of a configuration, without data, in seconds."""
 
 from __future__ import annotations
 
@@ -13,18 +13,16 @@ from nxtp.model.model import ModelConfig
 from nxtp.train.optim import OptimConfig
 
 GPU_SIZES_GB = (16, 24, 40, 48, 80, 141)
+RESERVED_GB = 2  # CUDA's context, buffers of NCCL and cuBLAS
 NAMES = {"optimizer": "optimiser state", "working": "working memory"}
-RESERVED_GB = 2  # CUDA's context, NCCL's and cuBLAS's buffers
 
 
 def describe(cfg: DictConfig) -> None:
     """Print what the composed configuration would train."""
-    model_config = to_dataclass(ModelConfig, cfg.model, "model")
-    optim = to_dataclass(OptimConfig, cfg.optim, "optim")
-    vocabulary = None if model_config.decoder.source else model_config.vocab_size
-    model = meta_model(model_config, vocabulary, optim.trainable)
+    config = to_dataclass(ModelConfig, cfg.model, "model")
+    vocabulary = None if config.decoder.source else config.vocab_size
+    model = meta_model(config, vocabulary, to_dataclass(OptimConfig, cfg.optim, "optim").trainable)
     counts = count_parameters(model)
-
     table = Table(title="Parameters (millions)")
     for column in ("part", "all", "trained", "frozen"):
         table.add_column(column, justify="left" if column == "part" else "right")
@@ -35,31 +33,27 @@ def describe(cfg: DictConfig) -> None:
 
     forward, backward = training_flops(model, prompt_tokens=PROMPT_TOKENS, labels=LABELS, label_tokens=LABEL_TOKENS)
     prefix = model.num_image_tokens + 1 + PROMPT_TOKENS
-    console = Console()
+    console = Console(highlight=False)
     console.print(table)
     console.print(
-        f"tokens an image  {prefix + LABELS * (LABEL_TOKENS + 1)}: {model.num_image_tokens} of the image, "
+        f"tokens per image  {prefix + LABELS * (LABEL_TOKENS + 1)}: {model.num_image_tokens} of the image, "
         f"1 + {PROMPT_TOKENS} of the prompt, {LABELS} labels of {LABEL_TOKENS} tokens and a delimiter\n"
-        f"FLOPs an image   {forward / 1e9:,.2f} G forward, {backward / 1e9:,.2f} G backward",
-        highlight=False,
+        f"FLOPs per image   {forward / 1e9:,.2f} G forward, {backward / 1e9:,.2f} G backward"
     )
     if vocabulary is not None:
-        console.print(
-            f"vocabulary       up to {vocabulary} rows (the tokenizer is trained on the labels)", highlight=False
-        )
-    step = step_of(cfg)
-    memory = memory_of(cfg)
+        console.print(f"vocabulary        up to {vocabulary} rows (the tokenizer is trained on the labels)")
+    step, memory = step_of(cfg), memory_of(cfg)
     console.print(memory_table(memory, step))
     if step.on_gpu:
         needed = memory.total / 1e9 + RESERVED_GB
         fits = next((f"a GPU of {size} GB" for size in GPU_SIZES_GB if needed <= size), "no known GPU")
-        console.print(f"fits             {fits}, with {RESERVED_GB} GB for CUDA, NCCL and cuBLAS", highlight=False)
+        console.print(f"fits              {fits}, with {RESERVED_GB} GB for CUDA, NCCL and cuBLAS")
 
 
 def memory_table(memory: Memory, step: Step) -> Table:
-    """What a rank keeps, and what there is at the peak of a training step."""
-    ranks = f"{step.ranks} rank{'s' * (step.ranks > 1)}, {step.strategy}"
-    table = Table(title="Memory a rank (GB)", caption=f"{ranks}, {step.batch} images each, {step.precision}")
+    """What a rank stores, and the peak of a training step."""
+    caption = f"{step.ranks} rank{'s' * (step.ranks > 1)}, {step.strategy}, {step.batch} images each, {step.precision}"
+    table = Table(title="Memory per rank (GB)", caption=caption)
     for column in ("part", "at most", "at the peak"):
         table.add_column(column, justify="left" if column == "part" else "right")
     for part, size in memory.peak.items():

@@ -1,9 +1,9 @@
-"""Bytes that a rank needs, before a run: a training step is executed on tensors without data, its allocations counted.
+"""Memory per rank before a run: a training step runs on tensors without data, and its allocations are counted.
 
-Shapes, dtypes and lifetimes are those of the real step, of any architecture, precision, set of trained parts and
-strategy, with no formula to keep in step: PyTorch's fake tensors stand for the data, a fake process group for the
-other ranks. Optimiser state and DDP's buckets are added by formula. Not counted: the CUDA context and cuBLAS's and
-NCCL's buffers (1 to 2 GB), fragmentation, validation.
+Shapes, dtypes and lifetimes are those of the real step for any architecture, precision, set of trained parts and
+strategy: PyTorch's fake tensors replace the data, a fake process group replaces the other ranks. Optimiser state and
+DDP's buckets are added by formula. Not counted: the CUDA context and the buffers of cuBLAS and NCCL (1 to 2 GB),
+fragmentation, validation.
 """
 
 from __future__ import annotations
@@ -50,11 +50,12 @@ _SHORT = {"32": "32-true", "64": "64-true", "16": "16-mixed", "bf16": "bf16-mixe
 
 @dataclass(frozen=True)
 class Step:
-    """What a step's memory depends on, beside the model and what of it trains.
+    """What a step's memory depends on, besides the model and its trained parts.
 
-    ``strategy``    single, ddp or fsdp, over ``ranks``
-    ``features``    a frozen encoder's features are read instead of images
-    ``batch``       images a rank and micro-batch; ``accumulates``: several of them make one step
+    ``strategy``     single, ddp or fsdp, over ``ranks``
+    ``batch``        images per rank and micro-batch
+    ``accumulates``  whether an optimiser step has several micro-batches
+    ``features``     whether a frozen encoder's features are read instead of images
     """
 
     strategy: str = "single"
@@ -70,7 +71,8 @@ class Step:
 class Memory:
     """Bytes of one rank by part (:data:`PARTS`).
 
-    ``most``  the largest that each part becomes; ``peak`` the parts at the moment when their sum is largest
+    ``most``  the maximum of each part
+    ``peak``  the parts at the moment when their sum is largest
     """
 
     most: dict[str, int]
@@ -82,16 +84,15 @@ class Memory:
 
 
 def step_of(cfg: DictConfig) -> Step:
-    """The :class:`Step` that a composed configuration asks for.
+    """The :class:`Step` of a composed configuration.
 
     Raises:
-        UserError: a strategy or precision whose memory is not known, or ranks that cannot be split.
+        UserError: the memory of the strategy is not known.
     """
     trainer = OmegaConf.to_container(cfg.trainer, resolve=True)
     ranks = _devices(trainer["devices"]) * int(trainer["num_nodes"])
-    given = trainer["strategy"]
-    options = dict(given) if isinstance(given, dict) else {}
-    name = str(options.get("_target_", given)).rpartition(".")[2]
+    strategy = trainer["strategy"]
+    name = str(strategy["_target_"] if isinstance(strategy, dict) else strategy).rpartition(".")[2]
     if name == "FSDP2Strategy":
         strategy = "fsdp"
     elif name.lower().startswith("ddp"):
@@ -100,7 +101,8 @@ def step_of(cfg: DictConfig) -> Step:
         strategy = "single" if ranks == 1 else "ddp"
     else:
         raise UserError(
-            f"trainer.strategy is '{name}': memory is known for auto, ddp and nxtp.distributed.fsdp2.FSDP2Strategy."
+            f"The memory of trainer.strategy '{name}' is not known. "
+            "Use auto, ddp or nxtp.distributed.fsdp2.FSDP2Strategy (trainer=fsdp)."
         )
     return Step(
         strategy,
@@ -114,7 +116,7 @@ def step_of(cfg: DictConfig) -> Step:
 
 
 def _devices(value: Any) -> int:
-    """Lightning's ``devices``: a number, a list, "0,1", or as many as there are."""
+    """Number of Lightning's ``devices``: a number, a list, "0,1", or auto: all of this machine."""
     if isinstance(value, str) and "," in value:
         value = [part for part in value.split(",") if part.strip()]
     if isinstance(value, list):
@@ -138,17 +140,13 @@ def memory(
     optim: OptimConfig,
     step: Step,
     parallel: ParallelConfig | None = None,
-    *,
-    prompt_tokens: int = PROMPT_TOKENS,
-    labels: int = LABELS,
-    label_tokens: int = LABEL_TOKENS,
 ) -> Memory:
-    """Memory of a training step, when the optimiser's state is there already.
+    """Memory of a training step that is not the first: the optimiser's state exists.
 
-    Compilation is left out: it keeps at most what is kept without it.
+    The step is not compiled: compilation keeps no more than is kept without it.
 
-    Args:
-        prompt_tokens, labels, label_tokens: of every image; ``label_tokens`` is without the delimiter.
+    Raises:
+        UserError: an unknown precision, or one that the strategy does not support.
     """
     precision = _SHORT.get(step.precision, step.precision)
     if precision not in _PRECISIONS:
@@ -156,8 +154,8 @@ def memory(
     weights_dtype, autocast_dtype = _PRECISIONS[precision]
     model = meta_model(config, vocab_size, optim.trainable)
     layout = lay_out(
-        [[(0,) * label_tokens] * labels] * step.batch,
-        prompt=[0] * prompt_tokens,
+        [[(0,) * LABEL_TOKENS] * LABELS] * step.batch,
+        prompt=[0] * PROMPT_TOKENS,
         delimiter=0,
         num_image_tokens=model.num_image_tokens,
     )
@@ -165,20 +163,20 @@ def memory(
     shape, dtype = (tokens, torch.float16) if step.features else ((3, side, side), torch.uint8)
     switches = ParallelConfig(activation_checkpointing=bool(parallel and parallel.activation_checkpointing))
     with ExitStack() as stack:
-        stack.enter_context(_quiet())
+        stack.enter_context(warnings.catch_warnings(action="ignore"))
         mesh = stack.enter_context(_fake_mesh(step)) if step.strategy == "fsdp" else None
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
-        _give_memory(model, weights_dtype)
+        _allocate(model, weights_dtype)
         model = parallelize(model, switches, mesh, precision)
         if step.on_gpu and autocast_dtype is not None:
             stack.enter_context(_cuda_autocast())
         live = stack.enter_context(_LiveBytes([*model.parameters(), *model.buffers()]))
-        for _ in range(1 + step.accumulates):  # the second batch meets the gradients of the first
+        for _ in range(1 + step.accumulates):  # the gradients of the first exist during the second
             live.part = "activations"
             images = torch.empty(step.batch, *shape, dtype=dtype)
             with torch.autocast("cpu", autocast_dtype, enabled=autocast_dtype is not None):
                 loss = model(images, layout).total
-            live.mark(model.parameters(), "weights")  # gathered and not yet given up
+            live.mark(model.parameters(), "weights")  # gathered and not yet freed
             saved = live.bytes["activations"]
             live.part = "working"
             loss.backward()
@@ -186,27 +184,27 @@ def memory(
         return _sum_up(live, model, optim, step, saved, scales_loss=precision == "16-mixed")
 
 
-def _give_memory(model: nn.Module, dtype: torch.dtype) -> None:
-    """Move a model from the meta device to (fake) memory; what is shared stays shared."""
-    made: dict[Tensor, Tensor] = {}
+def _allocate(model: nn.Module, dtype: torch.dtype) -> None:
+    """Move a model from the meta device to (fake) memory; shared tensors stay shared."""
+    allocated: dict[Tensor, Tensor] = {}
     for module in model.modules():
         for owned in (module._parameters, module._buffers):
             for name, old in owned.items():
                 if old is None or not old.is_meta:
                     continue
-                if old not in made:
+                if old not in allocated:
                     new = torch.empty(old.shape, dtype=dtype if old.is_floating_point() else old.dtype)
-                    made[old] = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
-                owned[name] = made[old]
+                    allocated[old] = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
+                owned[name] = allocated[old]
 
 
 @contextmanager
 def _fake_mesh(step: Step) -> Iterator[DeviceMesh]:
-    """A mesh of all ranks as rank 0 sees it; nobody is there to talk to."""
+    """A mesh of all ranks as rank 0 sees it, without the others."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     if dist.is_initialized():
-        raise RuntimeError("the memory of sharded training is found before a process group is made")
+        raise RuntimeError("the memory of sharded training is measured before a process group exists")
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=step.ranks)
     concatenate = DeviceMesh._concatenate
 
@@ -222,15 +220,8 @@ def _fake_mesh(step: Step) -> Iterator[DeviceMesh]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-
-
-@contextmanager
 def _cuda_autocast() -> Iterator[None]:
-    """What CUDA's autocast widens and a CPU's does not, among what models here call."""
+    """Compute in float32 what CUDA's autocast widens and a CPU's does not, of the functions that these models call."""
 
     def widened(function):
         def call(*args, **kwargs):
@@ -244,12 +235,12 @@ def _cuda_autocast() -> Iterator[None]:
 
 
 class _LiveBytes(TorchDispatchMode):
-    """Follows storages from the operator that makes them to their end; those of ``before`` are not counted.
+    """Follows each storage from the operator that allocates it to its end; those of ``before`` are not counted.
 
-    ``part``   of what is made now
-    ``bytes``  alive now, by part
-    ``peak``   the same when most were alive, with the parts known since
-    ``most_gathered``  the most that FSDP's gathered weights took
+    ``part``           of storages allocated from now on
+    ``bytes``          alive now, by part
+    ``peak``           the same at the moment when most were alive, with the parts that are known now
+    ``most_gathered``  the maximum of FSDP's gathered weights
     """
 
     def __init__(self, before: Iterable[Tensor]) -> None:
@@ -259,8 +250,8 @@ class _LiveBytes(TorchDispatchMode):
         self.bytes = dict.fromkeys(PARTS, 0)
         self.most_gathered = 0
         self._alive: dict[int, int] = {}  # number → bytes
-        self._part_of: dict[int, str] = {}  # of all there ever were
-        self._number: dict[int, int] = {}  # by address, which is used again
+        self._part_of: dict[int, str] = {}  # of all storages, freed ones too
+        self._number: dict[int, int] = {}  # by address; addresses are reused
         self._peak: dict[int, int] = {}
         self._peak_bytes = 0
 
@@ -272,7 +263,7 @@ class _LiveBytes(TorchDispatchMode):
         return parts
 
     def mark(self, tensors: Iterable[Tensor], part: str) -> None:
-        """Say what tensors are, of those made here."""
+        """Set the part of those of ``tensors`` that were allocated here."""
         for tensor in tensors:
             number = self._number.get(_local(tensor).untyped_storage()._cdata)
             if number is not None:
@@ -285,7 +276,7 @@ class _LiveBytes(TorchDispatchMode):
         resize = torch.UntypedStorage.resize_
 
         def followed(storage: torch.UntypedStorage, size: int) -> torch.UntypedStorage:
-            """FSDP gives the memory of gathered weights up, and takes it again, under the same storage."""
+            """FSDP frees and reallocates the memory of gathered weights in the same storage."""
             result = resize(storage, size)
             self._follow(storage, "weights")
             return result
@@ -300,7 +291,7 @@ class _LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if DTensor in types:
-            return NotImplemented  # it comes again, as what this rank does
+            return NotImplemented  # called again with this rank's tensors
         result = function(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor) and not isinstance(tensor, DTensor):
@@ -337,7 +328,7 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
 
 
 def _sum_up(live: _LiveBytes, model: Model, optim: OptimConfig, step: Step, saved: int, scales_loss: bool) -> Memory:
-    """Add what is there in every moment, and see whether the update needs more than the step."""
+    """Add what exists all the time, and check whether the optimiser's update needs more than the step."""
     trained = [p for p in model.parameters() if p.requires_grad]
     gradients = _bytes(trained)
     buckets = gradients if step.strategy == "ddp" else 0
@@ -346,8 +337,8 @@ def _sum_up(live: _LiveBytes, model: Model, optim: OptimConfig, step: Step, save
         "gradients": buckets,
         "optimizer": 2 * (gradients if optim.state_bits == 32 else sum(map(_bytes_of_8_bit_moment, trained))),
     }
-    # Fused AdamW and torchao's work in place; behind a loss scaler AdamW is not fused: the roots of all second moments
-    # are there at once, on a CPU of one.
+    # Fused AdamW and torchao's AdamW work in place. With a loss scaler AdamW is not fused: on a GPU the roots of all
+    # second moments exist at once, on a CPU those of one parameter.
     roots = 0
     if scales_loss and optim.state_bits == 32:
         roots = gradients if step.on_gpu else max(_bytes([p]) for p in trained)
@@ -363,6 +354,6 @@ def _sum_up(live: _LiveBytes, model: Model, optim: OptimConfig, step: Step, save
 
 
 def _bytes_of_8_bit_moment(parameter: Tensor) -> int:
-    """torchao keeps a byte a number and a float32 for each 256; small or odd parameters stay float32."""
+    """torchao keeps a byte per number and a float32 per 256; small or odd parameters stay float32."""
     count = _local(parameter).numel()
     return count + count // 64 if count >= 4096 and count % 256 == 0 else 4 * count

@@ -1,31 +1,31 @@
-"""Hours, bytes on the network and memory of a recipe on many GPUs, by formula, before any of them is asked for.
+"""`nxtp describe --plan`: hours, bytes sent and memory of a recipe on many GPUs, by formula.
 
     step = max(FLOPs / (peak · MFU), bytes sent / rate of the slowest link)        communication overlaps computation
-    DDP    sends 2·(n-1)/n · the float32 gradients of what trains                  ring all-reduce
-    FSDP   sends   (n-1)/n · (all weights in bfloat16, forward; the blocks that the backward pass reaches once more;
-                              the float32 gradients of what trains)                all-gathers and reduce-scatter
+    DDP    sends 2·(n-1)/n · the float32 gradients of trained weights              ring all-reduce
+    FSDP   sends   (n-1)/n · (all weights in bfloat16, forward; again those of the blocks that the backward pass
+                              reaches; the float32 gradients of trained weights)   all-gathers and reduce-scatter
 
-Two numbers are assumed and shown: MFU, and the links' rates.
+MFU and the rates of the links are assumed; the table prints them.
 """
 
 from __future__ import annotations
 
+import json as json_module
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
 import torch
-from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 from rich.box import SIMPLE
-from rich.console import Group
+from rich.console import Console, Group
 from rich.table import Table
 
-from nxtp.config import compose_and_run, conf_dir, to_dataclass
+from nxtp.config import composed, to_dataclass
 from nxtp.cost.memory import LABEL_TOKENS, LABELS, PROMPT_TOKENS, Step, memory
 from nxtp.data.config import DataConfig, named_sources
-from nxtp.distributed.parallelize import ParallelConfig, blocks_of
+from nxtp.distributed.parallelize import ParallelConfig
 from nxtp.errors import UserError
 from nxtp.model.flops import Flops, ModelFlops, meta_model, peak_flops, training_flops
 from nxtp.model.layout import PUBLISHED_LENGTH
@@ -35,37 +35,39 @@ from nxtp.train.optim import OptimConfig
 
 @dataclass(frozen=True)
 class Cluster:
-    """GPUs by name (see :func:`nxtp.model.flops.peak_flops`), so many a node; links in bytes/s a GPU, each way."""
+    """GPUs by name (see :func:`nxtp.model.flops.peak_flops`); links of a node and between nodes in bytes/s per GPU."""
 
     gpu: str
     inside: float
     between: float
-    gpus_a_node: int = 8
+    gpus_per_node: int = 8
 
     def link(self, ranks: int) -> float:
-        return self.inside if ranks <= self.gpus_a_node else self.between
+        return self.inside if ranks <= self.gpus_per_node else self.between
 
     def step_seconds(self, flops: float, sent: float, ranks: int, mfu: float) -> tuple[float, float, float]:
         """(computing, sending, the step) of one rank that computes ``flops`` and sends ``sent`` bytes."""
-        computing = flops / (peak_flops(self.gpu, torch.bfloat16) * mfu)
+        peak = peak_flops(self.gpu, torch.bfloat16)
+        assert peak is not None, self.gpu
+        computing = flops / (peak * mfu)
         sending = sent / self.link(ranks)
         return computing, sending, max(computing, sending)
 
 
-# NVLink 4 and a 400 Gb/s adapter a GPU; NVLink 3 and 200 Gb/s.
+# NVLink 4 and a 400 Gb/s adapter per GPU; NVLink 3 and 200 Gb/s.
 H100 = Cluster("H100 SXM", inside=450e9, between=50e9)
 A100 = Cluster("A100", inside=300e9, between=25e9)
 
-# The one published point (its training logs): 16 images a GPU on 32 A100-80G, 3 epochs.
+# The published runs, from their training logs: 16 images per GPU on 32 A100-80G, 3 epochs.
 PUBLISHED_RANKS, PUBLISHED_IMAGES, PUBLISHED_EPOCHS = 32, 16, 3
-PUBLISHED = {  # pairs, seconds a step (median), hours
+PUBLISHED = {  # pairs, seconds per step (median), hours
     "g3m": (3_645_221, 0.905, 5.41),
     "g70m": (70_679_389, 0.904, 104.4),
 }
 
 
 def sent_bytes(model: Model, strategy: str, ranks: int) -> float:
-    """Bytes that each rank sends in a micro-batch under bf16-mixed, the loss's few numbers left out."""
+    """Bytes that each rank sends per micro-batch under bf16-mixed, without the few numbers of the loss."""
     gradients = 4 * sum(p.numel() for p in model.parameters() if p.requires_grad)
     share = (ranks - 1) / ranks
     if strategy == "ddp":
@@ -75,12 +77,12 @@ def sent_bytes(model: Model, strategy: str, ranks: int) -> float:
 
 
 def _regathered(model: Model) -> int:
-    """Parameters gathered again for the backward pass: of the blocks that it reaches, which are the first with
-    something to train and all behind it, and of one block before them, which FSDP fetches ahead in vain.
+    """Parameters gathered again for the backward pass: of the blocks that it reaches (from the first trained one on),
+    and of one block before them, which FSDP prefetches in vain.
 
-    What is in no block stays gathered from the forward to the backward pass.
+    Parameters outside the blocks stay gathered from the forward to the backward pass.
     """
-    blocks = blocks_of(model)
+    blocks = [*model.encoder.blocks(), *model.decoder.blocks]
     inside = {id(p) for block in blocks for p in block.parameters()}
     outside = [p for p in model.encoder.parameters() if id(p) not in inside]
     inputs = [*outside, model.projection.weight, model.image_token, model.decoder.lm.model.embed_tokens.weight]
@@ -92,25 +94,25 @@ def _regathered(model: Model) -> int:
 
 
 def published_flops(model: Model) -> float:
-    """FLOPs an image as the published code executes them: two branches of 512 positions, all of them to logits."""
+    """FLOPs per image as the published code executes them: two branches of 512 positions, with logits of all."""
     parts = ModelFlops(model).parts(1, PUBLISHED_LENGTH, PUBLISHED_LENGTH)
     branch = Flops.sum(parts[name] for name in ("decoder", "attention", "output layer"))
     return (parts["encoder"].total + parts["projection"].total) + 2 * branch.total
 
 
 def images_of(cfg: DictConfig) -> float:
-    """Images of a whole run, epochs included, by the numbers of samples that the recipe expects.
+    """Images of a whole run with all its epochs, from the recipe's ``expected_samples``.
 
     Raises:
-        UserError: a source without such a number.
+        UserError: no sources, or a source without ``expected_samples``.
     """
     data = to_dataclass(DataConfig, cfg.data, "data")
     if data.train is None:
-        raise UserError("data.train is not set: plan a recipe, as in nxtp bench plan experiment=g70m.")
+        raise UserError("data.train is not set: plan a recipe, as in nxtp describe --plan experiment=g70m.")
     each = 0.0
     for name, source in named_sources(data.train).items():
         if source.expected_samples is None:
-            raise UserError(f"data.train.{name or 'train'} does not say how many samples it has: give --images.")
+            raise UserError(f"data.train.{name or 'train'} has no expected_samples: set it, or use --images.")
         each += source.expected_samples * source.repeat
     each = min(each, data.max_samples) if data.max_samples is not None else each * (data.fraction or 1.0)
     return each * int(cfg.trainer.max_epochs)
@@ -119,11 +121,14 @@ def images_of(cfg: DictConfig) -> float:
 def plan(
     cfg: DictConfig, gpus: Sequence[int], *, mfu: float, images: int | None, global_batch: int | None, cluster: Cluster
 ) -> dict[str, Any]:
-    """One row for each number of GPUs and strategy, and what they have in common.
+    """One row per number of GPUs and strategy, and what they have in common.
 
     Args:
-        images: of the whole run; None takes the recipe's.
-        global_batch: images a step over all GPUs; None keeps the recipe's images a GPU.
+        images: of the whole run; None: the recipe's.
+        global_batch: images per step on all GPUs; None: the recipe's images per GPU.
+
+    Raises:
+        UserError: ``global_batch`` is no multiple of a number of GPUs, or the recipe's images are not known.
     """
     config = to_dataclass(ModelConfig, cfg.model, "model")
     optim = to_dataclass(OptimConfig, cfg.optim, "optim")
@@ -137,21 +142,21 @@ def plan(
     for ranks in gpus:
         batch = int(cfg.data.batch_size) if global_batch is None else global_batch // ranks
         if global_batch is not None and (batch == 0 or global_batch % ranks):
-            raise UserError(f"--global-batch {global_batch} cannot be divided among {ranks} GPUs.")
+            raise UserError(f"--global-batch must be a multiple of {ranks} GPUs, got {global_batch}.")
         for strategy in ("ddp", "fsdp"):
             sent = sent_bytes(model, strategy, ranks)
             computing, sending, seconds = cluster.step_seconds(flops * batch, sent, ranks, mfu)
-            sharers = ranks if strategy == "fsdp" else 2  # all of DDP's numbers of ranks are alike
+            sharers = ranks if strategy == "fsdp" else 2  # DDP needs the same on any number of ranks
             step = Step(strategy, sharers, batch=batch, precision="bf16-mixed", on_gpu=True)
             rows.append(
                 {
                     "gpus": ranks,
                     "strategy": strategy,
-                    "images_a_gpu": batch,
+                    "images_per_gpu": batch,
                     "global_batch": batch * ranks,
                     "memory_gb": needed(step) / 1e9,
-                    "tflop_a_step": flops * batch / 1e12,
-                    "sent_gb_a_step": sent / 1e9,
+                    "tflop_per_step": flops * batch / 1e12,
+                    "sent_gb_per_step": sent / 1e9,
                     "computing_s": computing,
                     "sending_s": sending,
                     "step_s": seconds,
@@ -172,10 +177,10 @@ def plan(
 
 
 def check_published(model: Model) -> list[dict[str, Any]]:
-    """The published runs, predicted with the MFU that makes the first one's step come out: the one fitted number."""
+    """The published runs as predicted. One number is fitted: the MFU, to the first run's step."""
     flops = published_flops(model) * PUBLISHED_IMAGES
     sent = sent_bytes(model, "ddp", PUBLISHED_RANKS)
-    fitted = flops / (peak_flops(A100.gpu, torch.float16) * PUBLISHED["g3m"][1])
+    fitted = A100.step_seconds(flops, sent, PUBLISHED_RANKS, mfu=1)[0] / PUBLISHED["g3m"][1]
     rows = []
     for name, (pairs, seconds, hours) in PUBLISHED.items():
         _, sending, step = A100.step_seconds(flops, sent, PUBLISHED_RANKS, fitted)
@@ -184,7 +189,7 @@ def check_published(model: Model) -> list[dict[str, Any]]:
             {
                 "name": name,
                 "mfu": fitted,
-                "tflop_an_image": published_flops(model) / 1e12,
+                "tflop_per_image": published_flops(model) / 1e12,
                 "sending_s": sending,
                 "step_s": step,
                 "published_step_s": seconds,
@@ -196,29 +201,33 @@ def check_published(model: Model) -> list[dict[str, Any]]:
 
 
 def published_model() -> Model:
-    """The paper's model and what of it trains, on the meta device."""
-    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        cfg = compose("train", ["experiment=g3m"])
+    """The paper's model on the meta device, with its trained parts."""
+    cfg = composed("train", ["experiment=g3m"])
     trainable = to_dataclass(OptimConfig, cfg.optim, "optim").trainable
     return meta_model(to_dataclass(ModelConfig, cfg.model, "model"), None, trainable)
 
 
-def measure_plan(overrides: Sequence[str], **options: Any) -> dict[str, Any]:
-    """:func:`plan` of a configuration composed from ``overrides``, and ``published``: :func:`check_published`."""
-    found: dict[str, Any] = {}
-    compose_and_run(lambda cfg: found.update(plan(cfg, **options)), "train", ["name=plan", *overrides])
-    return {"recipe": " ".join(overrides), **found, "published": check_published(published_model())}
+def print_plan(
+    cfg: DictConfig, recipe: str, *, json: bool, inside: float, between: float, gpus: Sequence[int], **options: Any
+) -> None:
+    """Print the plan of a composed recipe and the check against the published runs; ``inside``, ``between`` in GB/s."""
+    cluster = replace(H100, inside=inside * 1e9, between=between * 1e9)
+    result = {"recipe": recipe, **plan(cfg, gpus, cluster=cluster, **options)}
+    result["published"] = check_published(published_model())
+    Console().print(plan_table(result))
+    if json:
+        print(json_module.dumps(result), flush=True)
 
 
 def plan_table(result: dict[str, Any]) -> Group:
-    """Narrow enough for 80 columns; per GPU and step where nothing else is said."""
+    """At most 80 columns wide; numbers are per GPU and step unless the title says otherwise."""
     columns = {
         "GPUs": "{gpus}",
         "": "{strategy}",
-        "images": "{images_a_gpu}",
+        "images": "{images_per_gpu}",
         "of all": "{global_batch:,}",
         "memory": "{memory_gb:.1f}",
-        "sent": "{sent_gb_a_step:.2f}",
+        "sent": "{sent_gb_per_step:.2f}",
         "compute": "{computing_s:.3f}",
         "send": "{sending_s:.3f}",
         "step": "{step_s:.3f}",
@@ -227,13 +236,13 @@ def plan_table(result: dict[str, Any]) -> Group:
     title = (
         f"{result['recipe']}: {result['images'] / 1e6:,.1f} M images, {result['tokens'] / 1e9:,.1f} G tokens, "
         f"{result['flops'] / 1e18:,.1f} EFLOP\n{result['gpu']}, MFU {result['mfu']:.0%} (assumed); links of "
-        f"{result['inside_gb_s']:g} GB/s in a node, {result['between_gb_s']:g} GB/s a GPU between nodes\n"
-        "A GPU and step: images, GB at the peak, GB sent, seconds"
+        f"{result['inside_gb_s']:g} GB/s in a node, {result['between_gb_s']:g} GB/s per GPU between nodes\n"
+        "Per GPU and step: images, GB at the peak, GB sent, seconds"
     )
     plans = _table(title, columns, result["rows"])
     columns = {
         "run": "{name}",
-        "TFLOP": "{tflop_an_image:.2f}",
+        "TFLOP": "{tflop_per_image:.2f}",
         "MFU": "{mfu:.1%}",
         "send": "{sending_s:.2f}",
         "step": "{step_s:.3f}",
@@ -242,8 +251,8 @@ def plan_table(result: dict[str, Any]) -> Group:
         "published ": "{published_hours:,.2f}",
     }
     title = (
-        "The published runs: 32 A100-80G, 16 images each, TFLOP an image as executed\n"
-        "MFU is fitted to the first step, nothing else is"
+        "The published runs: 32 A100-80G, 16 images each, TFLOP per image as executed\n"
+        "Only the MFU is fitted, to the first step"
     )
     return Group(plans, _table(title, columns, result["published"]))
 

@@ -1,4 +1,4 @@
-"""Memory before a run: against what PyTorch's allocator hands out in real training steps, and by hand."""
+"""Memory before a run, against PyTorch's account of real training steps and against arithmetic."""
 
 from pathlib import Path
 
@@ -6,12 +6,14 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from helpers import TINY_OVERRIDES, run_nxtp
+from click.testing import CliRunner
+from helpers import TINY_OVERRIDES
 from omegaconf import OmegaConf
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from nxtp.cost.command import describe
 from nxtp.cost.memory import Memory, Step, memory, step_of
 from nxtp.distributed.parallelize import ParallelConfig, parallelize
 from nxtp.errors import UserError
@@ -26,7 +28,7 @@ SIDE = 84
 PUBLISHED_LIKE = TrainableConfig(encoder=2, embedding=False)
 
 
-def config() -> ModelConfig:
+def config(blocks: int = 6) -> ModelConfig:
     """5 M parameters in narrow blocks, so that activations are no smaller than weights."""
     fields = {
         "model_type": "llama",
@@ -34,16 +36,16 @@ def config() -> ModelConfig:
         "intermediate_size": 512,
         "num_attention_heads": 6,
         "num_key_value_heads": 6,
-        "num_hidden_layers": 6,
+        "num_hidden_layers": blocks,
         "vocab_size": 4000,
         "pad_token_id": None,
     }
-    vision = {"layers": 6, "width": 128, "head_width": 32, "patch_size": 14}
+    vision = {"layers": blocks, "width": 128, "head_width": 32, "patch_size": 14}
     return ModelConfig(encoder=EncoderConfig(vision=vision, image_size=SIDE), decoder=DecoderConfig(config=fields))
 
 
 def measured_peak(optim: OptimConfig, step: Step, parallel: ParallelConfig, mesh: DeviceMesh | None = None) -> int:
-    """Most bytes allocated at a time in two real steps, what was there before included, by PyTorch's account."""
+    """Peak of the bytes allocated in two real steps and before them, by PyTorch's account."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         model = Model(config()).train()
         choose_trainable(model, optim.trainable)
@@ -107,16 +109,16 @@ def test_prediction_is_what_each_of_two_processes_allocates(strategy, within, tm
     mp.spawn(_rank, (step, str(tmp_path)), nprocs=2)
     for rank in range(2):
         measured = int((tmp_path / str(rank)).read_text())
-        assert of(step).total == pytest.approx(measured, rel=within)
+        assert of(step, blocks=6).total == pytest.approx(measured, rel=within)
 
 
-def of(step: Step, trainable: TrainableConfig = PUBLISHED_LIKE) -> Memory:
-    return memory(config(), None, OptimConfig(trainable=trainable), step)
+def of(step: Step, trainable: TrainableConfig = PUBLISHED_LIKE, blocks: int = 3) -> Memory:
+    return memory(config(blocks), None, OptimConfig(trainable=trainable), step)
 
 
-def test_parts_are_what_arithmetic_says():
+def test_parts_equal_arithmetic():
     with torch.device("meta"):
-        model = Model(config())
+        model = Model(config(3))
     choose_trainable(model, PUBLISHED_LIKE)
     weights = 4 * sum(p.numel() for p in model.parameters())
     trained = 4 * sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -129,7 +131,7 @@ def test_parts_are_what_arithmetic_says():
     assert single.total == sum(single.peak.values())
 
     ddp = of(Step("ddp", ranks=8, batch=2))
-    assert ddp.most["gradients"] == 2 * trained  # gradients, and the buckets they are sent in
+    assert ddp.most["gradients"] == 2 * trained  # gradients, and the buckets that send them
     assert ddp.total == single.total + trained
 
     sharded, more = (of(Step("fsdp", ranks=ranks, batch=2)) for ranks in (8, 16))
@@ -141,11 +143,11 @@ def test_parts_are_what_arithmetic_says():
     assert scaled.total == single.most["weights"] + 4 * trained + trained  # the update's square roots
     assert scaled.peak["working"] == trained
 
-    eight_bits = memory(config(), None, OptimConfig(trainable=PUBLISHED_LIKE, state_bits=8), Step(batch=2))
+    eight_bits = memory(config(3), None, OptimConfig(trainable=PUBLISHED_LIKE, state_bits=8), Step(batch=2))
     assert eight_bits.most["optimizer"] == pytest.approx(2 * trained / 4 * (1 + 1 / 64), rel=0.02)
 
 
-def test_frozen_leading_blocks_keep_nothing_and_checkpoints_keep_little():
+def test_frozen_leading_blocks_store_nothing_and_checkpoints_little():
     step = Step(batch=2)
     all_trained, last_only = of(step, TrainableConfig()), of(step, TrainableConfig(encoder="none"))
     none = TrainableConfig(encoder="none", projection=False, image_token=False, embedding=False, decoder=1)
@@ -155,13 +157,13 @@ def test_frozen_leading_blocks_keep_nothing_and_checkpoints_keep_little():
     assert cached.most["weights"] == last_only.most["weights"]
     assert cached.most["activations"] <= last_only.most["activations"]
     assert cached.total <= last_only.total
-    checkpointed = memory(config(), None, OptimConfig(), step, ParallelConfig(activation_checkpointing=True))
+    checkpointed = memory(config(3), None, OptimConfig(), step, ParallelConfig(activation_checkpointing=True))
     assert checkpointed.most["activations"] < 0.4 * all_trained.most["activations"]
 
 
-def test_cuda_keeps_the_inputs_of_norms_in_float32_under_autocast():
+def test_cuda_stores_the_inputs_of_norms_in_float32_under_autocast():
     cpu, cuda = (of(Step(batch=2, precision="bf16-mixed", on_gpu=gpu)).most["activations"] for gpu in (False, True))
-    of_a_norm = 2 * (36 + 1) * 128  # images, tokens, width; two norms a trained encoder block and the last
+    of_a_norm = 2 * (36 + 1) * 128  # images, tokens, width; two norms per trained encoder block and the last
     assert cuda - cpu == pytest.approx((2 * 2 + 1) * of_a_norm * 2, rel=0.03)
 
 
@@ -187,16 +189,20 @@ def test_the_strategy_is_read_from_the_trainer():
         step_of(trainer(strategy="deepspeed_stage_3"))
 
 
-def test_describe_prints_memory_a_rank(tmp_path):
-    arguments = ["trainer=fsdp", "trainer.devices=8", "trainer.num_nodes=2", *TINY_OVERRIDES]
-    done = run_nxtp("describe", *arguments, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "Memory a rank (GB)" in done.stdout
-    assert "16 ranks, fsdp, 64 images each, bf16-mixed" in " ".join(done.stdout.split())
-    assert "a GPU of 16 GB" in done.stdout
-    wrong = run_nxtp("describe", "trainer=fsdp", "trainer.devises=8", cwd=tmp_path)
-    assert wrong.returncode == 1
-    assert "devices" in wrong.stderr
-    wrong = run_nxtp("describe", "trainer=fsdp", "trainer.precision=bf61-mixed", *TINY_OVERRIDES, cwd=tmp_path)
-    assert wrong.returncode == 1
-    assert "bf16-mixed" in wrong.stderr
+def test_describe_prints_memory_per_rank(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: str):
+        return CliRunner().invoke(describe, ["trainer=fsdp", *arguments])
+
+    done = run("trainer.devices=8", "trainer.num_nodes=2", *TINY_OVERRIDES)
+    assert done.exit_code == 0, done.output
+    assert "Memory per rank (GB)" in done.output
+    assert "16 ranks, fsdp, 64 images each, bf16-mixed" in " ".join(done.output.split())
+    assert "a GPU of 16 GB" in done.output
+    wrong = run("trainer.devises=8").exception
+    assert isinstance(wrong, UserError)
+    assert "devices" in str(wrong)
+    wrong = run("trainer.precision=bf61-mixed", *TINY_OVERRIDES).exception
+    assert isinstance(wrong, UserError)
+    assert "bf16-mixed" in str(wrong)

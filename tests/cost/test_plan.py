@@ -1,4 +1,4 @@
-"""The plan's formulas against hand-computed small cases and against what FSDP really sends."""
+"""The plan's formulas against small cases computed by hand and against what FSDP sends."""
 
 import json
 
@@ -6,11 +6,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from click.testing import CliRunner
-from helpers import tiny_config
+from helpers import TINY_OVERRIDES, tiny_config
 from omegaconf import OmegaConf
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nxtp.bench.command import bench
+from nxtp.cost.command import describe
 from nxtp.cost.memory import Step, _fake_mesh
 from nxtp.cost.plan import A100, H100, check_published, images_of, published_flops, published_model, sent_bytes
 from nxtp.data.config import DataConfig
@@ -52,7 +52,7 @@ class Sent(TorchDispatchMode):
         {"encoder": "none", "projection": False, "image_token": False, "embedding": False, "decoder": 1},
     ],
 )
-def test_bytes_are_those_that_fsdp_sends(trainable):
+def test_bytes_are_what_fsdp_sends(trainable):
     whole = model(**trainable)
     expected = sent_bytes(whole, "fsdp", 4)
     with _fake_mesh(Step("fsdp", ranks=4)) as mesh:
@@ -61,7 +61,7 @@ def test_bytes_are_those_that_fsdp_sends(trainable):
         with Sent(4) as sent, torch.autocast("cpu", torch.bfloat16):
             sharded(torch.zeros(1, 3, 32, 32, dtype=torch.uint8), layout).total.backward()
     assert not dist.is_initialized()
-    assert sent.bytes == pytest.approx(expected, rel=0.02)  # vectors are filled up to a multiple of four
+    assert sent.bytes == pytest.approx(expected, rel=0.02)  # vectors are padded to a multiple of four
 
 
 def test_ddp_sends_its_gradients_twice_around_the_ring():
@@ -77,7 +77,7 @@ def test_a_step_takes_what_its_slower_half_takes():
     assert A100.step_seconds(flops=0, sent=5e9, ranks=9, mfu=0.5)[2] == pytest.approx(0.2)
 
 
-def test_images_are_samples_by_weight_and_epochs():
+def test_images_are_samples_times_repeat_times_epochs():
     train = {"a": {"shards": "x", "expected_samples": 100}, "b": {"shards": "y", "expected_samples": 10, "repeat": 2.0}}
 
     def cfg(**data):
@@ -92,9 +92,9 @@ def test_images_are_samples_by_weight_and_epochs():
         images_of(cfg())
 
 
-def test_the_published_point_comes_out():
+def test_the_published_runs_are_predicted():
     paper = published_model()
-    assert published_flops(paper) / 1e12 == pytest.approx(8.7, abs=0.05)  # stated of its code: about 8.7 TFLOP an image
+    assert published_flops(paper) / 1e12 == pytest.approx(8.7, abs=0.05)  # its code needs about 8.7 TFLOP per image
     g3m, g70m = check_published(paper)
     assert 0.3 < g3m["mfu"] < 0.6
     assert g3m["sending_s"] < g3m["step_s"]
@@ -103,16 +103,19 @@ def test_the_published_point_comes_out():
     assert g70m["hours"] == pytest.approx(g70m["published_hours"], rel=0.02)
 
 
+SMALL = ("model=small", "optim=adamw", *TINY_OVERRIDES)
+
+
 def run(*arguments: str):
-    return CliRunner().invoke(bench, ["plan", *arguments], catch_exceptions=True)
+    return CliRunner().invoke(describe, ["--plan", *arguments], catch_exceptions=True)
 
 
 def test_the_command_prints_a_table_and_one_object(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    done = run("experiment=g3m", "model=small", "optim=adamw", "--gpus", "2,16", "--global-batch", "64", "--json")
+    done = run("experiment=g3m", *SMALL, "--gpus", "2,16", "--global-batch", "64", "--json")
     assert done.exit_code == 0, done.output
     result = json.loads(done.stdout.splitlines()[-1])
-    assert [(row["gpus"], row["strategy"], row["images_a_gpu"]) for row in result["rows"]] == [
+    assert [(row["gpus"], row["strategy"], row["images_per_gpu"]) for row in result["rows"]] == [
         (2, "ddp", 32),
         (2, "fsdp", 32),
         (16, "ddp", 4),
@@ -124,10 +127,13 @@ def test_the_command_prints_a_table_and_one_object(tmp_path, monkeypatch):
     assert "…" not in done.stdout  # at the 80 columns of a runner
 
 
-def test_what_cannot_be_planned_is_told(tmp_path, monkeypatch):
+def test_what_cannot_be_planned_is_an_error(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert "--gpus" in run("--gpuss", "8").output
+    assert "Did you mean '--gpus'?" in run("--gpuss", "8").output
     assert "8,32,256" in run("--gpus", "8,many").output
+    alone = CliRunner().invoke(describe, ["experiment=g3m", "--mfu", "0.5"])
+    assert alone.exit_code == 2
+    assert "--mfu needs --plan" in alone.output
     uneven = run("experiment=g3m", "--gpus", "3", "--global-batch", "64").exception
     assert isinstance(uneven, UserError)
     assert "3 GPUs" in str(uneven)
