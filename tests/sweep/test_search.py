@@ -13,11 +13,13 @@ from pathlib import Path
 
 import pytest
 from helpers import TINY_OVERRIDES, nxtp_runs, write_shards
+from omegaconf import OmegaConf
 
-from nxtp.config import compose_and_run
+from nxtp.config import compose_and_run, composed
 from nxtp.errors import UserError
 from nxtp.runs.record import read_record
 from nxtp.sweep import sweep
+from nxtp.sweep.search.plugin import OptunaSweeper, SearchConfig
 from nxtp.sweep.search.space import split
 from nxtp.sweep.search.trials import Search, locked
 from nxtp.sweep.sweep import ProcessSweepRunner, parse, run_name
@@ -321,14 +323,7 @@ def search_with(*arguments: str, command: str = "train") -> None:
         (["optim.lr=interval(0,1)", "name=x,y"], "a sweep has one name"),
         (["optim.lr=interval(0,1)", "hydra.verbose=true,false"], "hydra.verbose"),
         (["optim.lr=3"], "Nothing to search"),
-        (["optim.lr=interval(0,1)", "hydra.sweeper.metric=val/recal@10"], "no metric 'val/recal@10'. Did you mean"),
-        (["optim.lr=interval(0,1)", "hydra.sweeper.direction=up"], "hydra.sweeper.direction must be"),
-        (["optim.lr=interval(0,1)", "hydra.sweeper.n_trials=0"], "hydra.sweeper.n_trials must be ≥ 1, got 0"),
         (["optim.lr=interval(0,1)", "hydra.sweeper.trials=3"], "No configuration key 'hydra.sweeper.trials'"),
-        (
-            ["optim.lr=interval(0,1)", "hydra.sweeper.prune=true", "hydra.sweeper.metric=train/loss"],
-            "hydra.sweeper.prune: train/loss",
-        ),
     ],
 )
 def test_a_mistake_is_reported_before_anything_starts(here, arguments, message):
@@ -336,6 +331,40 @@ def test_a_mistake_is_reported_before_anything_starts(here, arguments, message):
         search_with("experiment=scenes", "name=x", *arguments)
     assert message in str(error.value)
     assert not (here / "runs/x").exists()
+
+
+@pytest.fixture(scope="module")
+def sweeper_config():
+    return composed("train", ["hydra/sweeper=optuna", "experiment=scenes", "name=x"])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"metric": "val/recal@10"}, "no metric 'val/recal@10'. Did you mean 'val/recall@10'"),
+        ({"direction": "up"}, "hydra.sweeper.direction must be minimize or maximize, got up"),
+        ({"n_trials": 0}, "hydra.sweeper.n_trials must be ≥ 1, got 0"),
+        ({"n_trials": "many"}, "hydra.sweeper.n_trials: Value 'many'"),
+        ({"prune": True, "metric": "train/loss"}, "hydra.sweeper.prune: train/loss"),
+    ],
+)
+def test_a_wrong_option_is_an_error(here, sweeper_config, options, message):
+    sweeper = OptunaSweeper(**options)
+    sweeper.config = sweeper_config
+    with pytest.raises(UserError) as error:
+        sweeper.sweep(["optim.lr=interval(0,1)"])
+    assert message in str(error.value)
+    assert not (here / "runs/x").exists()
+
+
+def test_a_loss_is_minimized_by_default(sweeper_config):
+    sweeper = OptunaSweeper()
+    sweeper.config = sweeper_config
+    assert sweeper._goal(SearchConfig()) == ("val/recall@10", "maximize")
+    assert sweeper._goal(SearchConfig(metric="val/loss")) == ("val/loss", "minimize")
+    sweeper.config = OmegaConf.merge(sweeper_config, {"data": {"val": None}, "validation": {"top_k": 5}})
+    sweeper.config.data.val = {}
+    assert sweeper._goal(SearchConfig()) == ("train/loss", "minimize")  # no validation
 
 
 def test_without_optuna_its_extra_is_named(monkeypatch):

@@ -1,9 +1,10 @@
 """Every study of experiments/ composes over its whole grid, says what a study has to say, and reports what it lists."""
 
 import re
+from functools import cache
 
 import pytest
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from nxtp.config import composed, to_dataclass
 from nxtp.data.config import DataConfig
@@ -30,6 +31,12 @@ def base(sweep: str) -> list[str]:
     return [f"study={sweep}", *(["model_dir=m"] if command(sweep) == "evaluate" else [])]
 
 
+@cache
+def shared(sweep: str, *overrides: str) -> DictConfig:
+    """The configuration that the sweep's runs share."""
+    return composed(command(sweep), [*base(sweep), *overrides])
+
+
 def test_there_are_these_studies():
     assert sorted(p.name for p in CHECKOUT.iterdir() if (p / "report.yaml").is_file()) == STUDIES
     assert set(SWEEPS) == set(study_names())
@@ -37,7 +44,7 @@ def test_there_are_these_studies():
 
 @pytest.mark.parametrize("sweep", SWEEPS)
 def test_the_whole_grid_composes(sweep):
-    cfg = composed(command(sweep), base(sweep))
+    cfg = shared(sweep)
     grid = Sweep.of(cfg)
     assert cfg.name == sweep
     assert len(grid.points) > 1
@@ -61,7 +68,7 @@ def test_the_whole_grid_composes(sweep):
 
 @pytest.mark.parametrize("sweep", SWEEPS)
 def test_its_report_shows_what_it_varies(sweep):
-    cfg = composed(command(sweep), base(sweep))
+    cfg = shared(sweep)
     spec = Spec.read(CHECKOUT / sweep.split("/")[0] / "report.yaml")
     grid = Sweep.of(cfg)
     varied = {o.split("=", 1)[0] for point in grid.points for o in point}
@@ -76,8 +83,7 @@ def test_columns_are_settings(study):
     spec = Spec.read(CHECKOUT / study / "report.yaml")
     settings = set()
     for size in ("laptop", "full"):
-        overrides = base(f"{study}/{size}") + (["data=g70m"] if (study, size) == ("dataset_scale", "full") else [])
-        cfg = composed(command(f"{study}/{size}"), overrides)
+        cfg = shared(f"{study}/{size}", *(["data=g70m"] if (study, size) == ("dataset_scale", "full") else []))
         settings |= set(leaves(OmegaConf.to_container(cfg)))
     assert set(spec.columns.values()) <= settings
 
