@@ -34,7 +34,8 @@ _FORMATS = ("PNG", "GIF", "BMP", "PPM", "WEBP", "TIFF", "JPEG2000", "ICO") + (
 )
 _BYTES = (bytes, bytearray, memoryview)
 _one_large_image = threading.Lock()
-_UPRIGHT = {  # EXIF orientation → what undoes it
+# EXIF orientation → what undoes it. Not ImageOps.exif_transpose: it writes all tags anew, which fails on damaged ones.
+_UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,

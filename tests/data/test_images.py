@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helpers import huge_png
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 
 from nxtp.data import images
 from nxtp.data.images import SUFFIXES, ImageError, _quiet_pillow, find_images, load_image
@@ -227,6 +227,17 @@ def test_exif_orientation(orientation, format):
 def test_damaged_metadata_does_not_hide_the_pixels(exif):
     data = encoded(picture(), "JPEG", quality=95, exif=b"Exif\0\0" + exif)
     assert difference(load_image(data), picture()) < 2
+
+
+def test_an_image_is_turned_although_another_tag_is_damaged():
+    """Pillow's exif_transpose writes the other tags anew and fails on this one: a number where a text belongs."""
+    entries = struct.pack("<HHIHH", 0x0112, 3, 1, 6, 0) + struct.pack("<HHII", 0x013C, 5, 1, 38)
+    exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + entries + bytes(4) + struct.pack("<II", 1, 2)
+    upright = picture((96, 64))
+    data = encoded(upright.transpose(Image.Transpose.ROTATE_90), "JPEG", quality=95, exif=exif)
+    with pytest.raises(AttributeError):
+        ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+    assert difference(load_image(data), upright) < 2
 
 
 def test_unreadable_metadata_does_not_hide_the_pixels(monkeypatch):
