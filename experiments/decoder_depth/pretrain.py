@@ -1,8 +1,8 @@
-"""A small LLaMA-family language model, trained on captions: what the laptop study of depth truncates.
+"""Train a small LLaMA-family language model on captions, for the laptop study of depth to truncate.
 
     python experiments/decoder_depth/pretrain.py data/shards/studies/train --out runs/captions_lm
 
-The directory is one of Hugging Face's, with its tokenizer: model.decoder.source=runs/captions_lm.
+Writes a Hugging Face model directory with its tokenizer: model.decoder.source=runs/captions_lm.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ ROW = 128  # tokens
 
 
 def token_stream(captions: list[str], tokenizer: LabelTokenizer) -> torch.Tensor:
-    """int64 [rows, ROW]: captions one after another, a delimiter behind each."""
+    """Captions one after another, a delimiter after each. Returns int64 [rows, ROW]; the last partial row is dropped."""
     texts = tokenizer.tokenizer(captions, add_special_tokens=False)["input_ids"]
     ids = [token for text in texts for token in (*text, tokenizer.delimiter_id)]
     return torch.tensor(ids[: len(ids) // ROW * ROW]).reshape(-1, ROW)
 
 
 def pretrain(rows_RT: torch.Tensor, config: LlamaConfig, *, steps: int, batch_size: int, lr: float, seed: int):
-    """The trained model, and its loss (nats a token) over the last tenth of the steps."""
+    """Train on rows_RT, int64 [rows, ROW]. Returns the model and its loss (nats per token) over the last tenth of the steps."""
     torch.manual_seed(seed)
     lm = LlamaForCausalLM(config)
     optimizer = torch.optim.AdamW(lm.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.1)
@@ -52,16 +52,16 @@ def pretrain(rows_RT: torch.Tensor, config: LlamaConfig, *, steps: int, batch_si
 
 @click.command(context_settings={"show_default": True})
 @click.argument("shards", type=click.Path(path_type=Path))
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="Directory of the model.")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Directory to write the model to.")
 @click.option("--blocks", type=click.IntRange(1), default=8)
 @click.option("--width", type=click.IntRange(32), default=192, help="A multiple of 32.")
-@click.option("--captions", type=click.IntRange(1), default=20_000, help="At most so many, the set's first.")
+@click.option("--captions", type=click.IntRange(1), default=20_000, help="Use at most this many captions, the first ones.")
 @click.option("--steps", type=click.IntRange(50), default=300)
 @click.option("--batch-size", type=click.IntRange(1), default=16, help=f"Rows of {ROW} tokens.")
 @click.option("--lr", default=1e-3)
 @click.option("--seed", default=0)
 def main(shards, out, blocks, width, captions, steps, batch_size, lr, seed):
-    """Train a language model on the captions of SHARDS: 3 minutes on two cores."""
+    """Train a language model on the captions of SHARDS (3 minutes on two cores)."""
     try:
         texts = read_captions(shards, captions)
         tokenizer = train_tokenizer(texts, vocab_size=1024)
@@ -80,7 +80,7 @@ def main(shards, out, blocks, width, captions, steps, batch_size, lr, seed):
     lm, loss = pretrain(token_stream(texts, tokenizer), config, steps=steps, batch_size=batch_size, lr=lr, seed=seed)
     lm.save_pretrained(out)
     tokenizer.save(out)
-    click.echo(f"{out}: {blocks} blocks of width {width}, loss {loss:.3f} nats a token")
+    click.echo(f"{out}: {blocks} blocks of width {width}, loss {loss:.3f} nats per token")
 
 
 def read_captions(source: Path, limit: int) -> list[str]:
