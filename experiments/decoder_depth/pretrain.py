@@ -25,14 +25,14 @@ ROW = 128  # tokens
 
 
 def token_stream(captions: list[str], tokenizer: LabelTokenizer) -> torch.Tensor:
-    """Captions one after another, a delimiter after each. Returns int64 [rows, ROW]; the last partial row is dropped."""
+    """int64 [rows, ROW]: captions one after another, a delimiter after each, without the last partial row."""
     texts = tokenizer.tokenizer(captions, add_special_tokens=False)["input_ids"]
     ids = [token for text in texts for token in (*text, tokenizer.delimiter_id)]
     return torch.tensor(ids[: len(ids) // ROW * ROW]).reshape(-1, ROW)
 
 
 def pretrain(rows_RT: torch.Tensor, config: LlamaConfig, *, steps: int, batch_size: int, lr: float, seed: int):
-    """Train on rows_RT, int64 [rows, ROW]. Returns the model and its loss (nats per token) over the last tenth of the steps."""
+    """The model trained on int64 [rows, ROW], and its loss (nats per token) over the last tenth of the steps."""
     torch.manual_seed(seed)
     lm = LlamaForCausalLM(config)
     optimizer = torch.optim.AdamW(lm.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.1)
@@ -55,7 +55,7 @@ def pretrain(rows_RT: torch.Tensor, config: LlamaConfig, *, steps: int, batch_si
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Directory to write the model to.")
 @click.option("--blocks", type=click.IntRange(1), default=8)
 @click.option("--width", type=click.IntRange(32), default=192, help="A multiple of 32.")
-@click.option("--captions", type=click.IntRange(1), default=20_000, help="Use at most this many captions, the first ones.")
+@click.option("--captions", type=click.IntRange(1), default=20_000, help="At most this many, the first ones.")
 @click.option("--steps", type=click.IntRange(50), default=300)
 @click.option("--batch-size", type=click.IntRange(1), default=16, help=f"Rows of {ROW} tokens.")
 @click.option("--lr", default=1e-3)

@@ -8,7 +8,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -259,4 +259,5 @@ class Search:
                 if proposal.should_prune() and record["status"] == "running" and is_alive(record):
                     trial.state = "pruned"
                     click.echo(f"{trial.run}: pruned after step {step}", err=True)
-                    os.kill(record["process"]["pid"], signal.SIGTERM)
+                    with suppress(ProcessLookupError):  # it has ended meanwhile
+                        os.kill(record["process"]["pid"], signal.SIGTERM)
