@@ -16,11 +16,12 @@ import time
 import traceback
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import chdir, contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from unittest import mock
 
 import torch
 from hydra import compose, initialize_config_dir
@@ -29,6 +30,7 @@ from omegaconf import open_dict
 from PIL import Image
 from small_shards import COLOURS, jpeg, sample, write_shards  # noqa: F401  for the tests that import them from here
 
+from nxtp.cli import main
 from nxtp.config import conf_dir
 from nxtp.deploy.ports import free_port
 from nxtp.inference.recognizer import Recognizer
@@ -108,7 +110,8 @@ def nxtp_here(arguments: list[str], cwd: str, out: str, error: str, environment:
     os.environ.update(environment)
     sys.path[:0] = [cwd]
     sys.argv = ["nxtp", *arguments]
-    from nxtp.cli import main
+    import nxtp.__main__
+    sys.modules["__main__"] = nxtp.__main__  # from which Lightning starts the other ranks
 
     code = 1
     try:
@@ -195,15 +198,27 @@ def run_nxtp(*arguments: str, cwd: Path, fresh: bool = False, **environment: str
     return subprocess.CompletedProcess(list(arguments), process.exitcode, *printed)
 
 
-def tells_a_taken_port_and_a_missing_model(command: str, cwd: Path) -> None:
-    """`nxtp app` and `nxtp serve` say so in a line."""
+def call_nxtp(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
+    """`nxtp …` in this process, with what it printed."""
+    out, error = io.StringIO(), io.StringIO()
+    code = 0
+    with chdir(cwd), redirect_stdout(out), redirect_stderr(error), mock.patch.object(sys, "argv", ["nxtp", *arguments]):
+        try:
+            main()
+        except SystemExit as stop:
+            code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    return subprocess.CompletedProcess(list(arguments), code, out.getvalue(), error.getvalue())
+
+
+def reports_a_taken_port_and_a_missing_model(command: str, cwd: Path) -> None:
+    """`nxtp app` and `nxtp serve` do so in one line."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        done = run_nxtp(command, "nowhere", "--port", str(taken.getsockname()[1]), cwd=cwd)
+        done = call_nxtp(command, "nowhere", "--port", str(taken.getsockname()[1]), cwd=cwd)
     assert done.returncode == 1
     assert "choose another --port" in done.stderr
-    done = run_nxtp(command, "nowhere", "--port", str(free_port()), cwd=cwd)
+    done = call_nxtp(command, "nowhere", "--port", str(free_port()), cwd=cwd)
     assert (done.returncode, done.stderr) == (1, "error: No model directory 'nowhere'.\n")
 
 

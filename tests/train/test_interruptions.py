@@ -1,4 +1,4 @@
-"""Runs that are killed, told to leave, or cannot write: what is left continues to the weights of an undisturbed run."""
+"""Runs that are killed, stopped by a signal, or cannot write: they resume to the weights of an undisturbed run."""
 
 import json
 import random
@@ -23,17 +23,17 @@ OFTEN, NEVER = "callbacks.last.every_n_train_steps=1", "callbacks.last.every_n_t
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
     root = tmp_path_factory.mktemp("interruptions")
-    write_shards(root / "train", [32, 32])
+    write_shards(root / "train", [24, 24], labels=True)
     write_shards(root / "val", [9, 4], labels=True)
     return root
 
 
 def command(name: str, strategy: str = "one", *overrides: str) -> tuple[list[str], int]:
-    """24 steps of eight images, three epochs."""
+    """12 steps of eight images, two epochs."""
     more, ranks = STRATEGIES[strategy]
     arguments = ["train", f"name={name}", "data.train=train", "+data.val.val=val", *TINY_OVERRIDES, *more]
     arguments += ["data.num_workers=0", f"data.batch_size={8 // ranks}", "data.val_batch_size=4", "optim.lr=3e-3"]
-    return [*arguments, "trainer.log_every_n_steps=1", "trainer.max_epochs=3", OFTEN, *overrides], ranks
+    return [*arguments, "trainer.log_every_n_steps=1", "trainer.max_epochs=2", NEVER, *overrides], ranks
 
 
 def run(root, name: str, strategy: str = "one", *overrides: str, code: int = 0, **environment: str) -> str:
@@ -53,25 +53,25 @@ def record(root, name: str) -> dict:
     return json.loads((root / "runs" / name / "run.json").read_text())
 
 
-def assert_same_run(root, name: str, other: str) -> None:
-    """To the bit: weights, what was seen, the metrics of the exported model."""
+def assert_same_run(root, name: str, other: str, epochs: int = 2) -> None:
+    """To the bit: weights, samples seen, the metrics of the exported model."""
     expected, found = weights(root, name), weights(root, other)
     assert expected.keys() == found.keys()
     for key, tensor in expected.items():
         assert torch.equal(tensor, found[key]), key
     one, two = record(root, name), record(root, other)
     assert one["status"] == two["status"] == "finished"
-    assert one["samples_seen"] == two["samples_seen"] == 3 * 64
+    assert one["samples_seen"] == two["samples_seen"] == epochs * 48
     assert one["metrics"]["val/loss"] == two["metrics"]["val/loss"]
 
 
 undisturbed_runs: set[str] = set()
 
 
-def undisturbed(root, strategy: str) -> str:
-    name = f"whole_{strategy}"
+def undisturbed(root, strategy: str, *overrides: str) -> str:
+    name = f"whole_{strategy}{len(overrides)}"
     if name not in undisturbed_runs:
-        run(root, name, strategy)
+        run(root, name, strategy, *overrides)
         undisturbed_runs.add(name)
     return name
 
@@ -84,11 +84,11 @@ def wait_for_steps(root, name: str, started, count: int) -> None:
         time.sleep(0.02)
 
 
-def kill_again_and_again(root, name: str, strategy: str, times: int, seed: int) -> int:
-    """SIGKILL at random moments, of a run that saves after every step, until it ends by itself; how often it struck."""
+def kill_again_and_again(root, name: str, strategy: str, times: int, seed: int, *overrides: str) -> int:
+    """SIGKILL at random moments, to a run that saves after every step, until it ends by itself; the number of kills."""
     chance, struck = random.Random(seed), 0
     while struck < times:
-        arguments, ranks = command(name, strategy)
+        arguments, ranks = command(name, strategy, OFTEN, *overrides)
         started = start_nxtp(*arguments, cwd=root, ranks=ranks)
         wait_for_steps(root, name, started, 1 + chance.randrange(3))
         time.sleep(chance.random() * 0.2)
@@ -99,7 +99,7 @@ def kill_again_and_again(root, name: str, strategy: str, times: int, seed: int) 
         if not alive:
             break
         struck += 1
-    run(root, name, strategy)
+    run(root, name, strategy, OFTEN, *overrides)
     return struck
 
 
@@ -112,11 +112,11 @@ def test_killed_runs_reach_the_same_weights(root, strategy):
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", list(STRATEGIES))
 def test_killed_at_twenty_random_points(root, strategy):
-    names = [f"killed20_{strategy}_{i}" for i in range(5)]
-    struck = sum(kill_again_and_again(root, name, strategy, 4, seed=10 + i) for i, name in enumerate(names))
+    names, longer = [f"killed20_{strategy}_{i}" for i in range(5)], "trainer.max_epochs=4"
+    struck = sum(kill_again_and_again(root, name, strategy, 4, 10 + i, longer) for i, name in enumerate(names))
     assert struck >= 16
     for name in names:
-        assert_same_run(root, undisturbed(root, strategy), name)
+        assert_same_run(root, undisturbed(root, strategy, longer), name, epochs=4)
 
 
 DIE_WHILE_SAVING = """
@@ -136,68 +136,86 @@ class Die(L.Callback):
 
 def test_killed_in_the_middle_of_a_save(root):
     (root / "die.py").write_text(DIE_WHILE_SAVING)
-    run(root, "mid", "one", "+callbacks.die._target_=die.Die", code=9)
+    run(root, "mid", "one", "+callbacks.die._target_=die.Die", OFTEN, code=9)
     assert list(last_checkpoint(root, "mid").parent.glob(".*.part"))
     run(root, "mid")
     assert_same_run(root, undisturbed(root, "one"), "mid")
 
 
-@pytest.mark.parametrize(
-    ("strategy", "number", "whom"),
-    [
-        ("one", signal.SIGINT, "all"),
-        ("ddp", signal.SIGTERM, "first"),
-        pytest.param("fsdp", signal.SIGUSR1, "all", marks=pytest.mark.slow),
-        pytest.param("fsdp", signal.SIGTERM, "first", marks=pytest.mark.slow),
-        pytest.param("one", signal.SIGTERM, "all", marks=pytest.mark.slow),
-    ],
-)
-def test_a_signal_saves_and_leaves(root, strategy, number, whom):
-    """One rank that is told is enough; the same command goes on to the same weights."""
-    name = f"told_{strategy}_{number}"
-    arguments, ranks = command(name, strategy, NEVER)
-    started = start_nxtp(*arguments, cwd=root, ranks=ranks)
-    wait_for_steps(root, name, started, 5)
-    started.kill(number) if whom == "all" else started.kill_first(number)
-    assert started.wait() == 128 + number, started.output[-3000:]
-    assert started.output.count("The same command continues it") == 1
-    assert "Traceback" not in started.output
-    assert record(root, name)["status"] == "interrupted"
-    run(root, name, strategy, NEVER)
-    assert_same_run(root, undisturbed(root, strategy), name)
-
-
-SIGNAL_IN_VALIDATION = """
+SIGNAL = """
 import os, signal
 import lightning as L
 
-class Tell(L.Callback):
+class Signal(L.Callback):
+    # To this process, once: after an optimizer step, or in the validation that follows it.
+
+    def __init__(self, number, step, name, all_ranks=True, validation=False):
+        self.number, self.step, self.all_ranks, self.validation = number, step, all_ranks, validation
+        self.done = f"signalled_{name}"
+
+    def send(self, trainer):
+        done = f"{self.done}_{trainer.global_rank}"
+        concerned = self.all_ranks or trainer.global_rank == 0
+        if trainer.global_step == self.step and concerned and not os.path.exists(done):
+            open(done, "w").close()
+            os.kill(os.getpid(), self.number)
+
+    def on_train_batch_end(self, trainer, *_):
+        if not self.validation:
+            self.send(trainer)
+
     def on_validation_batch_start(self, trainer, *_):
-        if trainer.global_step == 16 and not os.path.exists("told"):
-            open("told", "w").close()
-            os.kill(os.getpid(), signal.SIGTERM)
+        if self.validation:
+            self.send(trainer)
 """
 
 
+def signalled(root, name: str, strategy: str, number: int, step: int, *overrides: str, **options: bool) -> str:
+    """Run until the signal at ``step`` stops it; its output."""
+    (root / "signalling.py").write_text(SIGNAL)
+    settings = {"_target_": "signalling.Signal", "number": int(number), "step": step, "name": name, **options}
+    sending = [f"+callbacks.signal.{key}={value}" for key, value in settings.items()]
+    output = run(root, name, strategy, *sending, *overrides, code=128 + number)
+    assert output.count("The same command continues it") == 1
+    assert "Traceback" not in output
+    assert record(root, name)["status"] == "interrupted"
+    return output
+
+
+@pytest.mark.parametrize(
+    ("strategy", "number", "all_ranks"),
+    [
+        ("one", signal.SIGINT, True),
+        ("ddp", signal.SIGTERM, False),
+        pytest.param("fsdp", signal.SIGUSR1, True, marks=pytest.mark.slow),  # as ddp, but for what is saved
+        pytest.param("fsdp", signal.SIGTERM, False, marks=pytest.mark.slow),
+        pytest.param("one", signal.SIGTERM, True, marks=pytest.mark.slow),  # as SIGINT
+    ],
+)
+def test_a_signal_saves_and_stops(root, strategy, number, all_ranks):
+    """A signal to one rank is enough; the same command resumes to the same weights."""
+    name = f"signal_{strategy}_{number}"
+    signalled(root, name, strategy, number, 4, all_ranks=all_ranks)
+    assert record(root, name)["samples_seen"] in (4 * 8, 5 * 8)  # at the latest with the next step's all-reduce
+    run(root, name, strategy)
+    assert_same_run(root, undisturbed(root, strategy), name)
+
+
 def test_a_signal_in_validation(root):
-    (root / "tell.py").write_text(SIGNAL_IN_VALIDATION)
-    tell = ["+callbacks.tell._target_=tell.Tell", NEVER]
-    run(root, "validating", "one", *tell, code=128 + signal.SIGTERM)
-    assert record(root, "validating")["samples_seen"] == 2 * 64
-    run(root, "validating", "one", *tell)
+    signalled(root, "validating", "one", signal.SIGTERM, 6, validation=True)
+    assert record(root, "validating")["samples_seen"] == 48
+    run(root, "validating", "one")
     assert_same_run(root, undisturbed(root, "one"), "validating")
 
 
 def test_a_signal_in_validation_within_a_step(root):
-    """Batches that wait for others of their step are not lost: the run leaves after the step."""
-    (root / "amid.py").write_text(SIGNAL_IN_VALIDATION.replace("== 16", "== 3").replace('"told"', '"told_amid"'))
-    amid = ["data.batch_size=4", "trainer.accumulate_grad_batches=2", "trainer.val_check_interval=7", NEVER]
-    tell = [*amid, "+callbacks.tell._target_=amid.Tell"]
-    run(root, "amid_whole", "one", *amid)
-    run(root, "amid", "one", *tell, code=128 + signal.SIGTERM)
-    assert record(root, "amid")["samples_seen"] == 4 * 8
-    run(root, "amid", "one", *tell)
-    assert_same_run(root, "amid_whole", "amid")
+    """Accumulated batches are not lost: the run stops after the step."""
+    within = ["data.batch_size=4", "trainer.accumulate_grad_batches=2", "trainer.val_check_interval=5"]
+    run(root, "within_whole", "one", *within)
+    signalled(root, "within", "one", signal.SIGTERM, 2, *within, validation=True)
+    assert record(root, "within")["samples_seen"] == 3 * 8
+    run(root, "within", "one", *within)
+    assert_same_run(root, "within_whole", "within")
 
 
 HANDLER = """
@@ -210,14 +228,10 @@ class Scheduler(L.Callback):
 """
 
 
-def test_a_handler_that_was_there_is_called_after_saving(root):
-    """As submitit's, which puts the job back into the queue."""
+def test_a_previous_handler_is_called_after_saving(root):
+    """As submitit's, which requeues the job."""
     (root / "scheduler.py").write_text(HANDLER)
-    arguments, _ = command("queued", "one", "+callbacks.scheduler._target_=scheduler.Scheduler", NEVER)
-    started = start_nxtp(*arguments, cwd=root)
-    wait_for_steps(root, "queued", started, 3)
-    started.kill(signal.SIGUSR2)
-    assert started.wait() == 128 + signal.SIGUSR2
+    signalled(root, "queued", "one", signal.SIGUSR2, 3, "+callbacks.scheduler._target_=scheduler.Scheduler")
     assert last_checkpoint(root, "queued").is_file()
     assert (root / "requeued").exists()
 
@@ -228,7 +242,7 @@ import lightning as L
 
 class Full(L.Callback):
     def on_train_batch_end(self, trainer, *_):
-        if trainer.global_step == 6:
+        if trainer.global_step == 4:
             trainer.strategy.checkpoint_io.wait()
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
             resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))
@@ -239,12 +253,12 @@ class Full(L.Callback):
 def test_a_disk_that_is_full_leaves_the_checkpoint_before(root, strategy):
     (root / f"full_{strategy}.py").write_text(DISK_FULL)
     name = f"full_{strategy}"
-    told = run(root, name, strategy, f"+callbacks.full._target_={name}.Full", code=1)
-    assert "could not be written" in told
-    assert "still in" in told
-    assert "Traceback" not in told
+    output = run(root, name, strategy, f"+callbacks.full._target_={name}.Full", OFTEN, code=1)
+    assert "could not be written" in output
+    assert "still in" in output
+    assert "Traceback" not in output
     last = last_checkpoint(root, name)
-    assert (read_file(last / REST) if last.is_dir() else read_file(last))["global_step"] == 5
+    assert (read_file(last / REST) if last.is_dir() else read_file(last))["global_step"] == 3
     run(root, name, strategy)
     assert_same_run(root, undisturbed(root, strategy), name)
 
@@ -253,34 +267,38 @@ def test_a_disk_that_is_full_leaves_the_checkpoint_before(root, strategy):
     ("first", "then"),
     [
         ("one", "fsdp"),
-        pytest.param("fsdp", "one", marks=pytest.mark.slow),
+        pytest.param("fsdp", "one", marks=pytest.mark.slow),  # tests/distributed/test_checkpoints.py: in one process
         pytest.param("ddp", "fsdp", marks=pytest.mark.slow),
         pytest.param("fsdp", "ddp", marks=pytest.mark.slow),
     ],
 )
 def test_a_run_continues_under_another_strategy(root, first, then):
-    """Weights and the optimiser's state go over: the run ends where it would have ended, to rounding."""
+    """With its weights and the optimizer's state: it ends where it would have ended, to rounding."""
     name = f"{first}_then_{then}"
-    arguments, ranks = command(name, first, NEVER)
-    started = start_nxtp(*arguments, cwd=root, ranks=ranks)
-    wait_for_steps(root, name, started, 10)
-    started.kill(signal.SIGTERM)
-    assert started.wait() == 128 + signal.SIGTERM
+    signalled(root, name, first, signal.SIGTERM, 5)
     batch = f"data.batch_size={8 // STRATEGIES[first][1]}"
-    arguments, ranks = command(name, then, NEVER, batch, f"resume={last_checkpoint(root, name)}")
-    if ranks != STRATEGIES[first][1]:  # the same eight images a step
+    arguments, ranks = command(name, then, batch, f"resume={last_checkpoint(root, name)}")
+    if ranks != STRATEGIES[first][1]:  # the same eight images per step
         arguments.append(f"data.batch_size={8 // ranks}")
     nxtp_runs(*arguments, cwd=root, ranks=ranks)
     found = weights(root, name)
     for key, tensor in weights(root, undisturbed(root, first)).items():
         torch.testing.assert_close(found[key], tensor, rtol=1e-3, atol=2e-5, msg=lambda m, key=key: f"{key}: {m}")
-    assert record(root, name)["samples_seen"] == 3 * 64
+    assert record(root, name)["samples_seen"] == 2 * 48
+    assert last_checkpoint(root, name).is_dir() == (then == "fsdp")
+    assert_exports(root, name)
 
 
-@pytest.mark.parametrize("strategy", ["one", "fsdp"])
-def test_any_checkpoint_becomes_a_model_directory(root, strategy):
-    name = undisturbed(root, strategy)
-    target = root / f"exported_{strategy}"
+def test_a_checkpoint_becomes_a_model_directory(root):
+    name = undisturbed(root, "one")
+    target = assert_exports(root, name)
+    assert "exists" in nxtp_runs("export", str(last_checkpoint(root, name)), "--to", str(target), cwd=root, code=1)
+    assert "No checkpoint" in nxtp_runs("export", "nowhere.ckpt", "--to", "x", cwd=root, code=1)
+
+
+def assert_exports(root, name: str):
+    """A model directory with the checkpoint's weights."""
+    target = root / f"exported_{name}"
     nxtp_runs("export", str(last_checkpoint(root, name)), "--to", str(target), cwd=root)
     recognizer = Recognizer.from_pretrained(target, device="cpu")
     assert recognizer.provenance["run"] == name
@@ -288,5 +306,4 @@ def test_any_checkpoint_becomes_a_model_directory(root, strategy):
     exported = load_file(target / "model.safetensors")
     assert exported.keys() == stored.keys()
     assert all(torch.equal(exported[key], stored[key]) for key in stored)
-    assert "exists" in nxtp_runs("export", str(last_checkpoint(root, name)), "--to", str(target), cwd=root, code=1)
-    assert "No checkpoint" in nxtp_runs("export", "nowhere.ckpt", "--to", "x", cwd=root, code=1)
+    return target

@@ -92,14 +92,19 @@ class PreemptionHandler(L.Callback):
         if module.stop_agreed and module.between_steps:
             self._stop(trainer, module)
 
-    def on_validation_batch_end(self, trainer: L.Trainer, module: RecognitionModule, *_: Any) -> None:
+    def on_validation_batch_start(self, trainer: L.Trainer, module: RecognitionModule, *_: Any) -> None:
         # Between accumulated batches gradients would be lost: the run stops after the step.
         if trainer.state.fn == TrainerFn.FITTING and module.between_steps and module.agree_to_stop():
+            # To Lightning, a validation that stopped within a batch, the first: a resumed run repeats all of it.
+            progress = trainer.fit_loop.epoch_loop.val_loop.batch_progress
+            progress.increment_started()
+            progress.reset_on_run()
             module.end_validation()
             self._stop(trainer, module)
 
     def _stop(self, trainer: L.Trainer, module: RecognitionModule) -> None:
         trainer.save_checkpoint(self.path, weights_only=False)
+        module.final_counts = module.counts()
         raise Preempted(module.stop_signal or signal.SIGTERM)
 
     def on_exception(self, *_: Any) -> None:
