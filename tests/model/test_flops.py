@@ -1,6 +1,7 @@
 """FLOPs by formula against PyTorch's operator counter, the peaks of GPUs, and what frozen blocks keep for autograd."""
 
 import copy
+from functools import cache
 
 import numpy as np
 import pytest
@@ -45,29 +46,25 @@ def by_formula(model: Model, objective: str = "published") -> Flops:
     return ModelFlops(model).step(*layout.segments_BT.shape, len(layout.sources))
 
 
-def published(**decoder) -> ModelConfig:
+@cache
+def published(depth: int) -> Model:
+    """The model of experiment g3m with ``depth`` decoder blocks, on the meta device."""
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        config = to_dataclass(ModelConfig, compose("train", ["experiment=g3m"]).model, "model")
-    config.decoder.source = None
-    for key, value in decoder.items():
-        setattr(config.decoder, key, value)
-    return config
-
-
-def trains_of(experiment: str) -> TrainableConfig:
-    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        return to_dataclass(OptimConfig, compose("train", [f"experiment={experiment}"]).optim, "optim").trainable
+        recipe = compose("train", ["experiment=g3m"])
+    config = to_dataclass(ModelConfig, recipe.model, "model")
+    config.decoder.source, config.decoder.depth = None, depth
+    return meta_model(config, None, to_dataclass(OptimConfig, recipe.optim, "optim").trainable)
 
 
 @pytest.mark.parametrize("depth", [1, 6, 32])
 def test_published_model_costs_what_the_counter_counts(depth):
-    model = meta_model(published(depth=depth), None, trains_of("g3m"))
+    model = published(depth)
     formula, counter = by_formula(model), counted(model)
     assert formula.forward == pytest.approx(counter.forward, rel=1e-3)
     assert formula.backward == pytest.approx(counter.backward, rel=1e-3)
 
 
-TRAINS = {
+TRAINABLE = {
     "all": TrainableConfig(),
     "published": TrainableConfig(encoder=1, embedding=False),
     "encoder frozen": TrainableConfig(encoder="none"),
@@ -81,9 +78,9 @@ TRAINS = {
 
 
 @pytest.mark.parametrize("objective", ["matched", "published"])
-@pytest.mark.parametrize("trainable", list(TRAINS))
+@pytest.mark.parametrize("trainable", list(TRAINABLE))
 def test_only_what_trains_costs_backward(trainable, objective):
-    model = meta_model(tiny_config(), None, TRAINS[trainable])
+    model = meta_model(tiny_config(), None, TRAINABLE[trainable])
     formula, counter = by_formula(model, objective), counted(model, objective)
     assert formula.forward == pytest.approx(counter.forward, rel=1e-3)
     assert formula.backward == pytest.approx(counter.backward, rel=1e-3)
@@ -113,13 +110,13 @@ def test_other_decoders(fields):
     "encoder",
     [
         EncoderConfig(vision={"timm_model_name": "resnet10t"}, image_size=64),
-        EncoderConfig(vision={"timm_model_name": "vit_tiny_patch16_224"}, image_size=224),
+        EncoderConfig(vision={"timm_model_name": "test_vit"}, image_size=64),
     ],
     ids=["resnet10t", "timm's ViT"],
 )
 def test_towers_without_a_formula_are_counted(encoder, trainable):
     config = ModelConfig(encoder=encoder, decoder=tiny_config().decoder, vocab_size=400)
-    model = meta_model(config, 400, TRAINS[trainable])
+    model = meta_model(config, 400, TRAINABLE[trainable])
     formula, counter = by_formula(model), counted(model)
     assert formula.forward == pytest.approx(counter.forward, rel=1e-3)
     assert formula.backward == pytest.approx(counter.backward, rel=1e-3)
@@ -139,7 +136,7 @@ def test_counting_leaves_a_real_model_as_it_was():
 
 
 def test_training_flops_of_a_typical_image():
-    model = meta_model(published(), None, trains_of("g3m"))
+    model = published(6)
     flops = training_flops(model)
     positions, sources = 256 + 1 + 7 + 8 * 3, 1 + 8 * 2
     assert flops == ModelFlops(model).step(1, positions, sources)

@@ -1,6 +1,7 @@
 """Greedy, beam and exact search beside plain ways of computing the same."""
 
 import itertools
+from functools import cache, partial
 
 import pytest
 import torch
@@ -120,8 +121,9 @@ def test_beam_search_of_full_width_finds_the_best_text():
     config = BeamConfig(max_new_tokens=length, num_beams=vocabulary ** (length - 1))
     tokens, probs = beam(model, images, config, **COMMON)
     for image, text, found in zip(images.split(1), tokens.tolist(), probs, strict=True):
+        following = cache(partial(plain_log_probs, model, image))
         best = max(
-            (plain_score(model, image, list(candidate)), candidate)
+            (sum(following(candidate[:i])[token].item() for i, token in enumerate(candidate)), candidate)
             for candidate in itertools.product(range(vocabulary), repeat=length)
         )
         assert tuple(text) == best[1]
@@ -130,16 +132,13 @@ def test_beam_search_of_full_width_finds_the_best_text():
     assert torch.equal(one, greedy(model, images, GreedyConfig(max_new_tokens=length), **COMMON)[0])
 
 
-def plain_score(model: Model, image: torch.Tensor, text: list[int]) -> float:
+def plain_log_probs(model: Model, image: torch.Tensor, text: tuple[int, ...]) -> torch.Tensor:
+    """Of the token that follows ``text``, which sees its own label only."""
     number = label_of([*text, 0])
-    total = 0.0
-    for i, token in enumerate(text):
-        logits = plain_logits(model, image, text[:i], lambda q, k: number[q] == number[k])
-        total += logits.log_softmax(-1)[token].item()
-    return total
+    return plain_logits(model, image, list(text), lambda q, k: number[q] == number[k]).log_softmax(-1)
 
 
-def test_beam_search_may_end_with_eos_and_favours_length_as_told():
+def test_beam_search_may_end_with_eos_and_favours_length_by_its_penalty():
     model, images = tiny_model(6, scale=0.3), pictures(4)
     texts = [
         beam(model, images, BeamConfig(max_new_tokens=6, num_beams=4, length_penalty=power), **COMMON, eos=5)[0]
@@ -280,10 +279,14 @@ def test_samplers_by_name():
     model = Model(config).eval()
     assert set(range(len(tokenizer), len(tokenizer) + 2)) <= set(never_first(model, tokenizer))
     images = torch.zeros(2, 3, 32, 32, dtype=torch.uint8)
-    for name in SAMPLERS:
-        samples = sample(model, images, sampler_config(name), tokenizer=tokenizer, top_k=3)
+    recognizer = Recognizer(model, tokenizer, config)
+    small = {"greedy": {"max_new_tokens": 12}, "beam": {"max_new_tokens": 12}, "exact": {"max_expansions": 64}}
+    for name, kind in SAMPLERS.items():
+        assert type(sampler_config(name)) is kind
+        choice = {"name": name, **small.get(name, {})}
+        samples = sample(model, images, sampler_config(choice), tokenizer=tokenizer, top_k=3)
         assert len(samples.tokens_BKL) == 2
-        found = Recognizer(model, tokenizer, config).predict_pixels(images, 3, sampler=name)
+        found = recognizer.predict_pixels(images, 3, sampler=choice)
         assert found[0] == found[1]
     assert sampler_config({"name": "beam", "num_beams": 5}).num_beams == 5
     with pytest.raises(UserError, match=r"No sampler 'gredy'. Did you mean 'greedy'"):
@@ -346,8 +349,10 @@ def test_patience_ends_a_beam_search_and_rows_the_tokenizer_lacks_are_no_starts(
             grown.decoder.lm.lm_head.weight, grown.prefill(images, tokenizer.prompt_ids)[0].T
         ).solution
         grown.decoder.lm.lm_head.weight[-2:] = 10 * hidden.mean(dim=1)
-    for name in ("one_shot", "exact", "greedy"):
-        samples = sample(grown, images, sampler_config(name), tokenizer=tokenizer, top_k=len(tokenizer))
+    small = {"one_shot": {"max_tokens": 3}, "exact": {"max_expansions": 64}, "greedy": {"max_new_tokens": 16}}
+    for name, limits in small.items():
+        sampler = sampler_config({"name": name, **limits})
+        samples = sample(grown, images, sampler, tokenizer=tokenizer, top_k=len(tokenizer))
         assert (samples.tokens_BKL[..., 0] < len(tokenizer)).all()
 
 
