@@ -79,7 +79,7 @@ def import_release(
 ) -> Converted:
     """A released checkpoint and the base weights that it was trained from → a model directory.
 
-    Tensors are read and written one by one: memory holds the largest one. Without ``dtype`` every tensor keeps its
+    Tensors are read and written one by one: memory must fit the largest one. Without ``dtype`` every tensor keeps its
     own, so nothing is rounded.
 
     Args:

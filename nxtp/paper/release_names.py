@@ -36,7 +36,7 @@ def our_name(name: str) -> str | None:
 
 
 def their_name(name: str) -> str | None:
-    """The released name, without ``module.``, of one of our parameters; None if no release can hold it."""
+    """The released name, without ``module.``, of one of our parameters; None if no release has it."""
     if name == "projection.weight":
         return "vision_encoder.proj.weight"
     if name.startswith("encoder.visual.") and not name.startswith("encoder.visual.trunk."):

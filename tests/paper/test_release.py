@@ -138,7 +138,7 @@ def is_trained(name: str) -> bool:
 
 
 def released(model: Model) -> dict[str, torch.Tensor]:
-    """The trained parameters in the published naming, and the embedding, which holds the row of <|image|>."""
+    """The trained parameters in the published naming, and the embedding, which contains the row of <|image|>."""
     state = {}
     for name, tensor in model.state_dict().items():
         if name != "image_token" and (is_trained(name) or "embed_tokens" in name):
@@ -148,7 +148,7 @@ def released(model: Model) -> dict[str, torch.Tensor]:
 
 
 def write_torchscript(path: Path, state: dict[str, torch.Tensor]) -> None:
-    """An archive like OpenAI's: nested modules with parameters, and a program that nobody should run."""
+    """An archive like OpenAI's: nested modules with parameters, and a program that must not be run."""
 
     class Part(torch.nn.Module):
         def forward(self, x: int) -> int:
@@ -288,7 +288,7 @@ def larger(model):
 
 
 @pytest.mark.parametrize(
-    ("function", "told"),
+    ("function", "message"),
     [
         (deeper, r"has 5 decoder blocks, '.*' only 4"),
         (wider, r"1 of another shape \(decoder.lm.model.norm.weight: 65, expected 64\)"),
@@ -308,9 +308,9 @@ def larger(model):
         ),
     ],
 )
-def test_a_checkpoint_that_does_not_fit_is_refused_by_name(place, tmp_path, function, told):
+def test_a_checkpoint_that_does_not_fit_is_refused_by_name(place, tmp_path, function, message):
     place, _, _ = place
-    with pytest.raises(UserError, match=told) as error:
+    with pytest.raises(UserError, match=message) as error:
         import_it(place, tmp_path / "model", checkpoint=change(place, tmp_path / "odd.pth", function))
     assert "\n" not in str(error.value)
     assert os.listdir(tmp_path) == ["odd.pth"]
@@ -366,14 +366,17 @@ def test_a_tokenizer_that_splits_the_delimiter_or_the_last_prompt_word_is_refuse
         model["vocab"]["▁a,"] = model["vocab"].pop(odd)
         model["merges"] = [pair for pair in model["merges"] if odd not in (*pair, "".join(pair))]
 
-    for function, told in ((without_are, "splits 'are', the prompt's last word"), (with_a_comma, "the delimiter ','")):
+    for function, message in (
+        (without_are, "splits 'are', the prompt's last word"),
+        (with_a_comma, "the delimiter ','"),
+    ):
         directory = tmp_path / function.__name__
         LlamaTokenizerFast.from_pretrained(place / "llama").save_pretrained(directory)
         broken = json.loads((directory / "tokenizer.json").read_text())
         broken["model"] = json.loads(json.dumps(content))
         function(broken["model"])
         (directory / "tokenizer.json").write_text(json.dumps(broken))
-        with pytest.raises(UserError, match=told):
+        with pytest.raises(UserError, match=message):
             import_it(place, tmp_path / "model", tokenizer=directory)
     assert not (tmp_path / "model").exists()
 
