@@ -1,4 +1,4 @@
-"""A model directory: ``model.safetensors``, ``config.yaml``, tokenizer files. Written whole or not at all."""
+"""The format of a model directory: ``model.safetensors``, ``config.yaml`` and the tokenizer's files."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 import yaml
 
 import nxtp
-from nxtp.errors import UserError
+from nxtp.errors import UserError, some_of
 from nxtp.model import decoder
 from nxtp.model.hub import is_path
 from nxtp.model.model import Model, ModelConfig
@@ -33,30 +33,30 @@ def write_model_dir(
     config: ModelConfig,
     provenance: dict[str, Any],
 ) -> None:
-    """Write a model directory over what was there.
+    """Write a model directory, or replace one, in one rename.
 
     Args:
-        write_weights: writes the safetensors file at the path that it is given.
-        config: rebuilds the model without other sources.
+        write_weights: writes the safetensors file to a path.
+        config: must build the model without other sources.
     """
-    with atomic_directory(directory) as aside:
-        write_weights(aside / WEIGHTS)
-        tokenizer.save(aside)
+    with atomic_directory(directory) as new:
+        write_weights(new / WEIGHTS)
+        tokenizer.save(new)
         content = {
             "format": FORMAT,
             "nxtp": nxtp.__version__,
             "model": asdict(config),
             "provenance": provenance,
-            "files": {name: _fingerprint(aside / name) for name in (WEIGHTS, *TOKENIZER_FILES)},
+            "files": {name: _fingerprint(new / name) for name in (WEIGHTS, *TOKENIZER_FILES)},
         }
-        (aside / CONFIG).write_text(yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
+        (new / CONFIG).write_text(yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
 
 
 def locate(source: str | Path) -> Path:
-    """A local model directory, or the downloaded one of a hub name ("owner/name").
+    """A local model directory as it is; a hub name ("owner/name") is downloaded.
 
     Raises:
-        UserError: neither is there.
+        UserError: no such directory and no such model on the hub.
     """
     directory = Path(source)
     if directory.is_dir():
@@ -69,7 +69,7 @@ def locate(source: str | Path) -> Path:
         return Path(snapshot_download(str(source), allow_patterns=[WEIGHTS, CONFIG, *TOKENIZER_FILES]))
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"'{source}' is no directory, and could not be had from the hub: {reason}") from error
+        raise UserError(f"No directory '{source}', and the hub has no such model: {reason}") from error
 
 
 def read_config(directory: Path) -> dict[str, Any]:
@@ -88,20 +88,15 @@ def read_config(directory: Path) -> dict[str, Any]:
     if not isinstance(content, dict) or not isinstance(content.get("format"), int) or "model" not in content:
         raise UserError(f"'{path}' is not a model's configuration: it lacks 'format' or 'model'.")
     if content["format"] > FORMAT:
-        raise UserError(f"'{directory}' has format {content['format']}; this nxtp reads up to {FORMAT}: upgrade it.")
+        raise UserError(f"'{directory}' has format {content['format']}; this nxtp reads up to {FORMAT}: upgrade nxtp.")
     return content
 
 
-def _fingerprint(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
-        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
-
-
-def verify(directory: Path, files: dict[str, Any]) -> None:
-    """Compare the directory's files with their fingerprints.
+def verify(directory: Path, files: Mapping[str, Any]) -> None:
+    """Compare the directory's files with the sizes and SHA-256 sums of ``config.yaml``.
 
     Raises:
-        UserError: one is missing or differs.
+        UserError: a file is missing or differs.
     """
     for name in (WEIGHTS, *TOKENIZER_FILES):
         path = directory / name
@@ -113,28 +108,21 @@ def verify(directory: Path, files: dict[str, Any]) -> None:
             )
 
 
-def mismatch(
-    expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], limit: int | None = None
-) -> str:
-    """What of ``found`` does not fit ``expected`` (names → shapes), in words; '' when all fits.
+def _fingerprint(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
-    Args:
-        limit: names of each kind that are listed; None lists all.
-    """
-    kinds = {
-        "missing": sorted(expected.keys() - found.keys()),
-        "surplus": sorted(found.keys() - expected.keys()),
-        "of another shape": [
-            f"{name}: {_times(found[name])}, expected {_times(expected[name])}"
-            for name in sorted(expected.keys() & found.keys())
-            if tuple(expected[name]) != tuple(found[name])
-        ],
-    }
-    return "; ".join(
-        f"{len(names)} {kind} ({', '.join(names[:limit])}{', …' if limit and len(names) > limit else ''})"
-        for kind, names in kinds.items()
-        if names
-    )
+
+def mismatch(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> str:
+    """How the tensors ``found`` (name → shape) differ from those ``expected``; '' if they do not."""
+    shapes = [
+        f"{name}: {_times(found[name])}, expected {_times(expected[name])}"
+        for name in sorted(expected.keys() & found.keys())
+        if tuple(expected[name]) != tuple(found[name])
+    ]
+    missing, surplus = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
+    kinds = {"missing": missing, "surplus": surplus, "of another shape": shapes}
+    return "; ".join(f"{len(names)} {kind} ({some_of(names)})" for kind, names in kinds.items() if names)
 
 
 def _times(shape: tuple[int, ...]) -> str:
@@ -143,24 +131,21 @@ def _times(shape: tuple[int, ...]) -> str:
 
 @torch.no_grad()
 def load_weights(model: Model, path: Path) -> None:
-    """Fill ``model`` from a safetensors file, a tensor at a time, each cast to its parameter's dtype.
+    """Fill ``model`` from a safetensors file, one tensor at a time, each cast to its parameter's dtype.
 
     Raises:
         UserError: the file is damaged, or its tensors are not the model's.
     """
     weights = SafetensorsFiles([path])
-    own = model.state_dict()
-    source = {name: name for name in weights.specs}
-    if model.decoder.lm.config.tie_word_embeddings:  # one of two tied tensors may be kept
-        present = next((name for name in (HEAD, EMBEDDING) if name in source), None)
+    parameters = model.state_dict()
+    stored = {name: name for name in weights.specs}
+    if model.decoder.lm.config.tie_word_embeddings:  # a file may contain one of two tied tensors
+        present = next((name for name in (HEAD, EMBEDDING) if name in stored), None)
         for name in (HEAD, EMBEDDING) if present else ():
-            source.setdefault(name, present)
-    told = mismatch(
-        {name: tuple(tensor.shape) for name, tensor in own.items()},
-        {name: weights.specs[stored].shape for name, stored in source.items()},
-        limit=3,
-    )
-    if told:
-        raise UserError(f"'{path}' does not fit its config.yaml: {told}.")
-    for name, tensor in own.items():
-        tensor.copy_(weights.read(source[name]))
+            stored.setdefault(name, present)
+    expected = {name: tuple(tensor.shape) for name, tensor in parameters.items()}
+    difference = mismatch(expected, {name: weights.specs[stored[name]].shape for name in stored})
+    if difference:
+        raise UserError(f"'{path}' does not fit its config.yaml: {difference}.")
+    for name, tensor in parameters.items():
+        tensor.copy_(weights.read(stored[name]))

@@ -5,130 +5,127 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from nxtp.errors import UserError
+from nxtp.errors import UserError, printable
 
 if TYPE_CHECKING:
     from rich.console import Console
     from torch import Tensor
 
-    from nxtp.inference.figures import AttentionItem, GridItem
     from nxtp.inference.recognizer import Recognizer
-    from nxtp.inference.streaming import Prediction, Source
+    from nxtp.inference.streaming import ImageSource, Prediction
     from nxtp.sampling.ranking import Labels
 
-_GRID_PIXELS = 256  # a picture's shorter side in the grid, at least
-_MOST_BYTES = 1 << 28  # of an image on standard input; what is longer is cut off, and told as such
-_AS_IT_IS = {"markup": False, "highlight": False, "soft_wrap": True}  # how rich prints names and messages
-_A_PATH = click.Path(path_type=Path, dir_okay=False)
+_GRID, _GRID_PIXELS = 12, 256  # images of --grid, and their shorter side
+_ATTENTION, _ATTENTION_LABELS = 6, 5  # images of --attention, and labels of each
+_MAX_BYTES = 1 << 28  # of an image on standard input
+_PLAIN = {"markup": False, "highlight": False, "soft_wrap": True}  # how rich prints names and messages
+_FILE = click.Path(path_type=Path, dir_okay=False)
 _COMMON = (
     click.argument("images", nargs=-1),
     click.option("--model", required=True, help="A model directory or hub name."),
-    click.option("--top-k", type=click.IntRange(min=1), default=10, show_default=True, help="Labels an image."),
-    click.option("--out", type=_A_PATH, help="Write a .jsonl or .parquet file; stopped, the same command goes on."),
-    click.option("--overwrite", is_flag=True, help="Replace what --out left or made before."),
-    click.option("--json", "as_json", is_flag=True, help="One JSON object an image, a line each, on standard output."),
-    click.option("--stdin", is_flag=True, help="Names of images and directories come on standard input, a line each."),
+    click.option("--top-k", type=click.IntRange(min=1), default=10, show_default=True, help="Labels per image."),
+    click.option("--out", type=_FILE, help="Write a .jsonl or .parquet file. The same command resumes a stopped one."),
+    click.option("--overwrite", is_flag=True, help="Replace the file of --out, finished or not."),
+    click.option("--json", "as_json", is_flag=True, help="Print one JSON object per image and line."),
+    click.option("--stdin", is_flag=True, help="Read names of images and directories from standard input, one a line."),
     click.option("--null", is_flag=True, help="With --stdin: names end with a NUL byte (find -print0)."),
-    click.option("--grid", type=_A_PATH, help="Also save a picture of the first 12."),
-    click.option("--attention", type=_A_PATH, help="Save where the first 6's labels look."),
-    click.option("--block", type=int, help="Attention of this decoder block; else the mean over all."),
-    click.option("--head", type=int, help="Attention of this head; else the mean over all."),
-    click.option("--batch-size", type=click.IntRange(min=1), default=32, show_default=True, help="Images at once."),
-    click.option("--workers", type=click.IntRange(min=1), help="Threads that read and decode; by default one a core."),
-    click.option("--cache-dir", type=click.Path(file_okay=False), help="Where remote shards are kept."),
+    click.option("--grid", type=_FILE, help=f"Save a picture of the first {_GRID} images with their labels."),
+    click.option("--attention", type=_FILE, help=f"Save the attention maps of the first {_ATTENTION} images."),
+    click.option("--block", type=int, help="Attention of this decoder block. Default: the mean of all."),
+    click.option("--head", type=int, help="Attention of this head. Default: the mean of all."),
+    click.option("--batch-size", type=click.IntRange(min=1), default=32, show_default=True),
+    click.option("--workers", type=click.IntRange(min=1), help="Threads that read and decode. Default: one per core."),
+    click.option("--cache-dir", type=click.Path(file_okay=False), help="Where remote shards are stored."),
     click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, …"),
 )
 
 
-def _of_images(command: Callable) -> Callable:
+def _common_options(command: Callable) -> Callable:
     for decorate in reversed(_COMMON):
         command = decorate(command)
     return command
 
 
 @click.command()
-@_of_images
+@_common_options
 @click.option("--sampler", default="one_shot", show_default=True, help="one_shot, exact, greedy or beam.")
 @click.option("--ranking", default="prob", show_default=True, help="prob, ppl, sim_mean, sim_max, clip or none.")
-@click.option("--allowed", help="Only labels of this file (a label a line) or of imagenet1k may come out.")
-def predict(images, model, top_k, device, sampler, ranking, allowed, **given):
-    """Labels of IMAGES, most probable first: files, directories, shards, or - for one image on standard input.
+@click.option("--classes", help="Write only these labels: a file with one class per line, or imagenet1k.")
+def predict(images, model, top_k, device, sampler, ranking, classes, **options):
+    """Labels of IMAGES, most probable first. IMAGES are files, directories, shards, or - for standard input.
 
     \b
     nxtp predict photo.jpg pictures/ --model DIR
     nxtp predict 'data/shards/cc3m/{00000..00331}.tar' --model DIR --out labels.parquet
     find . -name '*.jpg' | nxtp predict --stdin --model DIR --json
 
-    An image that cannot be used is told in a line, the others are done, and the exit code is 1.
+    An image that cannot be read is reported and skipped; the exit code is then 1.
     """
     from nxtp.inference.recognizer import Recognizer
     from nxtp.sampling.closed_vocabulary import read_classes
     from nxtp.sampling.ranking import ranking_config
     from nxtp.sampling.samplers import sampler_config
 
-    how = sampler_config(sampler), ranking_config(ranking)
-    classes = read_classes(allowed) if allowed else None
-    settings = {"command": "predict", "top_k": top_k, "allowed": _hash_of(classes)}
-    settings |= {"sampler": asdict(how[0]), "ranking": asdict(how[1])}
+    config, order = sampler_config(sampler), ranking_config(ranking)
+    read = read_classes(classes) if classes else None
     recognizer = Recognizer.from_pretrained(model, device=device)
-    only = recognizer.vocabulary(classes) if classes else None
-    score = "probability" if ranking == "prob" else "score"
+    prepared = recognizer.prepare_classes(read) if read else None
+    settings = {"command": "predict", "top_k": top_k, "classes": _hash(read)}
+    settings |= {"sampler": asdict(config), "ranking": asdict(order), "model": _model_id(model)}
 
     def label(pixels: Tensor) -> list[Labels]:
-        return recognizer.predict_pixels(pixels, top_k, *how, only)
+        return recognizer.predict_pixels(pixels, top_k, config, order, prepared)
 
-    _answer(images, recognizer, label, score, settings | {"model": _identity(model)}, **given)
+    _run(images, recognizer, label, "probability" if ranking == "prob" else "score", settings, **options)
 
 
 @click.command()
-@_of_images
-@click.option("--labels", required=True, help="A file, a class a line, its names separated by commas; or imagenet1k.")
-def classify(images, model, top_k, device, labels, **given):
-    """The given labels' probabilities for each of IMAGES, most probable first.
+@_common_options
+@click.option("--classes", required=True, help="A file: one class per line, its names separated by commas; imagenet1k.")
+def classify(images, model, top_k, device, classes, **options):
+    """The probability of each class for IMAGES: files, directories, shards, or - for standard input.
 
     \b
-    nxtp classify photo.jpg --model DIR --labels animals.txt
-    nxtp classify pictures/ --model DIR --labels imagenet1k --top-k 5 --out labels.jsonl
+    nxtp classify photo.jpg --model DIR --classes animals.txt
+    nxtp classify pictures/ --model DIR --classes imagenet1k --top-k 5 --out labels.jsonl
 
-    imagenet1k takes all names of its 1,000 classes, imagenet1k:first their first, imagenet1k:clip CLIP's. IMAGES are
-    files, directories, shards, or - for one image on standard input; one that cannot be used is told in a line, the
-    others are done, and the exit code is 1.
+    imagenet1k takes all names of its 1,000 classes, imagenet1k:first their first, imagenet1k:clip CLIP's. An image
+    that cannot be read is reported and skipped; the exit code is then 1.
     """
     from nxtp.inference.recognizer import Recognizer
     from nxtp.sampling.closed_vocabulary import read_classes
 
-    classes = read_classes(labels)
-    settings = {"command": "classify", "top_k": top_k, "labels": _hash_of(classes)}
+    read = read_classes(classes)
     recognizer = Recognizer.from_pretrained(model, device=device)
-    known = recognizer.vocabulary(classes)
+    prepared = recognizer.prepare_classes(read)
+    settings = {"command": "classify", "top_k": top_k, "classes": _hash(read), "model": _model_id(model)}
 
     def label(pixels: Tensor) -> list[Labels]:
-        return recognizer.classify_pixels(pixels, known, top_k)
+        return recognizer.classify_pixels(pixels, prepared, top_k)
 
-    _answer(images, recognizer, label, "probability", settings | {"model": _identity(model)}, **given)
+    _run(images, recognizer, label, "probability", settings, **options)
 
 
-def _identity(model: str) -> str:
-    """The fingerprint of a model's weights: the same model under another name is the same."""
+def _model_id(model: str) -> str:
+    """The fingerprint of a model's weights, the same under another name."""
     from nxtp.inference import model_directory as model_dir
 
     files = model_dir.read_config(model_dir.locate(model)).get("files") or {}
     return f"sha256:{(files.get(model_dir.WEIGHTS) or {}).get('sha256', model)[:16]}"
 
 
-def _hash_of(classes: Sequence[Sequence[str]] | None) -> str | None:
+def _hash(classes: Sequence[Sequence[str]] | None) -> str | None:
     return classes and f"sha256:{hashlib.sha256(json.dumps(classes).encode()).hexdigest()[:16]}"
 
 
-def _answer(
+def _run(
     images: Sequence[str],
     recognizer: Recognizer,
     label: Callable[[Tensor], list[Labels]],
@@ -140,141 +137,139 @@ def _answer(
     as_json: bool,
     stdin: bool,
     null: bool,
+    grid: Path | None,
+    attention: Path | None,
+    block: int | None,
+    head: int | None,
     batch_size: int,
     workers: int | None,
     cache_dir: str | None,
-    **pictures,
 ) -> None:
-    """Print or write ``label``'s answers, and end the process with the exit code."""
+    """Print or write the predictions, and end the process with the exit code."""
     from rich.console import Console
+    from rich.progress import track
 
-    from nxtp.errors import printable
-    from nxtp.inference.figures import print_labels
-    from nxtp.inference.streaming import WORKERS, answers
-    from nxtp.inference.writer import AnswerFile, json_line, row_of
+    from nxtp.inference.streaming import WORKERS, stream
+    from nxtp.inference.writer import PredictionWriter, json_line, to_row
 
-    drawn = _Pictures(recognizer, **pictures)
+    for option, path in (("--grid", grid), ("--attention", attention)):
+        if path and not path.parent.is_dir():
+            raise UserError(f"{option} {path}: there is no directory {path.parent}.")
     source = _source(images, stdin, null, cache_dir)
-    file = AnswerFile(out, settings, score, overwrite) if out else None
-    if file:
-        source = replace(source, items=file.left(iter(source.items)))
+    writer = PredictionWriter(out, settings, score, overwrite) if out else None
+    if writer:
+        source = replace(source, items=writer.remaining(source.items))
     console, err = Console(), Console(stderr=True)
-    done = file.count if file else 0
-    failed = bool(file and file.failed)
-    ahead = batch_size if stdin else None  # one who writes a name and waits for the answer gets it
+    failed = bool(writer and writer.failed)
+    shown: list[Prediction] = []
+    # Whoever writes a name on the pipe and waits for its labels gets them.
+    ahead = batch_size if stdin else None
+    predictions = stream(source, label, recognizer.transform, batch_size, workers or WORKERS, ahead)
+    progress = {"total": source.count, "completed": writer.count if writer else 0, "console": err, "transient": True}
     try:
-        with _progress(err, source.count, done, shown=bool(file)) as advance:
-            for answer in answers(source, label, recognizer.transform, batch_size, workers or WORKERS, ahead):
-                advance()
-                if answer.error is not None:
-                    failed = True
-                    err.print(f"error: {printable(answer.item.name)}: {answer.error}", style="red", **_AS_IT_IS)
-                if file:
-                    file.add(answer)
-                elif as_json:
-                    click.echo(json_line(row_of(answer, score)))
-                elif answer.error is None:
-                    print_labels(console, printable(answer.item.name), answer.labels)
-                if answer.error is None:
-                    drawn.add(answer)
-        if file:
-            file.finish()
-            err.print(file.summary(), **_AS_IT_IS)
+        for prediction in track(predictions, "Images", **progress, disable=not (writer and err.is_terminal)):
+            name = printable(prediction.item.name)
+            if prediction.labels is None:
+                failed = True
+                err.print(f"error: {name}: {prediction.error}", style="red", **_PLAIN)
+            elif len(shown) < max(_GRID, _ATTENTION):
+                shown.append(prediction)
+            if writer:
+                writer.write(prediction)
+            elif as_json:
+                click.echo(json_line(to_row(prediction, score)))
+            elif prediction.labels is not None:
+                _print_labels(console, name, prediction.labels)
+        if writer:
+            writer.finish()
+            err.print(writer.summary(), **_PLAIN)
     except KeyboardInterrupt:
-        if file:
-            err.print(f"Stopped after {file.count:,}; the same command goes on from {file.partial}.", **_AS_IT_IS)
+        if writer:
+            err.print(f"Stopped after {writer.count:,}; the same command resumes from {writer.partial}.", **_PLAIN)
         raise
     finally:
-        if file:
-            file.close()
-    drawn.save()
+        if writer:
+            writer.close()
+    if grid and shown:
+        _save_grid(grid, shown[:_GRID])
+    if attention and shown:
+        _save_attention(attention, shown[:_ATTENTION], recognizer, block, head)
     sys.exit(1 if failed else 0)
 
 
-def _source(images: Sequence[str], stdin: bool, null: bool, cache_dir: str | None) -> Source:
-    from nxtp.inference.streaming import Item, Source
+def _source(images: Sequence[str], stdin: bool, null: bool, cache_dir: str | None) -> ImageSource:
+    from nxtp.inference.streaming import ImageItem, ImageSource
 
-    pipe = click.get_binary_stream("stdin")
+    pipe = sys.stdin.buffer
     if stdin:
         if images:
-            raise UserError("--stdin: the names come on standard input; leave IMAGES out.")
-        return Source.named_on(pipe, b"\0" if null else b"\n")
+            raise UserError("--stdin reads the names from standard input: give no IMAGES.")
+        return ImageSource.from_pipe(pipe, b"\0" if null else b"\n")
     if null:
-        raise UserError("--null goes with --stdin.")
+        raise UserError("--null needs --stdin.")
     if not images:
-        raise UserError("No images: name files, directories or shards, - for an image on standard input, or --stdin.")
+        raise UserError("No images: give files, directories or shards, - for an image on standard input, or --stdin.")
     if "-" not in images:
-        return Source.all_of(images, cache_dir)
+        return ImageSource.from_paths(images, cache_dir)
     if len(images) > 1:
-        raise UserError("'-' is one image on standard input; it cannot be mixed with others.")
-    content = pipe.read(_MOST_BYTES)
-    return Source([Item("-", lambda: content)], 1)
+        raise UserError("'-' is one image on standard input: give no other IMAGES.")
+    content = pipe.read(_MAX_BYTES)
+    return ImageSource([ImageItem("-", lambda: content)], 1)
 
 
-@contextmanager
-def _progress(console: Console, total: int | None, done: int, shown: bool) -> Iterator[Callable[[], None]]:
-    """What is to be called after each image. Nothing is shown where standard error is not a terminal."""
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
+def _print_labels(console: Console, title: str, labels: Labels) -> None:
+    """A table with probability bars, as wide as the terminal allows."""
+    from rich.bar import Bar
+    from rich.markup import escape
+    from rich.table import Table
+    from rich.text import Text
 
-    columns = (TextColumn("Images"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not (shown and console.is_terminal)) as progress:
-        task = progress.add_task("", total=total, completed=done)
-        yield lambda: progress.advance(task)
+    console.print(Text(title, style="bold"), soft_wrap=True)
+    table = Table(box=None, show_header=False, padding=(0, 1))
+    table.add_column(justify="right", style="dim", no_wrap=True)
+    table.add_column()  # of a narrow terminal's columns the labels wrap
+    table.add_column(justify="right", no_wrap=True)
+    table.add_column(no_wrap=True)
+    width = max(10, min(40, console.width - 40))
+    for rank, (label, probability) in enumerate(labels, start=1):
+        bar = Bar(1, 0, min(probability, 1), width=width, color="cyan")
+        table.add_row(str(rank), escape(label), f"{probability:.4f}", bar)
+    console.print(table)
 
 
-class _Pictures:
-    """What --grid and --attention show, gathered on the way."""
+def _save_grid(path: Path, predictions: Sequence[Prediction]) -> None:
+    from nxtp.data.images import load_image
+    from nxtp.inference.figures import GridItem, save_grid
 
-    def __init__(
-        self, recognizer: Recognizer, grid: Path | None, attention: Path | None, block: int | None, head: int | None
-    ):
-        for option, path in (("--grid", grid), ("--attention", attention)):
-            if path and not path.parent.is_dir():
-                raise UserError(f"{option} {path}: there is no directory {path.parent}.")
-        self.recognizer, self.grid, self.attention, self.block, self.head = recognizer, grid, attention, block, head
-        self.shown: list[GridItem] = []
-        self.looked: list[AttentionItem] = []
+    items = []
+    for prediction in predictions:
+        image = load_image(prediction.item.read(), near=_GRID_PIXELS)
+        image.thumbnail((2 * _GRID_PIXELS, 2 * _GRID_PIXELS))
+        items.append(GridItem(image, [], prediction.labels or []))
+    save_grid(path, items)
+    click.echo(f"Picture: {path}", err=True)
 
-    def add(self, answer: Prediction) -> None:
-        from nxtp.inference.figures import GridItem
 
-        if self.grid and len(self.shown) < 12:
-            picture = self._image(answer)
-            picture.thumbnail((2 * _GRID_PIXELS, 2 * _GRID_PIXELS))
-            self.shown.append(GridItem(picture, [], answer.labels))
-        if self.attention and len(self.looked) < 6:
-            self.looked.append(self._look(answer))
+def _save_attention(
+    path: Path, predictions: Sequence[Prediction], recognizer: Recognizer, block: int | None, head: int | None
+) -> None:
+    """The part of each image that the model sees, under the attention of its first labels."""
+    from PIL import Image
 
-    def save(self) -> None:
-        from nxtp.inference.figures import save_attention, save_grid
+    from nxtp.data.images import load_image
+    from nxtp.data.transforms import to_pixels
+    from nxtp.inference.figures import AttentionItem, save_attention
+    from nxtp.model.attention import average
 
-        for path, save, items in ((self.grid, save_grid, self.shown), (self.attention, save_attention, self.looked)):
-            if path and items:
-                save(path, items)
-                click.echo(f"Picture: {path}", err=True)
-
-    def _image(self, answer: Prediction):
-        from nxtp.data.images import load_image
-
-        return load_image(answer.item.read(), near=_GRID_PIXELS)
-
-    def _look(self, answer: Prediction) -> AttentionItem:
-        """The part of a picture that the model sees, and where its first labels look."""
-        from PIL import Image
-
-        from nxtp.data.transforms import to_pixels
-        from nxtp.inference.figures import AttentionItem
-        from nxtp.model.attention import average
-
-        shown = to_pixels(self._image(answer), _GRID_PIXELS)
-        pixels = self.recognizer.transform(answer.item.read())
-        labels = [label for label, _ in answer.labels[:5]]
-        maps = [(name, average(self.recognizer.attention(pixels, name), self.block, self.head)) for name in labels]
-        return AttentionItem(Image.fromarray(shown.permute(1, 2, 0).numpy()), [(n, m.numpy()) for n, m in maps])
+    items = []
+    for prediction in predictions:
+        image = load_image(prediction.item.read(), near=_GRID_PIXELS)
+        pixels = recognizer.transform(prediction.item.read())
+        maps = [
+            (label, average(recognizer.attention(pixels, label), block, head).numpy())
+            for label, _ in (prediction.labels or [])[:_ATTENTION_LABELS]
+        ]
+        seen = to_pixels(image, _GRID_PIXELS).permute(1, 2, 0).numpy()
+        items.append(AttentionItem(Image.fromarray(seen), maps))
+    save_attention(path, items)
+    click.echo(f"Picture: {path}", err=True)

@@ -1,4 +1,4 @@
-"""A model as it is kept: a directory with weights, configuration and tokenizer, here or on the hub."""
+"""Loading and saving a model: a directory here, or a repository on the hub."""
 
 from __future__ import annotations
 
@@ -14,30 +14,49 @@ from transformers.initialization import no_init_weights
 from nxtp.config import to_dataclass
 from nxtp.errors import UserError
 from nxtp.inference import model_directory as model_dir
-from nxtp.inference.model_card import CARD, PAPER
-from nxtp.inference.model_directory import CONFIG, HEAD, WEIGHTS, load_weights, write_model_dir
 from nxtp.model.decoder import plain_config
 from nxtp.model.model import Model, ModelConfig
 from nxtp.model.tokenizer import LabelTokenizer
 from nxtp.model.weights import write_module
 
+PAPER = "https://arxiv.org/abs/2312.02142"
+CARD = """---
+{{ card_data }}
+---
+
+# {{ name }}
+
+Object recognition as next token prediction ([paper]({{ paper_url }})): images in, ranked labels out.
+
+```python
+from nxtp import Recognizer
+
+recognizer = Recognizer.from_pretrained("{{ name }}")
+recognizer.predict("photo.jpg", top_k=5)
+```
+
+`nxtp predict photo.jpg --model {{ name }} --top-k 5`
+
+## Where the weights come from
+
+```yaml
+{{ provenance }}
+```
+"""
+
 
 class Pretrained(ModelHubMixin, library_name="nxtp", tags=["image-tagging"], paper_url=PAPER, model_card_template=CARD):
-    """A model in evaluation mode with its tokenizer and configuration; what to do with it: :class:`nxtp.Recognizer`.
+    """A model in evaluation mode with its tokenizer and configuration; :class:`nxtp.Recognizer` uses it.
 
-    ``provenance`` says where the weights come from: run, code, objective, noun backend, data.
+    ``provenance``  where the weights come from: run, code, objective, noun backend, data
     """
 
     def __init__(
-        self,
-        model: Model,
-        tokenizer: LabelTokenizer,
-        config: ModelConfig,
-        provenance: dict[str, Any] | None = None,
+        self, model: Model, tokenizer: LabelTokenizer, config: ModelConfig, provenance: dict[str, Any] | None = None
     ):
         self.model, self.tokenizer, self.config = model.eval(), tokenizer, config
         self.provenance = provenance or {}
-        self._narrowed = False
+        self._is_int8 = False
 
     @property
     def device(self) -> torch.device:
@@ -45,12 +64,13 @@ class Pretrained(ModelHubMixin, library_name="nxtp", tags=["image-tagging"], pap
 
     @property
     def image_size(self) -> int:
+        """Pixels per side of the model's input, S."""
         return self.config.encoder.image_size
 
     def to_int8(self) -> Self:
-        """Hold matrices' weights as 8-bit numbers, a scale a row, from now on: for use only. The same recognizer.
+        """Quantise the weights of all matrices to 8 bits in place, one scale per row. Such a model cannot be saved.
 
-        A quarter of the memory; products are still in floating point.
+        It takes a quarter of the memory; matrix products stay in floating point.
 
         Raises:
             UserError: torchao is not installed.
@@ -60,18 +80,18 @@ class Pretrained(ModelHubMixin, library_name="nxtp", tags=["image-tagging"], pap
         except ImportError:
             raise UserError("int8 weights need torchao: pip install 'nxtp[8bit]'.") from None
         quantize_(self.model, Int8WeightOnlyConfig())
-        self._narrowed = True
+        self._is_int8 = True
         return self
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
-        """Upload the model directory and a card to the hub; the address of the commit.
+        """Upload the model directory with a model card; returns the commit's URL.
 
         Args:
             repo_id: "owner/name".
             options: private, token, branch, create_pr, commit_message, … of ``ModelHubMixin.push_to_hub``.
         """
-        told = yaml.safe_dump(self.provenance or {"run": "unknown"}, sort_keys=False, allow_unicode=True).strip()
-        card = {"name": repo_id, "provenance": told} | options.pop("model_card_kwargs", {})
+        provenance = yaml.safe_dump(self.provenance or {"run": "unknown"}, sort_keys=False, allow_unicode=True).strip()
+        card = {"name": repo_id, "provenance": provenance} | options.pop("model_card_kwargs", {})
         return super().push_to_hub(repo_id, model_card_kwargs=card, **options)
 
     def save_pretrained(
@@ -83,29 +103,29 @@ class Pretrained(ModelHubMixin, library_name="nxtp", tags=["image-tagging"], pap
         config: None = None,
         model_card_kwargs: dict[str, Any] | None = None,
     ) -> Path:
-        """Write a model directory: aside first, then in one rename, over what was there.
+        """Write a model directory, or replace one, in one rename.
 
         Args:
-            provenance: in place of the model's own.
-            writes: False on the ranks that only give their parts of a sharded model.
-            config, model_card_kwargs: what :meth:`push_to_hub` passes: with the latter a card is written too.
+            provenance: replaces the model's own.
+            writes: False on ranks that only contribute their shards of the weights.
+            config, model_card_kwargs: from :meth:`push_to_hub`; with the latter a model card is written too.
 
         Raises:
-            UserError: weights are int8.
+            UserError: the weights are int8.
         """
-        if self._narrowed:
-            raise UserError("A model with int8 weights is for use only: save the one it was made of.")
+        if self._is_int8:
+            raise UserError("A model with int8 weights cannot be saved: save the model it was made from.")
         directory = Path(directory)
-        left_out = [HEAD] if self.model.decoder.lm.config.tie_word_embeddings else []
+        skipped = [model_dir.HEAD] if self.model.decoder.lm.config.tie_word_embeddings else []
         if not writes:
-            write_module(None, self.model, left_out)
+            write_module(None, self.model, skipped)
             return directory
-        write_model_dir(
+        model_dir.write_model_dir(
             directory,
-            lambda path: write_module(path, self.model, left_out),
+            lambda path: write_module(path, self.model, skipped),
             self.tokenizer,
             rebuildable(self.config, self.model),
-            provenance if provenance is not None else self.provenance,
+            self.provenance if provenance is None else provenance,
         )
         if model_card_kwargs is not None:
             self.generate_model_card(**model_card_kwargs).save(directory / "README.md")
@@ -122,24 +142,24 @@ class Pretrained(ModelHubMixin, library_name="nxtp", tags=["image-tagging"], pap
     ) -> Self:
         """Load a model directory, or download one by its hub name ("owner/name").
 
-        Needs no training configuration and no network for a local directory; runs no code from it.
+        A local directory needs no training configuration and no network. No code from it is run.
 
         Args:
-            device: "auto" takes a GPU if there is one.
-            verify: compare the files with the fingerprints in config.yaml.
+            device: "auto" is a GPU if there is one.
+            verify: compare the files with the SHA-256 sums in config.yaml.
 
         Raises:
-            UserError: missing, altered or unknown content; names the file.
+            UserError: a file is missing, altered or does not fit; names the file.
         """
         directory = model_dir.locate(source)
         content = model_dir.read_config(directory)
         if verify:
             model_dir.verify(directory, content.get("files") or {})
-        config = to_dataclass(ModelConfig, content.get("model"), f"{directory / CONFIG}: model")
+        config = to_dataclass(ModelConfig, content["model"], f"{directory / model_dir.CONFIG}: model")
         tokenizer = LabelTokenizer.load(directory, config.prompt)
         with no_init_weights():  # every number comes from the file
             model = Model(config, load_pretrained=False)
-        load_weights(model, directory / WEIGHTS)
+        model_dir.load_weights(model, directory / model_dir.WEIGHTS)
         model.requires_grad_(False)
         if str(device) == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -147,7 +167,7 @@ class Pretrained(ModelHubMixin, library_name="nxtp", tags=["image-tagging"], pap
 
 
 def rebuildable(config: ModelConfig, model: Model) -> ModelConfig:
-    """The configuration that builds the same shapes without the sources the weights came from."""
+    """The configuration that builds the same shapes without the sources of the weights."""
     architecture = {**plain_config(model.decoder.lm.config), "num_hidden_layers": len(model.decoder.blocks)}
     return replace(
         config,

@@ -1,4 +1,4 @@
-"""Many images, a batch at a time: folders, shards, names on a pipe or any iterator → answers, in bounded memory."""
+"""Many images, one batch at a time: directories, shards, names on a pipe or an iterable → predictions."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn
 
 import torch
 from torch import Tensor
@@ -26,17 +27,17 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("nxtp")
 
-WORKERS = min(8, os.cpu_count() or 1)  # threads that decode: Pillow and torch let the others run meanwhile
+WORKERS = min(8, os.cpu_count() or 1)  # threads that decode: Pillow and torch release the GIL
 _LONGEST_NAME = 1 << 16  # bytes of a name on a pipe
 
 
 @dataclass(frozen=True)
-class Item:
-    """An image that is yet to be read.
+class ImageItem:
+    """An image that has not been read yet.
 
-    ``image``  its path, its key in a shard, or what its owner calls it
-    ``shard``  the shard that holds it, if one does
-    ``read``   gives the image, as :meth:`nxtp.inference.recognizer.Recognizer.transform` takes it, or raises ImageError
+    ``image``  its path, its key in a shard, or the name it was given
+    ``read``   returns what :meth:`nxtp.Recognizer.transform` takes, or raises ImageError
+    ``shard``  the URL of its shard, if it is in one
     """
 
     image: str
@@ -52,15 +53,15 @@ class Item:
 class Prediction:
     """One image's labels, or why it has none.
 
-    ``item``              where it came from, to read it again
-    ``labels``            [(label, probability), …], most probable first; None if the image cannot be used
-    ``error``             why it cannot be used; None if it can
+    ``item``              the image; ``item.read()`` reads it again
+    ``labels``            [(label, probability), …], most probable first; None if the image cannot be read
+    ``error``             why it cannot be read; else None
     ``image``, ``shard``  the item's
     """
 
-    item: Item
-    labels: Labels | None
-    error: str | None
+    item: ImageItem
+    labels: Labels | None = None
+    error: str | None = None
 
     @property
     def image(self) -> str:
@@ -72,153 +73,147 @@ class Prediction:
 
 
 @dataclass(frozen=True)
-class Source:
-    """Images in a fixed order; ``count`` of them, None where only the end will tell."""
+class ImageSource:
+    """Images in a fixed order; ``count`` is None if their number is not known in advance."""
 
-    items: Iterable[Item]
+    items: Iterable[ImageItem]
     count: int | None = None
 
     @classmethod
-    def of(cls, what: Any, cache_dir: str | None = None) -> Source:
-        """Whatever images come in.
-
+    def open(cls, source: Any, cache_dir: str | None = None) -> ImageSource:
+        """
         Args:
-            what: a path: an image, a directory of images (anywhere below it, sorted), a directory of shards, a
-                ``.tar`` file, a glob or brace expression of them, or a URL; or an iterable of images or of
-                (name, image) pairs, read as it is needed.
-            cache_dir: where remote shards are kept.
+            source: a path: an image, a directory of images (also in its subdirectories, sorted), a directory of
+                shards, a ``.tar`` file, a glob or brace expression of them, or a URL; or an iterable of images or of
+                (name, image) pairs, read as they are needed.
+            cache_dir: where remote shards are stored.
 
         Raises:
-            UserError: shards that are not there, or hold nothing; remote ones without ``cache_dir``.
+            UserError: missing or empty shards, or remote ones without ``cache_dir``.
         """
-        if isinstance(what, str | Path):
-            return cls.all_of([str(what)], cache_dir)
-        return cls(_items_of(what), len(what) if hasattr(what, "__len__") else None)
+        if isinstance(source, str | Path):
+            return cls.from_paths([str(source)], cache_dir)
+        return cls(_named(source), len(source) if hasattr(source, "__len__") else None)
 
     @classmethod
-    def all_of(cls, whats: Iterable[str], cache_dir: str | None = None) -> Source:
-        """Several paths as one source: first the images of files and directories, each once, then the shards."""
-        whats = list(whats)
-        shards = [what for what in whats if _holds_shards(what)]
-        files = [what for what in whats if what not in shards]
+    def from_paths(cls, paths: Iterable[str], cache_dir: str | None = None) -> ImageSource:
+        """Several paths: first the images of files and directories, each once, then those of shards."""
+        shards, files = [], []
+        for path in paths:
+            (shards if _is_shards(path) else files).append(path)
         parts = [_files(files)] if files else []
         if shards:
             parts.append(_shards(shards, cache_dir))
-        return cls(chain.from_iterable(part.items for part in parts), sum(part.count for part in parts))
+        return cls(chain.from_iterable(part.items for part in parts), sum(part.count or 0 for part in parts))
 
     @classmethod
-    def named_on(cls, pipe: BinaryIO, separator: bytes = b"\n") -> Source:
-        """Images and directories whose names come on a pipe, each used as soon as it is read."""
+    def from_pipe(cls, pipe: BinaryIO, separator: bytes = b"\n") -> ImageSource:
+        """Names of images and directories on a pipe, each used as soon as it is read."""
         return cls(item for name in _names(pipe, separator) for item in _files([name]).items)
 
 
-def answers(
-    source: Source,
+def stream(
+    source: ImageSource,
     label: Callable[[Tensor], list[Labels]],
     transform: Callable[[Any], Tensor],
     batch_size: int,
     workers: int = WORKERS,
     ahead: int | None = None,
 ) -> Iterator[Prediction]:
-    """Answers in the source's order; an image that cannot be used is told in its place, the others are done.
+    """Predictions in the order of ``source``. One for an image that cannot be read has an error instead of labels.
 
     Args:
-        label: uint8 [B, 3, S, S] → labels of each.
+        label: uint8 [B, 3, S, S] → the labels of each.
         transform: an image → uint8 [3, S, S]; raises ImageError.
-        batch_size: images labelled together.
+        batch_size: images per call of ``label``.
         workers: threads that read and decode.
-        ahead: images in memory at once, decoded or being decoded; by default two batches.
+        ahead: images in memory, decoded or being decoded; by default two batches.
     """
 
-    def pixels_of(item: Item) -> Tensor | str:
+    def pixels_of(item: ImageItem) -> Tensor | str:
         try:
             return transform(item.read())
         except ImageError as error:
             return error.reason
 
-    def decoded() -> Iterator[tuple[Item, Tensor | str]]:
-        waiting: deque[tuple[Item, Future[Tensor | str]]] = deque()
+    def decoded() -> Iterator[tuple[ImageItem, Tensor | str]]:
+        waiting: deque[tuple[ImageItem, Future[Tensor | str]]] = deque()
         for item in source.items:
             waiting.append((item, pool.submit(pixels_of, item)))
-            if len(waiting) >= limit:
+            if len(waiting) >= (ahead or 2 * batch_size):
                 first, future = waiting.popleft()
                 yield first, future.result()
         for first, future in waiting:
             yield first, future.result()
 
-    limit = ahead or 2 * batch_size
     pool = ThreadPoolExecutor(workers)
     try:
-        for some in batches(decoded(), batch_size):
-            good = [pixels for _, pixels in some if isinstance(pixels, Tensor)]
-            labelled = iter(label(torch.stack(good)) if good else [])
-            for item, pixels in some:
-                yield (
-                    Prediction(item, next(labelled), None)
-                    if isinstance(pixels, Tensor)
-                    else Prediction(item, None, pixels)
-                )
+        for batch in batches(decoded(), batch_size):
+            readable = [pixels for _, pixels in batch if isinstance(pixels, Tensor)]
+            labels = iter(label(torch.stack(readable)) if readable else [])
+            for item, pixels in batch:
+                if isinstance(pixels, Tensor):
+                    yield Prediction(item, labels=next(labels))
+                else:
+                    yield Prediction(item, error=pixels)
     finally:
         pool.shutdown(cancel_futures=True)
 
 
 def batches(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
-    """Consecutive runs of at most ``size``."""
+    """Consecutive lists of ``size`` items; the last may be shorter."""
     rest = iter(items)
-    while some := list(islice(rest, size)):
-        yield some
+    while batch := list(islice(rest, size)):
+        yield batch
 
 
-def _holds_shards(what: str) -> bool:
-    """Whether a path means shards: by its name, or as a directory that holds them and no image beside them."""
-    if is_remote(what) or what.endswith(".tar"):
+def _is_shards(path: str) -> bool:
+    """Whether a path means shards: by its name, or as a directory that contains shards and no images."""
+    if is_remote(path) or path.endswith(".tar"):
         return True
-    directory = Path(what)
+    directory = Path(path)
     if not directory.is_dir() or not any(directory.glob("*.tar")):
         return False
     if not find_images([directory])[0]:
         return True
-    log.warning("%s holds images and shards: its images are taken; name %s/*.tar for the shards.", what, what)
+    log.warning("%s contains images and shards: only its images are read; name %s/*.tar for its shards.", path, path)
     return False
 
 
-def _files(paths: Iterable[str | Path]) -> Source:
+def _files(paths: Iterable[str | Path]) -> ImageSource:
     found, problems = find_images(paths)
-    failing = (Item(problem.name, _raising(problem)) for problem in problems)
-    there = (Item(str(path), lambda path=path: path) for path in found)
-    return Source(chain(failing, there), len(found) + len(problems))
+    unreadable = [ImageItem(problem.name, partial(_raise, problem)) for problem in problems]
+    images = (ImageItem(str(path), partial(Path, path)) for path in found)
+    return ImageSource(chain(unreadable, images), len(found) + len(problems))
 
 
-def _shards(specs: list[str], cache_dir: str | None) -> Source:
-    """The images of shards in order, and before them what is wrong with the shards as a whole."""
+def _shards(specs: list[str], cache_dir: str | None) -> ImageSource:
+    """The images of shards in order; before them what is wrong with whole shards."""
     shards = IndexedShards(expand_shards(specs), None if cache_dir is None else RemoteCache(cache_dir))
     if not len(shards):
-        raise UserError(
-            f"No image in the shards of {', '.join(specs)}{f' ({by_kind(shards.skipped)})' if shards.skipped else ''}."
-        )
+        skipped = f" ({by_kind(shards.skipped)})" if shards.skipped else ""
+        raise UserError(f"No image in the shards of {', '.join(specs)}{skipped}.")
 
     def read(position: int) -> bytes:
         try:
             return shards.read(position).image
-        except SampleError as fault:
-            raise ImageError(fault.key, fault.kind) from fault
+        except SampleError as error:
+            raise ImageError(error.key, error.kind) from error
 
-    def items() -> Iterator[Item]:
-        for shard in shards.shards:
-            for kind, count in sorted(shard.skipped.items()):
-                yield Item(shard.url, _raising(ImageError(shard.url, f"{kind} × {count}")))
-        for position in range(len(shards)):
-            yield Item(shards.key_of(position), lambda position=position: read(position), shards.shard_of(position))
+    damaged = [
+        ImageItem(shard.url, partial(_raise, ImageError(shard.url, f"{kind} × {count}")))
+        for shard in shards.shards
+        for kind, count in sorted(shard.skipped.items())
+    ]
+    images = (ImageItem(shards.key_of(i), partial(read, i), shards.shard_of(i)) for i in range(len(shards)))
+    return ImageSource(chain(damaged, images), len(shards) + len(damaged))
 
-    return Source(items(), len(shards) + sum(len(shard.skipped) for shard in shards.shards))
 
-
-def _items_of(images: Iterable[Any]) -> Iterator[Item]:
+def _named(images: Iterable[Any]) -> Iterator[ImageItem]:
+    """Images as items, named by their path, by the name beside them, or by their number."""
     for number, image in enumerate(images):
-        name = str(image) if isinstance(image, str | Path) else str(number)
-        if isinstance(image, tuple):
-            name, image = str(image[0]), image[1]
-        yield Item(name, lambda image=image: image)
+        name, image = image if isinstance(image, tuple) else (image if isinstance(image, str | Path) else number, image)
+        yield ImageItem(str(name), partial(_return, image))
 
 
 def _names(pipe: BinaryIO, separator: bytes) -> Iterator[str]:
@@ -231,8 +226,9 @@ def _names(pipe: BinaryIO, separator: bytes) -> Iterator[str]:
         yield os.fsdecode(rest)
 
 
-def _raising(error: ImageError) -> Callable[[], Any]:
-    def read() -> Any:
-        raise error
+def _raise(error: Exception) -> NoReturn:
+    raise error
 
-    return read
+
+def _return(image: Any) -> Any:
+    return image

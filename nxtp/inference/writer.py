@@ -1,202 +1,175 @@
-"""Answers on disk, as JSON lines or parquet: the file appears when it is whole; until then the same command goes on."""
+"""Predictions on disk, as JSON lines or parquet. An unfinished file is resumed by the same command."""
 
 from __future__ import annotations
 
 import fcntl
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
-from nxtp.errors import UserError, counted, printable
-from nxtp.inference.streaming import Item, Prediction
+from nxtp.errors import UserError, counted
+from nxtp.inference.streaming import ImageItem, Prediction, batches
 from nxtp.runs.atomic import atomic_file
 
 SUFFIXES = (".jsonl", ".parquet")
-_ROW_GROUP = 10_000  # rows that are in memory while parquet is written
+_ROW_GROUP = 10_000  # rows in memory while parquet is written
 
 
-def row_of(answer: Prediction, score: str) -> dict[str, Any]:
-    """An answer as a row: ``image``, ``shard`` if it has one, ``labels`` or ``error``."""
-    row: dict[str, Any] = {"image": answer.image}
-    if answer.shard is not None:
-        row["shard"] = answer.shard
-    if answer.error is not None:
-        return row | {"error": answer.error}
-    return row | {"labels": [{"label": label, score: value} for label, value in answer.labels]}
+def to_row(prediction: Prediction, score: str) -> dict[str, Any]:
+    """A prediction as a row: ``image``, ``shard`` if it has one, ``labels`` or ``error``."""
+    row: dict[str, Any] = {"image": prediction.image}
+    if prediction.shard is not None:
+        row["shard"] = prediction.shard
+    if prediction.labels is None:
+        return row | {"error": prediction.error}
+    return row | {"labels": [{"label": label, score: value} for label, value in prediction.labels]}
 
 
 def json_line(row: dict[str, Any]) -> str:
-    """One line of JSON; a file name that is not Unicode is written in escapes, which readers turn back into it."""
+    """One line of JSON. Characters that UTF-8 cannot encode (a file name of other bytes) are written as escapes."""
     line = json.dumps(row, ensure_ascii=False)
     try:
         line.encode()
     except UnicodeEncodeError:
-        line = json.dumps(row)
+        return json.dumps(row)
     return line
 
 
-class AnswerFile:
-    """Rows for ``out``, kept in ``out.partial`` until :meth:`finish`; what lies there from before is taken up.
+class PredictionWriter:
+    """Writes rows to ``out.partial``; :meth:`finish` turns it into ``out``. An existing partial file is resumed.
 
-    The first line of the partial file says what its rows depend on; the others are rows, a line each. A line that was
-    cut off is dropped.
+    The first line of the partial file contains the settings, each other line one row. A truncated last line is
+    dropped.
 
     Args:
-        out: ends in one of :data:`SUFFIXES`.
-        settings: what the rows depend on (model, number of labels, …), as JSON can hold it.
-        score: what the number beside a label is called.
-        overwrite: begin anew, and replace ``out``.
+        out: ends with one of :data:`SUFFIXES`.
+        settings: what the rows depend on (model, number of labels, …), JSON values.
+        score: the name of the number beside a label.
+        overwrite: start again, and replace ``out``.
 
     Raises:
-        UserError: another ending, ``out`` is there already, the partial file is of other settings or in use, it cannot
-            be written, or pyarrow is missing.
+        UserError: another suffix, ``out`` exists, the partial file has other settings, is in use or cannot be
+            written, or pyarrow is missing.
     """
 
     def __init__(self, out: Path, settings: dict[str, Any], score: str = "probability", overwrite: bool = False):
         if out.suffix not in SUFFIXES:
-            raise UserError(f"--out {out}: end its name with {' or '.join(SUFFIXES)}.")
+            raise UserError(f"--out {out}: the name must end with {' or '.join(SUFFIXES)}.")
         if out.suffix == ".parquet" and find_spec("pyarrow") is None:
             raise UserError("Parquet needs pyarrow: pip install 'nxtp[parquet]', or end the name with .jsonl.")
         if out.exists() and not overwrite:
-            raise UserError(f"'{out}' exists: choose another name, or say --overwrite.")
+            raise UserError(f"'{out}' exists: choose another name, or use --overwrite.")
         self.out, self.score = out, score
         self.partial = out.with_name(f"{out.name}.partial")
         self.count = self.failed = 0
         try:
-            self._file = open(self.partial, "a+b")  # noqa: SIM115  closed by finish or close
+            self._file = open(self.partial, "a+b")  # noqa: SIM115  closed by close
         except OSError as error:
             raise UserError(f"'{self.partial}' cannot be written: {error.strerror}.") from error
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self._file.close()
-            raise UserError(f"'{self.partial}' is being written by another process.") from None
-        try:
             if overwrite:
                 self._file.truncate(0)
-            self._done = _Done(self._taken_up(settings))
+            hashes = np.fromiter((_hash(*name) for name in self._resume(settings)), dtype=np.uint64)
+            self._hashes, self._counts = np.unique(hashes, return_counts=True)
             if not self._file.tell():
-                self._write({"settings": settings})
-        except BaseException:
+                self._append({"settings": settings})
+        except BaseException as error:
             self._file.close()
+            if isinstance(error, BlockingIOError):
+                raise UserError(f"'{self.partial}' is being written by another process.") from None
             raise
 
-    def left(self, items: Iterator[Item]) -> Iterator[Item]:
-        """The items that have no row yet."""
-        return (item for item in items if not self._done.take(item.shard, item.image))
+    def remaining(self, items: Iterable[ImageItem]) -> Iterator[ImageItem]:
+        """The items that have no row yet; one that comes twice has two rows. Takes 16 bytes of memory per row."""
+        for item in items:
+            value = np.uint64(_hash(item.shard, item.image))
+            place = int(np.searchsorted(self._hashes, value))
+            if place < len(self._hashes) and self._hashes[place] == value and self._counts[place]:
+                self._counts[place] -= 1
+            else:
+                yield item
 
-    def add(self, answer: Prediction) -> None:
+    def write(self, prediction: Prediction) -> None:
         """Append a row.
 
         Raises:
-            UserError: the disk is full, or the like.
+            UserError: it cannot be written, for instance because the disk is full.
         """
         self.count += 1
-        self.failed += answer.error is not None
-        self._write(row_of(answer, self.score))
+        self.failed += prediction.error is not None
+        self._append(to_row(prediction, self.score))
 
     def finish(self) -> None:
-        """Make ``out`` of the rows, in one rename, and remove the partial file."""
+        """Write ``out``, in one rename, and delete the partial file."""
         try:
-            with atomic_file(self.out) as file:
-                self._copy(file) if self.out.suffix == ".jsonl" else self._to_parquet(file)
+            with atomic_file(self.out) as file, open(self.partial, "rb") as rows:
+                next(rows)
+                self._to_parquet(rows, file) if self.out.suffix == ".parquet" else file.writelines(rows)
         except OSError as error:
             raise UserError(f"'{self.out}' cannot be written: {error.strerror or error}.") from error
         self.partial.unlink()
         self.close()
 
     def close(self) -> None:
-        """Leave the partial file for another time."""
+        """Close the partial file, to be resumed later."""
         self._file.close()
 
-    def _write(self, row: dict[str, Any]) -> None:
-        """A line, given to the operating system at once: a killed process keeps it."""
+    def summary(self) -> str:
+        failed = f", {self.failed:,} of them could not be read" if self.failed else ""
+        return f"{self.out}: {counted(self.count, 'image')}{failed}"
+
+    def _append(self, row: dict[str, Any]) -> None:
+        """Write a line and flush it, so that a killed process leaves it."""
         try:
             self._file.write(f"{json_line(row)}\n".encode())
             self._file.flush()
         except OSError as error:
             raise UserError(f"'{self.partial}' cannot be written: {error.strerror}.") from error
 
-    def _taken_up(self, settings: dict[str, Any]) -> Iterator[tuple[str | None, str]]:
-        """Of each whole row its shard and image. Leaves the file at its last whole line, cut off there."""
+    def _resume(self, settings: dict[str, Any]) -> Iterator[tuple[str | None, str]]:
+        """(shard, image) of each row. Leaves the file at the end of its last whole line, truncated there."""
         self._file.seek(0)
-        head, sound = self._file.readline(), 0
+        head, end = self._file.readline(), 0
         if head and not head.startswith(b'{"settings"'):
-            raise UserError(f"'{self.partial}' is not what nxtp leaves unfinished: move it, or say --overwrite.")
+            raise UserError(f"'{self.partial}' was not written by nxtp: move it, or use --overwrite.")
         if head.endswith(b"\n"):
-            begun = _row(head).get("settings") or {}
-            differing = [name for name in settings if begun.get(name) != settings[name]]
-            if differing:
-                name = differing[0]
-                raise UserError(
-                    f"'{self.partial}' was begun with {name} {begun.get(name)}, not {settings[name]}: finish it so, "
-                    "choose another name, or say --overwrite."
-                )
-            sound = len(head)
+            before = _parse(head).get("settings") or {}
+            for name in settings:
+                if before.get(name) != settings[name]:
+                    raise UserError(
+                        f"'{self.partial}' was begun with {name} {before.get(name)}, not {settings[name]}: use the "
+                        "same settings, another name, or --overwrite."
+                    )
+            end = len(head)
             for line in self._file:
-                row = _row(line)
+                row = _parse(line)
                 if not line.endswith(b"\n") or "image" not in row:
                     break
-                sound += len(line)
+                end += len(line)
                 self.count += 1
                 self.failed += "error" in row
                 yield row.get("shard"), row["image"]
-        self._file.truncate(sound)
-        self._file.seek(sound)
+        self._file.truncate(end)
+        self._file.seek(end)
 
-    def _rows(self) -> Iterator[bytes]:
-        with open(self.partial, "rb") as file:
-            next(file)
-            yield from file
-
-    def _copy(self, out: BinaryIO) -> None:
-        for line in self._rows():
-            out.write(line)
-
-    def _to_parquet(self, out: BinaryIO) -> None:
+    def _to_parquet(self, lines: Iterable[bytes], out: BinaryIO) -> None:
         import pyarrow
         import pyarrow.parquet
 
-        pair = pyarrow.struct([("label", pyarrow.string()), (self.score, pyarrow.float32())])
-        text = pyarrow.string()
-        columns = {"image": text, "shard": text, "labels": pyarrow.list_(pair), "error": text}
-        schema = pyarrow.schema(list(columns.items()))
+        text, score = pyarrow.string(), pyarrow.float32()
+        pairs = pyarrow.list_(pyarrow.struct([("label", text), (self.score, score)]))
+        schema = pyarrow.schema([("image", text), ("shard", text), ("labels", pairs), ("error", text)])
         with pyarrow.parquet.ParquetWriter(out, schema) as writer:
-            rows: list[dict[str, Any]] = []
-            for line in self._rows():
-                row = json.loads(line)
-                rows.append(row | {"image": printable(row["image"])} if _odd(row["image"]) else row)
-                if len(rows) == _ROW_GROUP:
-                    writer.write_table(pyarrow.Table.from_pylist(rows, schema))
-                    rows = []
-            writer.write_table(pyarrow.Table.from_pylist(rows, schema))
-
-    def summary(self) -> str:
-        failed = f", {self.failed:,} of them could not be used" if self.failed else ""
-        return f"{self.out}: {counted(self.count, 'image')}{failed}"
-
-
-class _Done:
-    """How often each image has a row; 12 bytes of memory a row."""
-
-    def __init__(self, rows: Iterator[tuple[str | None, str]]):
-        hashes = np.fromiter((_hash(*row) for row in rows), dtype=np.uint64)
-        self._hashes, self._counts = np.unique(hashes, return_counts=True)
-        self._counts = self._counts.astype(np.uint32)
-
-    def take(self, shard: str | None, image: str) -> bool:
-        """Whether there is a row for it that was not taken before."""
-        value = np.uint64(_hash(shard, image))
-        place = int(np.searchsorted(self._hashes, value))
-        if place == len(self._hashes) or self._hashes[place] != value or not self._counts[place]:
-            return False
-        self._counts[place] -= 1
-        return True
+            for group in batches(map(json.loads, lines), _ROW_GROUP):
+                for row in group:  # parquet's strings are UTF-8
+                    row["image"] = row["image"].encode("utf-8", "backslashreplace").decode()
+                writer.write_table(pyarrow.Table.from_pylist(group, schema))
 
 
 def _hash(shard: str | None, image: str) -> int:
@@ -204,14 +177,10 @@ def _hash(shard: str | None, image: str) -> int:
     return int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "little")
 
 
-def _row(line: bytes) -> dict[str, Any]:
+def _parse(line: bytes) -> dict[str, Any]:
+    """A row; {} if the line is damaged."""
     try:
         row = json.loads(line)
     except ValueError:
         return {}
     return row if isinstance(row, dict) else {}
-
-
-def _odd(name: str) -> bool:
-    """Whether a file's name is not Unicode: parquet holds nothing else."""
-    return any("\ud800" <= c <= "\udfff" for c in name)

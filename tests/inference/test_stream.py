@@ -1,7 +1,8 @@
-"""Many images: the same answers as one by one, in bounded memory, from every source; files that are taken up again."""
+"""Many images: the same predictions as one by one, in bounded memory, from every source; files are resumed."""
 
 import io
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -12,13 +13,13 @@ from itertools import count, islice
 import pyarrow.parquet
 import pytest
 import torch
-from helpers import COLOURS, forks, jpeg, nxtp_here, recognizer, run_nxtp, write_shards
+from helpers import COLOURS, call_nxtp, jpeg, nxtp_here, recognizer, write_shards
 from PIL import Image
 
 from nxtp.errors import UserError
 from nxtp.inference.recognizer import Recognizer
-from nxtp.inference.streaming import Item, Prediction, Source, answers
-from nxtp.inference.writer import AnswerFile
+from nxtp.inference.streaming import ImageItem, ImageSource, Prediction, stream
+from nxtp.inference.writer import PredictionWriter
 
 
 @pytest.fixture(scope="module")
@@ -53,21 +54,21 @@ def rounded(labels):
 
 def test_a_folder_gives_what_each_image_gives(loaded, pictures):
     found = list(loaded.predict_batches(pictures, top_k=4, batch_size=4))
-    assert [answer.image for answer in found] == [str(path) for path in sorted(pictures.rglob("*.jpg"))]
-    assert [answer.error for answer in found if answer.error] == ["not an image in a known format"]
-    for answer in found:
-        if answer.error is None:
-            assert answer.labels == rounded(loaded.predict(answer.image, top_k=4))
+    assert [prediction.image for prediction in found] == [str(path) for path in sorted(pictures.rglob("*.jpg"))]
+    assert [prediction.error for prediction in found if prediction.error] == ["not an image in a known format"]
+    for prediction in found:
+        if prediction.error is None:
+            assert prediction.labels == rounded(loaded.predict(prediction.image, top_k=4))
 
 
 def test_shards_give_what_their_images_give(loaded, shards):
     found = list(loaded.predict_batches(shards, top_k=3, batch_size=3))
-    assert [answer.image for answer in found] == [f"{i:06d}" for i in range(7)]
-    assert [answer.shard.rsplit("/")[-1] for answer in found] == ["part-00000.tar"] * 4 + ["part-00001.tar"] * 3
+    assert [prediction.image for prediction in found] == [f"{i:06d}" for i in range(7)]
+    assert [prediction.shard.rsplit("/")[-1] for prediction in found] == ["part-00000.tar"] * 4 + ["part-00001.tar"] * 3
     assert found[5].labels == rounded(loaded.predict(found[5].item.read(), top_k=3))
     assert found[5].item.read() == jpeg(list(COLOURS.values())[5 % 4], seed=5)
     one = list(loaded.predict_batches(f"{shards}/part-{{00001..00001}}.tar", top_k=3))
-    assert [answer.image for answer in one] == [f"{i:06d}" for i in range(4, 7)]
+    assert [prediction.image for prediction in one] == [f"{i:06d}" for i in range(4, 7)]
     closed = list(loaded.classify_batches(shards, ["rose", "lemon"], batch_size=2))
     assert closed[2].labels == rounded(loaded.classify(closed[2].item.read(), ["rose", "lemon"]))
 
@@ -76,9 +77,9 @@ def test_damaged_shards_are_told_and_the_rest_is_done(loaded, shards, tmp_path):
     whole = (shards / "part-00000.tar").read_bytes()
     (tmp_path / "part.tar").write_bytes(whole[: len(whole) // 2])
     found = list(loaded.predict_batches(tmp_path, top_k=1))
-    assert "truncated shard × 1" in [answer.error for answer in found]
-    assert next(answer.image for answer in found if not answer.error) == "000000"
-    assert len(found) == Source.of(tmp_path).count
+    assert "truncated shard × 1" in [prediction.error for prediction in found]
+    assert next(prediction.image for prediction in found if not prediction.error) == "000000"
+    assert len(found) == ImageSource.open(tmp_path).count
     (tmp_path / "part.tar").write_bytes(whole[:100])
     with pytest.raises(UserError, match="No image in the shards"):
         loaded.predict_batches(tmp_path)
@@ -89,9 +90,9 @@ def test_damaged_shards_are_told_and_the_rest_is_done(loaded, shards, tmp_path):
 def test_a_folder_of_images_and_shards_is_told(pictures, shards, tmp_path, caplog):
     for path in (pictures / "0.jpg", shards / "part-00000.tar"):
         shutil.copy(path, tmp_path)
-    assert [item.image for item in Source.of(tmp_path).items] == [str(tmp_path / "0.jpg")]
-    assert "holds images and shards" in caplog.text
-    both = Source.all_of([str(tmp_path), f"{tmp_path}/*.tar"])
+    assert [item.image for item in ImageSource.open(tmp_path).items] == [str(tmp_path / "0.jpg")]
+    assert "contains images and shards" in caplog.text
+    both = ImageSource.from_paths([str(tmp_path), f"{tmp_path}/*.tar"])
     assert both.count == 5
     assert len(list(both.items)) == 5
 
@@ -105,11 +106,11 @@ def test_an_iterator_is_read_as_it_is_needed(loaded):
             yield f"image {number}", Image.new("RGB", (32, 32), (number % 256, 90, 30))
 
     found = list(islice(loaded.predict_batches(endless(), top_k=2, batch_size=4), 10))
-    assert [answer.image for answer in found] == [f"image {number}" for number in range(10)]
+    assert [prediction.image for prediction in found] == [f"image {number}" for number in range(10)]
     assert len(taken) <= 10 + 3 * 4, "memory is bounded: at most three batches were asked for ahead"
     plain = list(loaded.predict_batches([jpeg((9, 9, 200)), Image.new("RGB", (9, 9)), b"x"], top_k=2))
-    assert [answer.image for answer in plain] == ["0", "1", "2"]
-    assert [answer.error is None for answer in plain] == [True, True, False]
+    assert [prediction.image for prediction in plain] == ["0", "1", "2"]
+    assert [prediction.error is None for prediction in plain] == [True, True, False]
 
 
 def test_decoding_runs_beside_the_model_and_in_several_threads():
@@ -129,8 +130,8 @@ def test_decoding_runs_beside_the_model_and_in_several_threads():
         return [[("x", 1.0)]] * len(pixels)
 
     ahead, labelled = threading.Event(), []
-    source = Source(Item(str(i), lambda i=i: i) for i in range(5))
-    assert [answer.image for answer in answers(source, label, transform, 2, workers=2)] == list("01234")
+    source = ImageSource(ImageItem(str(i), lambda i=i: i) for i in range(5))
+    assert [prediction.image for prediction in stream(source, label, transform, 2, workers=2)] == list("01234")
     assert labelled == [2, 2, 1]
 
 
@@ -168,126 +169,138 @@ def test_push_to_hub_uploads_the_model_directory_with_a_card(loaded, monkeypatch
     assert "library_name: nxtp" in seen["card"]
 
 
-# Files of answers
+# Files of predictions
 
 
-def answer(number, error=None):
-    item = Item(f"{number}.jpg", lambda: None)
+def prediction(number, error=None):
+    item = ImageItem(f"{number}.jpg", lambda: None)
     return Prediction(item, None if error else [("rose", 0.5)], error)
 
 
 def test_a_file_is_taken_up_where_it_was_cut_off(tmp_path):
     out, partial = tmp_path / "o.jsonl", tmp_path / "o.jsonl.partial"
-    file = AnswerFile(out, {"top_k": 3})
+    file = PredictionWriter(out, {"top_k": 3})
     for number in range(3):
-        file.add(answer(number, "torn" if number == 1 else None))
+        file.write(prediction(number, "torn" if number == 1 else None))
     with pytest.raises(UserError, match="another process"):
-        AnswerFile(out, {"top_k": 3})
+        PredictionWriter(out, {"top_k": 3})
     file.close()
     whole = partial.read_bytes()
     partial.write_bytes(whole[:-4])  # killed in the middle of a line
     with pytest.raises(UserError, match="begun with top_k 3, not 4"):
-        AnswerFile(out, {"top_k": 4})
-    file = AnswerFile(out, {"top_k": 3})
-    left = list(file.left(answer(number).item for number in (0, 1, 1, 2, 3)))
+        PredictionWriter(out, {"top_k": 4})
+    file = PredictionWriter(out, {"top_k": 3})
+    left = list(file.remaining(prediction(number).item for number in (0, 1, 1, 2, 3)))
     assert [item.image for item in left] == ["1.jpg", "2.jpg", "3.jpg"], "an image that comes twice has two rows"
     assert (file.count, file.failed) == (2, 1)
-    file.add(answer(2))
+    file.write(prediction(2))
     file.finish()
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert rows[2] == {"image": "2.jpg", "labels": [{"label": "rose", "probability": 0.5}]}
     assert rows[1] == {"image": "1.jpg", "error": "torn"}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["o.jsonl"]
     with pytest.raises(UserError, match="exists"):
-        AnswerFile(out, {"top_k": 3})
-    AnswerFile(out, {"top_k": 4}, overwrite=True).finish()
+        PredictionWriter(out, {"top_k": 3})
+    PredictionWriter(out, {"top_k": 4}, overwrite=True).finish()
     assert out.read_text() == ""
 
 
 def test_what_is_not_ours_is_left_alone(tmp_path):
     (tmp_path / "o.jsonl.partial").write_text("my notes")
-    with pytest.raises(UserError, match="not what nxtp leaves"):
-        AnswerFile(tmp_path / "o.jsonl", {})
+    with pytest.raises(UserError, match="was not written by nxtp"):
+        PredictionWriter(tmp_path / "o.jsonl", {})
     assert (tmp_path / "o.jsonl.partial").read_text() == "my notes"
     with pytest.raises(UserError, match=r"\.jsonl or \.parquet"):
-        AnswerFile(tmp_path / "o.csv", {})
+        PredictionWriter(tmp_path / "o.csv", {})
     with pytest.raises(UserError, match="cannot be written"):
-        AnswerFile(tmp_path / "none" / "o.jsonl", {})
+        PredictionWriter(tmp_path / "none" / "o.jsonl", {})
 
 
 def test_the_command_writes_parquet_of_folders_and_shards(model, pictures, shards, tmp_path):
     given = (str(pictures), str(shards), "--model", str(model), "--top-k", "3", "--batch-size", "4")
-    done = run_nxtp("predict", *given, "--out", "o.parquet", cwd=tmp_path)
+    done = call_nxtp("predict", *given, "--out", "o.parquet", cwd=tmp_path)
     assert done.returncode == 1
     assert done.stderr.splitlines() == [
         f"error: {pictures}/4.jpg: not an image in a known format",
-        "o.parquet: 16 images, 1 of them could not be used",
+        "o.parquet: 16 images, 1 of them could not be read",
     ]
     assert done.stdout == ""
     rows = pyarrow.parquet.read_table(tmp_path / "o.parquet").to_pylist()
     assert [row["image"] for row in rows[-7:]] == [f"{i:06d}" for i in range(7)]
     assert [row["error"] is None for row in rows].count(False) == 1
-    done = run_nxtp("predict", *given, "--json", cwd=tmp_path)
+    done = call_nxtp("predict", *given, "--json", cwd=tmp_path)
     for line, row in zip(map(json.loads, done.stdout.splitlines()), rows, strict=True):
         assert line["image"] == row["image"]
         for expected, found in zip(line.get("labels") or [], row["labels"] or [], strict=True):
             assert found == {"label": expected["label"], "probability": pytest.approx(expected["probability"])}
 
 
-def killed_after_five(arguments, cwd):
-    def add(file, answer):
-        usual(file, answer)
-        if file.count == 5:
-            os.kill(os.getpid(), signal.SIGKILL)
+def in_a_fork(function) -> multiprocessing.Process:
+    """Runs ``function`` in a copy of this process: it has imported everything."""
 
-    usual, AnswerFile.add = AnswerFile.add, add
-    nxtp_here(arguments, cwd, os.devnull, os.devnull, {})
+    def run():
+        torch.set_num_threads(1)  # OpenMP's other threads are not copied
+        function()
+
+    process = multiprocessing.get_context("fork").Process(target=run)
+    process.start()
+    return process
 
 
-def test_a_killed_command_is_taken_up(model, pictures, tmp_path):
+def test_a_killed_command_is_resumed(model, pictures, tmp_path):
     given = ["predict", str(pictures), "--model", str(model), "--out", "o.jsonl", "--batch-size", "1", "--top-k", "2"]
-    whole = run_nxtp(*given[:-1], "2", cwd=tmp_path)
+    whole = call_nxtp(*given, cwd=tmp_path)
     assert whole.returncode == 1
     expected = (tmp_path / "o.jsonl").read_text().splitlines()
     (tmp_path / "o.jsonl").unlink()
-    killed = forks.Process(target=killed_after_five, args=(given, str(tmp_path)))
-    killed.start()
+    write = PredictionWriter.write
+
+    def write_five(writer, prediction):
+        write(writer, prediction)
+        if writer.count == 5:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def until_killed():
+        PredictionWriter.write = write_five
+        nxtp_here(given, str(tmp_path), os.devnull, os.devnull, {})
+
+    killed = in_a_fork(until_killed)
     killed.join(60)
     assert killed.exitcode == -signal.SIGKILL
     assert sorted(path.name for path in tmp_path.iterdir()) == ["o.jsonl.partial"]
-    again = run_nxtp(*given, cwd=tmp_path)
-    assert again.returncode == 1, "the failure before it was killed counts too"
+    again = call_nxtp(*given, cwd=tmp_path)
+    assert again.returncode == 1, "the image that failed before the kill counts too"
     assert (tmp_path / "o.jsonl").read_text().splitlines() == expected
-    other = run_nxtp(*given, "--overwrite", "--sampler", "exact", cwd=tmp_path)
+    other = call_nxtp(*given, "--overwrite", "--sampler", "exact", cwd=tmp_path)
     assert other.returncode == 1
 
 
 def test_names_and_images_come_on_a_pipe(model, pictures, tmp_path):
     names = "\n".join([str(pictures / "0.jpg"), "", "gone.jpg", str(pictures / "deep")])
-    source = Source.named_on(io.BytesIO(names.encode()))
+    source = ImageSource.from_pipe(io.BytesIO(names.encode()))
     assert [item.image for item in source.items] == [
         str(pictures / "0.jpg"), "gone.jpg", str(pictures / "deep" / "7.jpg"), str(pictures / "deep" / "8.jpg"),
     ]  # fmt: skip
-    odd = Source.named_on(io.BufferedReader(io.BytesIO(b"a\nb\0c")), b"\0")
+    odd = ImageSource.from_pipe(io.BufferedReader(io.BytesIO(b"a\nb\0c")), b"\0")
     assert [item.image for item in odd.items] == ["a\nb", "c"]
 
 
-def on_pipes(arguments, cwd):
-    sys.stdin = open(os.path.join(cwd, "names"))  # noqa: SIM115
-    nxtp_here(arguments, cwd, os.path.join(cwd, "answers"), os.devnull, {})
-
-
-def test_a_name_is_answered_before_the_next_is_written(model, pictures, tmp_path):
-    for name in ("names", "answers"):
+def test_labels_are_printed_before_the_next_name_is_written(model, pictures, tmp_path):
+    for name in ("names", "rows"):
         os.mkfifo(tmp_path / name)
-    given = ["predict", "--stdin", "--model", str(model), "--json", "--batch-size", "1"]
-    process = forks.Process(target=on_pipes, args=(given, str(tmp_path)))
-    process.start()
-    with open(tmp_path / "names", "w") as names, open(tmp_path / "answers") as found:
+
+    def on_pipes():
+        sys.stdin = open(tmp_path / "names")  # noqa: SIM115
+        sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115  not pytest's
+        given = ["predict", "--stdin", "--model", str(model), "--json", "--batch-size", "1"]
+        nxtp_here(given, str(tmp_path), str(tmp_path / "rows"), os.devnull, {})
+
+    process = in_a_fork(on_pipes)
+    with open(tmp_path / "names", "w") as names, open(tmp_path / "rows") as rows:
         for number in (0, 3):
             names.write(f"{pictures / f'{number}.jpg'}\n")
             names.flush()
-            assert json.loads(found.readline())["image"] == str(pictures / f"{number}.jpg")
+            assert json.loads(rows.readline())["image"] == str(pictures / f"{number}.jpg")
     process.join(60)
     assert process.exitcode == 0
 
@@ -296,15 +309,15 @@ def test_a_name_is_answered_before_the_next_is_written(model, pictures, tmp_path
     ("arguments", "told"),
     [
         ([], "No images"),
-        (["--stdin", "x.jpg"], "leave IMAGES out"),
-        (["--null", "x.jpg"], "--null goes with --stdin"),
+        (["--stdin", "x.jpg"], "give no IMAGES"),
+        (["--null", "x.jpg"], "--null needs --stdin"),
         (["-", "x.jpg"], "'-' is one image"),
-        (["x.jpg", "--out", "o.csv"], "end its name"),
+        (["x.jpg", "--out", "o.csv"], "name must end"),
         (["x.jpg", "--grid", "none/g.png"], "no directory none"),
     ],
 )
 def test_bad_options_are_told_in_a_line(model, tmp_path, arguments, told):
-    done = run_nxtp("predict", *arguments, "--model", str(model), cwd=tmp_path)
+    done = call_nxtp("predict", *arguments, "--model", str(model), cwd=tmp_path)
     assert done.returncode == 1
     assert told in done.stderr
     assert len(done.stderr.splitlines()) == 1
