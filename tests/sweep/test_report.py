@@ -10,7 +10,7 @@ from click.testing import CliRunner
 
 from nxtp.errors import UserError
 from nxtp.sweep.report import records as rec
-from nxtp.sweep.report.command import differing, of_folder, report
+from nxtp.sweep.report.command import differing, generated, report
 from nxtp.sweep.report.spec import Spec
 
 EXPERIMENTS = Path(__file__).resolve().parents[2] / "experiments"
@@ -284,7 +284,7 @@ def test_a_wandb_project_needs_a_key_and_must_exist(monkeypatch):
 
 def complaints(folder, capsys):
     records = rec.of_study(rec.read_lines(folder / "records.jsonl"), folder.name)
-    return capsys.readouterr().err.splitlines() + differing(folder, of_folder(folder, records)[0])
+    return capsys.readouterr().err.splitlines() + differing(folder, generated(folder, records)[0])
 
 
 def test_committed_studies_are_as_their_records_say(capsys):

@@ -16,23 +16,16 @@ from nxtp.sweep.study import NOT_A_SWEEP, study_dirs
 START, END = "<!-- table -->", "<!-- /table -->"
 
 
-def generated(records: list[rec.Record], rows: list[tables.Row], spec: Spec, readme: Path | None) -> dict[str, str]:
-    """The generated files by name; with ``readme``, the page of a study, also that page and its records.
-
-    Raises:
-        UserError: the page lacks the markers.
-    """
+def drawn(rows: list[tables.Row], spec: Spec) -> dict[str, str]:
+    """results.csv, and plot.svg where there is something to draw."""
     from nxtp.sweep.report.plot import svg
 
-    files = {"results.csv": tables.as_csv(rows, spec)}
-    if readme is not None:
-        files["README.md"] = _with_table(readme, tables.markdown(rows, spec))
-        files |= {"records.jsonl": rec.as_lines(records)} if records else {}
-    picture = svg(tables.read_csv(files["results.csv"]), spec)
-    return files | ({"plot.svg": picture} if picture else {})
+    content = tables.as_csv(rows, spec)
+    picture = svg(tables.read_csv(content), spec)
+    return {"results.csv": content} | ({"plot.svg": picture} if picture else {})
 
 
-def of_folder(folder: Path, records: list[rec.Record]) -> tuple[dict[str, str], list[tables.Row], Spec]:
+def generated(folder: Path, records: list[rec.Record]) -> tuple[dict[str, str], list[tables.Row], Spec]:
     """The generated files of a study by name, from its records alone, with the rows and the specification.
 
     Raises:
@@ -42,7 +35,9 @@ def of_folder(folder: Path, records: list[rec.Record]) -> tuple[dict[str, str], 
     rows = tables.rows(records, spec)
     if not rows:
         raise UserError(f"{folder.name}: no finished run and no published value; nothing to show.")
-    return generated(records, rows, spec, folder / "README.md"), rows, spec
+    files = {"README.md": _with_table(folder / "README.md", tables.markdown(rows, spec))}
+    files |= {"records.jsonl": rec.as_lines(records)} if records else {}
+    return files | drawn(rows, spec), rows, spec
 
 
 def differing(folder: Path, files: dict[str, str]) -> list[str]:
@@ -83,8 +78,8 @@ def show(rows: list[tables.Row], spec: Spec) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    header, body = tables.cells(rows, spec)
-    table, start = Table(box=box.SIMPLE), tables.first_metric(header, spec)
+    header, body, start = tables.cells(rows, spec)
+    table = Table(box=box.SIMPLE)
     for i, title in enumerate(header):
         table.add_column(title, justify="left" if i < start else "right", overflow="fold")
     for row in body:
@@ -123,7 +118,7 @@ def report(study: str, runs: Path, check: bool, wandb: str | None) -> None:
             raise UserError(f"'{study}' contains no finished run; nothing to show.")
         spec = differing_settings(records)
         rows = tables.rows(records, spec)
-        files = generated(records, rows, spec, None)
+        files = drawn(rows, spec)
     else:
         directory = folder
         sweeps = [f.stem for f in folder.glob("*.yaml") if f.stem not in NOT_A_SWEEP] or ["laptop", "full"]
@@ -132,7 +127,7 @@ def report(study: str, runs: Path, check: bool, wandb: str | None) -> None:
         records = rec.merge(old, rec.of_study(new, folder.name))
         if not records:
             rec.note(f"{folder.name}: no finished run")
-        files, rows, spec = of_folder(folder, records)
+        files, rows, spec = generated(folder, records)
     changed = differing(directory, files)
     if check:
         if changed:

@@ -141,10 +141,11 @@ def lines(table: list[Row], spec: Spec) -> list[Line]:
     return sorted(found, key=lambda line: (ORDER.index(line.size), [order(c) for c in line.columns.values()]))
 
 
-def cells(table: list[Row], spec: Spec) -> tuple[list[str], list[list[str]]]:
-    """Header and body, without columns that are blank throughout, or sizes where all rows are full.
+def cells(table: list[Row], spec: Spec) -> tuple[list[str], list[list[str]], int]:
+    """Header, body and the index of the first metric.
 
-    A published value is in the rows that it fits; others have rows of size paper.
+    Columns that are blank throughout are dropped, and the sizes where all rows are full. A published value
+    is in the rows that it fits; others have rows of size paper.
     """
     measured_lines = [line for line in lines(table, spec) if line.size != "paper"]
     rest: dict[tuple[str, ...], list[Published]] = {}
@@ -167,11 +168,8 @@ def cells(table: list[Row], spec: Spec) -> tuple[list[str], list[list[str]]]:
                 row.append("; ".join(_cited(paper) for paper in published if paper.metric == metric))
     blank = [{"", "full"}, *[{""}] * (len(header) - 1)]
     filled = [i for i, nothing in enumerate(blank) if any(row[i] not in nothing for row in body)]
-    return [header[i] for i in filled], [[row[i] for i in filled] for row in body]
-
-
-def first_metric(header: list[str], spec: Spec) -> int:
-    return sum(title in ("size", *spec.columns) for title in header)
+    start = sum(i <= len(spec.columns) for i in filled)
+    return [header[i] for i in filled], [[row[i] for i in filled] for row in body], start
 
 
 def _cited(paper: Published) -> str:
@@ -179,8 +177,7 @@ def _cited(paper: Published) -> str:
 
 
 def markdown(table: list[Row], spec: Spec) -> str:
-    header, body = cells(table, spec)
-    start = first_metric(header, spec)
+    header, body, start = cells(table, spec)
     rule = ["---" if i < start else "---:" for i in range(len(header))]
     escaped = [[c.replace("|", "\\|") for c in row] for row in (header, rule, *body)]
     return "".join(f"| {' | '.join(row)} |\n" for row in escaped)
