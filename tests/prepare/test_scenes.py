@@ -1,4 +1,4 @@
-"""The embedded data set: deterministic, extensible, with captions that say what is in the scene."""
+"""The embedded data set: deterministic, extensible, with captions that name what is in the scene."""
 
 from pathlib import Path
 
@@ -72,7 +72,7 @@ def test_other_options_do_not_replace_what_is_there(tmp_path):
     assert len(read_manifest(tmp_path / "val")["made_by"]["labels"]) == 50
 
 
-def test_a_lost_shard_is_made_again(tmp_path):
+def test_a_lost_shard_is_written_again(tmp_path):
     scenes.make_scenes(tmp_path, **SMALL)
     before = hashes(tmp_path)
     (tmp_path / "train" / "train-00001.tar").unlink()
@@ -81,7 +81,7 @@ def test_a_lost_shard_is_made_again(tmp_path):
     assert hashes(tmp_path) == before
 
 
-def test_samples_say_what_they_should(made):
+def test_samples_contain_what_they_should(made):
     for split, labelled in (("train", False), ("val", True), ("val_style", True)):
         shards = IndexedShards(expand_shards(str(made / split)))
         raw = [shards.read(i) for i in range(len(shards))]

@@ -1,6 +1,8 @@
 """`nxtp data show` and `nxtp data verify`, as a user runs them, on sound and on damaged shards."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 from click.testing import CliRunner
@@ -58,7 +60,7 @@ def test_show_counts_and_draws(mixed, tmp_path):
     assert numbers["formats"] == {"JPEG": 10}
 
 
-def test_show_looks_at_a_spread_of_a_large_set(tmp_path):
+def test_show_reads_a_spread_of_a_large_set(tmp_path):
     write_shards(tmp_path, [30, 30])
     numbers = json.loads(run("show", tmp_path, "--json", "--images", 0, "--samples", 10).stdout)
     assert (numbers["samples"], numbers["samples_read"]) == (60, 10)
@@ -75,7 +77,7 @@ def test_verify_finds_what_differs(tmp_path):
     write_shard(tmp_path / "new.tar", [sample(50)])
     (tmp_path / UNFINISHED).mkdir()
     (tmp_path / UNFINISHED / "settings.json").touch()
-    told = run("verify", tmp_path, code=1).stderr
+    message = run("verify", tmp_path, code=1).stderr
     for line in (
         "part-00000.tar: missing",
         "part-00001.tar: another SHA-256 than in the manifest",
@@ -83,8 +85,8 @@ def test_verify_finds_what_differs(tmp_path):
         "new.tar: not in the manifest",
         "the preparation was interrupted",
     ):
-        assert line in told
-    assert "part-00003" not in told
+        assert line in message
+    assert "part-00003" not in message
 
 
 def test_verify_can_decode_the_images(tmp_path):
@@ -92,9 +94,9 @@ def test_verify_can_decode_the_images(tmp_path):
     rows = [write_shard(tmp_path / "a.tar", [sample(0), bad, lie])]
     write_manifest(tmp_path, rows, made_by={})
     run("verify", tmp_path)
-    told = run("verify", tmp_path, "--images", code=1).stderr
-    assert "a.tar: bad: not an image in a known format" in told
-    assert "a.tar: 000001: damaged image" in told
+    message = run("verify", tmp_path, "--images", code=1).stderr
+    assert "a.tar: bad: not an image in a known format" in message
+    assert "a.tar: 000001: damaged image" in message
 
 
 def test_verify_wants_a_manifest_and_stays_in_its_directory(tmp_path):
@@ -128,12 +130,28 @@ def test_verify_takes_a_single_shard(tmp_path):
     assert "new.tar: not in the manifest" in run("verify", tmp_path / "new.tar", code=1).stderr
 
 
-def test_show_tells_of_a_missing_directory_before_it_looks(tmp_path):
+def test_show_reports_a_missing_directory_before_it_reads(tmp_path):
     write_shards(tmp_path, [2])
     result = CliRunner().invoke(data, ["show", str(tmp_path), "--out", str(tmp_path / "none" / "sheet.png")])
     assert isinstance(result.exception, UserError)
     assert "there is no directory" in str(result.exception)
     assert "2 samples" not in result.output
+
+
+def test_looking_at_shards_imports_no_heavy_library(tmp_path):
+    write_shards(tmp_path, [2], labels=True)
+    program = """if True:
+        import sys
+        from nxtp.prepare.commands import data
+        try:
+            data(sys.argv[1:])
+        finally:
+            print(sorted({"torch", "webdataset", "matplotlib", "hydra", "nltk"} & {*sys.modules}))
+    """
+    for command in (["show", "--images", "0"], ["verify"]):
+        done = subprocess.run([sys.executable, "-c", program, *command, tmp_path], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.endswith("[]\n")
 
 
 def test_a_negative_seed_is_one_line(tmp_path):
