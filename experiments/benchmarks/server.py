@@ -23,6 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
 from itertools import islice
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -36,7 +37,7 @@ from nxtp.data.images import ImageError
 from nxtp.deploy.ports import free_port
 from nxtp.errors import UserError
 from nxtp.inference.recognizer import Recognizer
-from nxtp.inference.streaming import Source
+from nxtp.inference.streaming import ImageSource
 
 START, TOP_K = 180, 5  # seconds that a server may take to start; labels per request
 
@@ -104,10 +105,10 @@ def measure(*, model: str, data: str, batch_size: int, clients: int, requests: i
 
 
 def _images(data: str) -> Iterator[bytes]:
-    for item in Source.of(data).items:
+    for item in ImageSource.open(data).items:
         try:
             found = item.read()
-            yield found if isinstance(found, bytes) else found.read_bytes()
+            yield found if isinstance(found, bytes) else Path(found).read_bytes()
         except (ImageError, OSError):
             continue
 

@@ -110,7 +110,7 @@ def predict_table(result: dict[str, Any]) -> Group:
     )
     columns = ("labels", "ours s", "published s", "ratio", "decoding: ours s", "published s", "ratio")
     title = "One-shot prediction of one image against the reference implementation"
-    batches = f"Our one-shot prediction in batches of {result['batch_size']}"
+    batches = f"Ours in batches of {result['batch_size']}"
     memory = f"Peak {memory_caption(result['machine'])}"
     return Group(
         build_table(title, columns, single, caption(result, text)),
