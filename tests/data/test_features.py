@@ -4,12 +4,12 @@ import json
 import os
 import resource
 import shutil
-import subprocess
-import sys
+import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import TINY_OVERRIDES, curve, jpeg, nxtp_runs, sample, write_shards
+from helpers import TINY_OVERRIDES, call_nxtp, curve, jpeg, nxtp_runs, sample, write_shards
 
 from nxtp.data.features.store import LOCK, META, FeatureStore, FeatureWriter, Meta, image_key
 from nxtp.errors import UserError
@@ -33,14 +33,26 @@ def root(tmp_path_factory):
     write_shard(root / "train" / "zz.tar", [{"__key__": "bad", "jpg": b"no image", "txt": "a rose"}])
     write_shards(root / "val", [9], labels=True)
     for dtype in ("float32", "float16"):
-        nxtp_runs("features", *FROZEN, f"data.features={dtype}", f"features_dtype={dtype}", cwd=root)
+        here(root, "features", *FROZEN, f"data.features={dtype}", f"features_dtype={dtype}")
     return root
 
 
-def train(root, name: str, *overrides: str, ranks: int = 1, code: int = 0):
+def train(root, name: str, *overrides: str, ranks: int = 1) -> Path:
     fixed = ["trainer.max_epochs=2", "trainer.log_every_n_steps=1", "optim.lr=3e-3", "+data.val.val=val"]
-    told = nxtp_runs("train", f"name={name}", *FROZEN, *fixed, *overrides, cwd=root, ranks=ranks, code=code)
-    return told if code else root / "runs" / name
+    nxtp_runs("train", f"name={name}", *FROZEN, *fixed, *overrides, cwd=root, ranks=ranks)
+    return root / "runs" / name
+
+
+def here(root, *arguments: str, code: int = 0) -> str:
+    """A command in this process; what it printed."""
+    done = call_nxtp(*arguments, cwd=root)
+    assert done.returncode == code, done.stderr[-3000:]
+    return done.stdout + done.stderr
+
+
+def refused(root, *overrides: str) -> str:
+    """The message of a training that does not start."""
+    return here(root, "train", "name=refused", *FROZEN, "+data.val.val=val", *overrides, code=1)
 
 
 def record(run) -> dict:
@@ -68,10 +80,10 @@ def test_training_from_features_is_training_from_images(root):
 def test_a_part_of_the_data_needs_a_part_of_the_features(root):
     """And what is there is not computed again."""
     fraction = [*FROZEN, "data.fraction=0.25", "data.features=some"]
-    assert "16 images computed, 0 before" in nxtp_runs("features", *fraction, cwd=root)
-    assert "48 images computed, 16 before" in nxtp_runs("features", *FROZEN, "data.features=some", cwd=root)
+    assert "16 images computed, 0 before" in here(root, "features", *fraction)
+    assert "48 images computed, 16 before" in here(root, "features", *FROZEN, "data.features=some")
     assert len(FeatureStore(root / "some")) == 64
-    assert "0 images computed, 64 before" in nxtp_runs("features", *FROZEN, "data.features=some", cwd=root)
+    assert "0 images computed, 64 before" in here(root, "features", *FROZEN, "data.features=some")
 
 
 def test_images_that_have_no_features_are_counted(root):
@@ -80,35 +92,34 @@ def test_images_that_have_no_features_are_counted(root):
     assert record(run)["samples_skipped"]["no features"] == 2 * 9
 
 
-def test_what_does_not_fit_is_told(root):
-    assert "optim.trainable.encoder=none" in train(
-        root, "a", "data.features=float32", "optim.trainable.encoder=all", code=1
-    )
-    assert "another encoder" in train(root, "a", "data.features=float32", "seed=1", code=1)
-    assert "16 tokens of width 32" in train(root, "a", "data.features=float32", "model.encoder.image_size=64", code=1)
-    assert "No features in 'nowhere'" in train(root, "a", "data.features=nowhere", code=1)
-    assert "data.features is not set" in nxtp_runs("features", *FROZEN, cwd=root, code=1)
-    assert "another encoder or dtype" in nxtp_runs("features", *FROZEN, "data.features=float32", cwd=root, code=1)
+def test_features_that_do_not_fit_are_refused(root):
+    exact = "data.features=float32"
+    assert "optim.trainable.encoder=none" in refused(root, exact, "optim.trainable.encoder=all")
+    assert "another encoder" in refused(root, exact, "seed=1")
+    assert "16 tokens of width 32" in refused(root, exact, "model.encoder.image_size=64")
+    assert "No features in 'nowhere'" in refused(root, "data.features=nowhere")
+    assert "data.features is not set" in here(root, "features", *FROZEN, code=1)
+    assert "another encoder or dtype" in here(root, "features", *FROZEN, exact, code=1)
 
 
-def test_a_run_that_goes_on_has_the_checkpoint_s_encoder(root):
-    """Not the one that its seed would make."""
-    nxtp_runs("features", *FROZEN, "seed=1", "data.features=seed1", cwd=root)
+def test_a_resumed_run_has_the_checkpoints_encoder(root):
+    """Not the one that its seed would give."""
+    here(root, "features", *FROZEN, "seed=1", "data.features=seed1")
     begun = train(root, "begun", "seed=1", "trainer.max_epochs=1", "data.features=seed1")
     resume = f"resume={begun / 'checkpoints' / 'last.ckpt'}"
-    assert "another encoder" in train(root, "b", resume, "data.features=float32", code=1)
+    assert "another encoder" in refused(root, resume, "data.features=float32")
     train(root, "goes_on", resume, "data.features=seed1")
 
 
-def test_a_damaged_store_is_told(root):
+def test_a_damaged_store_is_reported(root):
     shutil.copytree(root / "float32", root / "damaged")
     tokens = next((root / "damaged").glob("part-*/tokens.npy"))
     store, whole = FeatureStore(root / "damaged"), tokens.read_bytes()
     tokens.write_bytes(whole[:1000])
     with pytest.raises(UserError, match=r"tokens\.npy.*cannot be read"):  # cut short under a run
         store.read(sample(30)["jpg"])
-    told = train(root, "c", "data.features=damaged", "data.num_workers=1", code=1)
-    assert "part-000000' is damaged" in told.splitlines()[-1]
+    message = refused(root, "data.features=damaged", "data.num_workers=1")
+    assert "part-000000' is damaged" in message.splitlines()[-1]
     values = np.load(root / "float32" / "part-000000" / "tokens.npy")
     np.save(tokens, values[:-1])
     with pytest.raises(UserError, match=r"damaged.*not those of 64 images"):
@@ -138,13 +149,13 @@ def test_features_that_will_not_fit_are_not_begun(tmp_path):
         writer.check_room(10**12)
 
 
-def test_what_cannot_be_a_store_is_told_in_a_line(root):
+def test_what_cannot_be_a_store_is_reported_in_one_line(root):
     (root / "file").write_text("")
-    for command, said in (("features", "cannot be written"), ("train", "No features in 'file'")):
-        told = nxtp_runs(command, "name=d", *FROZEN, "data.features=file", cwd=root, code=1)
-        assert said in told.splitlines()[-1]
-    told = nxtp_runs("features", *FROZEN, "data.features=other", "features_dtype=floats32", cwd=root, code=1)
-    assert "Did you mean 'float32'?" in told
+    message = here(root, "features", *FROZEN, "data.features=file", code=1)
+    assert "cannot be written" in message.splitlines()[-1]
+    assert "No features in 'file'" in refused(root, "data.features=file").splitlines()[-1]
+    message = here(root, "features", *FROZEN, "data.features=other", "features_dtype=floats32", code=1)
+    assert "Did you mean 'float32'?" in message
     assert not (root / "other").exists()
 
 
@@ -174,24 +185,14 @@ def test_a_store_may_have_more_parts_than_a_process_may_have_files(tmp_path):
     assert read == list(range(60))
 
 
-FULL = """
-import resource, signal
-import lightning as L
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
-"""
-
-
-def test_a_disk_that_fills_up_leaves_no_half_part(root):
-    (root / "sitecustom.py").write_text(FULL)
-    program = "import sitecustom, sys; sys.argv[:] = ['nxtp', *sys.argv[1:]]; from nxtp.cli import main; main()"
-    done = subprocess.run(
-        [sys.executable, "-c", program, "features", *FROZEN, "data.features=full"],
-        cwd=root,
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
-    assert done.returncode == 1
-    assert "cannot be written" in done.stderr.splitlines()[-1]
+def test_a_full_disk_leaves_no_half_part(root):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, hard))
+    try:
+        message = here(root, "features", *FROZEN, "data.features=full", code=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, handler)
+    assert "cannot be written" in message.splitlines()[-1]
     assert sorted(path.name for path in (root / "full").iterdir()) == [LOCK, META]
