@@ -221,8 +221,9 @@ def _finished_set(out: Path, made_by: Mapping[str, Any], overwrite: bool) -> dic
 
 def _run(tasks: Sequence[tuple], workers: int, console: Console) -> list[tuple[dict[str, Any], str]]:
     """:func:`_finish_shard` of all tasks, in their order, with a progress bar; one worker is this process."""
+    global _count
     context = multiprocessing.get_context("forkserver")
-    count = context.Value("q", 0)
+    _count = count = context.Value("q", 0)
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(elapsed_when_finished=True))
     with Progress("{task.description}", *columns, console=console) as progress:
         bar = progress.add_task("", total=sum(len(items) for _, items, *_ in tasks))
@@ -234,7 +235,6 @@ def _run(tasks: Sequence[tuple], workers: int, console: Console) -> list[tuple[d
 
         workers = min(workers, len(tasks))
         if workers == 1:
-            _start_worker(count)
             results = []
             for task in tasks:
                 results.append(_finish_shard(*task))
@@ -258,16 +258,15 @@ _count: Any = None  # samples that all workers together have finished, for the p
 
 
 def _start_worker(count: Any) -> None:
-    """Share ``count``. A worker ends with its parent: one that is killed cannot end its workers."""
+    """Share ``count``, and end with the parent: one that is killed cannot end its workers."""
     global _count
     _count = count
-    if parent := multiprocessing.parent_process():
 
-        def follow() -> None:
-            parent.join()
-            os._exit(1)
+    def follow() -> None:
+        multiprocessing.parent_process().join()  # type: ignore[union-attr]  # a worker has a parent
+        os._exit(1)
 
-        threading.Thread(target=follow, daemon=True).start()
+    threading.Thread(target=follow, daemon=True).start()
 
 
 def _finish_shard(path: Path, items: Sequence[Any], make: Make, info: Any) -> tuple[dict[str, Any], str]:
