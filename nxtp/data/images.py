@@ -34,7 +34,7 @@ _FORMATS = ("PNG", "GIF", "BMP", "PPM", "WEBP", "TIFF", "JPEG2000", "ICO") + (
 )
 _BYTES = (bytes, bytearray, memoryview)
 _one_large_image = threading.Lock()
-# EXIF orientation → what undoes it. Not ImageOps.exif_transpose: it writes all tags anew, which fails on damaged ones.
+# EXIF orientation → what undoes it. Not ImageOps.exif_transpose: it also rewrites all tags, and fails on damaged ones.
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -83,7 +83,7 @@ def load_image(
             ≥ 2¼·near: two to five times faster from 1,000 pixels on, and after resizing to ``near`` hardly different
             (tested: < 1 of 255 levels on average).
         max_pixels: larger images are refused before they are decoded; a baseline JPEG is instead decoded at the
-            largest of 1/2, 1/4, 1/8 that fits. For other formats Pillow's own limit holds beside it.
+            largest of 1/2, 1/4, 1/8 that fits. For other formats Pillow's own limit applies too.
         name: of the image in error messages; its path by default.
 
     Raises:

@@ -17,7 +17,7 @@ MAY_CHANGE = (
 
 
 def find_checkpoint(run_dir: Path, resolved: dict[str, Any]) -> str | None:
-    """Where a killed run resumes: the checkpoint's path, None to start anew, or "finished".
+    """Where a killed run resumes: the checkpoint's path, None to start from scratch, or "finished".
 
     Args:
         resolved: the configuration of the run that starts; ``resume`` is auto, never or a checkpoint's path.

@@ -1,15 +1,9 @@
-"""WebDataset tar shards: writing them with a manifest, and finding them by directory, glob or brace expression.
-
-A sample is `KEY.jpg|jpeg|png|webp` with `KEY.txt` (caption) and/or `KEY.json` (`labels`, `caption`), adjacent in
-an uncompressed tar. Names are split into key and extension as WebDataset does. `tar_index.py` and `shard_set.py`
-read them.
-"""
+"""manifest.json beside the shards of a set: samples, bytes and SHA-256 of each, and how they were made."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,8 +11,6 @@ from typing import Any
 
 from nxtp.errors import UserError
 from nxtp.runs.atomic import atomic_file
-
-log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 MANIFEST_FORMAT = 1
@@ -50,8 +42,10 @@ def write_manifest(
 ) -> Path:
     """Write ``manifest.json``: the same arguments, shards in any order, give the same bytes.
 
-    ``made_by`` says how the shards were made (script, options, versions), ``nouns`` the noun backend's name and
-    version, ``skipped`` how many source samples were left out, by kind.
+    Args:
+        made_by: how the shards were made: script, options, versions.
+        nouns: name and version of the noun backend.
+        skipped: how many source samples were skipped, by kind.
     """
     rows = sorted((asdict(shard) for shard in shards), key=lambda row: row["name"])
     manifest = {
@@ -71,13 +65,13 @@ def write_manifest(
 
 
 def read_manifest(directory: Path | str) -> dict[str, Any] | None:
-    """The manifest of a directory of shards, None where there is none.
+    """The manifest of a directory of shards; None if it has none.
 
     Raises:
-        UserError: it cannot be read, is not a manifest, is of a later format, or its totals do not add up.
+        UserError: it cannot be read, is not a manifest, has a later format, or its totals do not add up.
     """
     path = Path(directory) / MANIFEST
-    advice = "Make the shards again, or delete the file."
+    advice = "Prepare the shards again, or delete the file."
     try:
         manifest = json.loads(path.read_bytes())
     except (FileNotFoundError, NotADirectoryError):
@@ -90,9 +84,8 @@ def read_manifest(directory: Path | str) -> dict[str, Any] | None:
         shards = [ShardInfo(**row) for row in manifest["shards"]]
         sound = (
             manifest["format"] == MANIFEST_FORMAT
-            and all(isinstance(shard.name, str) and isinstance(shard.sha256, str) for shard in shards)
-            and manifest["samples"] == sum(shard.samples for shard in shards)
-            and manifest["bytes"] == sum(shard.bytes for shard in shards)
+            and all(isinstance(text, str) for shard in shards for text in (shard.name, shard.sha256))
+            and all(manifest[what] == sum(getattr(shard, what) for shard in shards) for what in ("samples", "bytes"))
             and all(isinstance(manifest[name], dict) for name in ("made_by", "nouns", "skipped"))
         )
     except (KeyError, TypeError):
@@ -103,6 +96,6 @@ def read_manifest(directory: Path | str) -> dict[str, Any] | None:
 
 
 def manifest_hash(directory: Path | str) -> str | None:
-    """SHA-256 of the manifest file, for run records; None where there is none."""
+    """SHA-256 of the manifest file, for run records; None if there is none."""
     path = Path(directory) / MANIFEST
     return sha256_of(path) if path.is_file() else None

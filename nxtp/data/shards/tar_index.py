@@ -1,4 +1,4 @@
-"""Where the samples of a tar shard are: an index made from its headers alone, and kept on disk.
+"""Where the samples of a tar shard are: an index made from its headers alone, and stored on disk.
 
 A set is read header by header once, not at every start of every process. Damage is counted by kind.
 """
