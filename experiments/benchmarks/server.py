@@ -117,7 +117,7 @@ def _images(data: str) -> Iterator[bytes]:
 def _server(model: str, batch_size: int) -> Iterator[int]:
     """A running server's port."""
     port = free_port()
-    options = ("--port", str(port), "--batch", str(batch_size), "--device", "cpu")
+    options = ("--port", str(port), "--batch-size", str(batch_size), "--device", "cpu")
     command = [sys.executable, "-m", "nxtp", "serve", model, *options]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     try:

@@ -1,4 +1,4 @@
-"""Ports of this machine: a free one, and whether an address can be served at."""
+"""Ports of this machine."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from nxtp.errors import UserError
 def check_free(host: str, port: int) -> None:
     """
     Raises:
-        UserError: the port is taken, or the address is not this machine's.
+        UserError: the port is in use, or the address is not one of this machine.
     """
     try:
-        family, kind, *_, where = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        family, kind, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         with socket.socket(family, kind) as trial:
             trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            trial.bind(where)
+            trial.bind(address)
     except OSError as error:
         advice = "choose another --port or --host"
-        raise UserError(f"{host}:{port} cannot be served at ({error.strerror}): {advice}.") from error
+        raise UserError(f"Cannot serve at {host}:{port} ({error.strerror}): {advice}.") from error
 
 
 def free_port() -> int:
-    """A port of 127.0.0.1 that nothing uses now."""
+    """A port of 127.0.0.1 that is not in use."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return free.getsockname()[1]

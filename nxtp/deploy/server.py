@@ -1,38 +1,40 @@
-"""`nxtp serve`: a model behind LitServe, which gathers requests that come together into one batch (docs/serving.md)."""
+"""`nxtp serve`: a model behind LitServe, which batches the requests that arrive together (docs/serving.md)."""
 
-# No postponed annotations here: LitServe reads those of decode_request and encode_response as an HTTP endpoint's.
+# No postponed annotations here: LitServe derives the HTTP endpoint from those of decode_request and encode_response.
 
 import multiprocessing
 import os
 import signal
+import threading
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import click
 import litserve
-import torch
 from pydantic import Base64Bytes, BaseModel, Field
 from starlette.responses import JSONResponse
-from torch import Tensor
 
-from nxtp.data.images import ImageError
 from nxtp.deploy.ports import check_free
-from nxtp.inference.recognizer import Recognizer
-from nxtp.sampling.closed_vocabulary import read_classes
-from nxtp.sampling.ranking import Labels
 
-MOST_LABELS = 100
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from nxtp.sampling.ranking import Labels
+
+    Input = tuple[Tensor, int] | "Refused"  # pixels uint8 [3, S, S] and top_k
+
+MAX_TOP_K = 100
 
 
 class Refused(str):
-    """Why a request cannot be answered; the others of its batch are."""
+    """Why a request has no labels; the others of its batch have."""
 
 
 class PredictRequest(BaseModel):
-    """What a client sends."""
+    """The body of a request."""
 
     image: Base64Bytes
-    top_k: Annotated[int, Field(ge=1, le=MOST_LABELS)] = 10
+    top_k: Annotated[int, Field(ge=1, le=MAX_TOP_K)] = 10
 
 
 class LabelAPI(litserve.LitAPI):
@@ -40,38 +42,43 @@ class LabelAPI(litserve.LitAPI):
 
     Args:
         model: a directory or hub name.
-        labels: a closed vocabulary, as of `nxtp classify`; None: any label.
-        max_batch_size, batch_timeout: requests labelled together, and the seconds that the first waits for others.
+        classes: a closed vocabulary, as of `nxtp classify`; None: any label.
+        max_batch_size, batch_timeout: requests per batch, and the seconds that the first waits for others.
     """
 
-    def __init__(self, model: str, labels: str | None = None, **batching: Any):
+    def __init__(self, model: str, classes: str | None = None, **batching: Any):
         super().__init__(**batching)
-        self.source, self.labels = model, labels
+        self.source, self.classes = model, classes
 
     def setup(self, device: str) -> None:
-        """Load the model, in the process that runs it; Ctrl-C is the first process's, which ends this one."""
+        """Load the model in the process that runs it. Ctrl-C is for the main process, which ends this one."""
+        from nxtp.inference.recognizer import Recognizer
+        from nxtp.sampling.closed_vocabulary import read_classes
+
         if multiprocessing.parent_process() is not None:
             signal.signal(signal.SIGINT, signal.SIG_IGN)
         self.recognizer = Recognizer.from_pretrained(self.source, device=device)
-        self.known = self.recognizer.vocabulary(read_classes(self.labels)) if self.labels else None
+        self.prepared = self.recognizer.prepare_classes(read_classes(self.classes)) if self.classes else None
 
     def decode_request(self, request: PredictRequest):
-        """Pixels uint8 [3, S, S] and the number of labels; or Refused: an exception would fail the whole batch."""
+        """Pixels and top_k; Refused instead of an exception, which would fail the whole batch."""
+        from nxtp.data.images import ImageError
+
         try:
             return self.recognizer.transform(request.image), request.top_k
         except ImageError as error:
             return Refused(error.reason)
 
-    def batch(self, inputs: Sequence[tuple[Tensor, int] | Refused]) -> Sequence[tuple[Tensor, int] | Refused]:
+    def batch(self, inputs: Sequence["Input"]) -> Sequence["Input"]:
         return inputs
 
     def predict(self, inputs: Any) -> Any:
-        """Labels of each; one request, or with batches a sequence of them."""
-        if not isinstance(inputs, list | tuple) or isinstance(inputs[0], Tensor):
-            return self._labels([inputs])[0]
-        return self._labels(inputs)
+        """Labels of one request, or of a list of them."""
+        if isinstance(inputs, list):
+            return self._labels(inputs)
+        return self._labels([inputs])[0]
 
-    def unbatch(self, output: list[Labels | Refused]) -> list[Labels | Refused]:
+    def unbatch(self, output: "list[Labels | Refused]") -> "list[Labels | Refused]":
         return output
 
     def encode_response(self, output):
@@ -79,23 +86,36 @@ class LabelAPI(litserve.LitAPI):
             return JSONResponse({"error": output}, status_code=422)
         return {"labels": [{"label": label, "probability": probability} for label, probability in output]}
 
-    def _labels(self, inputs: Sequence[tuple[Tensor, int] | Refused]) -> list[Labels | Refused]:
-        """Those that ask for the same number of labels together: of more labels the first are others."""
-        found: list[Labels | Refused] = list(inputs)
-        of_count: dict[int, list[int]] = {}
+    def _labels(self, inputs: Sequence["Input"]) -> "list[Labels | Refused]":
+        """One forward pass per top_k: the labels of a smaller one are not always the first of a larger one."""
+        import torch
+
+        outputs: Any = list(inputs)
+        places: dict[int, list[int]] = {}
         for place, each in enumerate(inputs):
             if not isinstance(each, Refused):
-                of_count.setdefault(each[1], []).append(place)
-        for count, places in of_count.items():
-            pixels = torch.stack([inputs[place][0] for place in places])
-            for place, labels in zip(places, self._predict(pixels, count), strict=True):
-                found[place] = labels
-        return found
+                places.setdefault(each[1], []).append(place)
+        for top_k, same in places.items():
+            pixels = torch.stack([outputs[place][0] for place in same])
+            if self.prepared:
+                labels = self.recognizer.classify_pixels(pixels, self.prepared, top_k)
+            else:
+                labels = self.recognizer.predict_pixels(pixels, top_k)
+            for place, found in zip(same, labels, strict=True):
+                outputs[place] = found
+        return outputs
 
-    def _predict(self, pixels: Tensor, count: int) -> list[Labels]:
-        if self.known:
-            return self.recognizer.classify_pixels(pixels, self.known, count)
-        return self.recognizer.predict_pixels(pixels, count)
+
+class Server(litserve.LitServer):
+    """Shuts down without a traceback of LitServe's monitor.
+
+    That thread asks ``_shutdown_event`` of a manager process every two seconds, also while the manager is shut down.
+    """
+
+    def _perform_graceful_shutdown(self, *arguments: Any, **options: Any) -> None:
+        self._shutdown_event = threading.Event()  # of this process: from now on the monitor asks no manager
+        self._shutdown_event.set()
+        super()._perform_graceful_shutdown(*arguments, **options)
 
 
 @click.command()
@@ -105,36 +125,41 @@ class LabelAPI(litserve.LitAPI):
     help="Address to serve at; 0.0.0.0 or :: to the network.",
 )  # fmt: skip
 @click.option("--port", type=click.IntRange(1024, 65535), default=8000, show_default=True)
-@click.option("--labels", help="A closed vocabulary: a file, a class a line, or imagenet1k.")
-@click.option("--batch", type=click.IntRange(1), default=16, show_default=True, help="Requests labelled together.")
-@click.option("--wait-ms", type=click.FloatRange(1), default=10.0, show_default=True, help="A request for others.")
-@click.option("--max-mb", type=click.IntRange(1), default=20, show_default=True, help="Of a request.")
+@click.option("--classes", help="A closed vocabulary: a file with one class per line, or imagenet1k.")
+@click.option("--batch-size", type=click.IntRange(1), default=16, show_default=True, help="Most requests per batch.")
+@click.option(
+    "--wait-ms", type=click.FloatRange(1), default=10.0, show_default=True,
+    help="How long the first request of a batch waits for others.",
+)  # fmt: skip
+@click.option("--max-mb", type=click.IntRange(1), default=20, show_default=True, help="Size of a request.")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
-def serve(model, host, port, labels, batch, wait_ms, max_mb, device) -> None:
-    """Answer HTTP requests with MODEL's labels, several requests in one batch.
+def serve(model, host, port, classes, batch_size, wait_ms, max_mb, device) -> None:
+    """Serve MODEL's labels over HTTP. Requests that arrive together are one batch.
 
     \b
     nxtp serve runs/demo/model
     curl localhost:8000/predict -H 'content-type: application/json' \\
          -d "{\\"image\\": \\"$(base64 -w0 photo.jpg)\\", \\"top_k\\": 5}"
     """
+    check_free(host, port)
     from nxtp.inference import model_directory as model_dir
 
-    check_free(host, port)
-    model_dir.read_config(model_dir.locate(model))  # told here, not by a process of the server
-    if labels:
-        read_classes(labels)
-    api = LabelAPI(model, labels, max_batch_size=batch, batch_timeout=wait_ms / 1000)
-    server = litserve.LitServer(api, accelerator=device, devices=1, max_payload_size=max_mb << 20)
-    _end_as_on_ctrl_c()
+    model_dir.read_config(model_dir.locate(model))  # mistakes are reported here, not by a process of the server
+    if classes:
+        from nxtp.sampling.closed_vocabulary import read_classes
+
+        read_classes(classes)
+    api = LabelAPI(model, classes, max_batch_size=batch_size, batch_timeout=wait_ms / 1000)
+    server = Server(api, accelerator=device, devices=1, max_payload_size=max_mb << 20)
+    _exit_on_sigterm()
     server.run(host=host, port=port, num_api_servers=1, generate_client_file=False, log_level="warning")
 
 
-def _end_as_on_ctrl_c() -> None:
-    """On SIGTERM, too: only then does LitServe end its other processes. These, which inherit the handler, just end."""
-    ours = os.getpid()
+def _exit_on_sigterm() -> None:
+    """Treat SIGTERM as Ctrl-C: only then does LitServe end its processes. They inherit the handler, and just exit."""
+    main = os.getpid()
 
     def end(*_: Any) -> None:
-        raise KeyboardInterrupt if os.getpid() == ours else SystemExit(0)
+        raise KeyboardInterrupt if os.getpid() == main else SystemExit(0)
 
     signal.signal(signal.SIGTERM, end)

@@ -6,24 +6,23 @@ import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 import yaml
 
 import nxtp
 from nxtp.errors import UserError, some_of
-from nxtp.model import decoder
 from nxtp.model.hub import is_path
-from nxtp.model.model import Model, ModelConfig
-from nxtp.model.tokenizer import FILES as TOKENIZER_FILES
-from nxtp.model.tokenizer import LabelTokenizer
-from nxtp.model.weights import SafetensorsFiles
 from nxtp.runs.atomic import atomic_directory
 
+if TYPE_CHECKING:
+    from nxtp.model.model import ModelConfig
+    from nxtp.model.tokenizer import LabelTokenizer
+
 FORMAT = 1
-WEIGHTS, CONFIG = "model.safetensors", "config.yaml"
-EMBEDDING, HEAD = (f"decoder.lm.{name}" for name in (decoder.EMBEDDING, decoder.HEAD))
+CONFIG = "config.yaml"
+WEIGHTS = "model.safetensors"
+FILES = (WEIGHTS, "tokenizer.json", "tokenizer_config.json")  # those with a fingerprint in CONFIG
 
 
 def write_model_dir(
@@ -47,7 +46,7 @@ def write_model_dir(
             "nxtp": nxtp.__version__,
             "model": asdict(config),
             "provenance": provenance,
-            "files": {name: _fingerprint(new / name) for name in (WEIGHTS, *TOKENIZER_FILES)},
+            "files": {name: _fingerprint(new / name) for name in FILES},
         }
         (new / CONFIG).write_text(yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
 
@@ -66,7 +65,7 @@ def locate(source: str | Path) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(str(source), allow_patterns=[WEIGHTS, CONFIG, *TOKENIZER_FILES]))
+        return Path(snapshot_download(str(source), allow_patterns=[CONFIG, *FILES]))
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"No directory '{source}', and the hub has no such model: {reason}") from error
@@ -98,7 +97,7 @@ def verify(directory: Path, files: Mapping[str, Any]) -> None:
     Raises:
         UserError: a file is missing or differs.
     """
-    for name in (WEIGHTS, *TOKENIZER_FILES):
+    for name in FILES:
         path = directory / name
         if not path.is_file():
             raise UserError(f"'{directory}' lacks {name}: copy or export the model again.")
@@ -127,25 +126,3 @@ def mismatch(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[
 
 def _times(shape: tuple[int, ...]) -> str:
     return "×".join(map(str, shape)) or "scalar"
-
-
-@torch.no_grad()
-def load_weights(model: Model, path: Path) -> None:
-    """Fill ``model`` from a safetensors file, one tensor at a time, each cast to its parameter's dtype.
-
-    Raises:
-        UserError: the file is damaged, or its tensors are not the model's.
-    """
-    weights = SafetensorsFiles([path])
-    parameters = model.state_dict()
-    stored = {name: name for name in weights.specs}
-    if model.decoder.lm.config.tie_word_embeddings:  # a file may contain one of two tied tensors
-        present = next((name for name in (HEAD, EMBEDDING) if name in stored), None)
-        for name in (HEAD, EMBEDDING) if present else ():
-            stored.setdefault(name, present)
-    expected = {name: tuple(tensor.shape) for name, tensor in parameters.items()}
-    difference = mismatch(expected, {name: weights.specs[stored[name]].shape for name in stored})
-    if difference:
-        raise UserError(f"'{path}' does not fit its config.yaml: {difference}.")
-    for name, tensor in parameters.items():
-        tensor.copy_(weights.read(stored[name]))

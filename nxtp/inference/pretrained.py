@@ -14,11 +14,13 @@ from transformers.initialization import no_init_weights
 from nxtp.config import to_dataclass
 from nxtp.errors import UserError
 from nxtp.inference import model_directory as model_dir
+from nxtp.model import decoder
 from nxtp.model.decoder import plain_config
 from nxtp.model.model import Model, ModelConfig
 from nxtp.model.tokenizer import LabelTokenizer
-from nxtp.model.weights import write_module
+from nxtp.model.weights import SafetensorsFiles, write_module
 
+EMBEDDING, HEAD = (f"decoder.lm.{name}" for name in (decoder.EMBEDDING, decoder.HEAD))
 PAPER = "https://arxiv.org/abs/2312.02142"
 CARD = """---
 {{ card_data }}
@@ -116,7 +118,7 @@ class Pretrained(ModelHubMixin, library_name="nxtp", tags=["image-tagging"], pap
         if self._is_int8:
             raise UserError("A model with int8 weights cannot be saved: save the model it was made from.")
         directory = Path(directory)
-        skipped = [model_dir.HEAD] if self.model.decoder.lm.config.tie_word_embeddings else []
+        skipped = [HEAD] if self.model.decoder.lm.config.tie_word_embeddings else []
         if not writes:
             write_module(None, self.model, skipped)
             return directory
@@ -159,7 +161,7 @@ class Pretrained(ModelHubMixin, library_name="nxtp", tags=["image-tagging"], pap
         tokenizer = LabelTokenizer.load(directory, config.prompt)
         with no_init_weights():  # every number comes from the file
             model = Model(config, load_pretrained=False)
-        model_dir.load_weights(model, directory / model_dir.WEIGHTS)
+        load_weights(model, directory / model_dir.WEIGHTS)
         model.requires_grad_(False)
         if str(device) == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -175,3 +177,25 @@ def rebuildable(config: ModelConfig, model: Model) -> ModelConfig:
         decoder=replace(config.decoder, source=None, config=architecture, depth=None, keep="first", blocks=None),
         tokenizer=None,
     )
+
+
+@torch.no_grad()
+def load_weights(model: Model, path: Path) -> None:
+    """Fill ``model`` from a safetensors file, one tensor at a time, each cast to its parameter's dtype.
+
+    Raises:
+        UserError: the file is damaged, or its tensors are not the model's.
+    """
+    weights = SafetensorsFiles([path])
+    parameters = model.state_dict()
+    stored = {name: name for name in weights.specs}
+    if model.decoder.lm.config.tie_word_embeddings:  # a file may contain one of two tied tensors
+        present = next((name for name in (HEAD, EMBEDDING) if name in stored), None)
+        for name in (HEAD, EMBEDDING) if present else ():
+            stored.setdefault(name, present)
+    expected = {name: tuple(tensor.shape) for name, tensor in parameters.items()}
+    difference = model_dir.mismatch(expected, {name: weights.specs[stored[name]].shape for name in stored})
+    if difference:
+        raise UserError(f"'{path}' does not fit its config.yaml: {difference}.")
+    for name, tensor in parameters.items():
+        tensor.copy_(weights.read(stored[name]))

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from nxtp.inference.model_directory import EMBEDDING
+from nxtp.inference.pretrained import EMBEDDING
 from nxtp.model.layout import Layout, Objective, lay_out
 from nxtp.paper.parity_fixture import RANKED, Recording
 from nxtp.paper.release_names import our_name

@@ -18,16 +18,8 @@ from torch import Tensor
 
 from nxtp.config import to_dataclass
 from nxtp.errors import UserError
-from nxtp.inference.model_directory import (
-    CONFIG,
-    EMBEDDING,
-    HEAD,
-    WEIGHTS,
-    mismatch,
-    read_config,
-    verify,
-    write_model_dir,
-)
+from nxtp.inference.model_directory import CONFIG, WEIGHTS, mismatch, read_config, verify, write_model_dir
+from nxtp.inference.pretrained import EMBEDDING, HEAD
 from nxtp.model.decoder import DecoderConfig
 from nxtp.model.flops import meta_model
 from nxtp.model.model import ModelConfig

@@ -15,7 +15,7 @@ from pathlib import Path
 import httpx
 import numpy as np
 import pytest
-from helpers import huge_png, jpeg, recognizer, serving, tells_a_taken_port_and_a_missing_model
+from helpers import huge_png, jpeg, recognizer, reports_a_taken_port_and_a_missing_model, serving
 from PIL import Image
 
 from nxtp.deploy.ports import free_port
@@ -82,7 +82,7 @@ def ask(address: str, path: str | None, count: int = 5, mode: str = "Any label",
             event = json.loads(line.removeprefix("data:")) if line.startswith("data:") else {}
             if event.get("msg") == "process_completed":
                 return event["output"]["data"][0] if event["success"] else f"FAILED: {event['output'].get('error')}"
-    return "FAILED: no answer"
+    return "FAILED: no result"
 
 
 def labels_in(shown: str) -> list[str]:
@@ -203,12 +203,12 @@ def test_a_hundred_requests_at_a_time_leave_it_serving(address):
         shown = list(pool.map(lambda _: ask(address, path, 1), range(100)))
     served = [text for text in shown if 'class="row"' in text]
     assert len(served) >= 32
-    assert all("FAILED" in text for text in shown if text not in served), "the others are told"
+    assert all("FAILED" in text for text in shown if text not in served), "the others get an error"
     assert 'class="row"' in ask(address, path)
 
 
-def test_a_taken_port_and_a_missing_model_are_told_in_a_line(place):
-    tells_a_taken_port_and_a_missing_model("app", place)
+def test_a_taken_port_and_a_missing_model_are_reported_in_a_line(place):
+    reports_a_taken_port_and_a_missing_model("app", place)
 
 
 # In a browser

@@ -8,12 +8,12 @@ import sys
 import numpy as np
 import pytest
 import torch
-from helpers import COLOURS, ending_recognizer, jpeg, run_nxtp
+from helpers import COLOURS, call_nxtp, ending_recognizer, jpeg
 from PIL import Image
 
 from nxtp.data.images import ImageError
 from nxtp.data.transforms import to_pixels
-from nxtp.deploy.onnx.int8 import quantize
+from nxtp.deploy.onnx.export import quantize
 from nxtp.deploy.onnx.pixels import to_pixels as numpy_pixels
 from nxtp.deploy.onnx.runner import OnnxRecognizer
 from nxtp.errors import UserError
@@ -35,7 +35,7 @@ def model():
 @pytest.fixture(scope="module")
 def graphs(model, place):
     model.save_pretrained(place / "model")
-    done = run_nxtp("export", "model", "--onnx", "graphs", cwd=place)
+    done = call_nxtp("export", "model", "--format", "onnx", "--out", "graphs", cwd=place)
     assert done.returncode == 0, done.stderr
     assert done.stderr.startswith("graphs: ONNX graphs with float32 weights")
     assert len(done.stderr.splitlines()) == 1, "nothing of the exporter's own insides"
@@ -123,21 +123,23 @@ def test_the_directory_is_whole_and_bad_options_are_told(graphs, place):
         "config.json", "decoder.onnx", "decoder.onnx.data", "encoder.onnx", "encoder.onnx.data", "tokenizer.json",
     ]  # fmt: skip
     for arguments, told in (
-        (("model", "--onnx", "graphs"), "'graphs' exists"),
-        (("model",), "Say --to DIR"),
-        (("model", "--to", "x", "--int8"), "--int8 goes with --onnx"),
-        (("gone", "--onnx", "x"), "No model directory 'gone'"),
+        (("model", "--format", "onnx", "--out", "graphs"), "'graphs' exists"),
+        (("model", "--out", "x", "--int8"), "--int8 needs --format onnx"),
+        (("gone", "--format", "onnx", "--out", "x"), "No model directory 'gone'"),
     ):
-        done = run_nxtp("export", *arguments, cwd=place)
+        done = call_nxtp("export", *arguments, cwd=place)
         assert (done.returncode, done.stderr.count("\n")) == (1, 1), done.stderr
         assert told in done.stderr
+    done = call_nxtp("export", "model", cwd=place)
+    assert done.returncode == 2
+    assert "'--out'" in done.stderr
 
 
 def test_bad_input_is_told_in_a_line(runner, graphs, tmp_path):
     (tmp_path / "x.jpg").write_text("x")
     with pytest.raises(ImageError, match=r"x\.jpg"):
         runner.predict(tmp_path / "x.jpg")
-    with pytest.raises(ValueError, match="top_k is 0"):
+    with pytest.raises(ValueError, match="top_k must be ≥ 1, got 0"):
         runner.predict(IMAGES[0], 0)
     assert runner.predict([]) == []
     with pytest.raises(UserError, match="no directory of ONNX graphs"):
@@ -157,13 +159,12 @@ FULL_SIZE = """
 import resource, sys, torch
 from pathlib import Path
 from transformers.initialization import no_init_weights
-from nxtp.decoder import DecoderConfig
-from nxtp.encoder import EncoderConfig
-from nxtp.model import Model, ModelConfig
-from nxtp.onnx.export import export_onnx
-from nxtp.onnx.int8 import quantize
-from nxtp.recognizer import Recognizer
-from nxtp.tokens import train_tokenizer
+from nxtp.deploy.onnx.export import export_onnx, quantize
+from nxtp.inference.recognizer import Recognizer
+from nxtp.model.decoder import DecoderConfig
+from nxtp.model.encoder import EncoderConfig
+from nxtp.model.model import Model, ModelConfig
+from nxtp.model.tokenizer import train_tokenizer
 
 if sys.argv[1] == "export":
     llama = dict(model_type="llama", hidden_size=4096, intermediate_size=11008, num_attention_heads=32)
@@ -183,7 +184,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6)
 RUN = """
 import resource
 from PIL import Image
-from nxtp.onnx.runner import OnnxRecognizer
+from nxtp.deploy.onnx.runner import OnnxRecognizer
 
 print(len(OnnxRecognizer("full").predict(Image.effect_noise((300, 200), 90).convert("RGB"), 3)))
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6)

@@ -1,4 +1,4 @@
-"""The server: the model's labels, requests batched, a bad one told while the others of its batch are answered."""
+"""The server: the model's labels, requests in batches; a bad request does not fail the others of its batch."""
 
 import base64
 import json
@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
 import pytest
-from helpers import COLOURS, jpeg, recognizer, tells_a_taken_port_and_a_missing_model
+from helpers import COLOURS, jpeg, recognizer, reports_a_taken_port_and_a_missing_model
 
 pytest.importorskip("litserve")
 
@@ -37,15 +37,15 @@ def model(place):
     return Recognizer.from_pretrained(place / "model", device="cpu")
 
 
-def question(image: bytes, **options) -> bytes:
+def body(image: bytes, **options) -> bytes:
     return json.dumps({"image": base64.b64encode(image).decode(), **options}).encode()
 
 
 def post(port: int, body: bytes) -> tuple[int, dict]:
     request = urllib.request.Request(f"http://127.0.0.1:{port}/predict", body, {"content-type": "application/json"})
     try:
-        with urllib.request.urlopen(request, timeout=60) as answer:
-            return answer.status, json.load(answer)
+        with urllib.request.urlopen(request, timeout=60) as response:
+            return response.status, json.load(response)
     except urllib.error.HTTPError as error:
         return error.code, json.load(error)
 
@@ -53,7 +53,7 @@ def post(port: int, body: bytes) -> tuple[int, dict]:
 @pytest.fixture(scope="module")
 def port(place):
     number = free_port()
-    options = ("--port", str(number), "--batch", "4", "--wait-ms", "300", "--max-mb", "1", "--device", "cpu")
+    options = ("--port", str(number), "--batch-size", "4", "--wait-ms", "300", "--max-mb", "1", "--device", "cpu")
     quiet = os.environ | {"OMP_NUM_THREADS": "1"}
     with open(place / "log", "w") as log:
         command = [sys.executable, "-m", "nxtp", "serve", "model", *options]
@@ -77,22 +77,22 @@ def port(place):
     assert "Traceback" not in (place / "log").read_text()
 
 
-def test_answers_are_the_models_and_bad_requests_do_not_spoil_a_batch(port, model):
-    bodies = [question(image, top_k=3) for image in IMAGES]
-    bodies[2] = question(b"no picture")
-    bodies[5] = question(IMAGES[5], top_k=0)
+def test_labels_are_the_models_and_bad_requests_do_not_spoil_a_batch(port, model):
+    bodies = [body(image, top_k=3) for image in IMAGES]
+    bodies[2] = body(b"no picture")
+    bodies[5] = body(IMAGES[5], top_k=0)
     bodies[7] = b'{"image": 3'
     with ThreadPoolExecutor(len(bodies)) as pool:
         found = list(pool.map(lambda body: post(port, body), bodies))
     assert [code for code, _ in found] == [422 if i in (2, 5, 7) else 200 for i in range(len(bodies))]
     assert found[2][1] == {"error": "not an image in a known format"}
-    for image, (code, answer) in zip(IMAGES, found, strict=True):
+    for image, (code, labels) in zip(IMAGES, found, strict=True):
         if code == 200:
             expected = model.predict(image, top_k=3)
-            assert [each["label"] for each in answer["labels"]] == [label for label, _ in expected]
-            probabilities = [each["probability"] for each in answer["labels"]]
+            assert [each["label"] for each in labels["labels"]] == [label for label, _ in expected]
+            probabilities = [each["probability"] for each in labels["labels"]]
             assert probabilities == pytest.approx([probability for _, probability in expected], rel=1e-4)
-    assert post(port, question(bytes(2 << 20)))[0] == 413
+    assert post(port, body(bytes(2 << 20)))[0] == 413
 
 
 def test_requests_that_come_together_are_one_batch(place, model):
@@ -123,5 +123,5 @@ def test_a_closed_vocabulary(place, model):
     (place / "model" / "labels.txt").unlink()
 
 
-def test_a_taken_port_and_a_missing_model_are_told_in_a_line(place):
-    tells_a_taken_port_and_a_missing_model("serve", place)
+def test_a_taken_port_and_a_missing_model_are_reported_in_a_line(place):
+    reports_a_taken_port_and_a_missing_model("serve", place)

@@ -1,6 +1,4 @@
 """`nxtp app`: a page to try a model in a browser.
 
-`command.py` reads the options and serves, `page.py` is what one sees, `guard.py` keeps uploads within limits.
+command.py reads the options and serves, page.py (with page.css and click.js) is the page, guard.py limits uploads.
 """
-
-from __future__ import annotations

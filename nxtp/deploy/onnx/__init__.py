@@ -1,14 +1,12 @@
-"""A model as ONNX graphs, and what runs it without torch: onnxruntime, tokenizers, Pillow and numpy.
+"""A model as ONNX graphs, and a runner without torch: onnxruntime, tokenizers, Pillow and numpy.
 
-A directory of `nxtp export DIR --onnx OUT` holds
+`nxtp export DIR --format onnx --out OUT` writes a directory:
 
     encoder.onnx    pixels uint8 [B, 3, S, S] → image tokens and ``<|image|>``, float32 [B, N + 1, D]
-    decoder.onnx    the prefix pass and the cached step of branches; one graph, so that its weights are held once
+    decoder.onnx    the prefix pass and the cached step of branches: one graph, so that its weights are stored once
     *.onnx.data     their weights
     tokenizer.json  as in the model directory
-    config.json     what the runner must know (:class:`nxtp.deploy.onnx.runner.Config`)
+    config.json     the runner's configuration (:class:`nxtp.deploy.onnx.runner.Config`)
 
-`export.py` and `int8.py` write it, `runner.py` runs it; the runner and this file import nothing else.
+export.py writes it. runner.py and pixels.py run it, and import only data.images, data.labels.cleaning and errors.
 """
-
-from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`python -m nxtp.deploy.onnx DIR IMAGE…`: labels of images, where torch is not installed."""
+"""`python -m nxtp.deploy.onnx DIR IMAGE…`: labels of images without torch."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ from nxtp.errors import UserError, printable
 
 
 def main() -> int:
-    """The exit code: 1 if an image could not be used."""
+    """Returns the exit code: 1 if an image cannot be read."""
     parser = argparse.ArgumentParser(prog="python -m nxtp.deploy.onnx", description=__doc__)
-    parser.add_argument("model", metavar="DIR", help="made by nxtp export DIR --onnx OUT")
-    parser.add_argument("images", metavar="IMAGE", nargs="+", help="images, and directories of them")
-    parser.add_argument("--top-k", type=int, default=10, help="labels an image (default 10)")
-    parser.add_argument("--json", action="store_true", help="one JSON object an image, a line each")
-    parser.add_argument("--threads", type=int, default=0, help="of onnxruntime (default: one a core)")
-    given = parser.parse_args()
-    if given.top_k < 1:
-        parser.error(f"--top-k {given.top_k}: at least 1, please")
+    parser.add_argument("model", metavar="DIR", help="written by nxtp export --format onnx")
+    parser.add_argument("images", metavar="IMAGE", nargs="+", help="images, or directories of them")
+    parser.add_argument("--top-k", type=int, default=10, help="labels per image (default 10)")
+    parser.add_argument("--json", action="store_true", help="one JSON object per image and line")
+    parser.add_argument("--threads", type=int, default=0, help="of onnxruntime (default: one per core)")
+    options = parser.parse_args()
+    if options.top_k < 1:
+        parser.error(f"--top-k must be ≥ 1, got {options.top_k}")
     from nxtp.deploy.onnx.runner import OnnxRecognizer
 
-    recognizer = OnnxRecognizer(given.model, given.threads)
-    found, problems = find_images(given.images)
+    recognizer = OnnxRecognizer(options.model, options.threads)
+    found, problems = find_images(options.images)
     for path in found:
         try:
-            labels = recognizer.predict(path, given.top_k)
+            labels = recognizer.predict(path, options.top_k)
         except UserError as problem:
             problems.append(problem)
             continue
-        if given.json:
+        if options.json:
             rows = [{"label": label, "probability": probability} for label, probability in labels]
             print(json.dumps({"image": str(path), "labels": rows}))
         else:

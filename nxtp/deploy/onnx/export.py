@@ -1,4 +1,4 @@
-"""A model directory → ONNX graphs. What the graphs are: :mod:`nxtp.deploy.onnx`."""
+"""A model → ONNX graphs (see :mod:`nxtp.deploy.onnx`)."""
 
 from __future__ import annotations
 
@@ -38,15 +38,15 @@ class EncoderGraph(nn.Module):
 
 
 class DecoderGraph(nn.Module):
-    """Tokens behind a cache → logits, and their keys and values. With image tokens and prompt it is the prefix pass.
+    """Tokens after a cache → logits, and their keys and values. With image tokens and prompt it is the prefix pass.
 
     Args of a call:
-        image_tokens: [B, N + 1, D] of the encoder, or [B, 0, D] for a step.
-        tokens: int64 [B, Q], behind them.
-        positions: int64 [1, T] of all T = N + 1 + Q, or Q.
+        image_tokens: [B, N + 1, D] of the encoder; [B, 0, D] for a step.
+        tokens: int64 [B, Q], after them.
+        positions: int64 [1, T], T = N + 1 + Q (a step: Q).
         mask: bool [1, 1, T, cached + T], True = may attend.
-        rows: int64 [R], the places whose logits are wanted.
-        keys, values: [blocks, B, H, cached, width]; none: cached = 0.
+        rows: int64 [R], the places whose logits are returned.
+        keys, values: [blocks, B, H, cached, width], of the cache.
 
     Returns:
         logits float32 [B, R, V]; keys and values [blocks, B, H, T, width] of this call's tokens.
@@ -73,7 +73,7 @@ class DecoderGraph(nn.Module):
 def require_onnx() -> None:
     """
     Raises:
-        UserError: what writes and quantises graphs is not installed.
+        UserError: a package that writes or quantises graphs is not installed.
     """
     missing = [name for name in NEEDED if find_spec(name) is None]
     if missing:
@@ -81,35 +81,44 @@ def require_onnx() -> None:
 
 
 def export_onnx(recognizer: Recognizer, out: Path, int8: bool = False) -> Config:
-    """Write the graphs: aside first, then in one rename, over what was there.
+    """Write a directory of graphs, or replace one, in one rename.
 
     Args:
         recognizer: on the CPU, float32.
-        int8: weights of matrices as 8-bit numbers (:mod:`nxtp.deploy.onnx.int8`).
+        int8: :func:`quantize` the weights.
 
     Raises:
         UserError: a package is missing.
-        ValueError: a model in another dtype or place.
+        ValueError: another dtype or device.
     """
     require_onnx()
     model = recognizer.model
     if model.image_token.dtype != torch.float32 or recognizer.device.type != "cpu":
-        raise ValueError(
-            f"the model is {model.image_token.dtype} on {model.image_token.device}; float32 on cpu, please"
-        )
+        raise ValueError(f"the model must be float32 on cpu, got {model.image_token.dtype} on {recognizer.device}")
     config = runner_config(recognizer, "int8" if int8 else "float32")
-    with atomic_directory(out) as aside:
+    with atomic_directory(out) as new:
         with _quiet(), torch.no_grad():
-            _write(EncoderGraph(model), encoder_inputs(config), aside / ENCODER)
-            _write(DecoderGraph(model), decoder_inputs(config), aside / DECODER)
+            _write(EncoderGraph(model), encoder_inputs(config), new / ENCODER)
+            _write(DecoderGraph(model), decoder_inputs(config), new / DECODER)
             if int8:
-                from nxtp.deploy.onnx.int8 import quantize
-
                 for name in (ENCODER, DECODER):
-                    quantize(aside / name)
-        recognizer.tokenizer.tokenizer.backend_tokenizer.save(str(aside / TOKENIZER))
-        (aside / CONFIG).write_text(json.dumps(asdict(config), indent=1, default=str))
+                    quantize(new / name)
+        recognizer.tokenizer.tokenizer.backend_tokenizer.save(str(new / TOKENIZER))
+        (new / CONFIG).write_text(json.dumps(asdict(config), indent=1, default=str))
     return config
+
+
+def quantize(path: Path) -> None:
+    """Replace a graph and its external data: matrices with 8-bit weights, 32 per scale; the rest stays float32."""
+    import onnx
+    import onnx_ir
+    from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
+
+    # accuracy_level 4 rounds activations to 8 bits too: the fast kernels need it
+    quantizer = MatMulNBitsQuantizer(onnx.load(path), bits=8, block_size=32, is_symmetric=True, accuracy_level=4)
+    quantizer.process()
+    # Not onnx.save_model: it would take a file of this name in the working directory for the external data.
+    onnx_ir.save(onnx_ir.from_proto(quantizer.model.model), path, external_data=f"{path.name}.data")
 
 
 def runner_config(recognizer: Recognizer, weights: str) -> Config:
@@ -142,7 +151,7 @@ def encoder_inputs(config: Config) -> Inputs:
 
 
 def decoder_inputs(config: Config) -> Inputs:
-    """Of each input an example, in which no two sizes that vary are the same, and the axes that vary."""
+    """An example of each input, in which no two variable sizes are equal, and its variable axes."""
     batch, prompt, cached = 2, 5, 7
     image = config.num_image_tokens + 1
     length = image + prompt
@@ -177,7 +186,7 @@ def _write(graph: nn.Module, inputs: Inputs, path: Path) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what the exporter says about its own insides."""
+    """Without the exporter's own warnings and log lines."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         logging.disable(logging.WARNING)

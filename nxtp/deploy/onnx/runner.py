@@ -29,14 +29,14 @@ Labels = list[tuple[str, float]]
 
 @dataclass(frozen=True)
 class Config:
-    """What the runner must know of a model.
+    """What the runner needs to know about a model.
 
-    ``image_size``        pixels a side        ``num_image_tokens``  N
+    ``image_size``        pixels per side      ``num_image_tokens``  N
     ``prompt``            BOS and prompt ids   ``delimiter``         the id that ends a label
-    ``never_first``       ids that no label may start with
+    ``never_first``       ids that cannot start a label
     ``max_label_tokens``  where a label without a delimiter is cut
-    ``cleans_spaces``     whether the tokenizer takes the space before punctuation away
-    ``blocks, heads, head_width, width``  shape of the decoder's keys, and D
+    ``cleans_spaces``     whether the tokenizer removes spaces before punctuation
+    ``blocks, heads, head_width, width``  shape of the decoder's keys; D
     ``weights``           float32, or int8
     ``provenance``        where the weights come from
     """
@@ -58,19 +58,19 @@ class Config:
 
 
 class OnnxRecognizer:
-    """Images in, ranked labels out: what :class:`nxtp.Recognizer` gives, to 1e-4.
+    """Images in, ranked labels out: those of :class:`nxtp.Recognizer`, to 1e-4.
 
     >>> recognizer = OnnxRecognizer("models/demo-onnx")
     >>> recognizer.predict("photo.jpg", top_k=5)
     [('coffee', 0.91), ('rocket', 0.88), …]
 
     Args:
-        directory: made by `nxtp export DIR --onnx OUT`.
-        threads: of onnxruntime; 0: one a core.
-        providers: onnxruntime's, most wanted first.
+        directory: written by `nxtp export DIR --format onnx --out OUT`.
+        threads: of onnxruntime; 0: one per core.
+        providers: onnxruntime's, in order of preference.
 
     Raises:
-        UserError: no such directory, or one of another format; names the file.
+        UserError: no such directory, or another format; names the file.
     """
 
     def __init__(self, directory: str | Path, threads: int = 0, providers: Sequence[str] = ("CPUExecutionProvider",)):
@@ -93,8 +93,8 @@ class OnnxRecognizer:
 
         Args:
             images: one image or a list: a path, encoded bytes, or a PIL image.
-            top_k: labels an image, at most; fewer where several came out the same.
-            batch_size: images computed together; the result does not depend on it.
+            top_k: labels per image, at most; fewer if several came out the same.
+            batch_size: images per call of the graphs. The result does not depend on it.
 
         Returns:
             ``[(label, probability), …]``, most probable first, for one image; a list of those for a list.
@@ -104,12 +104,11 @@ class OnnxRecognizer:
             ValueError: ``top_k`` below 1.
         """
         single = not isinstance(images, list | tuple)
-        every = [images] if single else list(images)
+        every: Sequence[Any] = [images] if single else images
         labels: list[Labels] = []
         for start in range(0, len(every), batch_size):
-            labels += self.predict_pixels(
-                np.stack([self.transform(image) for image in every[start : start + batch_size]]), top_k
-            )
+            pixels = [self.transform(image) for image in every[start : start + batch_size]]
+            labels += self.predict_pixels(np.stack(pixels), top_k)
         return labels[0] if single else labels
 
     def transform(self, image: ImageLike) -> np.ndarray:
@@ -119,14 +118,14 @@ class OnnxRecognizer:
     def predict_pixels(self, pixels: np.ndarray, top_k: int = 10) -> list[Labels]:
         """Labels of uint8 [B, 3, S, S]."""
         if top_k < 1:
-            raise ValueError(f"top_k is {top_k}: at least 1, please")
+            raise ValueError(f"top_k must be ≥ 1, got {top_k}")
         if len(pixels) == 0:
             return []
         tokens_BKL, probs_BKL = self._one_shot(pixels, top_k)
         return [self._ranked(*image, top_k) for image in zip(tokens_BKL, probs_BKL, strict=True)]
 
     def _one_shot(self, pixels: np.ndarray, top_k: int) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens int64 [B, K, L], each label's filled up with the delimiter, and their probabilities float32."""
+        """Tokens int64 [B, K, L], padded with the delimiter, and their probabilities float32."""
         config = self.config
         image_tokens = self._encode(pixels)
         batch, prefix = len(pixels), config.num_image_tokens + 1 + len(config.prompt)
@@ -147,12 +146,12 @@ class OnnxRecognizer:
         no_image = np.zeros((batch, 0, config.width), dtype=np.float32)
         active_BA = np.tile(np.arange(count), (batch, 1))
         current_BA, running_BA = tokens, tokens != config.delimiter
-        tree = []  # of each step the keys and values of its branches
+        tree: list[tuple[np.ndarray, ...]] = []  # keys and values of each step's branches
         for step in range(1, config.max_label_tokens):
             needed = int(running_BA.sum(axis=1).max())
             if needed == 0:
                 break
-            if needed < active_BA.shape[1]:  # branches that have ended are not computed any further
+            if needed < active_BA.shape[1]:  # finished branches are dropped
                 keep_BA = np.argsort(~running_BA, axis=1, kind="stable")[:, :needed]
                 active_BA, current_BA, running_BA = (
                     np.take_along_axis(each, keep_BA, 1) for each in (active_BA, current_BA, running_BA)
@@ -181,14 +180,14 @@ class OnnxRecognizer:
         return self.encoder.run(None, {"pixels": pixels})[0]
 
     def _decode(self, *inputs: np.ndarray) -> list[np.ndarray]:
-        """Logits at the wanted rows [B, R, V], and the keys and values of this call's tokens [blocks, B, H, T, width].
+        """Logits [B, R, V], and the keys and values of the call's tokens [blocks, B, H, T, width].
 
         Inputs as of :class:`nxtp.deploy.onnx.export.DecoderGraph`.
         """
         return self.decoder.run(None, dict(zip(DECODER_INPUTS, inputs, strict=True)))
 
     def _ranked(self, tokens_KL: np.ndarray, probs_KL: np.ndarray, top_k: int) -> Labels:
-        """Labels of one image; those of the same text are one, empty ones are left out."""
+        """Labels of one image: equal texts are merged, empty ones dropped."""
         merged: dict[str, float] = {}
         lengths = (tokens_KL == self.config.delimiter).argmax(axis=1)
         for ids, length, probability in zip(tokens_KL, lengths, probs_KL.prod(axis=1).tolist(), strict=True):
@@ -214,8 +213,8 @@ def read_config(directory: Path) -> Config:
         known = {field.name for field in fields(Config)}
         found = Config(**{name: value for name, value in content.items() if name in known})
     except FileNotFoundError:
-        advice = "make one with: nxtp export DIR --onnx OUT"
-        raise UserError(f"'{directory}' is no directory of ONNX graphs, it has no {CONFIG}; {advice}.") from None
+        advice = "write one with: nxtp export DIR --format onnx --out OUT"
+        raise UserError(f"'{directory}' is no directory of ONNX graphs: it has no {CONFIG}; {advice}.") from None
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise UserError(f"'{path}' is not a configuration of ONNX graphs: {error}.") from error
     if found.format != FORMAT:
