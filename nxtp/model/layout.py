@@ -179,9 +179,13 @@ def lay_out(
         target = np.concatenate([np.tile(np.asarray(prompt, dtype=np.int64), batch), tokens])
     sources, pairs = np.unique(source, return_inverse=True)
 
-    tensors = (ids[:, num_image_tokens + 1 :], segments, positions, sources, pairs, target)
     return Layout(
-        *(torch.from_numpy(np.ascontiguousarray(array)) for array in tensors),
+        tokens_BU=torch.from_numpy(np.ascontiguousarray(ids[:, num_image_tokens + 1 :])),
+        segments_BT=torch.from_numpy(segments),
+        positions_BT=torch.from_numpy(positions),
+        sources=torch.from_numpy(sources),
+        pairs_S=torch.from_numpy(pairs),
+        targets_S=torch.from_numpy(target),
         num_image_tokens=num_image_tokens,
         num_tokens=batch * prefix + total,
     )

@@ -66,10 +66,11 @@ def sample(
         return exact(model, images, config, top_k=top_k, **common)
     if isinstance(config, BeamConfig):
         eos = tokenizer.tokenizer.eos_token_id
-        text = beam(model, images, config, eos=eos if eos != tokenizer.bos_id else None, **common)
-        return split_labels(*text, delimiter, config.max_tokens)
+        tokens, probs = beam(model, images, config, eos=eos if eos != tokenizer.bos_id else None, **common)
+        return split_labels(tokens, probs, delimiter, config.max_tokens)
     if isinstance(config, GreedyConfig):
-        return split_labels(*greedy(model, images, config, **common), delimiter, config.max_tokens)
+        tokens, probs = greedy(model, images, config, **common)
+        return split_labels(tokens, probs, delimiter, config.max_tokens)
     settings = {"max_tokens": config.max_tokens, "temperature": config.temperature}
     return one_shot(model, images, top_k=top_k, classes=classes, **settings, **common)
 
