@@ -256,6 +256,7 @@ def finish(
 ) -> None:
     """Write the final metrics and the model directory, of the best or the last weights."""
     trainer.save_checkpoint(last_checkpoint(run_dir), weights_only=False)
+    trainer.strategy.checkpoint_io.wait()
     record.metrics["train/loss"] = float(trainer.logged_metrics.get("train/loss", float("nan")))
     record.parameters = count_parameters(module.model)
     if data.val_names and trainer.limit_val_batches:

@@ -292,14 +292,14 @@ def test_a_run_continues_under_another_strategy(root, first, then):
 def test_a_checkpoint_becomes_a_model_directory(root):
     name = undisturbed(root, "one")
     target = assert_exports(root, name)
-    assert "exists" in nxtp_runs("export", str(last_checkpoint(root, name)), "--to", str(target), cwd=root, code=1)
-    assert "No checkpoint" in nxtp_runs("export", "nowhere.ckpt", "--to", "x", cwd=root, code=1)
+    assert "exists" in nxtp_runs("export", str(last_checkpoint(root, name)), "--out", str(target), cwd=root, code=1)
+    assert "No checkpoint" in nxtp_runs("export", "nowhere.ckpt", "--out", "x", cwd=root, code=1)
 
 
 def assert_exports(root, name: str):
     """A model directory with the checkpoint's weights."""
     target = root / f"exported_{name}"
-    nxtp_runs("export", str(last_checkpoint(root, name)), "--to", str(target), cwd=root)
+    nxtp_runs("export", str(last_checkpoint(root, name)), "--out", str(target), cwd=root)
     recognizer = Recognizer.from_pretrained(target, device="cpu")
     assert recognizer.provenance["run"] == name
     stored = {key.removeprefix("model."): tensor for key, tensor in weights(root, name).items()}

@@ -51,8 +51,8 @@ def test_parts_are_chosen_by_name():
     [
         ({"encoder": 9}, "last 9 blocks of 2"),
         ({"decoder": 3}, "last 3 blocks of 2"),
-        ({"decoder": "some"}, "say all, none, or a number"),
-        ({"encoder": -1}, "say all, none, or a number"),
+        ({"decoder": "some"}, "must be all, none, or a number"),
+        ({"encoder": -1}, "must be all, none, or a number"),
         ({}, "nothing to train"),
     ],
 )
@@ -101,6 +101,11 @@ def test_schedule_warms_up_and_decays():
     assert rates[55] == pytest.approx(0.1 + 0.9 * 0.5)
     assert shares(100, 0.1, 0)(3) == shares(100, 10, 0)(3)
     assert shares(100, 0.1, 0.2)(500) == pytest.approx(0.2)
+
+
+def test_state_of_4_bits_is_an_error():
+    with pytest.raises(UserError, match=r"optim\.state_bits must be 32 or 8, got 4"):
+        build_optimizer(Model(tiny_config(), 60), OptimConfig(state_bits=4), 10)
 
 
 def test_optimizer_steps_only_what_trains():

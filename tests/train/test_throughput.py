@@ -1,4 +1,4 @@
-"""What is logged of a run's speed: by a clock of our own, in a real run, and over two processes."""
+"""The throughput of a run: with a clock of our own, in a real run, and over two processes."""
 
 import csv
 import math
@@ -33,22 +33,20 @@ BATCH = batch_of([[(5, 6)] * 3, [(7,)]])  # 28 and 21 real tokens: 49 of 56 posi
 
 
 class Run:
-    """A trainer that is driven by hand: every batch is waited for ``wait`` seconds and worked on ``work`` seconds."""
+    """A trainer driven by hand: every batch is waited for ``wait`` seconds and computed in ``work`` seconds."""
 
-    def __init__(self, monkeypatch, *, others=(), replicas=None, accumulate=1, every=2, device="cpu"):
+    def __init__(self, monkeypatch, *, others=(), accumulate=1, every=2, device="cpu"):
         self.now, self.accumulate, self.batches = 100.0, accumulate, 0
         self.logged, self.synchronised = [], []
         monkeypatch.setattr(throughput, "time", SimpleNamespace(perf_counter=lambda: self.now))
         monkeypatch.setattr(torch.cuda, "synchronize", lambda device: self.synchronised.append(self.batches))
         monkeypatch.setattr(throughput, "peak_memory_bytes", lambda device: 3e9)
-        world = 1 + len(others)
         self.trainer = SimpleNamespace(
             global_step=0,
             log_every_n_steps=every,
             train_dataloader=SimpleNamespace(waited=0.0),
             strategy=SimpleNamespace(all_gather=lambda mine: torch.stack([mine, *(mine * o for o in others)])),
-            world_size=world,
-            distributed_sampler_kwargs={"num_replicas": replicas or world, "rank": 0} if others else None,
+            world_size=1 + len(others),
             is_global_zero=True,
             precision="bf16-mixed",
         )
@@ -86,7 +84,7 @@ def test_rates_are_over_the_time_between_logs(monkeypatch):
     assert "perf/mfu" not in second
 
 
-def test_time_between_batches_that_is_no_wait_for_data_counts_as_work(monkeypatch):
+def test_time_between_batches_without_waiting_for_data_counts_as_work(monkeypatch):
     run = Run(monkeypatch)
     run.step()
     run.now += 5  # a checkpoint
@@ -119,7 +117,7 @@ def test_accumulated_batches_are_one_step(monkeypatch):
     assert run.logged[1]["perf/images_per_s"] == pytest.approx(12 / 2.4)
 
 
-def test_ranks_add_up_and_the_worst_is_told(monkeypatch):
+def test_ranks_add_up_and_the_worst_is_logged(monkeypatch):
     run = Run(monkeypatch, others=(3.0,))  # three times the images, the time, the wait and the memory
     run.step()
     run.step()
@@ -129,13 +127,6 @@ def test_ranks_add_up_and_the_worst_is_told(monkeypatch):
     assert values["perf/peak_memory_gb"] == pytest.approx(9)
     alone = 2 * run.callback.flops.step(2, 49 / 2, 9).total / 1e12
     assert values["perf/tflops"] == pytest.approx((alone + 3 * alone) / 2 / 2.1), "of one device"
-
-
-def test_ranks_that_share_a_model_count_their_data_once(monkeypatch):
-    run = Run(monkeypatch, others=(1.0, 1.0, 1.0), replicas=2)
-    run.step()
-    run.step()
-    assert run.logged[0]["perf/images_per_s"] == pytest.approx(2 * 4 / 0.7)
 
 
 def test_a_batch_without_a_usable_sample_counts_as_padding(monkeypatch):
@@ -148,10 +139,10 @@ def test_a_batch_without_a_usable_sample_counts_as_padding(monkeypatch):
     assert run.logged[1]["perf/padding"] == 1
 
 
-def test_a_gpu_is_waited_for_only_at_logs_and_before_validation(monkeypatch):
+def test_a_gpu_is_synchronised_only_at_logs_and_before_validation(monkeypatch):
     run = Run(monkeypatch, every=4, device="cuda")
-    made = torch.tensor
-    monkeypatch.setattr(torch, "tensor", lambda values, device: made(values))
+    on_cpu = torch.tensor
+    monkeypatch.setattr(torch, "tensor", lambda values, device: on_cpu(values))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
     for _ in range(6):
         run.step()
@@ -167,7 +158,7 @@ def test_a_gpu_is_waited_for_only_at_logs_and_before_validation(monkeypatch):
     assert "perf/mfu" not in run.logged[1], "unknown"
 
 
-def test_the_line_says_what_is_known():
+def test_the_line_shows_what_is_known():
     values = {"perf/images_per_s": 1234.5, "perf/tokens_per_s": 98765.4, "perf/data_wait": 0.0123, "perf/padding": 0.05}
     assert speed_line(values) == "1,234 images/s · 98,765 tokens/s · data wait 1.2% · padding 5.0%"
     assert speed_line(values | {"perf/mfu": 0.4567, "perf/peak_memory_gb": 61.24}).endswith("· MFU 45.7% · 61.24 GB")
@@ -222,15 +213,15 @@ def test_a_real_run_logs_what_its_batches_held(tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_log_together(tmp_path):
-    write_shards(tmp_path / "train", [32, 32])
+    write_shards(tmp_path / "train", [32, 32], labels=True)
     two = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", "trainer.precision=32-true"]
     steps = ["data.batch_size=4", "trainer.max_steps=3", "trainer.log_every_n_steps=1"]
     command = ["train", "name=two", "data.train=train", "data.num_workers=1", "trainer.accumulate_grad_batches=2"]
-    done = run_nxtp(*command, *TINY_OVERRIDES, *two, *steps, cwd=tmp_path, fresh=True)
+    done = run_nxtp(*command, *TINY_OVERRIDES, *two, *steps, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     rows = list(csv.DictReader((tmp_path / "runs" / "two" / "csv" / "version_0" / "metrics.csv").open()))
     rows = [row for row in rows if row.get("perf/images_per_s")]
     assert [int(row["step"]) for row in rows] == [0, 1, 2]
     assert all(float(row[name]) >= 0 for row in rows for name in PERF)
-    told = [line for line in done.stderr.splitlines() if " images/s · " in line]
-    assert len(told) == 3, "one process speaks"
+    lines = [line for line in done.stderr.splitlines() if " images/s · " in line]
+    assert len(lines) == 3, "only one process logs"
