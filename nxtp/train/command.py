@@ -54,7 +54,7 @@ def train(cfg: DictConfig) -> float | None:
     """One run in one directory. Returns the recall on the first validation set, for sweepers; None without one."""
     filter_lightning_messages()
     run_dir = Path(HydraConfig.get().runtime.output_dir)
-    resolved = OmegaConf.to_container(cfg, resolve=True)
+    resolved: Any = OmegaConf.to_container(cfg, resolve=True)
     checkpoint = find_checkpoint(run_dir, resolved)
     if checkpoint == "finished":
         log.info("%s contains this run, finished: nothing to do. Choose another name to train again.", run_dir)
@@ -110,7 +110,7 @@ def train(cfg: DictConfig) -> float | None:
         sys.exit(preempted.exit_code)
     if record.samples_skipped:
         log.warning("Skipped samples and shards: %s.", by_kind(record.samples_skipped))
-    return record.metrics.get(record.monitor)
+    return record.metrics.get(record.monitor or "")
 
 
 def filter_lightning_messages() -> None:

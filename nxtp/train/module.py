@@ -285,7 +285,7 @@ class RecognitionModule(L.LightningModule):
 
     def _place_in_epoch(self, checkpoint: dict[str, Any]) -> None:
         """Lightning resumes at a batch index of the epoch: with another number of ranks it becomes another index."""
-        data = getattr(self.trainer, "datamodule", None)
+        data: Any = getattr(self.trainer, "datamodule", None)
         position = checkpoint.get(type(data).__qualname__, {}).get("train")
         loops = checkpoint.get("loops", {}).get("fit_loop")
         if position is None or loops is None:

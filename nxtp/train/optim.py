@@ -73,7 +73,8 @@ def parameter_groups(model: nn.Module, weight_decay: float, also: Sequence[nn.Pa
         also: vectors that decay too.
     """
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    decaying, others = [], []
+    decaying: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
     for p in model.parameters():
         if p.requires_grad:
             decays = (p.ndim >= 2 and id(p) not in embeddings) or any(p is vector for vector in also)

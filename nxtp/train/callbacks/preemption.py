@@ -78,7 +78,7 @@ class PreemptionHandler(L.Callback):
 
     def __init__(self, path: Path):
         self.path = path
-        self._previous = {number: signal.getsignal(number) or signal.SIG_DFL for number in SIGNALS}
+        self._previous: dict[int, Any] = {number: signal.getsignal(number) or signal.SIG_DFL for number in SIGNALS}
 
     def on_train_start(self, trainer: L.Trainer, module: RecognitionModule) -> None:
         def store(number: int, frame: Any) -> None:

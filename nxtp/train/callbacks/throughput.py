@@ -80,6 +80,7 @@ class Throughput(L.Callback):
         if len(batch):
             self._images += len(batch)
             self._tokens += batch.layout.num_tokens
+            assert self.flops is not None  # since setup
             self._flops += self.flops.of(batch.layout).total
         self._positions += batch.layout.segments_BT.numel()
         stepped, self._step = trainer.global_step != self._step, trainer.global_step  # not while accumulating
