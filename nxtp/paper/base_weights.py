@@ -46,14 +46,15 @@ def published_entries(weights: PickledFile, heads: int, key_heads: int, prefix: 
         UserError: parameters that the published implementation does not have; names all of them.
     """
     names = {name: prefix + name.removeprefix("module.") for name in weights.specs}
-    surplus = [name for name, theirs in names.items() if theirs not in UNUSED and our_name(theirs) is None]
+    ours = {name: our_name(theirs) for name, theirs in names.items() if theirs not in UNUSED}
+    surplus = [name for name, own in ours.items() if own is None]
     if surplus:
         raise UserError(f"'{weights.path}' has {len(surplus)} surplus parameters: {', '.join(surplus)}.")
-    entries: dict[str, Entry] = {}
-    for name, theirs in names.items():
-        if (ours := our_name(theirs)) is not None and theirs not in UNUSED:
-            entry, count = Entry.of(weights, name), rotated_heads(ours, heads, key_heads)
-            entries[ours] = entry if count is None else Entry(entry.spec, partial(_read_halves, entry, count))
+    entries = {own: Entry.of(weights, name) for name, own in ours.items() if own is not None}
+    for own, entry in entries.items():
+        count = rotated_heads(own, heads, key_heads)
+        if count is not None:
+            entries[own] = Entry(entry.spec, partial(_read_halves, entry, count))
     return entries
 
 
