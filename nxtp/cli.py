@@ -58,6 +58,8 @@ class Commands(click.Group):
             return None
         module, attribute = COMMANDS[name][0].split(":")
         try:
+            if name == "describe":  # composes a configuration, too
+                importlib.import_module("nxtp.sweep.study")  # registers study:// with Hydra
             return getattr(importlib.import_module(module), attribute)
         except ModuleNotFoundError as error:
             if name not in EXTRAS or (error.name or "").startswith("nxtp"):

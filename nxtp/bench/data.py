@@ -196,7 +196,9 @@ def _measure(shards: str, index_dir: str, size: int, batch_size: int, repeats: i
     rows = {name: {"images_per_s": 1 / median(wall[name]), "cpu_ms": 1000 * median(cpu[name])} for name in ways}
     recipe = g3m()
     flops = training_flops(meta_model(recipe.config, None, recipe.trainable)).total
-    h100_images_per_s = peak_flops(H100, torch.bfloat16) * MFU / flops
+    peak = peak_flops(H100, torch.bfloat16)
+    assert peak is not None
+    h100_images_per_s = peak * MFU / flops
     return {
         "rows": rows,
         "ratio_plain": ratio(wall["PIL + WebDataset"], wall["ours"]),

@@ -23,8 +23,8 @@ ZIPF = 1.1  # the n-th most frequent word comes 1 / n^ZIPF as often as the first
 PADDED = 512  # MiniLM's longest input
 TOLERANCE = 1e-5
 _ONSETS = ("b", "br", "c", "ch", "d", "f", "g", "gr", "h", "k", "l", "m", "n", "p", "pl", "r", "s", "st", "t", "v")
-_RIMES = ("a", "ack", "all", "and", "ar", "at", "ead", "eel", "en", "er", "et", "ice", "in", "ip", "oat", "ock")
-_RIMES += ("on", "ound")
+_RIMES: tuple[str, ...] = ("a", "ack", "all", "and", "ar", "at", "ead", "eel", "en")
+_RIMES += ("er", "et", "ice", "in", "ip", "oat", "ock", "on", "ound")
 
 Stream = list[list[str]]
 

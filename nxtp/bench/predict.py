@@ -46,7 +46,7 @@ def measure_predict(
             """Each way's seconds."""
             results = [child.call("measure", top_k=top_k, tokens=tokens) for child in (ours, published)]
             if compare:
-                differences.append(assert_equal(*(labels for _, labels in results), case=f"top-{top_k}"))
+                differences.append(assert_equal(results[0][1], results[1][1], f"top-{top_k}"))
             return {way: seconds for way, (seconds, _) in zip(WAYS, results, strict=True)}
 
         if not exact:

@@ -89,7 +89,7 @@ def step_of(cfg: DictConfig) -> Step:
     Raises:
         UserError: the memory of the strategy is not known.
     """
-    trainer = OmegaConf.to_container(cfg.trainer, resolve=True)
+    trainer: Any = OmegaConf.to_container(cfg.trainer, resolve=True)
     ranks = _devices(trainer["devices"]) * int(trainer["num_nodes"])
     strategy = trainer["strategy"]
     name = str(strategy["_target_"] if isinstance(strategy, dict) else strategy).rpartition(".")[2]
@@ -223,14 +223,14 @@ def _fake_mesh(step: Step) -> Iterator[DeviceMesh]:
 def _cuda_autocast() -> Iterator[None]:
     """Compute in float32 what CUDA's autocast widens and a CPU's does not, of the functions that these models call."""
 
-    def widened(function):
+    def in_float32(function):
         def call(*args, **kwargs):
-            args = [a.float() if isinstance(a, Tensor) else a for a in args]
-            return function(*args, **{k: v.float() if isinstance(v, Tensor) else v for k, v in kwargs.items()})
+            widened = (a.float() if isinstance(a, Tensor) else a for a in args)
+            return function(*widened, **{k: v.float() if isinstance(v, Tensor) else v for k, v in kwargs.items()})
 
         return call
 
-    with patch.multiple(F, layer_norm=widened(F.layer_norm), group_norm=widened(F.group_norm)):
+    with patch.multiple(F, layer_norm=in_float32(F.layer_norm), group_norm=in_float32(F.group_norm)):
         yield
 
 
