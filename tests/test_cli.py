@@ -166,6 +166,7 @@ def test_a_built_wheel_carries_conf_and_works_elsewhere(tmp_path):
     names = zipfile.ZipFile(wheel).namelist()
     assert "nxtp/conf/train.yaml" in names
     assert "nxtp/conf/experiment/demo.yaml" in names
+    assert {"nxtp/prepare/scripts/coco.py", "nxtp/prepare/scripts/concepts.csv"} <= set(names)
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
     (tmp_path / "elsewhere").mkdir()
     program = "import nxtp.config as c; print(c.conf_dir()); import sys; from nxtp.cli import main; main()"
