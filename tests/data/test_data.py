@@ -118,7 +118,7 @@ def test_subset_counts_never_fall(sizes, share):
     assert all(0 <= c <= m <= n for c, m, n in zip(counts, more, sizes, strict=True))
 
 
-def test_weights_say_how_often_a_sample_comes():
+def test_a_repeat_is_how_often_a_sample_comes():
     sources = [MixtureSource("a", [0, 2], 2.0), MixtureSource("b", [1, 3, 4], 0.5)]
     plan = ElasticBatchSampler(SHARD_SIZES, 1, shuffle=True, sources=sources, shuffle_window=40)
     in_a = {*range(30), *range(80, 87)}
@@ -145,7 +145,7 @@ def test_weights_say_how_often_a_sample_comes():
     st.integers(0, 5),
     st.data(),
 )
-def test_a_mixture_gives_each_sample_as_often_as_its_weight_says(sizes, weights, fraction, ranks, epoch, data):
+def test_a_mixture_gives_each_sample_as_often_as_its_repeat(sizes, weights, fraction, ranks, epoch, data):
     """Within the chosen subset, in any epoch, and when other ranks continue at any step."""
     sources = [MixtureSource(str(i), range(i, len(sizes), 3), weight) for i, weight in enumerate(weights)]
     common = {"sources": sources, "fraction": fraction, "shuffle_window": 25}
@@ -377,7 +377,7 @@ def test_label_texts_are_what_the_samples_say(tmp_path):
     assert texts == ["leaf", "lemon", "ocean", "rose", "stone"]
 
 
-def test_another_noun_backend_than_the_trainings_is_told(tmp_path, caplog):
+def test_another_noun_backend_than_the_trainings_is_logged(tmp_path, caplog):
     shards = write_shards(tmp_path / "s", [2])
     manifest = json.loads((shards / "manifest.json").read_text())
     with caplog.at_level(logging.WARNING, "nxtp"):

@@ -20,7 +20,7 @@ import pytest
 import webdataset as wds
 from helpers import serving
 
-from nxtp.data.shards.cache import RemoteCache
+from nxtp.data.shards.cache import RemoteCache, RemoteError
 from nxtp.data.shards.manifest import ShardInfo, manifest_hash, read_manifest, sha256_of, write_manifest
 from nxtp.data.shards.reader import MAX_CAPTION_BYTES, IndexedShards, SampleError
 from nxtp.data.shards.tar_index import IndexStore, index_shard
@@ -464,7 +464,7 @@ def test_shards_that_change_under_the_reader(tmp_path):
     assert kinds == ["truncated member", "shard vanished", "shard changed"]
 
 
-def test_other_content_under_the_same_headers_is_told_by_its_time(shard):
+def test_other_content_under_the_same_headers_is_noticed_by_its_time(shard):
     shards, status = IndexedShards([str(shard)]), shard.stat()
     shard.write_bytes(shard.read_bytes().replace(b"a dog 1", b"a cat 1"))
     os.utime(shard, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
@@ -740,3 +740,18 @@ def test_forked_workers_fetch_after_their_parent_has(tmp_path, site):
     assert shards.read(0).key == "0000000"
     with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as pool:
         assert pool.submit(IndexedShards.read, shards, 10).result(60).key == "1000000"
+
+
+def test_a_truncated_transfer_is_not_kept(tmp_path, site):
+    _, url, handler = site
+
+    def truncated(self):
+        self.send_response(200)
+        self.send_header("Content-Length", "100000")
+        self.end_headers()
+        self.wfile.write(b"x" * 100)
+
+    handler.do_GET = truncated
+    with pytest.raises(RemoteError, match="unreachable shard"):
+        RemoteCache(tmp_path / "cache").fetch(f"{url}/r-0.tar")
+    assert list((tmp_path / "cache").glob("*.tar*")) == []
