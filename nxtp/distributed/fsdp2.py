@@ -25,19 +25,18 @@ class FSDP2Strategy(ModelParallelStrategy):
 
     def __init__(self, **options: Any):
         super().__init__(data_parallel_size=1, tensor_parallel_size=1, **options)
-        self._checkpoints = BackgroundCheckpoints()
-        self.checkpoint_io = self._checkpoints
+        self.checkpoint_io = BackgroundCheckpoints()
 
     def setup_environment(self) -> None:
         self._data_parallel_size = self.num_nodes * self.num_processes
         super().setup_environment()
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
-        self._checkpoints.save_checkpoint(checkpoint, self.broadcast(filepath))
+        self.checkpoint_io.save_checkpoint(checkpoint, self.broadcast(filepath))
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = True) -> dict[str, Any]:
         """The checkpoint with this rank's part of each tensor; weights are read into the model's own."""
-        self._checkpoints.wait()
+        self.checkpoint_io.wait()
         weights = self.lightning_module.state_dict()
         numbered = [enumerate(p for group in o.param_groups for p in group["params"]) for o in self.optimizers]
         parameters = {f"{index}/{n}": parameter for index, own in enumerate(numbered) for n, parameter in own}
@@ -54,5 +53,5 @@ class FSDP2Strategy(ModelParallelStrategy):
         return read_checkpoint(Path(self.broadcast(checkpoint_path)), target)
 
     def teardown(self) -> None:
-        self._checkpoints.teardown()
+        self.checkpoint_io.teardown()
         super().teardown()

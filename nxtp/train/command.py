@@ -143,10 +143,8 @@ def require_accelerator(accelerator: str) -> None:
 
 def build(cfg: DictConfig, run_dir: Path) -> tuple[WebDatasetDataModule, RecognitionModule]:
     """Tokenizer, data and module of a composed configuration."""
-    model = to_dataclass(ModelConfig, cfg.model, "model")
-    config = to_dataclass(DataConfig, cfg.data, "data")
-    optim = to_dataclass(OptimConfig, cfg.optim, "optim")
-    validation = to_dataclass(ValidationConfig, cfg.validation, "validation")
+    sections: dict[str, Any] = {name: to_dataclass(kind, cfg[name], name) for name, kind in SECTIONS.items()}
+    model, config, optim = sections["model"], sections["data"], sections["optim"]
     sets: dict[str, OpenedSet] = {}
     tokenizer = find_tokenizer(model, config, run_dir, sets)
     shape = meta_model(model, len(tokenizer), optim.trainable)
@@ -163,10 +161,10 @@ def build(cfg: DictConfig, run_dir: Path) -> tuple[WebDatasetDataModule, Recogni
         model,
         tokenizer,
         optim,
-        validation=validation,
+        validation=sections["validation"],
         val_names=list(config.val),
         max_skip_fraction=config.max_skip_fraction,
-        parallel=to_dataclass(ParallelConfig, cfg.parallel, "parallel"),
+        parallel=sections["parallel"],
         seed=cfg.seed,
         features=FeatureStore(config.features) if config.features else None,
     )

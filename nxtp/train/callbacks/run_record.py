@@ -53,13 +53,10 @@ class RunRecordWriter(L.Callback):
 
     @rank_zero_only
     def on_fit_end(self, trainer: L.Trainer, module: RecognitionModule) -> None:
-        self._count(trainer)
+        self._write(trainer)
 
     def _write(self, trainer: L.Trainer) -> None:
-        self._count(trainer)
-        self.record.write(self.run_dir)
-        self._written = time.monotonic()
-
-    def _count(self, trainer: L.Trainer) -> None:
         steps = trainer.estimated_stepping_batches
         self.record.step, self.record.steps = trainer.global_step, int(steps) if math.isfinite(steps) else 0
+        self.record.write(self.run_dir)
+        self._written = time.monotonic()
