@@ -15,7 +15,7 @@ from nxtp.model.layout import Objective, lay_out
 from nxtp.model.model import Model
 from nxtp.model.tokenizer import train_tokenizer
 from nxtp.sampling import closed_vocabulary as module
-from nxtp.sampling.closed_vocabulary import Tree, Vocabulary, name_log_probs, read_classes
+from nxtp.sampling.closed_vocabulary import Tree, Vocabulary, class_log_probs, name_log_probs, read_classes
 
 LABELS = ["coffee", "coffee table", "table", "tablet", "red rose", "red", "rose", "cat", "cattle", "a very long label"]
 TOKENIZER = train_tokenizer(["coffee table", "rose", "cat"], vocab_size=330)
@@ -73,6 +73,14 @@ def test_classify_adds_synonyms_and_orders(recognizer):
     each = recognizer.classify(list(images(5)), recognizer.prepare_classes(classes), batch_size=2)
     for image, labels in zip(images(5), each, strict=True):
         assert dict(labels) == pytest.approx(dict(recognizer.classify(image, classes)), rel=1e-5)
+
+
+def test_probabilities_of_a_class_s_names_add_up(monkeypatch):
+    known = Vocabulary([["cat", "cattle"], "rose", ["table", "cat", "table"]], TOKENIZER)
+    log_probs = torch.tensor([[0.1, 0.2, 0.3, 0.4], [0.5, 0.0, 0.25, 0.125]]).log()
+    monkeypatch.setattr(module, "name_log_probs", lambda *_, **__: log_probs)
+    sums = class_log_probs(None, None, known, prompt=[]).exp()
+    torch.testing.assert_close(sums, torch.tensor([[0.3, 0.3, 0.5], [0.5, 0.25, 0.625]]))
 
 
 def test_a_probability_does_not_depend_on_the_other_labels(recognizer):
