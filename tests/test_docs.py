@@ -9,7 +9,13 @@ import pytest
 from nxtp.cli import COMMANDS
 
 ROOT = Path(__file__).parents[1]
-PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("experiments/**/*.md")])
+PAGES = sorted(
+    [
+        *(page for page in ROOT.glob("*.md") if page.name != "CHANGELOG.md"),
+        *ROOT.glob("docs/*.md"),
+        *ROOT.glob("experiments/**/*.md"),
+    ]
+)
 FOLDERS = "nxtp|conf|tests|docs|experiments|data"
 # what a command of the reader creates
 WRITTEN = re.compile(r"^data/(shards|raw|features)|NAME|/mine|mine\.")
