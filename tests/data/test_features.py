@@ -22,6 +22,7 @@ FROZEN = [
     "data.num_workers=0",
     "data.batch_size=8",
 ]
+TRAINING = ["trainer.max_epochs=2", "trainer.log_every_n_steps=1", "optim.lr=3e-3", "+data.val.val=val"]
 CPU = ["trainer.accelerator=cpu", "trainer.precision=32-true"]
 
 
@@ -38,8 +39,7 @@ def root(tmp_path_factory):
 
 
 def train(root, name: str, *overrides: str, ranks: int = 1) -> Path:
-    fixed = ["trainer.max_epochs=2", "trainer.log_every_n_steps=1", "optim.lr=3e-3", "+data.val.val=val"]
-    nxtp_runs("train", f"name={name}", *FROZEN, *fixed, *overrides, cwd=root, ranks=ranks)
+    nxtp_runs("train", f"name={name}", *FROZEN, *TRAINING, *overrides, cwd=root, ranks=ranks)
     return root / "runs" / name
 
 
@@ -52,7 +52,7 @@ def here(root, *arguments: str, code: int = 0) -> str:
 
 def refused(root, *overrides: str) -> str:
     """The message of a training that does not start."""
-    return here(root, "train", "name=refused", *FROZEN, "+data.val.val=val", *overrides, code=1)
+    return here(root, "train", "name=refused", *FROZEN, *TRAINING, *overrides, code=1)
 
 
 def record(run) -> dict:
