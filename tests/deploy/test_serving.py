@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -18,7 +19,7 @@ from helpers import COLOURS, jpeg, recognizer, reports_a_taken_port_and_a_missin
 pytest.importorskip("litserve")
 
 from nxtp.deploy.ports import free_port
-from nxtp.deploy.server import LabelAPI, PredictRequest, Refused
+from nxtp.deploy.server import LabelAPI, PredictRequest, Refused, Server
 from nxtp.inference.recognizer import Recognizer
 
 pytestmark = pytest.mark.xdist_group("serving")  # its fixtures are costly: made once
@@ -58,7 +59,7 @@ def port(place):
     with open(place / "log", "w") as log:
         command = [sys.executable, "-m", "nxtp", "serve", "model", *options]
         process = subprocess.Popen(command, cwd=place, stdout=log, stderr=log, env=quiet, start_new_session=True)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while time.monotonic() < deadline and process.poll() is None:
         try:
             urllib.request.urlopen(f"http://127.0.0.1:{number}/health", timeout=5).close()
@@ -67,7 +68,7 @@ def port(place):
             time.sleep(0.2)
     yield number
     process.send_signal(signal.SIGTERM)
-    assert process.wait(30) is not None
+    assert process.wait(90) is not None
     with suppress(ProcessLookupError):
         for _ in range(100):
             os.killpg(process.pid, 0)
@@ -121,6 +122,16 @@ def test_a_closed_vocabulary(place, model):
     found = api.predict(api.decode_request(PredictRequest(image=base64.b64encode(IMAGES[0]))))
     assert found == [(label, pytest.approx(p)) for label, p in model.classify(IMAGES[0], [["rose", "flower"], "lemon"])]
     (place / "model" / "labels.txt").unlink()
+
+
+def test_the_monitor_ends_before_its_manager(monkeypatch):
+    """LitServe's monitor asks a manager process that is gone: a traceback, on a busy machine."""
+    asked = []
+    ends = lambda self, *_: asked.append((type(self._shutdown_event), self._shutdown_event.is_set()))  # noqa: E731
+    monkeypatch.setattr(Server.__base__, "_perform_graceful_shutdown", ends)
+    server = Server(LabelAPI("nowhere", max_batch_size=2), accelerator="cpu")
+    server._perform_graceful_shutdown(None, {}, "keyboard_interrupt")
+    assert asked == [(threading.Event, True)]
 
 
 def test_a_taken_port_and_a_missing_model_are_reported_in_a_line(place):
