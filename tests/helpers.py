@@ -111,6 +111,7 @@ def nxtp_here(arguments: list[str], cwd: str, out: str, error: str, environment:
     sys.path[:0] = [cwd]
     sys.argv = ["nxtp", *arguments]
     import nxtp.__main__
+
     sys.modules["__main__"] = nxtp.__main__  # from which Lightning starts the other ranks
 
     code = 1

@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 import click
 import litserve
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from nxtp.sampling.ranking import Labels
 
-    Input = tuple[Tensor, int] | "Refused"  # pixels uint8 [3, S, S] and top_k
+    Input: TypeAlias = tuple[Tensor, int] | "Refused"  # pixels uint8 [3, S, S] and top_k
 
 MAX_TOP_K = 100
 

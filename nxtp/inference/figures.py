@@ -141,7 +141,8 @@ def _width(figure: Figure, text: str, font: dict[str, Any]) -> float:
     from matplotlib.font_manager import FontProperties
 
     with _missing_glyphs_are_boxes():
-        return figure.canvas.get_renderer().get_text_width_height_descent(text, FontProperties(**font), False)[0]
+        renderer: Any = figure.canvas.get_renderer()  # type: ignore[attr-defined]  # of the Agg canvas
+        return renderer.get_text_width_height_descent(text, FontProperties(**font), False)[0]
 
 
 def _lines(text: str, count: int, width: int = 36) -> str:

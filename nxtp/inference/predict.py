@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 _GRID, _GRID_PIXELS = 12, 256  # images of --grid, and their shorter side
 _ATTENTION, _ATTENTION_LABELS = 6, 5  # images of --attention, and labels of each
 _MAX_BYTES = 1 << 28  # of an image on standard input
-_PLAIN = {"markup": False, "highlight": False, "soft_wrap": True}  # how rich prints names and messages
+_PLAIN: dict[str, Any] = {"markup": False, "highlight": False, "soft_wrap": True}  # how rich prints names and messages
 _FILE = click.Path(path_type=Path, dir_okay=False)
 _COMMON = (
     click.argument("images", nargs=-1),
@@ -122,7 +122,7 @@ def _model_id(model: str) -> str:
 
 
 def _hash(classes: Sequence[Sequence[str]] | None) -> str | None:
-    return classes and f"sha256:{hashlib.sha256(json.dumps(classes).encode()).hexdigest()[:16]}"
+    return f"sha256:{hashlib.sha256(json.dumps(classes).encode()).hexdigest()[:16]}" if classes else None
 
 
 def _run(
@@ -165,9 +165,16 @@ def _run(
     # Whoever writes a name on the pipe and waits for its labels gets them.
     ahead = batch_size if stdin else None
     predictions = stream(source, label, recognizer.transform, batch_size, workers or WORKERS, ahead)
-    progress = {"total": source.count, "completed": writer.count if writer else 0, "console": err, "transient": True}
+    progress: dict[str, Any] = {
+        "total": source.count,
+        "completed": writer.count if writer else 0,
+        "console": err,
+        "transient": True,
+    }
     try:
-        for prediction in track(predictions, "Images", **progress, disable=not (writer and err.is_terminal)):
+        for prediction in track(
+            predictions, "Images", **progress, transient=True, disable=not (writer and err.is_terminal)
+        ):
             name = printable(prediction.item.name)
             if prediction.labels is None:
                 failed = True
@@ -200,7 +207,7 @@ def _run(
 def _source(images: Sequence[str], stdin: bool, null: bool, cache_dir: str | None) -> ImageSource:
     from nxtp.inference.streaming import ImageItem, ImageSource
 
-    pipe = sys.stdin.buffer
+    pipe: Any = sys.stdin.buffer
     if stdin:
         if images:
             raise UserError("--stdin reads the names from standard input: give no IMAGES.")

@@ -47,7 +47,9 @@ recognizer.predict("photo.jpg", top_k=5)
 """
 
 
-class Pretrained(ModelHubMixin, library_name="nxtp", tags=["image-tagging"], paper_url=PAPER, model_card_template=CARD):
+class Pretrained(  # type: ignore[call-arg]  # the mixin takes these; its types are not followed
+    ModelHubMixin, library_name="nxtp", tags=["image-tagging"], paper_url=PAPER, model_card_template=CARD
+):
     """A model in evaluation mode with its tokenizer and configuration; :class:`nxtp.Recognizer` uses it.
 
     ``provenance``  where the weights come from: run, code, objective, noun backend, data
@@ -192,7 +194,7 @@ def load_weights(model: Model, path: Path) -> None:
     if model.decoder.lm.config.tie_word_embeddings:  # a file may contain one of two tied tensors
         present = next((name for name in (HEAD, EMBEDDING) if name in stored), None)
         for name in (HEAD, EMBEDDING) if present else ():
-            stored.setdefault(name, present)
+            stored.setdefault(name, str(present))
     expected = {name: tuple(tensor.shape) for name, tensor in parameters.items()}
     difference = model_dir.mismatch(expected, {name: weights.specs[stored[name]].shape for name in stored})
     if difference:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -26,10 +26,10 @@ from nxtp.sampling.samplers import SamplerConfig, sample, sampler_config
 
 log = logging.getLogger("nxtp")
 
-ImageLike = str | Path | bytes | Image.Image | Tensor | np.ndarray
-Sampler = str | Mapping[str, Any] | SamplerConfig
-Ranking = str | Mapping[str, Any] | RankingConfig
-Source = str | Path | Iterable[ImageLike | tuple[str, ImageLike]]
+ImageLike: TypeAlias = str | Path | bytes | Image.Image | Tensor | np.ndarray
+Sampler: TypeAlias = str | Mapping[str, Any] | SamplerConfig
+Ranking: TypeAlias = str | Mapping[str, Any] | RankingConfig
+Source: TypeAlias = str | Path | Iterable[ImageLike | tuple[str, ImageLike]]
 
 
 class Recognizer(Pretrained):
@@ -284,8 +284,9 @@ class Recognizer(Pretrained):
     def _map(self, images: ImageLike | Sequence[ImageLike], batch_size: int, function: Callable[[Tensor], list[Any]]):
         """``function`` of batches of pixels; one result for one image, a list for a list."""
         single = not isinstance(images, (list, tuple))
+        every: Any = [images] if single else images
         results: list[Any] = []
-        for batch in batches([images] if single else images, batch_size):
+        for batch in batches(every, batch_size):
             results += function(torch.stack([self.transform(image) for image in batch]))
         return results[0] if single else results
 

@@ -9,9 +9,10 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
+from io import BufferedIOBase
 from itertools import chain, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -98,7 +99,8 @@ class ImageSource:
     @classmethod
     def from_paths(cls, paths: Iterable[str], cache_dir: str | None = None) -> ImageSource:
         """Several paths: first the images of files and directories, each once, then those of shards."""
-        shards, files = [], []
+        shards: list[str] = []
+        files: list[str] = []
         for path in paths:
             (shards if _is_shards(path) else files).append(path)
         parts = [_files(files)] if files else []
@@ -107,7 +109,7 @@ class ImageSource:
         return cls(chain.from_iterable(part.items for part in parts), sum(part.count or 0 for part in parts))
 
     @classmethod
-    def from_pipe(cls, pipe: BinaryIO, separator: bytes = b"\n") -> ImageSource:
+    def from_pipe(cls, pipe: BufferedIOBase, separator: bytes = b"\n") -> ImageSource:
         """Names of images and directories on a pipe, each used as soon as it is read."""
         return cls(item for name in _names(pipe, separator) for item in _files([name]).items)
 
@@ -216,7 +218,7 @@ def _named(images: Iterable[Any]) -> Iterator[ImageItem]:
         yield ImageItem(str(name), partial(_return, image))
 
 
-def _names(pipe: BinaryIO, separator: bytes) -> Iterator[str]:
+def _names(pipe: BufferedIOBase, separator: bytes) -> Iterator[str]:
     """Names as they arrive, without empty ones."""
     rest = b""
     while chunk := pipe.read1(_LONGEST_NAME):

@@ -8,7 +8,7 @@ import json
 from collections.abc import Iterable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 import numpy as np
 
@@ -158,7 +158,7 @@ class PredictionWriter:
         self._file.truncate(end)
         self._file.seek(end)
 
-    def _to_parquet(self, lines: Iterable[bytes], out: BinaryIO) -> None:
+    def _to_parquet(self, lines: Iterable[bytes], out: IO[bytes]) -> None:
         import pyarrow
         import pyarrow.parquet
 

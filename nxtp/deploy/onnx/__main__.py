@@ -24,12 +24,13 @@ def main() -> int:
     from nxtp.deploy.onnx.runner import OnnxRecognizer
 
     recognizer = OnnxRecognizer(options.model, options.threads)
-    found, problems = find_images(options.images)
+    found, unreadable = find_images(options.images)
+    problems: list[UserError] = [*unreadable]
     for path in found:
         try:
             labels = recognizer.predict(path, options.top_k)
-        except UserError as problem:
-            problems.append(problem)
+        except UserError as error:
+            problems.append(error)
             continue
         if options.json:
             rows = [{"label": label, "probability": probability} for label, probability in labels]

@@ -104,7 +104,7 @@ class OnnxRecognizer:
             ValueError: ``top_k`` below 1.
         """
         single = not isinstance(images, list | tuple)
-        every: Sequence[Any] = [images] if single else images
+        every: Any = [images] if single else images
         labels: list[Labels] = []
         for start in range(0, len(every), batch_size):
             pixels = [self.transform(image) for image in every[start : start + batch_size]]
