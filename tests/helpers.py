@@ -99,7 +99,11 @@ def serving(root: Path, stall: tuple[str, ...] = ()) -> Iterator[tuple[str, type
 
 forks = multiprocessing.get_context("forkserver")
 forks.set_forkserver_preload(
-    ["nxtp.cli", "nxtp.train.command", "nxtp.eval.command", "nxtp.inference.recognizer", "textblob", "lemminflect"]
+    [
+        *("torch", "transformers.models.llama.modeling_llama", "open_clip", "lightning", "textblob", "lemminflect"),
+        *("nxtp.cli", "nxtp.config", "nxtp.sweep.sweep", "nxtp.train.command", "nxtp.eval.command"),
+        *("nxtp.inference.recognizer", "nxtp.inference.streaming", "nxtp.data.datamodule", "nxtp.eval.metrics"),
+    ]
 )
 
 

@@ -172,9 +172,7 @@ def _run(
         "transient": True,
     }
     try:
-        for prediction in track(
-            predictions, "Images", **progress, transient=True, disable=not (writer and err.is_terminal)
-        ):
+        for prediction in track(predictions, "Images", **progress, disable=not (writer and err.is_terminal)):
             name = printable(prediction.item.name)
             if prediction.labels is None:
                 failed = True
