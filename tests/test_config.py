@@ -127,9 +127,9 @@ def test_dataclasses_refuse_unknown_keys_and_types():
         to_dataclass(OptimConfig, {"weight_decy": 1}, "optim")
     with pytest.raises(UserError, match=r"optim.lr"):
         to_dataclass(OptimConfig, {"lr": "fast"}, "optim")
-    with pytest.raises(UserError, match=r"trains.encodr"):
-        to_dataclass(OptimConfig, {"trains": {"encodr": "all"}}, "optim")
-    assert to_dataclass(OptimConfig, {"trains": {"encoder": 2}}, "optim").trainable == TrainableConfig(encoder=2)
+    with pytest.raises(UserError, match=r"trainable.encodr"):
+        to_dataclass(OptimConfig, {"trainable": {"encodr": "all"}}, "optim")
+    assert to_dataclass(OptimConfig, {"trainable": {"encoder": 2}}, "optim").trainable == TrainableConfig(encoder=2)
 
 
 def test_val_sets_may_be_added_on_the_command_line(tmp_path):

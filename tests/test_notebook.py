@@ -18,6 +18,8 @@ from PIL import Image
 
 from nxtp import Recognizer
 
+pytestmark = pytest.mark.xdist_group("notebook")  # its fixtures are costly: created once
+
 NOTEBOOK = Path(__file__).resolve().parent.parent / "experiments" / "tour.ipynb"
 
 

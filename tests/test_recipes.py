@@ -32,7 +32,7 @@ def test_a_matched_recipe_differs_only_in_the_objective(tmp_path, name):
 
 def test_g3m_is_the_published_recipe(tmp_path):
     cfg = recipe(tmp_path, "g3m")
-    counts = {name: source["samples"] for name, source in cfg["data"]["train"].items()}
+    counts = {name: source["expected_samples"] for name, source in cfg["data"]["train"].items()}
     assert counts == {"cc3m": 2_698_118, "sbu": 828_816, "coco": 118_287}
     assert sum(counts.values()) == 3_645_221
     trainer = cfg["trainer"]
@@ -46,7 +46,7 @@ def test_g3m_is_the_published_recipe(tmp_path):
 
 def test_the_other_recipes_differ_from_g3m_as_published(tmp_path):
     g3m, g70m, in1k = (recipe(tmp_path, name) for name in RECIPES)
-    assert sum(source["samples"] for source in g70m["data"]["train"].values()) == 70_679_389
+    assert sum(source["expected_samples"] for source in g70m["data"]["train"].values()) == 70_679_389
     for cfg in (g70m, in1k):
         assert all(cfg[part] == g3m[part] for part in ("model", "optim", "objective"))
     assert g70m["trainer"] == g3m["trainer"]

@@ -49,8 +49,8 @@ def test_parts_are_chosen_by_name():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"encoder": 9}, "last 9 blocks of 2"),
-        ({"decoder": 3}, "last 3 blocks of 2"),
+        ({"encoder": 9}, r"encoder is 9, but there are 2 blocks"),
+        ({"decoder": 3}, r"decoder is 3, but there are 2 blocks"),
         ({"decoder": "some"}, "must be all, none, or a number"),
         ({"encoder": -1}, "must be all, none, or a number"),
         ({}, "nothing to train"),
@@ -62,7 +62,7 @@ def test_a_choice_that_matches_nothing_is_an_error(change, message):
 
 
 def test_tied_embeddings_train_together():
-    with pytest.raises(UserError, match="must agree"):
+    with pytest.raises(UserError, match="are tied: set 'embedding' = 'head'"):
         trained(TrainableConfig(embedding=False), tie_word_embeddings=True)
 
 

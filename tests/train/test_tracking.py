@@ -16,6 +16,8 @@ from nxtp.errors import UserError
 from nxtp.runs.secrets import refuse_secrets
 from nxtp.train.callbacks.tracking import Wandb
 
+pytestmark = pytest.mark.xdist_group("tracking")  # its fixtures are costly: created once
+
 KEY = "0123456789abcdef0123456789abcdef01234567"
 BLOCK, HEADER = 32768, 7
 TENSORBOARD = "{_target_: lightning.pytorch.loggers.TensorBoardLogger, save_dir: runs/r/tb, name: '', version: ''}"

@@ -23,6 +23,8 @@ from nxtp.runs.resume import differences
 from nxtp.train.module import RecognitionModule
 from nxtp.train.optim import OptimConfig
 
+pytestmark = pytest.mark.xdist_group("train")  # its fixtures are costly: created once
+
 WORDS = ["rose", "lemon", "leaf", "ocean", "stone"]
 
 
