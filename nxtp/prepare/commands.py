@@ -21,7 +21,7 @@ def data() -> None:
     """Look at shards and check them."""
 
 
-@data.command()
+@data.command(short_help="Counts, sizes, labels and a contact sheet of shards.")
 @click.argument("shards", nargs=-1, required=True)
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), default="contact_sheet.png", show_default=True)
 @click.option("--images", type=click.IntRange(0), default=24, show_default=True, help="Images on the contact sheet.")
@@ -61,7 +61,7 @@ def show(shards, out, images, samples, top, nouns, seed, cache_dir, as_json):
         click.echo(f"Contact sheet: {out}", err=True)
 
 
-@data.command()
+@data.command(short_help="Check sets against their manifests.")
 @click.argument("sets", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True))
 @click.option("--images", is_flag=True, help="Also decode every image and compare it with its checksum.")
 @click.option("--workers", type=click.IntRange(1), default=os.cpu_count() or 1, show_default="all cores")

@@ -101,7 +101,7 @@ def sweep() -> None:
     """Show the state of a sweep. Start one with nxtp train -m … or nxtp train study=…"""
 
 
-@sweep.command()
+@sweep.command(short_help="Show the runs of a sweep: state, progress, best metric.")
 @click.argument("study")
 @click.option(
     "--runs", type=click.Path(path_type=Path), default=Path("runs"), show_default=True, help="Directory of runs."
