@@ -6,7 +6,6 @@ import multiprocessing
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import threading
 from itertools import count, islice
@@ -326,14 +325,3 @@ def test_bad_options_are_told_in_a_line(model, tmp_path, arguments, told):
 
 
 HEAVY = ("lightning", "torchmetrics", "matplotlib", "pandas", "optuna", "webdataset", "textblob", "lemminflect")
-
-
-def test_predict_imports_only_what_it_needs(model, pictures, tmp_path):
-    """wandb and scipy are imported by timm and transformers, not by us."""
-    code = "import atexit, sys; atexit.register(lambda: print(*sys.modules, file=open('modules', 'w')))\n"
-    code += f"sys.argv = ['nxtp', 'predict', {str(pictures / '0.jpg')!r}, '--model', {str(model)!r}, '--json']\n"
-    code += "from nxtp.cli import main; main()"
-    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, capture_output=True, timeout=300)
-    modules = {name.partition(".")[0] for name in (tmp_path / "modules").read_text().split()}
-    assert "torch" in modules
-    assert modules.isdisjoint(HEAVY)
