@@ -322,6 +322,3 @@ def test_bad_options_are_told_in_a_line(model, tmp_path, arguments, told):
     assert told in done.stderr
     assert len(done.stderr.splitlines()) == 1
     assert list(tmp_path.iterdir()) == []
-
-
-HEAVY = ("lightning", "torchmetrics", "matplotlib", "pandas", "optuna", "webdataset", "textblob", "lemminflect")
