@@ -4,7 +4,7 @@ Tensor names carry their shape as a suffix where it is not obvious. One legend f
 
     B  images in a batch          N  image tokens of one image
     P  prefix length              T  sequence length (prefix and labels)
-    K  labels sampled an image    L  tokens of the longest sampled label
+    K  labels per image           L  tokens of the longest sampled label
     D  decoder width              H  attention heads          V  vocabulary rows
     S  supervised (source, target) pairs of a batch
 """

@@ -21,7 +21,7 @@ from omegaconf.errors import (
 )
 
 from nxtp.errors import UserError, nearest
-from nxtp.runs.secrets import refuse_secrets
+from nxtp.runs.secrets import has_key, refuse_secrets
 
 log = logging.getLogger("nxtp")
 T = TypeVar("T")
@@ -239,8 +239,6 @@ def to_dataclass(cls: type[T], node: Any, where: str) -> T:
 
 def _wandb_offline() -> bool:
     """True without a W&B key: the run is then logged to disk, to be synchronised later."""
-    from nxtp.runs.secrets import has_key
-
     return not has_key()
 
 

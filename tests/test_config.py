@@ -136,3 +136,9 @@ def test_val_sets_may_be_added_on_the_command_line(tmp_path):
     root = write_shards(tmp_path / "v", [2])
     cfg = composed(tmp_path, f"+data.val.mine={root}")
     assert to_dataclass(DataConfig, cfg.data, "data").val == {"mine": str(root)}
+
+
+def test_numbers_of_the_data_have_limits():
+    for name, value in {"num_workers": -1, "batch_size": 0, "val_batch_size": 0, "shuffle_window": -1}.items():
+        with pytest.raises(UserError, match=rf"^data\.{name} must be ≥ {value + 1}, got {value}\.$"):
+            to_dataclass(DataConfig, {name: value}, "data")

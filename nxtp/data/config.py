@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from nxtp.config import to_dataclass
+from nxtp.errors import at_least
 
 
 @dataclass
@@ -67,6 +68,11 @@ class DataConfig:
     features: str | None = None
     index_dir: str | None = None
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        lowest = {"batch_size": 1, "val_batch_size": 1, "num_workers": 0, "shuffle_window": 0, "max_skip_fraction": 0}
+        for name, value in lowest.items():
+            at_least(f"data.{name}", getattr(self, name), value)
 
 
 def named_sources(spec: Any) -> dict[str, SourceConfig]:

@@ -31,6 +31,7 @@ from nxtp.errors import UserError
 from nxtp.model.weights import Spec, Weights, assign
 from nxtp.runs.atomic import recover, remove, replace
 
+OLD_FORMAT = "of an older nxtp, which can export it; its run cannot be resumed by this one: train again"
 REST = "rest.pt"  # in a directory: what is not a tensor of the model or an optimizer
 INDEX = ".metadata"  # PyTorch's
 
@@ -186,7 +187,9 @@ def read_checkpoint(
     stored.read_into(tensors)
     checkpoint = stored.rest
     for key, tensor in tensors.items():
-        kind, name = key.split("/", 1)
+        kind, found, name = key.partition("/")
+        if not found:
+            raise UserError(f"'{path}' is {OLD_FORMAT}.")
         if kind == "state_dict":
             checkpoint[kind][name] = tensor
         else:

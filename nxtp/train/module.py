@@ -17,6 +17,7 @@ from torchmetrics import MeanMetric
 
 from nxtp.data.dataset import Batch
 from nxtp.data.features.store import FeatureStore
+from nxtp.distributed.checkpoints import OLD_FORMAT
 from nxtp.distributed.fsdp2 import FSDP2Strategy
 from nxtp.distributed.parallelize import ParallelConfig, parallelize, unsharded
 from nxtp.errors import UserError, by_kind
@@ -277,6 +278,8 @@ class RecognitionModule(L.LightningModule):
         checkpoint["recognizer"] = self._recognizer_without_weights
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if "samples_read" not in checkpoint.get("counts", {}):
+            raise UserError(f"The checkpoint is {OLD_FORMAT}.")
         if self.trainer.is_global_zero:  # the sum over all ranks continues on one of them
             counts = checkpoint["counts"]
             self.skipped = Counter(counts["skipped"])

@@ -139,6 +139,12 @@ def test_differences_names_dotted_keys():
     assert differences(old, new) == ["optim.lr"]
 
 
+def test_a_checkpoint_of_an_older_version_is_refused():
+    module = RecognitionModule(tiny_config(), train_tokenizer(WORDS, vocab_size=400), OptimConfig())
+    with pytest.raises(UserError, match="of an older nxtp"):
+        module.on_load_checkpoint({"counts": {"offered": 8, "faults": {}, "samples_seen": 8}})
+
+
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory):
     """A directory with shards, one of them damaged, and one trained run."""
