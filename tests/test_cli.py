@@ -183,3 +183,10 @@ def test_a_built_wheel_carries_conf_and_works_elsewhere(tmp_path):
     assert done.returncode == 0, done.stderr
     assert str(tmp_path / "site") in done.stdout.splitlines()[0]
     assert "FLOPs" in done.stdout
+
+
+def test_export_of_the_wrong_kind_says_which_is_needed(place):
+    done = run_nxtp("export", "model", "--out", "x", cwd=place)
+    assert done.stderr == "error: 'model' is a model directory already: use --format onnx to export it.\n"
+    done = run_nxtp("export", "torn.jpg", "--format", "onnx", "--out", "x", cwd=place)
+    assert done.stderr.startswith("error: 'torn.jpg' is not a model directory: first nxtp export a checkpoint")

@@ -37,6 +37,11 @@ def export(source: Path, out: Path, kind: str, int8: bool, overwrite: bool) -> N
         raise UserError("--int8 needs --format onnx.")
     if out.exists() and not overwrite:
         raise UserError(f"'{out}' exists: choose another name, or use --overwrite.")
+    is_model = (source / "model.safetensors").is_file()
+    if kind == "model" and is_model:
+        raise UserError(f"'{source}' is a model directory already: use --format onnx to export it.")
+    if kind == "onnx" and source.exists() and not is_model:
+        raise UserError(f"'{source}' is not a model directory: first nxtp export a checkpoint to one with --out DIR.")
     if kind == "onnx":
         summary = _export_onnx(source, out, int8)
     else:

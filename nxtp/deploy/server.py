@@ -126,7 +126,7 @@ class Server(litserve.LitServer):
 )  # fmt: skip
 @click.option("--port", type=click.IntRange(1024, 65535), default=8000, show_default=True)
 @click.option("--classes", help="A closed vocabulary: a file with one class per line, or imagenet1k.")
-@click.option("--batch-size", type=click.IntRange(1), default=16, show_default=True, help="Most requests per batch.")
+@click.option("--batch-size", type=click.IntRange(1), default=16, show_default=True, help="Maximum requests per batch.")
 @click.option(
     "--wait-ms", type=click.FloatRange(1), default=10.0, show_default=True,
     help="How long the first request of a batch waits for others.",

@@ -11,7 +11,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
-from nxtp.errors import UserError, nearest
+from nxtp.errors import UserError
 from nxtp.model.model import Model
 
 _POLICIES = {  # by trainer.precision; stored weights, optimizer state and gradient sums are float32 in both
@@ -58,10 +58,7 @@ def parallelize(
     if mesh is None:
         return model
     if precision not in _POLICIES:
-        raise UserError(
-            f"trainer.precision is '{precision}'.{nearest(precision, _POLICIES)} Sharded weights support "
-            f"{' or '.join(_POLICIES)}."
-        )
+        raise UserError(f"trainer=fsdp supports trainer.precision={' or '.join(_POLICIES)}, got {precision}.")
     for unit in [*blocks, model]:
         fully_shard(unit, mesh=mesh, mp_policy=_POLICIES[precision])
     for method in ("prefill", "step"):  # what sampling calls instead of forward

@@ -34,7 +34,7 @@ _COMMON = (
     click.option("--out", type=_FILE, help="Write a .jsonl or .parquet file. The same command resumes a stopped one."),
     click.option("--overwrite", is_flag=True, help="Replace the file of --out, finished or not."),
     click.option("--json", "as_json", is_flag=True, help="Print one JSON object per image and line."),
-    click.option("--stdin", is_flag=True, help="Read names of images and directories from standard input, one a line."),
+    click.option("--stdin", is_flag=True, help="Read paths from standard input, one per line."),
     click.option("--null", is_flag=True, help="With --stdin: names end with a NUL byte (find -print0)."),
     click.option("--grid", type=_FILE, help=f"Save a picture of the first {_GRID} images with their labels."),
     click.option("--attention", type=_FILE, help=f"Save the attention maps of the first {_ATTENTION} images."),
@@ -264,7 +264,7 @@ def _save_attention(
     from nxtp.data.images import load_image
     from nxtp.data.transforms import to_pixels
     from nxtp.inference.figures import AttentionItem, save_attention
-    from nxtp.model.attention import average
+    from nxtp.model.attention_maps import average
 
     items = []
     for prediction in predictions:

@@ -17,7 +17,7 @@ from nxtp.data.transforms import to_pixels
 from nxtp.errors import UserError
 from nxtp.inference.pretrained import Pretrained
 from nxtp.inference.streaming import WORKERS, ImageSource, Prediction, batches, stream
-from nxtp.model.attention import label_attention, patch_attention
+from nxtp.model.attention_maps import label_attention, patch_attention
 from nxtp.sampling.autoregressive import AutoregressiveConfig
 from nxtp.sampling.clip import ClipSimilarity
 from nxtp.sampling.closed_vocabulary import Classes, Vocabulary, class_log_probs
@@ -240,8 +240,8 @@ class Recognizer(Pretrained):
     def attention(self, image: ImageLike, label: str) -> Tensor:
         """Attention of a label's tokens to the image: float32 [blocks, heads, tokens, rows, columns].
 
-        The weights of each decoder block and head on the grid of image tokens; :func:`nxtp.model.attention.average`
-        reduces them to one map. Any label will do, predicted or not.
+        The weights of each decoder block and head on the grid of image tokens; :func:`average` of
+        nxtp/model/attention_maps.py reduces them to one map. Any label will do, predicted or not.
 
         Raises:
             ImageError: an image that cannot be read.

@@ -114,7 +114,9 @@ def train(cfg: DictConfig) -> float | None:
 
 
 def filter_lightning_messages() -> None:
-    """Hide Lightning's advertisements and its warnings about its own code."""
+    """Hide Lightning's advertisements and its warnings about its own code; print its other messages once."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).handlers.clear()  # Hydra's root logger prints them
     for message in (
         ".*LeafSpec.*",
         "Checkpoint directory .* exists and is not empty",  # a resumed run

@@ -17,7 +17,7 @@ from nxtp.deploy.app.guard import UploadGuard
 from nxtp.errors import UserError, counted
 from nxtp.inference.figures import overlay
 from nxtp.inference.recognizer import Recognizer
-from nxtp.model.attention import average
+from nxtp.model.attention_maps import average
 from nxtp.sampling.closed_vocabulary import classes_of_lines
 from nxtp.sampling.ranking import Labels
 
@@ -87,7 +87,7 @@ def _classes(typed: str) -> list[list[str]]:
         raise UserError(f"The list is too long: at most {MAX_CHARACTERS:,} characters.")
     classes = classes_of_lines(typed.splitlines())
     if not classes:
-        raise UserError("Type the labels: one a line, other names of the same thing behind it, after commas.")
+        raise UserError("Type the labels: one per line, other names of the same thing behind it, after commas.")
     if len(classes) > MAX_CLASSES:
         raise UserError(f"{len(classes):,} labels are too many: at most {MAX_CLASSES:,}.")
     if any(len(name) > MAX_LABEL for names in classes for name in names):
@@ -152,7 +152,7 @@ def make_page(recognizer: Recognizer, examples: Path | None = None) -> gr.Blocks
                 count = gr.Slider(1, MAX_LABELS, value=8, step=1, label="Number of labels", elem_id="count")
                 mode = gr.Radio([OPEN, CLOSED], value=OPEN, label="Vocabulary", elem_id="mode")
                 typed = gr.Textbox(
-                    label="Labels, one a line; other names of the same thing after commas", lines=5, max_lines=12,
+                    label="Labels, one per line; other names of the same thing after commas", lines=5, max_lines=12,
                     max_length=MAX_CHARACTERS, placeholder="dog, puppy\ncat\nbicycle, bike", visible=False,
                     elem_id="typed",
                 )  # fmt: skip

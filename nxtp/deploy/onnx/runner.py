@@ -214,7 +214,7 @@ def read_config(directory: Path) -> Config:
         found = Config(**{name: value for name, value in content.items() if name in known})
     except FileNotFoundError:
         advice = "write one with: nxtp export DIR --format onnx --out OUT"
-        raise UserError(f"'{directory}' is no directory of ONNX graphs: it has no {CONFIG}; {advice}.") from None
+        raise UserError(f"'{directory}' is not a directory of ONNX graphs: it has no {CONFIG}; {advice}.") from None
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise UserError(f"'{path}' is not a configuration of ONNX graphs: {error}.") from error
     if found.format != FORMAT:

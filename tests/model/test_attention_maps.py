@@ -11,7 +11,7 @@ from PIL import Image
 from nxtp.errors import UserError
 from nxtp.inference.figures import AttentionItem, save_attention
 from nxtp.inference.recognizer import Recognizer
-from nxtp.model.attention import average, grid_side
+from nxtp.model.attention_maps import average, grid_side
 from nxtp.model.layout import lay_out
 
 
