@@ -156,5 +156,5 @@ def test_8_bit_state_trains(root):
 
 
 def test_a_precision_that_sharding_does_not_support_is_an_error():
-    with pytest.raises(UserError, match="supports trainer.precision=32-true or bf16-mixed, got bf16-true"):
+    with pytest.raises(UserError, match=r"supports trainer.precision=32-true or bf16-mixed, got bf16-true"):
         parallelize(Model(tiny_config(), 60), ParallelConfig(), mesh=object(), precision="bf16-true")
