@@ -27,15 +27,14 @@ lint: $(READY)
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/mypy
 
-# Two test processes with two threads each would stall each other on two cores; so would two tests of several ranks, which
-# therefore are one group.
+# Two test processes with two threads each would stall each other on two cores. A file runs in one process.
 test test-all: export OMP_NUM_THREADS = 1
 
 test: lint
-	$(BIN)/python -m pytest -n 2 --dist loadgroup --durations=15
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=15
 
 test-all: lint
-	$(BIN)/python -m pytest -n 2 --dist loadgroup -m ''
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m ''
 
 demo: $(READY)
 	$(BIN)/python data/scenes.py --out data/shards/demo --concepts 500 --train 80000 --val 2000 --val-style 2000

@@ -1,4 +1,4 @@
-"""Tests keep indexes of shards to themselves; the long groups of tests start first."""
+"""Tests keep indexes of shards to themselves; files with costly fixtures start first."""
 
 import os
 import tempfile
@@ -8,9 +8,5 @@ os.environ["XDG_CACHE_HOME"] = _cache.name
 
 
 def pytest_collection_modifyitems(items):
-    """A group runs in one process: started last, it would leave the other process without work."""
-    size: dict[str, int] = {}
-    for item in items:
-        for mark in item.iter_markers("xdist_group"):
-            size[mark.args[0]] = size.get(mark.args[0], 0) + 1
-    items.sort(key=lambda item: -max((size[mark.args[0]] for mark in item.iter_markers("xdist_group")), default=0))
+    """A file runs in one process (--dist loadfile): a long one, started last, would leave the other without work."""
+    items.sort(key=lambda item: item.get_closest_marker("costly") is None)

@@ -13,6 +13,8 @@ from PIL import Image
 
 from nxtp.inference.recognizer import Recognizer
 
+pytestmark = pytest.mark.costly
+
 ROOT = Path(__file__).parent.parent
 
 

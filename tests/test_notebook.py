@@ -18,7 +18,7 @@ from PIL import Image
 
 from nxtp import Recognizer
 
-pytestmark = pytest.mark.xdist_group("notebook")  # its fixtures are costly: created once
+pytestmark = pytest.mark.costly
 
 NOTEBOOK = Path(__file__).resolve().parent.parent / "experiments" / "tour.ipynb"
 

@@ -23,6 +23,8 @@ from nxtp.model.flops import count_parameters, meta_model
 from nxtp.model.model import Model
 from nxtp.model.trainable import TrainableConfig
 
+pytestmark = pytest.mark.costly
+
 
 @pytest.fixture
 def forked(monkeypatch):

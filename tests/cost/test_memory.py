@@ -24,6 +24,8 @@ from nxtp.model.model import Model, ModelConfig
 from nxtp.model.trainable import TrainableConfig, choose_trainable
 from nxtp.train.optim import OptimConfig, build_optimizer
 
+pytestmark = pytest.mark.costly
+
 SIDE = 84
 PUBLISHED_LIKE = TrainableConfig(encoder=2, embedding=False)
 

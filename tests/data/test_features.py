@@ -15,7 +15,7 @@ from nxtp.data.features.store import LOCK, META, FeatureStore, FeatureWriter, Me
 from nxtp.errors import UserError
 from nxtp.prepare.writer import write_shard
 
-pytestmark = pytest.mark.xdist_group("features")  # its fixtures are costly: created once
+pytestmark = pytest.mark.costly
 
 FROZEN = [
     "optim.trainable.encoder=none",

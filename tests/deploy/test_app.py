@@ -22,7 +22,7 @@ from nxtp.deploy.ports import free_port
 
 gradio = pytest.importorskip("gradio")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-pytestmark = pytest.mark.xdist_group("app")  # its fixtures are costly: made once
+pytestmark = pytest.mark.costly
 MAX_BYTES, KEPT = 1 << 20, 30
 
 

@@ -18,7 +18,7 @@ from nxtp.deploy.onnx.pixels import to_pixels as numpy_pixels
 from nxtp.deploy.onnx.runner import OnnxRecognizer
 from nxtp.errors import UserError
 
-pytestmark = pytest.mark.xdist_group("onnx")  # its fixtures are costly: made once
+pytestmark = pytest.mark.costly
 IMAGES = [jpeg(colour, size=40 + i, seed=i) for i, colour in enumerate(COLOURS.values())]
 
 

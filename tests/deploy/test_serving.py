@@ -22,7 +22,7 @@ from nxtp.deploy.ports import free_port
 from nxtp.deploy.server import LabelAPI, PredictRequest, Refused, Server
 from nxtp.inference.recognizer import Recognizer
 
-pytestmark = pytest.mark.xdist_group("serving")  # its fixtures are costly: made once
+pytestmark = pytest.mark.costly
 IMAGES = [jpeg(colour, seed=i) for i, colour in enumerate([*COLOURS.values()] * 3)]
 
 

@@ -16,7 +16,7 @@ from nxtp.model.model import Model
 from nxtp.model.tokenizer import train_tokenizer
 from nxtp.train.module import RecognitionModule
 
-pytestmark = pytest.mark.xdist_group("ranks")
+pytestmark = pytest.mark.costly
 
 CPU = ["trainer.accelerator=cpu", "trainer.precision=32-true"]
 WAYS = {  # overrides and ranks: eight images a step in each

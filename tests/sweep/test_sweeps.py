@@ -236,7 +236,6 @@ def test_status_tells_each_runs_state(stand_in):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("strategy", "seeds"), [("ddp", [3]), ("ddp", [3, 4]), ("fsdp", [3, 4])])
-@pytest.mark.xdist_group("ranks")
 def test_runs_of_several_processes(here, strategy, seeds):
     """Lightning starts a run's further processes by its command line: of the run, not of the sweep."""
     write_shards(here / "train", [16])

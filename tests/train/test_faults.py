@@ -16,6 +16,8 @@ from helpers import TINY_OVERRIDES, jpeg, run_nxtp, serving
 from nxtp.data.shards.manifest import write_manifest
 from nxtp.prepare.writer import write_shard
 
+pytestmark = pytest.mark.costly
+
 DAMAGED = 104  # samples in each way; a whole number of batches
 GOOD = 8  # sound samples in each of the damaged shards
 WATCH = """

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from nxtp.distributed.checkpoints import REST, BackgroundCheckpoints, read_file
 from nxtp.inference.recognizer import Recognizer
 
-pytestmark = pytest.mark.xdist_group("ranks")
+pytestmark = pytest.mark.costly
 
 CPU = ["trainer.accelerator=cpu", "trainer.precision=32-true"]
 STRATEGIES = {"one": ([], 1), "ddp": (["trainer=ddp", *CPU], 2), "fsdp": (["trainer=fsdp", *CPU], 2)}

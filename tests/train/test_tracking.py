@@ -16,7 +16,7 @@ from nxtp.errors import UserError
 from nxtp.runs.secrets import refuse_secrets
 from nxtp.train.callbacks.tracking import Wandb
 
-pytestmark = pytest.mark.xdist_group("tracking")  # its fixtures are costly: created once
+pytestmark = pytest.mark.costly
 
 KEY = "0123456789abcdef0123456789abcdef01234567"
 BLOCK, HEADER = 32768, 7

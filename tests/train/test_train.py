@@ -23,7 +23,7 @@ from nxtp.runs.resume import differences
 from nxtp.train.module import RecognitionModule
 from nxtp.train.optim import OptimConfig
 
-pytestmark = pytest.mark.xdist_group("train")  # its fixtures are costly: created once
+pytestmark = pytest.mark.costly
 
 WORDS = ["rose", "lemon", "leaf", "ocean", "stone"]
 
