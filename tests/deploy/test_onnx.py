@@ -142,7 +142,7 @@ def test_bad_input_is_told_in_a_line(runner, graphs, tmp_path):
     with pytest.raises(ValueError, match="top_k must be ≥ 1, got 0"):
         runner.predict(IMAGES[0], 0)
     assert runner.predict([]) == []
-    with pytest.raises(UserError, match="no directory of ONNX graphs"):
+    with pytest.raises(UserError, match="not a directory of ONNX graphs"):
         OnnxRecognizer(tmp_path)
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(UserError, match="not a configuration"):
