@@ -15,7 +15,7 @@ import click
 
 from nxtp.errors import UserError
 from nxtp.prepare.items import Item, write_items
-from nxtp.prepare.options import WriterOptions, writer_options
+from nxtp.prepare.options import Script, WriterOptions, writer_options
 from nxtp.prepare.writer import Skipped
 
 
@@ -23,7 +23,7 @@ def coco_items(source: Path, split: str, *, separate: bool = False) -> tuple[lis
     """(items, skipped) of one split; an image's captions joined by spaces, or one item per caption.
 
     Raises:
-        UserError: the annotations are missing or are not COCO's.
+        UserError: the annotations or the images are missing, or the annotations are not COCO's.
     """
     path = source / "annotations" / f"captions_{split}2017.json"
     try:
@@ -35,9 +35,11 @@ def coco_items(source: Path, split: str, *, separate: bool = False) -> tuple[lis
             if text and annotation["image_id"] in captions:
                 captions[annotation["image_id"]].append(text)
     except FileNotFoundError:
-        raise UserError(f"{path} is missing. Download and unpack COCO 2017 from https://cocodataset.org.") from None
+        raise _missing(path, split) from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} does not contain COCO captions ({type(error).__name__}: {error}).") from error
+    if not (source / f"{split}2017").is_dir():
+        raise _missing(source / f"{split}2017", split)
     items, skipped = [], Skipped()
     for image in sorted(files):
         texts, key, file = captions[image], files[image].stem, str(source / f"{split}2017" / files[image].name)
@@ -50,7 +52,12 @@ def coco_items(source: Path, split: str, *, separate: bool = False) -> tuple[lis
     return items, skipped
 
 
-@click.command()
+def _missing(path: Path, split: str) -> UserError:
+    advice = f"unpack it from https://cocodataset.org (COCO 2017), or leave '{split}' out of --splits."
+    return UserError(f"{path} is missing: {advice}")
+
+
+@click.command(cls=Script)
 @click.argument("source", type=click.Path(path_type=Path, exists=True, file_okay=False))
 @click.option("--out", type=click.Path(path_type=Path), default=Path("data/shards/coco"), show_default=True)
 @click.option("--splits", default="train,val", show_default=True)
@@ -65,10 +72,11 @@ def main(source: Path, out: Path, splits: str, separate: bool, options: WriterOp
     \b
     python data/coco.py /datasets/coco --out data/shards/coco
     """
-    for split in splits.split(","):
-        items, skipped = coco_items(source, split.strip(), separate=separate)
-        made_by = {"script": "coco", "split": split.strip(), "captions": "separate" if separate else "joined"}
-        write_items(out / split.strip(), items, made_by=made_by, skipped=skipped, options=options)
+    names = [name.strip() for name in splits.split(",")]
+    found = {name: coco_items(source, name, separate=separate) for name in names}  # all, before anything is written
+    for split, (items, skipped) in found.items():
+        made_by = {"script": "coco", "split": split, "captions": "separate" if separate else "joined"}
+        write_items(out / split, items, made_by=made_by, skipped=skipped, options=options)
 
 
 if __name__ == "__main__":

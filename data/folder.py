@@ -18,7 +18,7 @@ from nxtp.data.labels.cleaning import clean_labels
 from nxtp.data.shards.reader import decode_text
 from nxtp.errors import UserError
 from nxtp.prepare.items import Item, write_items
-from nxtp.prepare.options import WriterOptions, writer_options
+from nxtp.prepare.options import Script, WriterOptions, writer_options
 from nxtp.prepare.writer import Skip, Skipped
 
 
@@ -26,7 +26,7 @@ def folder_items(source: Path) -> tuple[list[Item], Skipped]:
     """(items, skipped) of all images below ``source``.
 
     Raises:
-        UserError: no image there.
+        UserError: no image there, or none with a caption or labels.
     """
     images, problems = find_images([source])
     if not images:
@@ -41,6 +41,9 @@ def folder_items(source: Path) -> tuple[list[Item], Skipped]:
             continue
         key = "_".join(image.relative_to(source).with_suffix("").parts)
         items.append(Item(key, str(image), caption, record))
+    if not items:
+        needed = 'beside NAME.jpg, training needs its caption in NAME.txt or {"labels": ["…"]} in NAME.json'
+        raise UserError(f"{source}: no image has a usable caption or label: {needed}.{skipped}")
     return items, skipped
 
 
@@ -71,7 +74,7 @@ def _texts(image: Path) -> tuple[str | None, dict[str, Any]]:
     return caption or None, values
 
 
-@click.command()
+@click.command(cls=Script)
 @click.argument("source", type=click.Path(path_type=Path, exists=True, file_okay=False))
 @click.option("--out", type=click.Path(path_type=Path), required=True)
 @writer_options

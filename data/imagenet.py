@@ -32,7 +32,7 @@ import click
 from nxtp.data.labels.imagenet import NAMES, SUBSETS, ImageNetClass, by_wnid, imagenet_classes, real_labels, subset
 from nxtp.errors import UserError
 from nxtp.prepare.items import Item, Span, write_items
-from nxtp.prepare.options import WriterOptions, writer_options
+from nxtp.prepare.options import Script, WriterOptions, writer_options
 from nxtp.prepare.writer import Skipped
 
 SETS = ("1k", "v2", "real", "a", "r", "sketch", "objectnet")
@@ -181,7 +181,7 @@ def _key(folder: str, stem: str) -> str:
     return re.sub(r"[^\w-]+", "_", key)
 
 
-@click.command()
+@click.command(cls=Script)
 @click.argument("source", type=click.Path(path_type=Path, exists=True))
 @click.option("--set", "kind", type=click.Choice(SETS), default="1k", show_default=True)
 @click.option(

@@ -24,6 +24,7 @@ from rich.progress import track
 from nxtp.data.shards.manifest import ShardInfo, read_manifest, sha256_of, write_manifest
 from nxtp.data.shards.tar_index import index_shard
 from nxtp.errors import UserError
+from nxtp.prepare.options import Script
 from nxtp.prepare.writer import size_of
 
 
@@ -52,7 +53,7 @@ def _not_writable(directory: Path, why: str) -> UserError:
     return UserError(f"{directory}: manifest.json cannot be written there ({why}): make the directory writable.")
 
 
-@click.command()
+@click.command(cls=Script)
 @click.argument("directory", type=click.Path(path_type=Path, exists=True, file_okay=False))
 @click.option(
     "--workers",
@@ -71,28 +72,25 @@ def main(directory: Path, workers: int) -> None:
     python data/img2dataset.py data/shards/cc3m/train
     """
     console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+    shards = sorted(directory.glob("*.tar"))
+    if not shards:
+        raise UserError(f"{directory} has no *.tar: run img2dataset with --output_format webdataset.")
+    if not os.access(directory, os.W_OK):
+        raise _not_writable(directory, "no permission")
+    before = read_manifest(directory)
+    known = {row["name"]: ShardInfo(**row) for row in before["shards"]} if before else {}
+    since = (directory / "manifest.json").stat().st_mtime if before else 0.0
+    skipped: Counter = Counter()
+    infos = []
+    with ThreadPoolExecutor(workers) as pool:
+        rows = pool.map(lambda shard: describe_shard(shard, known, since), shards)
+        for info, more in track(rows, "hashing shards", total=len(shards), console=console):
+            infos.append(info)
+            skipped.update(more)
     try:
-        shards = sorted(directory.glob("*.tar"))
-        if not shards:
-            raise UserError(f"{directory} has no *.tar: run img2dataset with --output_format webdataset.")
-        if not os.access(directory, os.W_OK):
-            raise _not_writable(directory, "no permission")
-        before = read_manifest(directory)
-        known = {row["name"]: ShardInfo(**row) for row in before["shards"]} if before else {}
-        since = (directory / "manifest.json").stat().st_mtime if before else 0.0
-        skipped: Counter = Counter()
-        infos = []
-        with ThreadPoolExecutor(workers) as pool:
-            rows = pool.map(lambda shard: describe_shard(shard, known, since), shards)
-            for info, more in track(rows, "hashing shards", total=len(shards), console=console):
-                infos.append(info)
-                skipped.update(more)
-        try:
-            write_manifest(directory, infos, made_by={"script": "img2dataset"}, skipped=dict(sorted(skipped.items())))
-        except OSError as error:
-            raise _not_writable(directory, error.strerror) from error
-    except UserError as error:
-        raise click.ClickException(str(error)) from error
+        write_manifest(directory, infos, made_by={"script": "img2dataset"}, skipped=dict(sorted(skipped.items())))
+    except OSError as error:
+        raise _not_writable(directory, error.strerror) from error
     console.print(f"{directory}: {size_of(infos)}.")
     for kind, count in skipped.most_common():
         console.print(f"  {count:>12,}  {kind}")

@@ -22,7 +22,7 @@ import click
 
 from nxtp.errors import UserError
 from nxtp.prepare.items import Item, write_items
-from nxtp.prepare.options import WriterOptions, writer_options
+from nxtp.prepare.options import Script, WriterOptions, writer_options
 from nxtp.prepare.writer import Skipped
 
 
@@ -69,7 +69,7 @@ def image_labels(labels: Path, classes: Path) -> dict[str, list[str]]:
     return {image: list(dict.fromkeys(sorted(texts))) for image, texts in found.items()}
 
 
-@click.command()
+@click.command(cls=Script)
 @click.option("--images", type=click.Path(path_type=Path, exists=True, file_okay=False), required=True)
 @click.option("--narratives", "stories", type=click.Path(path_type=Path, exists=True), multiple=True)
 @click.option("--labels", type=click.Path(path_type=Path, exists=True), help="…-human-imagelabels.csv")

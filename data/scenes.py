@@ -29,7 +29,7 @@ from PIL import Image
 
 from nxtp.data.labels.nouns import noun_backend
 from nxtp.errors import UserError, at_least
-from nxtp.prepare.options import WriterOptions
+from nxtp.prepare.options import Script, WriterOptions
 from nxtp.prepare.writer import write_set
 
 TABLE = Path(__file__).resolve().parent / "concepts.csv"
@@ -335,7 +335,7 @@ def _check(options: SceneOptions) -> None:
             raise UserError(f"The pictures need the package '{package}': pip install 'nxtp[scenes]'")
 
 
-@click.command(context_settings={"show_default": True})
+@click.command(cls=Script, context_settings={"show_default": True})
 @click.option(
     "--out", type=click.Path(path_type=Path), default=Path("data/shards/scenes"), help="Directory of the splits."
 )
@@ -358,19 +358,16 @@ def main(out, train, val, val_style, shard_size, workers, overwrite, **options):
     \b
     python data/scenes.py --out data/shards/demo --concepts 100 --train 36000
     """
-    try:
-        make_scenes(
-            out,
-            train=train,
-            val=val,
-            val_style=val_style,
-            shard_size=shard_size,
-            workers=workers,
-            overwrite=overwrite,
-            options=SceneOptions(**options),
-        )
-    except UserError as error:
-        raise click.ClickException(str(error)) from error
+    make_scenes(
+        out,
+        train=train,
+        val=val,
+        val_style=val_style,
+        shard_size=shard_size,
+        workers=workers,
+        overwrite=overwrite,
+        options=SceneOptions(**options),
+    )
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from nxtp.data.shards.manifest import manifest_hash
 from nxtp.data.shards.reader import IndexedShards, SampleError
 from nxtp.data.shards.urls import expand_shards
 from nxtp.errors import UserError
-from nxtp.prepare.options import WriterOptions
+from nxtp.prepare.options import Script, WriterOptions
 from nxtp.prepare.writer import Skip, write_set
 
 KINDS = {
@@ -85,7 +85,7 @@ def make_variant(source: Path, out: Path, kind: str, strength: float | None, see
     write_set(out, items, make, made_by=made_by, options=options)
 
 
-@click.command(context_settings={"show_default": True})
+@click.command(cls=Script, context_settings={"show_default": True})
 @click.argument("source", type=click.Path(path_type=Path, exists=True, file_okay=False))
 @click.option("--kind", type=click.Choice(list(KINDS)), required=True)
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Directory of the shards.")
@@ -100,10 +100,7 @@ def main(source, kind, out, strength, seed, shard_size, workers, overwrite):
     \b
     python data/variants.py data/shards/classes/val --kind blur --out data/shards/classes/val_blur
     """
-    try:
-        make_variant(source, out, kind, strength, seed, WriterOptions(shard_size, workers, overwrite=overwrite))
-    except UserError as error:
-        raise click.ClickException(str(error)) from error
+    make_variant(source, out, kind, strength, seed, WriterOptions(shard_size, workers, overwrite=overwrite))
 
 
 if __name__ == "__main__":

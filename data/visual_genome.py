@@ -16,7 +16,7 @@ import click
 
 from nxtp.errors import UserError
 from nxtp.prepare.items import Item, write_items
-from nxtp.prepare.options import WriterOptions, writer_options
+from nxtp.prepare.options import Script, WriterOptions, writer_options
 from nxtp.prepare.writer import Skipped
 
 
@@ -61,7 +61,7 @@ def visual_genome_items(source: Path, text: str) -> tuple[list[Item], Skipped]:
     return items, skipped
 
 
-@click.command()
+@click.command(cls=Script)
 @click.argument("source", type=click.Path(path_type=Path, exists=True, file_okay=False))
 @click.option("--out", type=click.Path(path_type=Path), default=Path("data/shards/visual_genome"), show_default=True)
 @click.option("--text", type=click.Choice(["objects", "regions"]), default="objects", show_default=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from nxtp.config import to_dataclass
-from nxtp.errors import at_least
+from nxtp.errors import UserError, at_least
 
 
 @dataclass
@@ -70,9 +70,14 @@ class DataConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        lowest = {"batch_size": 1, "val_batch_size": 1, "num_workers": 0, "shuffle_window": 0, "max_skip_fraction": 0}
-        for name, value in lowest.items():
-            at_least(f"data.{name}", getattr(self, name), value)
+        for name, lowest in {"batch_size": 1, "val_batch_size": 1, "num_workers": 0, "shuffle_window": 0}.items():
+            at_least(f"data.{name}", getattr(self, name), lowest)
+        if not 0 <= self.max_skip_fraction <= 1:
+            raise UserError(f"data.max_skip_fraction must be ≥ 0 and ≤ 1, got {self.max_skip_fraction}.")
+        if not self.read_timeout > 0:
+            raise UserError(f"data.read_timeout must be > 0 seconds, got {self.read_timeout}.")
+        if self.given_labels not in ("all", "first"):
+            raise UserError(f"data.given_labels must be all or first, got '{self.given_labels}'.")
 
 
 def named_sources(spec: Any) -> dict[str, SourceConfig]:

@@ -7,6 +7,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import lightning as L
@@ -67,10 +68,6 @@ class ResumableDataLoader(DataLoader):
         """Continue after the samples that were returned, by any number of ranks and workers."""
         self._resume = self._position = (state["epoch"], state["samples"])
 
-    def steps_done(self, state: dict[str, int]) -> int:
-        """How far ``state`` is in its epoch, in steps of the present number of ranks."""
-        return self.sampler.steps - self.sampler.steps_after(state["samples"])
-
 
 def _quiet_tokenizers(worker: int) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -94,10 +91,17 @@ class WebDatasetDataModule(L.LightningDataModule):
         sets: dict[str, OpenedSet] | None = None,  # those already opened
     ):
         super().__init__()
-        self.config, self.tokenizer = config, tokenizer
-        self.image_size, self.num_image_tokens = image_size, num_image_tokens
-        self.objective, self.prompts = Objective(objective), list(prompts) or [tokenizer.prompt]
+        self.config = config
         self.sets = dict(sets or {})
+        self._batches = partial(
+            BatchDataset,
+            tokenizer=tokenizer,
+            config=config,
+            image_size=image_size,
+            num_image_tokens=num_image_tokens,
+            objective=Objective(objective),
+            prompts=list(prompts) or [tokenizer.prompt],
+        )
         self._train_loader: ResumableDataLoader | None = None
         self._resume: dict[str, int] | None = None
 
@@ -135,7 +139,8 @@ class WebDatasetDataModule(L.LightningDataModule):
 
     def steps_done(self, state: dict[str, int]) -> int:
         """How far the training loader's ``state`` is in its epoch, in steps of the present number of ranks."""
-        return (self._train_loader or self.train_dataloader()).steps_done(state)
+        sampler = (self._train_loader or self.train_dataloader()).sampler
+        return sampler.steps - sampler.steps_after(state["samples"])
 
     def val_dataloader(self) -> list[ResumableDataLoader]:
         return [self.loader(name, spec, training=False) for name, spec in self.config.val.items()]
@@ -161,14 +166,5 @@ class WebDatasetDataModule(L.LightningDataModule):
         )
         if shards.cache is not None:
             sampler.prefetch = shards.prefetch
-        batches = BatchDataset(
-            shards,
-            self.tokenizer,
-            config,
-            image_size=self.image_size,
-            num_image_tokens=self.num_image_tokens,
-            objective=self.objective,
-            prompts=self.prompts,
-            training=training,
-        )
+        batches = self._batches(shards, training=training)
         return ResumableDataLoader(batches, sampler, config.num_workers, pin_memory=torch.cuda.is_available())

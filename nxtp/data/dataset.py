@@ -19,7 +19,6 @@ from nxtp.data.labels.from_samples import labels_of
 from nxtp.data.labels.nouns import noun_backend
 from nxtp.data.shards.reader import IndexedShards, RawSample, SampleError
 from nxtp.data.transforms import to_pixels
-from nxtp.errors import UserError
 from nxtp.model.layout import Layout, Objective, lay_out
 from nxtp.model.tokenizer import LabelTokenizer
 
@@ -59,9 +58,9 @@ class BatchDataset(Dataset):
     def __init__(
         self,
         shards: IndexedShards,
+        *,
         tokenizer: LabelTokenizer,
         config: DataConfig,
-        *,
         image_size: int,
         num_image_tokens: int,
         objective: Objective,
@@ -72,8 +71,6 @@ class BatchDataset(Dataset):
         self.image_size, self.num_image_tokens, self.objective = image_size, num_image_tokens, objective
         self.prompts, self.training = list(prompts), training
         self.nouns = noun_backend(config.nouns)
-        if config.given_labels not in ("all", "first"):
-            raise UserError(f"data.given_labels must be all or first, got '{config.given_labels}'.")
         self.features = FeatureStore(config.features) if training and config.features else None
 
     def __getitem__(self, item: tuple[int, np.ndarray]) -> Batch:
@@ -89,7 +86,7 @@ class BatchDataset(Dataset):
                 labels = self.labels_of(raw)
                 pixels = self.pixels_of(raw)
             except (SampleError, ImageError) as error:
-                skipped[error.kind if isinstance(error, SampleError) else "bad image"] += 1
+                skipped[error.kind] += 1
                 continue
             if self.training:
                 order = self._random(epoch, position).permutation(len(labels))

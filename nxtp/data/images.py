@@ -49,8 +49,10 @@ _UPRIGHT = {
 class ImageError(UserError):
     """An image that cannot be used: '<name>: <reason>', on one line whatever the name contains.
 
-    ``name`` is the image's name, unescaped: a path can be opened by it.
+    ``name`` is the image's name, unescaped: a path can be opened by it. ``kind`` is what a skipped sample counts as.
     """
+
+    kind = "bad image"
 
     def __init__(self, name: str, reason: str):
         super().__init__(name, reason)

@@ -111,13 +111,34 @@ class ElasticBatchSampler(Sampler[tuple[int, np.ndarray]]):
         return self.steps
 
     def __iter__(self) -> Iterator[tuple[int, np.ndarray]]:
-        order, begin = self._order(self.epoch), self.start
-        for _ in range(self.steps_after(begin)):
-            run = order.positions(begin, min(begin + self.per_step, self.total))
-            yield self.epoch, np.array_split(run, self.world)[self.rank]
-            begin += self.per_step
+        windows, ready = self._windows(self.start), np.empty(0, np.int64)
+        for step in range(self.steps_after(self.start)):
+            size = min(self.per_step, self.total - self.start - step * self.per_step)
+            while len(ready) < size:
+                ready = np.concatenate([ready, next(windows)])
+            yield self.epoch, np.array_split(ready[:size], self.world)[self.rank]
+            ready = ready[size:]
 
-    def _order(self, epoch: int) -> _EpochOrder:
+    def _windows(self, begin: int) -> Iterator[np.ndarray]:
+        """The epoch's positions in order from number ``begin`` on, window by window."""
+        shuffled = self.shuffle and self.window > 1
+        size, seed = self.window if shuffled else _UNSHUFFLED, [self.seed, self.epoch]
+        pieces = self._pieces()
+        ends = np.cumsum([len(piece) for piece in pieces])
+        pool = ThreadPoolExecutor(1, thread_name_prefix="prefetch") if self.prefetch else None
+        fetching: Future | None = None
+        for number in range(begin // size, -(-self.total // size)):
+            window = np.concatenate(_cut(pieces, ends, number * size, (number + 1) * size))
+            if shuffled:
+                np.random.default_rng([*seed, number]).shuffle(window)
+            if pool and self.prefetch and (fetching is None or fetching.done()):
+                ahead = [piece[0] for piece in _cut(pieces, ends, (number + 1) * size, (number + 2) * size)]
+                shards = np.unique(np.searchsorted(self._starts, ahead, side="right") - 1)
+                fetching = pool.submit(self.prefetch, shards.tolist())
+            yield window[max(begin - number * size, 0) :]
+
+    def _pieces(self) -> list[np.ndarray | range]:
+        """The epoch's positions of each shard (and repetition), in the shuffled order of shards."""
         pieces: list[np.ndarray | range] = []
         for index, source in enumerate(self.sources):
             shards, subset = np.asarray(source.shards, dtype=np.int64), self._subsets[index]
@@ -129,14 +150,13 @@ class ElasticBatchSampler(Sampler[tuple[int, np.ndarray]]):
             pieces += once * self._repeats[index]
             if extra := self._extra[index]:
                 count = self._used[index]
-                turn = (epoch * extra + np.arange(extra)) % count
+                turn = (self.epoch * extra + np.arange(extra)) % count
                 local = np.sort(_random(self.seed, _ROTATION, source.name).permutation(count)[turn])
                 pieces += self._by_shard(local if subset is None else subset[local], shards)
         pieces = [piece for piece in pieces if len(piece)]
         if self.shuffle:
-            pieces = [pieces[i] for i in np.random.default_rng([self.seed, epoch]).permutation(len(pieces))]
-        seed = [self.seed, epoch] if self.shuffle and self.window > 1 else None
-        return _EpochOrder(pieces, self.window if seed else _UNSHUFFLED, seed, self._starts, self.prefetch)
+            pieces = [pieces[i] for i in np.random.default_rng([self.seed, self.epoch]).permutation(len(pieces))]
+        return pieces
 
     def _by_shard(self, local: np.ndarray, shards: np.ndarray) -> list[np.ndarray]:
         """Sorted positions within a source → positions in all shards, one array per shard."""
@@ -146,61 +166,15 @@ class ElasticBatchSampler(Sampler[tuple[int, np.ndarray]]):
         return [local[a:b] + o for a, b, o in zip([0, *bounds[:-1]], bounds, offsets, strict=True)]
 
 
-class _EpochOrder:
-    """All positions of an epoch in order, computed window by window.
-
-    Args:
-        pieces: the positions of each shard (and repetition), in the shuffled order of shards.
-        seed: of the shuffling within windows; None for none.
-        starts: the first position of each shard.
-    """
-
-    def __init__(
-        self,
-        pieces: list[np.ndarray | range],
-        window: int,
-        seed: list[int] | None,
-        starts: np.ndarray,
-        prefetch: Prefetch | None,
-    ):
-        self.pieces, self.window, self.seed, self.starts = pieces, window, seed, starts
-        self.ends = np.cumsum([len(piece) for piece in pieces])
-        self._prefetch = prefetch
-        self._fetching: Future | None = None
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="prefetch") if prefetch else None
-        self._current: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
-
-    def positions(self, begin: int, end: int) -> np.ndarray:
-        """Number begin … end-1 of the epoch's positions."""
-        runs = []
-        for number in range(begin // self.window, -(-end // self.window)):
-            first = number * self.window
-            runs.append(self._window(number)[max(begin - first, 0) : end - first])
-        return np.concatenate(runs)
-
-    def _window(self, number: int) -> np.ndarray:
-        if self._current[0] != number:
-            positions = np.concatenate(self._pieces_of(number))
-            if self.seed is not None:
-                np.random.default_rng([*self.seed, number]).shuffle(positions)
-            self._current = (number, positions)
-            if self._pool and self._prefetch and (self._fetching is None or self._fetching.done()):
-                ahead = [int(piece[0]) for piece in self._pieces_of(number + 1)]
-                shards = np.unique(np.searchsorted(self.starts, ahead, side="right") - 1).tolist() if ahead else []
-                self._fetching = self._pool.submit(self._prefetch, shards)
-        return self._current[1]
-
-    def _pieces_of(self, number: int) -> list[np.ndarray]:
-        """What a window contains of each piece."""
-        total = int(self.ends[-1])
-        begin, end = min(number * self.window, total), min((number + 1) * self.window, total)
-        found = []
-        for index in range(int(np.searchsorted(self.ends, begin, side="right")), len(self.pieces)):
-            first = int(self.ends[index]) - len(self.pieces[index])
-            if first >= end:
-                break
-            found.append(np.asarray(self.pieces[index][max(begin - first, 0) : end - first], dtype=np.int64))
-        return found
+def _cut(pieces: list[np.ndarray | range], ends: np.ndarray, begin: int, end: int) -> list[np.ndarray]:
+    """Number begin … end-1 of the positions in ``pieces``, whose ends are ``ends``."""
+    found = []
+    for index in range(int(np.searchsorted(ends, begin, side="right")), len(pieces)):
+        first = int(ends[index]) - len(pieces[index])
+        if first >= end:
+            break
+        found.append(np.asarray(pieces[index][max(begin - first, 0) : end - first], dtype=np.int64))
+    return found
 
 
 def subset_size(total: int, max_samples: int | None, fraction: float | None) -> int:

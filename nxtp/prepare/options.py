@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from functools import wraps
@@ -46,16 +47,24 @@ class WriterOptions:
         return {"shard_size": self.shard_size, "check": self.check} | images
 
 
+class Script(click.Command):
+    """A script of data/: run by itself, it reports a :class:`UserError` as `nxtp` does."""
+
+    def main(self, *args: Any, **settings: Any) -> Any:
+        try:
+            return super().main(*args, **settings)
+        except UserError as error:
+            click.secho(f"error: {error}", fg="red", err=True)
+            sys.exit(1)
+
+
 def writer_options(command: Callable) -> Callable:
-    """Add the shared options to a command, which gets them as its argument ``options``; errors are one line."""
+    """Add the shared options to a command, which gets them as its argument ``options``."""
 
     @wraps(command)
     def run(**arguments):
-        try:
-            options = WriterOptions(**{option.name: arguments.pop(option.name) for option in fields(WriterOptions)})
-            return command(options=options, **arguments)
-        except UserError as error:
-            raise click.ClickException(str(error)) from error
+        options = WriterOptions(**{option.name: arguments.pop(option.name) for option in fields(WriterOptions)})
+        return command(options=options, **arguments)
 
     for option in reversed(fields(WriterOptions)):
         run = click.option(f"--{option.name.replace('_', '-')}", **option.metadata)(run)

@@ -32,8 +32,9 @@ def verify_set(path: Path, workers: int, images: bool) -> tuple[list[str], list[
     directory, only = (path, None) if path.is_dir() else (path.parent, path.name)
     manifest = read_manifest(directory)
     if manifest is None:
-        advice = sets_below(directory) or " nxtp prepare writes one."
-        raise UserError(f"{directory} has no {MANIFEST}: nothing to check it against.{advice}")
+        advice = (only is None and sets_below(path)) or " nxtp prepare writes one."
+        beside = "" if only is None else " beside it"
+        raise UserError(f"{path} has no {MANIFEST}{beside}: nothing to check it against.{advice}")
     listed = {row["name"]: ShardInfo(**row) for row in manifest["shards"] if only in (None, row["name"])}
     present = sorted(tar.name for tar in directory.glob("*.tar")) if only is None else [only]
     problems = [f"{name}: not in the manifest" for name in present if name not in listed]

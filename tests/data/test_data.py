@@ -323,10 +323,20 @@ def test_given_labels_of_training(tmp_path, given):
     assert batch.labels[batch.keys.index("x")] == ["rose", "stone"], "validation keeps all names"
 
 
-def test_given_labels_is_one_of_two_words(tmp_path):
-    data = shard_data(str(write_shards(tmp_path / "s", [8])), given_labels="frist")
-    with pytest.raises(UserError, match=r"data\.given_labels must be all or first, got 'frist'"):
-        data.train_dataloader()
+@pytest.mark.parametrize(
+    ("setting", "value", "message"),
+    [
+        ("given_labels", "frist", "must be all or first, got 'frist'."),
+        ("read_timeout", 0, "must be > 0 seconds, got 0."),
+        ("max_skip_fraction", 2, "must be ≥ 0 and ≤ 1, got 2."),
+        ("max_skip_fraction", -0.1, "must be ≥ 0 and ≤ 1, got -0.1."),
+        ("num_workers", -1, "must be ≥ 0, got -1."),
+    ],
+)
+def test_settings_out_of_range(setting, value, message):
+    with pytest.raises(UserError) as error:
+        DataConfig(**{setting: value})
+    assert str(error.value) == f"data.{setting} {message}"
 
 
 def test_bad_samples_are_skipped_and_counted(tmp_path):

@@ -87,6 +87,23 @@ def test_coco_without_annotations(tmp_path):
     assert not list((tmp_path).glob("o/*")), "nothing half-written"
 
 
+@pytest.mark.parametrize("missing", ["annotations/captions_val2017.json", "val2017"])
+def test_coco_without_a_split_writes_nothing(coco, tmp_path, missing):
+    (coco / missing).rename(coco / "elsewhere")
+    message = run("coco", coco, "--out", tmp_path / "out", fails=True)
+    assert f"error: {coco / missing} is missing" in message
+    assert "or leave 'val' out of --splits" in message
+    assert not (tmp_path / "out").exists()
+    run("coco", coco, "--out", tmp_path / "out", "--splits", "train")
+
+
+def test_folder_without_captions_says_where_they_belong(tmp_path):
+    picture(tmp_path / "mine" / "a.jpg")
+    message = run("folder", tmp_path / "mine", "--out", tmp_path / "out", fails=True)
+    assert message.startswith(f"error: {tmp_path / 'mine'}: no image has a usable caption or label: beside NAME.jpg")
+    assert "Skipped: no caption × 1 (a.jpg)." in message
+
+
 def test_img2dataset_is_read_in_place(tmp_path):
     for shard in range(3):
         record = {
@@ -479,8 +496,8 @@ def test_prepare_writes_what_the_script_writes(coco, tmp_path):
     for split in ("train", "val"):
         assert contents(tmp_path / "command" / split) == contents(tmp_path / "script" / split)
     result = CliRunner().invoke(prepare, ["coco", str(tmp_path), "--out", str(tmp_path / "x")])
-    assert result.exit_code == 1
-    assert "captions_train2017.json is missing" in result.output
+    assert isinstance(result.exception, UserError), "reported by `nxtp`, as for its other commands"
+    assert "captions_train2017.json is missing" in str(result.exception)
 
 
 def test_the_wheel_contains_every_script():

@@ -130,6 +130,12 @@ def test_verify_takes_a_single_shard(tmp_path):
     assert "new.tar: not in the manifest" in run("verify", tmp_path / "new.tar", code=1).stderr
 
 
+def test_verify_names_the_file_that_has_no_manifest(tmp_path):
+    (tmp_path / "bad.jpg").touch()
+    result = CliRunner().invoke(data, ["verify", str(tmp_path / "bad.jpg")])
+    assert str(result.exception).startswith(f"{tmp_path / 'bad.jpg'} has no manifest.json beside it")
+
+
 def test_show_reports_a_missing_directory_before_it_reads(tmp_path):
     write_shards(tmp_path, [2])
     result = CliRunner().invoke(data, ["show", str(tmp_path), "--out", str(tmp_path / "none" / "sheet.png")])

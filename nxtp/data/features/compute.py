@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from nxtp.config import to_dataclass
 from nxtp.data.config import DataConfig
-from nxtp.data.features.store import DTYPES, FeatureStore, FeatureWriter, Meta, fingerprint, image_key, in_parts
+from nxtp.data.features.store import DTYPES, FeatureStore, FeatureWriter, Meta, Part, fingerprint, image_key, in_parts
 from nxtp.data.images import ImageError, load_image
 from nxtp.data.mixture import open_set
 from nxtp.data.sampler import ElasticBatchSampler
@@ -73,12 +73,12 @@ def extract(cfg: DictConfig) -> None:
     with Progress(*columns) as progress:
         task = progress.add_task("images", total=sampler.total)
 
-        def batches() -> Iterator[tuple[list[bytes], Tensor, np.ndarray]]:
+        def batches() -> Iterator[Part]:
             for keys, pixels, unusable, samples_read in loader:
                 if keys:
                     with torch.inference_mode():
                         tokens = encoder(pixels.to(device)).float().cpu()  # [n, N, D_encoder]
-                    yield keys, tokens, unusable
+                    yield keys, tokens.numpy(), unusable
                 progress.advance(task, samples_read)
 
         for part in in_parts(batches(), max(1, PART_BYTES // meta.bytes_each)):

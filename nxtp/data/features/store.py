@@ -1,8 +1,7 @@
 """Features of a frozen encoder on disk: computed once, read by later epochs, runs and sweeps.
 
-A store belongs to one encoder. Features are found by the image's encoded bytes, not by the image's location: shards
-may be moved, mixed, cut down, and an image that changed has no features. Parts are written whole, so that a killed
-command continues with the next one.
+Features are found by the image's encoded bytes: shards may be moved, mixed or cut down, and an image that changed has
+no features. Parts are written whole, so that a killed command continues with the next one.
 """
 
 from __future__ import annotations
@@ -74,9 +73,8 @@ class FeatureStore:
         try:
             self.meta = Meta(**json.loads((self.directory / META).read_text()))
         except (FileNotFoundError, NotADirectoryError):
-            raise UserError(
-                f"No features in '{directory}': compute them with nxtp features (docs/training.md)."
-            ) from None
+            message = f"No features in '{directory}': compute them with nxtp features (docs/training.md)."
+            raise UserError(message) from None
         except OSError as error:
             raise UserError(f"'{self.directory / META}' cannot be read: {error}.") from error
         except (ValueError, TypeError) as error:
@@ -125,11 +123,7 @@ class FeatureStore:
             raise UserError(f"'{path}' cannot be read ({error}).") from error
 
     def _open(self, part: Path) -> tuple[np.ndarray, np.ndarray, int]:
-        """A part's keys and which could not be decoded, [n] each, and the offset of its tokens in their file.
-
-        Raises:
-            UserError: a file is missing, truncated, or not of this store.
-        """
+        """A part's keys and which could not be decoded, [n] each, and the offset of its tokens in their file."""
         try:
             keys, unusable = (np.load(part / f"{name}.npy", allow_pickle=False) for name in ("keys", "unusable"))
             tokens = np.load(part / "tokens.npy", mmap_mode="r", allow_pickle=False)
@@ -219,9 +213,9 @@ class FeatureWriter:
             raise UserError(f"'{part}' cannot be written: {error}. Earlier parts remain.") from error
 
 
-def in_parts(batches: Iterator[tuple[list[bytes], Tensor, np.ndarray]], size: int) -> Iterator[Part]:
-    """Batches of (keys, tokens, unusable) joined to parts of at least ``size`` images; the last may be smaller."""
-    held: list[tuple[list[bytes], Tensor, np.ndarray]] = []
+def in_parts(batches: Iterator[Part], size: int) -> Iterator[Part]:
+    """Batches joined to parts of at least ``size`` images; the last may be smaller."""
+    held: list[Part] = []
     for batch in batches:
         held.append(batch)
         if sum(len(keys) for keys, _, _ in held) >= size:
@@ -231,6 +225,6 @@ def in_parts(batches: Iterator[tuple[list[bytes], Tensor, np.ndarray]], size: in
         yield _joined(held)
 
 
-def _joined(held: list[tuple[list[bytes], Tensor, np.ndarray]]) -> Part:
+def _joined(held: list[Part]) -> Part:
     keys, tokens, unusable = zip(*held, strict=True)
-    return [k for each in keys for k in each], torch.cat(tokens).numpy(), np.concatenate(unusable)
+    return [key for each in keys for key in each], np.concatenate(tokens), np.concatenate(unusable)

@@ -19,12 +19,9 @@ log = logging.getLogger("nxtp")
 
 
 def warn_if_nouns_differ(name: str, spec: Any, nouns: str, trained: str | None) -> None:
-    """Warn if a set's noun backend is not that of the training labels: their labels cannot be compared.
+    """Warn if the noun backend of set ``name`` is not ``trained``, that of the training labels; None is unknown.
 
-    Args:
-        name: the set's, for the message.
-        spec: its shards; the backend is the one that their manifest names, else ``nouns``.
-        trained: the backend of the training labels; None if unknown.
+    A set's backend is the one that the manifest of its shards, ``spec``, names, else ``nouns``.
     """
     for source in named_sources(spec).values():
         is_directory = isinstance(source.shards, str | os.PathLike) and os.path.isdir(source.shards)

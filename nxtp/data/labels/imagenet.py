@@ -45,8 +45,8 @@ class ImageNetClass:
 @cache
 def imagenet_classes() -> tuple[ImageNetClass, ...]:
     """The 1,000 classes of ImageNet-1k, in the order of their indices."""
-    wnids = _lines("imagenet_synsets.txt")
-    lemmas = dict(line.split("\t", 1) for line in _lines("imagenet_synset_to_lemma.txt"))
+    wnids = _info("imagenet_synsets.txt").splitlines()
+    lemmas = dict(line.split("\t", 1) for line in _info("imagenet_synset_to_lemma.txt").splitlines())
     synonyms = [tuple(dict.fromkeys(name.strip() for name in lemmas[wnid].split(","))) for wnid in wnids]
     return tuple(ImageNetClass(i, *row) for i, row in enumerate(zip(wnids, synonyms, strict=True)))
 
@@ -60,17 +60,13 @@ def by_wnid() -> dict[str, ImageNetClass]:
 @cache
 def subset(name: str) -> frozenset[int]:
     """Indices of the 200 classes of "imagenet_a" or "imagenet_r"."""
-    return frozenset(int(line) for line in _lines(f"{name}_indices.txt"))
+    return frozenset(int(line) for line in _info(f"{name}_indices.txt").splitlines())
 
 
 @cache
 def real_labels() -> tuple[tuple[int, ...], ...]:
     """ReaL's class indices of each of the 50,000 validation images, in their order; some have none."""
     return tuple(tuple(indices) for indices in json.loads(_info("imagenet_real_labels.json")))
-
-
-def _lines(name: str) -> list[str]:
-    return _info(name).splitlines()
 
 
 def _info(name: str) -> str:

@@ -26,7 +26,6 @@ log = logging.getLogger(__name__)
 
 RETRY_AFTER = 300.0  # seconds before a shard that could not be fetched is tried again
 _FETCHES = 20  # of one file that other processes delete as soon as it exists
-_MAX_MANIFEST_BYTES = 1 << 26
 
 
 class RemoteError(OSError):
@@ -102,8 +101,6 @@ class RemoteCache:
             try:
                 with tempfile.NamedTemporaryFile() as file:
                     copy(f"{directory}/{MANIFEST}", file.name, self.read_timeout)
-                    if os.path.getsize(file.name) > _MAX_MANIFEST_BYTES:
-                        raise ValueError("too large")
                     rows = json.loads(Path(file.name).read_bytes())["shards"]
                 samples = {row["name"]: int(row["samples"]) for row in rows}
             except (OSError, ValueError, KeyError, TypeError) as error:

@@ -1,8 +1,4 @@
-"""Many shards as one sequence of samples, read by position.
-
-Reading by position makes an epoch exact: shuffling, distributing and resuming are arithmetic on positions, and no
-sample is decoded twice.
-"""
+"""Many shards as one sequence of samples, read by position: an epoch is exact, its order is arithmetic."""
 
 from __future__ import annotations
 
@@ -21,7 +17,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from nxtp.data.shards.cache import RemoteCache, RemoteError
-from nxtp.data.shards.tar_index import HEADER, IndexStore, ShardIndex, index_shard
+from nxtp.data.shards.tar_index import HEADER, IndexStore, ShardIndex, index_shard, stamp_of
 from nxtp.data.shards.urls import is_remote, local_path
 from nxtp.errors import UserError, by_kind
 
@@ -132,7 +128,7 @@ class IndexedShards:
         """The key at ``position``; its number in the shard, in brackets, if the shard can no longer be read."""
         number, row = self._locate(position)
         try:
-            return str(self._index(number).keys[row])
+            return self._index(number).keys[row]
         except (SampleError, IndexError):
             return f"[{row}]"
 
@@ -158,7 +154,7 @@ class IndexedShards:
         index = self._index(number)
         if row >= len(index):
             raise SampleError("missing sample", f"{url}[{row}]", url)
-        key = str(index.keys[row])
+        key = index.keys[row]
         *places, checksum = index.rows[row].tolist()
         content: dict[str, bytes] = {}
         headers = b""
@@ -169,6 +165,8 @@ class IndexedShards:
                 raise SampleError(f"oversized {what}", key, url)
             try:
                 data = os.pread(self._open(number, key), HEADER + size, offset - HEADER)
+            except RemoteError as error:
+                raise SampleError(error.kind, key, url) from error
             except FileNotFoundError:
                 raise SampleError("shard vanished", key, url) from None
             except OSError as error:
@@ -213,14 +211,10 @@ class IndexedShards:
     def _describe(self, url: str, counts: dict[str, int]) -> _Shard:
         """From the stored index, else the manifest's count, else by reading the shard's headers."""
         shard = _Shard(url, counts.get(url, 0), None, Counter())
-        stamp = None  # the time of a fetched file means nothing
-        if not is_remote(url):
-            with suppress(OSError):
-                status = os.stat(local_path(url))
-                stamp = (status.st_size, status.st_mtime_ns)
-        if (stamp is not None or is_remote(url)) and (head := self.store.head(shard.name, stamp)):
-            samples, skipped, size = head
-            return _Shard(url, samples, stamp or (size, 0), skipped)
+        with suppress(OSError):
+            stamp = None if is_remote(url) else stamp_of(local_path(url))  # the time of a fetched file means nothing
+            if head := self.store.head(shard.name, stamp):
+                return _Shard(url, *head)
         if url in counts:
             return shard
         try:
@@ -250,11 +244,7 @@ class IndexedShards:
         return index
 
     def _read_index(self, url: str) -> ShardIndex:
-        """A shard's index from its headers.
-
-        Raises:
-            RemoteError: a remote shard is not available.
-        """
+        """A shard's index from its headers, or RemoteError."""
         if self.cache is None or not is_remote(url):
             return index_shard(local_path(url))
         with self.cache.opened(url) as file:
@@ -268,16 +258,12 @@ class IndexedShards:
             files.move_to_end(number)
             return files[number].fileno()
         remote = is_remote(shard.url)
-        try:
-            if self.cache is not None and remote:
-                file = self.cache.opened(shard.url)
-            else:
-                file = open(local_path(shard.url), "rb", buffering=0)  # noqa: SIM115
-        except RemoteError as error:
-            raise SampleError(error.kind, key, shard.url) from error
-        status = os.fstat(file.fileno())
-        size, time = shard.stamp or self._index(number).stamp or (-1, -1)
-        if status.st_size != size or not (remote or status.st_mtime_ns == time):
+        if self.cache is not None and remote:
+            file = self.cache.opened(shard.url)
+        else:
+            file = open(local_path(shard.url), "rb", buffering=0)  # noqa: SIM115
+        known, found = shard.stamp or self._index(number).stamp or (-1, -1), stamp_of(file.fileno())
+        if found != known and not (remote and found[0] == known[0]):
             file.close()
             self.store.forget(shard.name)
             raise SampleError("shard changed", key, shard.url)

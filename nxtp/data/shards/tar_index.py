@@ -1,7 +1,4 @@
-"""Where the samples of a tar shard are: an index made from its headers alone, and stored on disk.
-
-A set is read header by header once, not at every start of every process. Damage is counted by kind.
-"""
+"""Where the samples of a tar shard are: an index made from its headers alone, once, and stored on disk."""
 
 from __future__ import annotations
 
@@ -28,7 +25,7 @@ from nxtp.runs.atomic import atomic_file
 log = logging.getLogger(__name__)
 
 HEADER = _BLOCK = 512  # bytes
-_FORMAT = "4"  # of the files of an IndexStore
+_FORMAT = "5"  # of the files of an IndexStore
 _UNREADABLE = (OSError, SafetensorError, KeyError, ValueError)
 _MAX_NAME_BYTES = 1 << 16
 _PAX_RECORD = re.compile(rb"(\d{1,9}) ([^=]+)=")
@@ -39,7 +36,7 @@ _COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\x00", b"\x28\xb5\x2f\xfd")
 class ShardIndex:
     """Where the samples of one shard are.
 
-    ``keys``     [samples], NumPy's variable-width strings
+    ``keys``     of the samples
     ``rows``     int64 [samples, 7]: offset and size in bytes of image, text and JSON, -1 if absent; CRC-32 of the tar
                  headers of these, in this order: another value means another file
     ``stamp``    size and mtime (ns) of the file; None if it could not be opened
@@ -47,7 +44,7 @@ class ShardIndex:
                  vanished", "unreadable shard"; of samples "no image", "duplicate key", "incomplete sample"
     """
 
-    keys: np.ndarray
+    keys: list[str]
     rows: np.ndarray
     stamp: tuple[int, int] | None = None
     skipped: Counter = field(default_factory=Counter)
@@ -67,13 +64,13 @@ class IndexStore:
         default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nxtp" / "index"
         self.directory = Path(directory) if directory is not None else default
 
-    def head(self, name: str, stamp: tuple[int, int] | None) -> tuple[int, Counter, int] | None:
-        """(samples, skipped, bytes of the shard) without reading the index itself; None if it is missing or old."""
+    def head(self, name: str, stamp: tuple[int, int] | None) -> tuple[int, tuple[int, int], Counter] | None:
+        """(samples, stamp, skipped) without reading the index itself; None if it is missing or old."""
         with suppress(*_UNREADABLE), safe_open(self._file(name), "np") as file:
             about = file.metadata()
             size, time = json.loads(about["stamp"])
             if about["format"] == _FORMAT and about["name"] == name and stamp in (None, (size, time)):
-                return int(about["samples"]), Counter(json.loads(about["skipped"])), size
+                return int(about["samples"]), (size, time), Counter(json.loads(about["skipped"]))
         return None
 
     def load(self, name: str, stamp: tuple[int, int] | None) -> ShardIndex | None:
@@ -81,23 +78,14 @@ class IndexStore:
         if (head := self.head(name, stamp)) is None:
             return None
         with suppress(*_UNREADABLE), safe_open(self._file(name), "np") as file:
-            ends, text = file.get_tensor("key_ends"), file.get_tensor("keys").tobytes()
-            begins = [0, *ends[:-1].tolist()]
-            keys = [text[a:b].decode("utf-8", "surrogatepass") for a, b in zip(begins, ends.tolist(), strict=True)]
-            size, time = json.loads(file.metadata()["stamp"])
-            return ShardIndex(_strings(keys), file.get_tensor("rows"), (size, time), head[1])
+            return ShardIndex(json.loads(file.get_tensor("keys").tobytes()), file.get_tensor("rows"), *head[1:])
         return None
 
     def save(self, name: str, index: ShardIndex) -> bool:
         """Store an index; False if nothing can be written, which is no error."""
         if index.stamp is None:
             return False
-        keys = [key.encode("utf-8", "surrogatepass") for key in index.keys.tolist()]
-        tensors: dict[str, np.ndarray] = {
-            "keys": np.frombuffer(b"".join(keys), dtype=np.uint8),
-            "key_ends": np.cumsum([len(key) for key in keys], dtype=np.int64),
-            "rows": index.rows,
-        }
+        tensors = {"keys": np.frombuffer(json.dumps(index.keys).encode(), dtype=np.uint8), "rows": index.rows}
         about = {"format": _FORMAT, "name": name, "samples": str(len(index)), "stamp": json.dumps(index.stamp)}
         try:
             with atomic_file(self._file(name)) as file:
@@ -113,6 +101,12 @@ class IndexStore:
 
     def _file(self, name: str) -> Path:
         return self.directory / f"{hashlib.sha256(name.encode()).hexdigest()[:32]}.safetensors"
+
+
+def stamp_of(file: str | int) -> tuple[int, int]:
+    """Size and mtime (ns) of a path or a descriptor."""
+    status = os.stat(file)
+    return status.st_size, status.st_mtime_ns
 
 
 class _Damage(Exception):
@@ -134,9 +128,8 @@ def index_shard(path: str | os.PathLike, file: BinaryIO | None = None) -> ShardI
     stamp = None
     try:
         with open(path, "rb", buffering=0) if file is None else nullcontext(file) as file:
-            status = os.fstat(file.fileno())
-            stamp = (status.st_size, status.st_mtime_ns)
-            for member in _members(file.fileno(), status.st_size):
+            stamp = stamp_of(file.fileno())
+            for member in _members(file.fileno(), stamp[0]):
                 samples.add(*member)
         samples.close()
     except _Damage as damage:
@@ -149,11 +142,7 @@ def index_shard(path: str | os.PathLike, file: BinaryIO | None = None) -> ShardI
     if not samples.seen and not samples.skipped:
         samples.skipped["empty shard"] += 1
     rows = np.array(samples.rows, dtype=np.int64).reshape(-1, 7)
-    return ShardIndex(_strings(samples.keys), rows, stamp, samples.skipped)
-
-
-def _strings(keys: list[str]) -> np.ndarray:
-    return np.array(keys, dtype=np.dtypes.StringDType())
+    return ShardIndex(samples.keys, rows, stamp, samples.skipped)
 
 
 class _Samples:
