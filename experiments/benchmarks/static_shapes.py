@@ -32,7 +32,8 @@ from nxtp.bench.predict import COUNTS
 from nxtp.bench.processes import assert_equal
 from nxtp.bench.reporting import build_table, caption, machine_description, ratio, show
 from nxtp.model.model import Model
-from nxtp.sampling.one_shot import MAX_LABEL_TOKENS, Samples, finished, first_tokens, likeliest_
+from nxtp.sampling.label_probability import Samples
+from nxtp.sampling.one_shot import MAX_LABEL_TOKENS, first_tokens, likeliest_
 
 WAYS = ("as it is", "static", "compiled")
 
@@ -91,7 +92,7 @@ class StaticOneShot:
             tokens_BK = tokens_BK.where(running_BK, delimiter)
             tokens_BKL[..., step], probs_BKL[..., step] = tokens_BK, probs_BK.where(running_BK, 1.0)
             running_BK = running_BK & (tokens_BK != delimiter)
-        return finished(tokens_BKL, probs_BKL, delimiter)
+        return Samples.grown(tokens_BKL, probs_BKL, delimiter)
 
 
 def measure(

@@ -1,8 +1,4 @@
-"""Where a model looks: attention of a label's tokens to the image grid, and of image tokens to each other.
-
-Weights are the decoder's own, after its softmax, of every block and head. A label stands alone behind the prefix, as in
-one-shot sampling.
-"""
+"""Where a model looks: the decoder's attention weights, after its softmax, of every block and head."""
 
 from __future__ import annotations
 
@@ -21,7 +17,7 @@ from nxtp.model.model import Model
 def label_attention(
     model: Model, image: Tensor, label: Sequence[int], *, prompt: Sequence[int], delimiter: int
 ) -> Tensor:
-    """Attention weights of each of a label's tokens to the image tokens.
+    """Attention weights of a label's tokens to the image tokens; the label stands alone behind the prefix.
 
     Args:
         model: in evaluation mode.

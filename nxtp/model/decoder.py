@@ -135,8 +135,8 @@ class Decoder(nn.Module):
 
         Only the eager implementation returns them, and it needs an additive mask.
         """
-        added = torch.zeros(mask.shape, dtype=embeddings_BTD.dtype, device=mask.device)
-        added = added.masked_fill(~mask, torch.finfo(embeddings_BTD.dtype).min)
+        dtype = embeddings_BTD.dtype
+        added = torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
         fast = self.lm.config._attn_implementation
         self.lm.set_attn_implementation("eager")
         try:

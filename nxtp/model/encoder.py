@@ -181,15 +181,18 @@ def fill_from_model_dir(visual: nn.Module, directory: Path, without: list[str]) 
 
 
 def pretrained_tower(config: EncoderConfig) -> dict[str, Tensor]:
-    """The image tower's weights of an open_clip model, from its tag or file."""
+    """The image tower's weights of an open_clip model, from its tag or file.
+
+    Raises:
+        UserError: no such tag or file.
+    """
     import open_clip
 
     name, source = str(config.name), str(config.pretrained)
     tags = open_clip.list_pretrained_tags_by_model(name)
-    if not Path(source).exists() and source not in tags:
-        if Path(source).suffix:
-            raise UserError(f"model.encoder.pretrained: no file '{source}'.")
-        raise UserError(f"open_clip has no weights '{source}' for {name}.{nearest(source, tags)} Known: {tags}")
+    if not Path(source).is_file() and source not in tags:
+        known = f"{nearest(source, tags)} Known: {', '.join(tags)}."
+        raise UserError(f"'{source}' is neither a file nor an open_clip tag of {name}.{known}")
     model = open_clip.create_model(
         name,
         pretrained=source,

@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from nxtp.model.encoder import Encoder
-from nxtp.model.layout import Layout, Objective, lay_out
+from nxtp.model.layout import Layout, lay_out
 from nxtp.model.model import Model, ModelConfig
 from nxtp.model.trainable import TrainableConfig, choose_trainable
 
@@ -121,7 +121,6 @@ def training_flops(model: Model, *, prompt_tokens: int = 7, labels: int = 8, lab
         prompt=[0] * prompt_tokens,
         delimiter=0,
         num_image_tokens=model.num_image_tokens,
-        objective=Objective.MATCHED,
     )
     return ModelFlops(model).step(1, layout.segments_BT.shape[1], layout.sources.shape[0])
 

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from nxtp.model.attention_rule import attention_mask
 from nxtp.model.decoder import Decoder, DecoderConfig
 from nxtp.model.encoder import Encoder, EncoderConfig
-from nxtp.model.layout import Layout, attention_mask
+from nxtp.model.layout import Layout
 from nxtp.model.tokenizer import PROMPT
 
 if TYPE_CHECKING:

@@ -10,15 +10,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import open_clip
 from torch import Tensor
 
-from nxtp.errors import UserError, nearest
+from nxtp.errors import UserError
 from nxtp.model.decoder import DecoderConfig, plain_config, resolve, weight_files
 from nxtp.model.encoder import EncoderConfig, pretrained_tower
-from nxtp.model.weights import PickledFile, SafetensorsFiles, Spec, Weights, open_weights
+from nxtp.model.weights import SafetensorsFiles, Spec, Weights
 from nxtp.paper.release_names import UNUSED, our_name
 from nxtp.paper.rope_order import halves_from_pairs, rotated_heads
+from nxtp.paper.weight_files import PickledFile, open_weights
 
 CLIP = EncoderConfig(name="ViT-L-14", quick_gelu=True, image_size=224)  # the published encoder
 _HEAD_WIDTH = 64  # of every CLIP ViT by OpenAI; a weight file does not contain it
@@ -34,6 +34,10 @@ class Entry(NamedTuple):
     def of(cls, weights: Weights, name: str) -> Entry:
         return cls(weights.specs[name], partial(weights.read, name))
 
+    def in_halves(self, heads: int) -> Entry:
+        """The same projection in Hugging Face's RoPE order."""
+        return Entry(self.spec, lambda: halves_from_pairs(self.read(), heads))
+
 
 def published_entries(weights: PickledFile, heads: int, key_heads: int, prefix: str = "") -> dict[str, Entry]:
     """The tensors of a file in the published naming, under our names and in Hugging Face's RoPE order.
@@ -45,21 +49,20 @@ def published_entries(weights: PickledFile, heads: int, key_heads: int, prefix: 
     Raises:
         UserError: parameters that the published implementation does not have; names all of them.
     """
-    names = {name: prefix + name.removeprefix("module.") for name in weights.specs}
-    ours = {name: our_name(theirs) for name, theirs in names.items() if theirs not in UNUSED}
-    surplus = [name for name, own in ours.items() if own is None]
+    entries, surplus = {}, []
+    for name in weights.specs:
+        theirs = prefix + name.removeprefix("module.")
+        if theirs in UNUSED:
+            continue
+        own = our_name(theirs)
+        if own is None:
+            surplus.append(name)
+            continue
+        entry, rotated = Entry.of(weights, name), rotated_heads(own, heads, key_heads)
+        entries[own] = entry if rotated is None else entry.in_halves(rotated)
     if surplus:
         raise UserError(f"'{weights.path}' has {len(surplus)} surplus parameters: {', '.join(surplus)}.")
-    entries = {own: Entry.of(weights, name) for name, own in ours.items() if own is not None}
-    for own, entry in entries.items():
-        count = rotated_heads(own, heads, key_heads)
-        if count is not None:
-            entries[own] = Entry(entry.spec, partial(_read_halves, entry, count))
     return entries
-
-
-def _read_halves(entry: Entry, heads: int) -> Tensor:
-    return halves_from_pairs(entry.read(), heads)
 
 
 def read_llama(source: Path | str) -> tuple[dict[str, Any], dict[str, Entry]]:
@@ -101,7 +104,7 @@ def _read_meta(path: Path) -> tuple[dict[str, Any], dict[str, Entry]]:
         raise UserError(f"'{path}' needs its params.json beside it; '{settings}' is missing.") from None
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"'{settings}' is not LLaMA's params.json: {error!r}.") from error
-    weights = PickledFile(path, keys=())
+    weights = PickledFile(path)
     entries = published_entries(weights, heads, key_heads, prefix="language_decoder.")
     try:
         rows, width = weights.specs["tok_embeddings.weight"].shape
@@ -145,18 +148,15 @@ def read_clip(source: str) -> tuple[EncoderConfig, dict[str, Entry]]:
     """
     if Path(source).is_file():
         weights = open_weights(Path(source))
-        found = [re.fullmatch(r"((?:module\.)?(?:visual\.)?)conv1\.weight", name) for name in weights.specs]
-        prefix = next((match[1] for match in found if match), None)
+        known = ("", "visual.", "module.", "module.visual.")
+        prefix = next((prefix for prefix in known if f"{prefix}conv1.weight" in weights.specs), None)
         if prefix is None:
             raise UserError(f"'{source}' is not a CLIP vision transformer: it has no visual.conv1.weight.")
         names = [name for name in weights.specs if name.startswith(prefix)]
         tensors = {name.removeprefix(prefix): Entry.of(weights, name) for name in names}
     else:
-        tags = open_clip.list_pretrained_tags_by_model(CLIP.name)
-        if source not in tags:
-            raise UserError(f"'{source}' is neither a file nor an open_clip tag of {CLIP.name}.{nearest(source, tags)}")
         state = pretrained_tower(replace(CLIP, pretrained=source))
-        tensors = {n: Entry(Spec(tuple(t.shape), t.dtype), partial(state.__getitem__, n)) for n, t in state.items()}
+        tensors = {n: Entry(Spec.of(t), partial(state.__getitem__, n)) for n, t in state.items()}
     return _encoder_config(tensors, source), {f"encoder.visual.{name}": entry for name, entry in tensors.items()}
 
 

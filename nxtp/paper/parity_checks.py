@@ -16,8 +16,9 @@ from nxtp.paper.parity_fixture import RANKED, Recording
 from nxtp.paper.release_names import our_name
 from nxtp.paper.rope_order import halves_from_pairs
 from nxtp.sampling.autoregressive import BeamConfig, GreedyConfig, beam, greedy
-from nxtp.sampling.one_shot import Samples, one_shot
-from nxtp.sampling.ranking import RANKINGS, Labels, RankingConfig, rank
+from nxtp.sampling.label_probability import Samples
+from nxtp.sampling.one_shot import one_shot
+from nxtp.sampling.ranking import RANKINGS, RankingConfig, rank
 
 
 class Skip(Exception):
@@ -40,17 +41,6 @@ class Ours:
     @property
     def tokens(self) -> dict[str, Any]:
         return {"prompt": self.recording.prompt, "delimiter": self.recording.delimiter}
-
-    @cached_property
-    @torch.inference_mode()
-    def image_tokens(self) -> Tensor:
-        """Class token and image tokens in the decoder's space, [B, 1 + N, D]."""
-        return self.model.projection(self.model.encoder.forward_with_prefix(self.images))
-
-    @cached_property
-    @torch.inference_mode()
-    def first_logits(self) -> Tensor:
-        return self.model.prefill(self.images, self.tokens["prompt"])[0]
 
     @cached_property
     def samples(self) -> Samples:
@@ -77,25 +67,11 @@ class Ours:
             self._texts[sampler, max_new_tokens] = found
         return self._texts[sampler, max_new_tokens]
 
-    def ranked(self, name: str) -> list[Labels]:
-        """Labels with scores by one ranking, spelled as recorded."""
-        words = re.search(r"w\{i % (\d+)\}", self.recording.spelling)
-        if words is None:
-            raise Skip(f"unknown spelling in {RANKED}: {self.recording.spelling!r}")
-        spell = lambda ids: "".join(f"w{i % int(words[1])}" for i in ids)  # noqa: E731
-        config = RankingConfig(name, published=True)
-        return rank(self.samples, spell, config, self.recording.meta["k"], model=self.model, images=self.images)
-
     @cached_property
     def layout(self) -> Layout:
         labels = recorded_labels(self.recording.expected, self.recording.delimiter)
         count = self.model.num_image_tokens
         return lay_out(labels, **self.tokens, num_image_tokens=count, objective=Objective.PUBLISHED)
-
-    @cached_property
-    @torch.inference_mode()
-    def training_logits(self) -> Tensor:
-        return self.model.decoder.logits(self.model.hidden(self.images, self.layout))
 
     @cached_property
     def loss(self) -> Tensor:
@@ -104,20 +80,6 @@ class Ours:
         self.model.zero_grad()
         loss.backward()
         return loss.detach()
-
-    def gradient(self, name: str) -> Tensor:
-        """Of the released parameter ``name``, its rows in our order."""
-        _ = self.loss
-        parameters = dict(self.model.named_parameters())
-        ours = "image_token" if name == "special_token_row" else our_name(name)
-        if ours not in parameters:
-            raise Skip("our model has no such parameter")
-        gradient = parameters[ours].grad
-        assert gradient is not None
-        if ours == EMBEDDING:
-            gradient = gradient.clone()
-            gradient[self.recording.meta["ids"]["image_token"]] += self.model.image_token.grad
-        return gradient
 
 
 def recorded_labels(expected: dict[str, Tensor], delimiter: int) -> list[list[list[int]]]:
@@ -155,6 +117,17 @@ class Check(NamedTuple):
     compare: Callable[[Ours, Tensor], Pair]
 
 
+@torch.inference_mode()
+def _image_tokens(ours: Ours, theirs: Tensor) -> Pair:
+    """Class token and image tokens in the decoder's space, [B, 1 + N, D]."""
+    return ours.model.projection(ours.model.encoder.forward_with_prefix(ours.images)), theirs
+
+
+@torch.inference_mode()
+def _first_logits(ours: Ours, theirs: Tensor) -> Pair:
+    return ours.model.prefill(ours.images, ours.recording.prompt)[0], theirs
+
+
 def _one_shot_tokens(ours: Ours, theirs: Tensor) -> Pair:
     compared = ~_ended(theirs, ours.recording.delimiter)
     return _as_wide(ours.samples.tokens_BKL, theirs, ours.recording.delimiter)[compared], theirs[compared]
@@ -183,9 +156,10 @@ def _as_wide(ours: Tensor, theirs: Tensor, value: float) -> Tensor:
     return result
 
 
+@torch.inference_mode()
 def _training_logits(ours: Ours, theirs: Tensor) -> Pair:
     real = ours.layout.segments_BT >= 0
-    return ours.training_logits[real], theirs[real]
+    return ours.model.decoder.logits(ours.model.hidden(ours.images, ours.layout)[real]), theirs[real]
 
 
 def _training_targets(ours: Ours, theirs: Tensor) -> Pair:
@@ -209,9 +183,16 @@ def _text(ours: Ours, theirs: Tensor, sampler: str, index: int) -> Pair:
 
 
 def _ranked(ours: Ours, _: Tensor, name: str) -> Pair:
+    """Labels with scores by one ranking, spelled as recorded."""
+    recording = ours.recording
     if name not in RANKINGS:
         raise Skip("an unknown ranking")
-    mine, theirs = ours.ranked(name), ours.recording.ranked[name]
+    words = re.search(r"w\{i % (\d+)\}", recording.spelling)
+    if words is None:
+        raise Skip(f"unknown spelling in {RANKED}: {recording.spelling!r}")
+    spell = lambda ids: "".join(f"w{i % int(words[1])}" for i in ids)  # noqa: E731
+    config, theirs = RankingConfig(name, published=True), recording.ranked[name]
+    mine = rank(ours.samples, spell, config, recording.meta["k"], model=ours.model, images=ours.images)
     for image, (ranked, recorded) in enumerate(zip(mine, theirs, strict=True)):
         labels = [label for label, _ in ranked]
         if labels != recorded["labels"]:
@@ -223,17 +204,27 @@ def _ranked(ours: Ours, _: Tensor, name: str) -> Pair:
 
 
 def _gradient(ours: Ours, theirs: Tensor, name: str) -> Pair:
+    """Of the released parameter ``name``, its rows in our order."""
+    _ = ours.loss
+    parameters = dict(ours.model.named_parameters())
+    own = "image_token" if name == "special_token_row" else our_name(name)
+    if own not in parameters:
+        raise Skip("our model has no such parameter")
+    gradient = parameters[own].grad
+    if own == EMBEDDING:
+        gradient = gradient.clone()
+        gradient[ours.recording.meta["ids"]["image_token"]] += ours.model.image_token.grad
     if name.endswith(("attention.wq.weight", "attention.wk.weight")):
         theirs = halves_from_pairs(theirs, ours.recording.meta["decoder"]["n_heads"])
-    return ours.gradient(name), theirs
+    return gradient, theirs
 
 
 def checks(recording: Recording) -> Iterator[Check]:
     """All rows, in order. To compare another kind of result, add an entry here."""
     expected = recording.expected
     prompt, training = ("prompt_ids",), ("prompt_ids", "train_tokens")
-    yield Check("image tokens", ("image_tokens_with_cls",), lambda ours, theirs: (ours.image_tokens, theirs))
-    yield Check("first logits", (*prompt, "first_logits"), lambda ours, theirs: (ours.first_logits, theirs))
+    yield Check("image tokens", ("image_tokens_with_cls",), _image_tokens)
+    yield Check("first logits", (*prompt, "first_logits"), _first_logits)
     yield Check("one-shot tokens", (*prompt, "one_shot_tokens"), _one_shot_tokens)
     yield Check("one-shot probabilities", (*prompt, "one_shot_tokens", "one_shot_token_probs"), _one_shot_probs)
     yield Check("training targets", (*training, "train_targets"), _training_targets)

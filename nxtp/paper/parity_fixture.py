@@ -16,9 +16,9 @@ from nxtp.errors import UserError
 from nxtp.model.decoder import DecoderConfig
 from nxtp.model.encoder import EncoderConfig
 from nxtp.model.model import Model, ModelConfig
-from nxtp.model.weights import PickledFile
 from nxtp.paper.base_weights import llama_config
 from nxtp.paper.release import released_entries
+from nxtp.paper.weight_files import PickledFile
 
 META, RELEASE, EXPECTED = "meta.json", "release_format.pth", "expected.safetensors"
 SAMPLERS, RANKED = "samplers.safetensors", "ranked_labels.json"
@@ -60,7 +60,7 @@ class Recording:
         if "images" not in expected:
             raise UserError(f"'{directory / EXPECTED}' has no images: nothing can be compared.")
         ranked = _read(directory / RANKED, _json) if (directory / RANKED).is_file() else {}
-        released = PickledFile(directory / RELEASE, keys=("model",))
+        released = PickledFile(directory / RELEASE)
         meta = _read(directory / META, _json)
         return cls(directory, meta, released, expected, ranked.get("ranked", {}), ranked.get("spelling", ""))
 

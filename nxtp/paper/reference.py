@@ -14,7 +14,8 @@ from torch import Tensor
 
 from nxtp.model.layout import PUBLISHED_LENGTH
 from nxtp.model.model import Model
-from nxtp.sampling.one_shot import MAX_LABEL_TOKENS, Samples
+from nxtp.sampling.label_probability import Samples
+from nxtp.sampling.one_shot import MAX_LABEL_TOKENS
 
 _IGNORE = -1
 
@@ -122,9 +123,7 @@ def published_one_shot(
     closing = torch.full_like(tokens[:, :1], delimiter)
     tokens_BKL = torch.cat([tokens, closing], dim=1).view(batch, count, -1)
     probs_BKL = torch.cat([probs, torch.ones_like(probs[:, :1])], dim=1).view(batch, count, -1)
-    lengths_BK = (tokens_BKL == delimiter).int().argmax(dim=-1)
-    longest = int(lengths_BK.max()) + 1 if lengths_BK.numel() else 0
-    return Samples(tokens_BKL[..., :longest], probs_BKL[..., :longest], lengths_BK, lengths_BK == max_tokens)
+    return Samples.grown(tokens_BKL, probs_BKL, delimiter)
 
 
 def last_logits(model: Model, embeddings_BTD: Tensor, num_image_tokens: int) -> Tensor:

@@ -25,10 +25,11 @@ from nxtp.model.flops import meta_model
 from nxtp.model.model import ModelConfig
 from nxtp.model.tokenizer import PROMPT, LabelTokenizer
 from nxtp.model.trainable import TrainableConfig
-from nxtp.model.weights import PickledFile, SafetensorsFiles, Spec, write_safetensors
+from nxtp.model.weights import SafetensorsFiles, Spec, write_safetensors
 from nxtp.paper.base_weights import Entry, count_blocks, published_entries, read_clip, read_llama
 from nxtp.paper.release_names import LOGIT_SCALE, their_name
 from nxtp.paper.rope_order import pairs_from_halves, rotated_heads
+from nxtp.paper.weight_files import PickledFile
 from nxtp.runs.atomic import atomic_file
 
 APPENDED = 2  # vocabulary rows behind the tokenizer's: <|image|>, then the padding row
@@ -84,7 +85,7 @@ def import_release(
     Raises:
         UserError: an unreadable file, or parts that do not fit each other; names every such parameter.
     """
-    released = PickledFile(checkpoint, keys=("model",))
+    released = PickledFile(checkpoint)
     labels = _load_tokenizer(tokenizer)
     lm, llama_entries = read_llama(llama)
     heads = lm["num_attention_heads"]
@@ -123,7 +124,7 @@ def import_release(
     tensors = {**base, **entries}
     specs = {name: Spec(shape, dtype or tensors[name].spec.dtype) for name, shape in shapes.items()}
     provenance: dict[str, Any] = {
-        "released": Path(checkpoint).name,
+        "released": checkpoint.name,
         **{key: released.extra[key] for key in ("epoch", "global_step") if key in released.extra},
         "objective": "published",
         "nouns": "nltk_published",
@@ -133,7 +134,7 @@ def import_release(
     if scale is not None:
         provenance["logit_scale"] = released.read(scale).item()
     write_model_dir(
-        Path(to),
+        to,
         lambda path: write_safetensors(path, specs, lambda name: tensors[name].read().to(specs[name].dtype), track),
         labels,
         config,
@@ -232,6 +233,6 @@ def export_release(directory: Path, to: Path, everything: bool = False) -> int:
     if "logit_scale" in provenance:
         state[f"module.{LOGIT_SCALE}"] = torch.tensor(provenance["logit_scale"])
     content = {"epoch": provenance.get("epoch", 0), "global_step": provenance.get("global_step", 0), "model": state}
-    with atomic_file(Path(to)) as file:
+    with atomic_file(to) as file:
         torch.save(content, file)
     return len(state)

@@ -3,46 +3,43 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
-_BLOCK = {
-    "attention.wq": "self_attn.q_proj",
-    "attention.wk": "self_attn.k_proj",
-    "attention.wv": "self_attn.v_proj",
-    "attention.wo": "self_attn.o_proj",
-    "feed_forward.w1": "mlp.gate_proj",
-    "feed_forward.w2": "mlp.down_proj",
-    "feed_forward.w3": "mlp.up_proj",
-    "attention_norm": "input_layernorm",
-    "ffn_norm": "post_attention_layernorm",
-}
-_REST = {"tok_embeddings": "model.embed_tokens", "norm": "model.norm", "output": "lm_head"}
-_BLOCK_BACK = {ours: theirs for theirs, ours in _BLOCK.items()}
-_REST_BACK = {ours: theirs for theirs, ours in _REST.items()}
 LOGIT_SCALE = "vision_encoder.logit_scale"  # of CLIP's contrastive loss
 UNUSED = (LOGIT_SCALE, "language_decoder.rope.freqs")
+_LAYER, _OUR_LAYER = "language_decoder.layers.*.", "decoder.lm.model.layers.*."
+_NAMES = (  # theirs, ours; the first that fits counts
+    ("vision_encoder.proj.weight", "projection.weight"),
+    ("vision_encoder.*", "encoder.visual.*"),
+    ("language_decoder.tok_embeddings.weight", "decoder.lm.model.embed_tokens.weight"),
+    ("language_decoder.norm.weight", "decoder.lm.model.norm.weight"),
+    ("language_decoder.output.weight", "decoder.lm.lm_head.weight"),
+    (f"{_LAYER}attention.wq.weight", f"{_OUR_LAYER}self_attn.q_proj.weight"),
+    (f"{_LAYER}attention.wk.weight", f"{_OUR_LAYER}self_attn.k_proj.weight"),
+    (f"{_LAYER}attention.wv.weight", f"{_OUR_LAYER}self_attn.v_proj.weight"),
+    (f"{_LAYER}attention.wo.weight", f"{_OUR_LAYER}self_attn.o_proj.weight"),
+    (f"{_LAYER}feed_forward.w1.weight", f"{_OUR_LAYER}mlp.gate_proj.weight"),
+    (f"{_LAYER}feed_forward.w2.weight", f"{_OUR_LAYER}mlp.down_proj.weight"),
+    (f"{_LAYER}feed_forward.w3.weight", f"{_OUR_LAYER}mlp.up_proj.weight"),
+    (f"{_LAYER}attention_norm.weight", f"{_OUR_LAYER}input_layernorm.weight"),
+    (f"{_LAYER}ffn_norm.weight", f"{_OUR_LAYER}post_attention_layernorm.weight"),
+)
 
 
 def our_name(name: str) -> str | None:
     """The name in our model of a released parameter, given without ``module.``; None if no release has such a name."""
-    if name == "vision_encoder.proj.weight":
-        return "projection.weight"
-    if name.startswith("vision_encoder."):
-        return "encoder.visual." + name.removeprefix("vision_encoder.")
-    block = re.fullmatch(r"language_decoder\.layers\.(\d+)\.(.+)\.weight", name)
-    if block and block[2] in _BLOCK:
-        return f"decoder.lm.model.layers.{block[1]}.{_BLOCK[block[2]]}.weight"
-    rest = re.fullmatch(r"language_decoder\.(\w+)\.weight", name)
-    return f"decoder.lm.{_REST[rest[1]]}.weight" if rest and rest[1] in _REST else None
+    return _renamed(name, _NAMES)
 
 
 def their_name(name: str) -> str | None:
     """The released name, without ``module.``, of one of our parameters; None if no release has it."""
-    if name == "projection.weight":
-        return "vision_encoder.proj.weight"
-    if name.startswith("encoder.visual.") and not name.startswith("encoder.visual.trunk."):
-        return "vision_encoder." + name.removeprefix("encoder.visual.")
-    block = re.fullmatch(r"decoder\.lm\.model\.layers\.(\d+)\.(.+)\.weight", name)
-    if block and block[2] in _BLOCK_BACK:
-        return f"language_decoder.layers.{block[1]}.{_BLOCK_BACK[block[2]]}.weight"
-    rest = re.fullmatch(r"decoder\.lm\.(.+)\.weight", name)
-    return f"language_decoder.{_REST_BACK[rest[1]]}.weight" if rest and rest[1] in _REST_BACK else None
+    is_timm = name.startswith("encoder.visual.trunk.")
+    return None if is_timm else _renamed(name, ((ours, theirs) for theirs, ours in _NAMES))
+
+
+def _renamed(name: str, pairs: Iterable[tuple[str, str]]) -> str | None:
+    for old, new in pairs:
+        match = re.fullmatch(re.escape(old).replace(r"\*", "(.+)"), name)
+        if match:
+            return new.replace("*", match[1]) if match.groups() else new
+    return None

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from nxtp.model.layout import attention_mask
+from nxtp.model.attention_rule import attention_mask
 from nxtp.model.model import Model
-from nxtp.sampling.one_shot import SamplerConfig, Samples
+from nxtp.sampling.label_probability import Label, Samples
+from nxtp.sampling.one_shot import SamplerConfig
 
 if TYPE_CHECKING:
     from transformers import DynamicCache, LogitsProcessorList
@@ -265,19 +266,16 @@ def split_labels(tokens_BT: Tensor, probs_BT: Tensor, delimiter: int, max_tokens
 
     Empty labels have length 0; images with fewer labels are padded with them.
     """
-    result: list[list[tuple[list[int], list[float]]]] = []
-    for row in zip(tokens_BT.tolist(), probs_BT.tolist(), strict=True):
-        labels: list[tuple[list[int], list[float]]] = [([], [])]
-        for token, prob in zip(*row, strict=True):
-            ids, probs = labels[-1]
-            if token != delimiter and len(ids) < max_tokens:
-                ids.append(token)
-                probs.append(prob)
-            elif token == delimiter:
-                if len(probs) < max_tokens:  # the delimiter's probability does not count for a cut label
-                    probs.append(prob)
-                labels.append(([], []))
-        result.append([label for label in labels if label[0]] or [([], [])])
+    result: list[list[Label]] = []
+    for tokens, probs in zip(tokens_BT.tolist(), probs_BT.tolist(), strict=True):
+        labels: list[Label] = []
+        begin = 0
+        for end in [i for i, token in enumerate(tokens) if token == delimiter] + [len(tokens)]:
+            cap = begin + max_tokens  # the delimiter's probability does not count for a cut label
+            if end > begin:
+                labels.append((tokens[begin : min(end, cap)], probs[begin : min(end + 1, cap)]))
+            begin = end + 1
+        result.append(labels or [((), ())])
     samples = Samples.of(result, delimiter, tokens_BT.device)
     samples.disjoint = False
     return samples

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate, normalize
 
 from nxtp.errors import UserError, nearest
+from nxtp.model.hub import reason
 
 
 class Clip:
@@ -39,8 +40,7 @@ class Clip:
         try:
             self.model = open_clip.create_model(name, pretrained=weights, weights_only=True)
         except Exception as error:  # hubs and files raise many types
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0].split(". ")[0]
-            raise UserError(f"No usable CLIP in '{source}': {reason}") from error
+            raise UserError(f"No usable CLIP in '{source}': {reason(error)}") from error
         self.model.eval().requires_grad_(False).to(device)
         self.tokenizer = open_clip.get_tokenizer(name)
         settings = open_clip.get_model_preprocess_cfg(self.model)

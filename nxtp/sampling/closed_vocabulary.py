@@ -2,7 +2,7 @@
 
     prefix · every node of the tree, one row       a node attends to the prefix, its ancestors and itself
 
-This is the rule of :mod:`nxtp.model.layout`, each name a segment; names that begin alike share their first nodes. The
+This is :mod:`nxtp.model.attention_rule`, each name a segment; names that begin alike share their first nodes. The
 probability of a name is the product of its tokens' and its delimiter's, over the whole vocabulary of the language
 model: it does not depend on the other classes, and the classes do not add up to 1.
 """

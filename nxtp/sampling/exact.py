@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from nxtp.model.model import Model
-from nxtp.sampling.one_shot import SamplerConfig, Samples
+from nxtp.sampling.label_probability import Samples
+from nxtp.sampling.one_shot import SamplerConfig
 
 
 @dataclass(kw_only=True)

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from nxtp.errors import UserError
-from nxtp.model.layout import branch_mask
+from nxtp.model.attention_rule import branch_mask
 from nxtp.model.model import Model
+from nxtp.sampling.label_probability import Samples
 
 if TYPE_CHECKING:
     from transformers import DynamicCache
@@ -20,9 +21,6 @@ if TYPE_CHECKING:
     from nxtp.sampling.closed_vocabulary import Vocabulary
 
 MAX_LABEL_TOKENS = 19  # as published: a label without a delimiter by then is cut there
-Label = tuple[Sequence[int], Sequence[float]]  # token ids without the delimiter, and probabilities with the delimiter's
-
-
 _COMPARE = {"≥": operator.ge, ">": operator.gt, "≤": operator.le}
 
 
@@ -53,49 +51,6 @@ class OneShotConfig(SamplerConfig):
     """One-shot sampling has no other settings. A temperature changes probabilities, not labels."""
 
 
-@dataclass
-class Samples:
-    """K labels per image, in order of their first token's probability.
-
-    ``tokens_BKL``   int64, the label's tokens and its delimiter, padded with the delimiter
-    ``probs_BKL``    float32, the probability of each token given the prefix and the label so far; 1 in the padding
-    ``lengths_BK``   int64, tokens of the label without its delimiter; 0 pads images that have fewer labels
-    ``cut_BK``       bool, True: the label was cut, and its delimiter's probability does not count
-    ``disjoint``     whether an image's labels exclude each other, so that the probabilities of equal texts add up;
-                     not so in autoregressive text, which may repeat a label
-    ``complete_B``   bool, exact search only: whether these labels are proven to be the most probable ones
-    """
-
-    tokens_BKL: Tensor
-    probs_BKL: Tensor
-    lengths_BK: Tensor
-    cut_BK: Tensor
-    disjoint: bool = True
-    complete_B: Tensor | None = None
-
-    @classmethod
-    def of(cls, labels: Sequence[Sequence[Label]], delimiter: int, device: torch.device | None = None) -> Samples:
-        """Samples of each image's labels."""
-        count = max((len(image) for image in labels), default=0)
-        longest = max((len(tokens) for image in labels for tokens, _ in image), default=0) + 1
-        tokens_BKL = torch.full((len(labels), count, longest), delimiter, device=device)
-        probs_BKL = torch.ones(len(labels), count, longest, device=device)
-        lengths_BK = torch.zeros(len(labels), count, dtype=torch.long, device=device)
-        cut_BK = torch.zeros(len(labels), count, dtype=torch.bool, device=device)
-        for b, image in enumerate(labels):
-            for k, (tokens, probs) in enumerate(image):
-                tokens_BKL[b, k, : len(tokens)] = torch.tensor(tokens, dtype=torch.long)
-                probs_BKL[b, k, : len(probs)] = torch.tensor(probs)
-                lengths_BK[b, k] = len(tokens)
-                cut_BK[b, k] = len(tokens) == len(probs) > 0
-        return cls(tokens_BKL, probs_BKL, lengths_BK, cut_BK)
-
-    @property
-    def scores_BK(self) -> Tensor:
-        """Probability of each label: the product of its tokens', delimiter included."""
-        return self.probs_BKL.prod(dim=-1)
-
-
 @torch.inference_mode()
 def one_shot(
     model: Model,
@@ -111,8 +66,8 @@ def one_shot(
 ) -> Samples:
     """The ``top_k`` likeliest first tokens, each continued greedily until its delimiter.
 
-    The labels are K branches in one row behind the cached prefix (:func:`nxtp.model.layout.branch_mask`). A branch
-    that has ended is no longer computed, and its keys are removed from the cache.
+    The labels are K branches in one row behind the cached prefix (:func:`nxtp.model.attention_rule.branch_mask`). A
+    branch that has ended is no longer computed, and its keys are removed from the cache.
 
     Args:
         model: in evaluation mode.
@@ -160,7 +115,7 @@ def one_shot(
         tokens_BKL[:, :, step].scatter_(1, active_BA, current_BA)
         probs_BKL[:, :, step].scatter_(1, active_BA, prob_BA.where(running_BA, 1.0))
         running_BA = running_BA & (current_BA != delimiter)
-    return finished(tokens_BKL, probs_BKL, delimiter)
+    return Samples.grown(tokens_BKL, probs_BKL, delimiter)
 
 
 def first_tokens(
@@ -183,14 +138,6 @@ def likeliest_(logits: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor
         logits.div_(temperature)
     top, ids = logits.max(dim=-1, keepdim=True)
     return logits.sub_(top).exp_().sum(dim=-1).reciprocal(), ids[..., 0]
-
-
-def finished(tokens_BKL: Tensor, probs_BKL: Tensor, delimiter: int) -> Samples:
-    """Samples of labels that grew in L columns, the last of which is a delimiter; cut to the longest label."""
-    lengths_BK = (tokens_BKL == delimiter).int().argmax(dim=-1)
-    longest = int(lengths_BK.max()) + 1 if lengths_BK.numel() else 0
-    cut_BK = lengths_BK == tokens_BKL.shape[-1] - 1
-    return Samples(tokens_BKL[..., :longest], probs_BKL[..., :longest], lengths_BK, cut_BK)
 
 
 def _keep_branches(cache: DynamicCache, keep_BA: Tensor, prefix: int, steps: int) -> None:

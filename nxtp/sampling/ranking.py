@@ -14,7 +14,7 @@ from nxtp.config import to_dataclass
 from nxtp.data.labels.cleaning import normalise
 from nxtp.errors import UserError, nearest
 from nxtp.model.model import Model
-from nxtp.sampling.one_shot import Samples
+from nxtp.sampling.label_probability import Samples
 
 if TYPE_CHECKING:
     from nxtp.sampling.clip import ClipSimilarity
@@ -93,7 +93,7 @@ def rank(
     elif config.name == "none":
         scores = torch.zeros(samples.lengths_BK.shape).tolist()
     elif config.name == "prob":
-        scores = samples.scores_BK.tolist()
+        scores = samples.label_probs_BK.tolist()
     elif config.name == "ppl":  # over a label's tokens and its delimiter, which a cut label does not have
         counted_BKL = index_L < (samples.lengths_BK + (~samples.cut_BK).int())[..., None]
         log_BK = (samples.probs_BKL.log() * counted_BKL).sum(dim=-1) / counted_BKL.sum(dim=-1).clamp(min=1)

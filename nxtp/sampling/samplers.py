@@ -14,7 +14,8 @@ from nxtp.model.tokenizer import LabelTokenizer
 from nxtp.sampling.autoregressive import BeamConfig, GreedyConfig, beam, greedy, split_labels
 from nxtp.sampling.closed_vocabulary import Vocabulary
 from nxtp.sampling.exact import ExactConfig, exact
-from nxtp.sampling.one_shot import OneShotConfig, SamplerConfig, Samples, one_shot
+from nxtp.sampling.label_probability import Samples
+from nxtp.sampling.one_shot import OneShotConfig, SamplerConfig, one_shot
 
 SAMPLERS: dict[str, type[SamplerConfig]] = {
     "one_shot": OneShotConfig,

@@ -18,7 +18,7 @@ from nxtp.inference.recognizer import Recognizer
 from nxtp.model.hub import is_path
 from nxtp.model.layout import lay_out
 from nxtp.model.tokenizer import train_tokenizer
-from nxtp.sampling.one_shot import Samples
+from nxtp.sampling.label_probability import Samples
 from nxtp.sampling.ranking import RankingConfig, rank
 
 

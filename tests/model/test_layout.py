@@ -6,7 +6,8 @@ from by_definition import mask_by_definition
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nxtp.model.layout import Objective, attention_mask, branch_mask, lay_out
+from nxtp.model.attention_rule import attention_mask, branch_mask
+from nxtp.model.layout import Objective, lay_out
 
 DELIMITER = 4
 label = st.lists(st.integers(5, 60), min_size=1, max_size=4)

@@ -22,11 +22,12 @@ from nxtp.model.decoder import DecoderConfig
 from nxtp.model.encoder import EncoderConfig
 from nxtp.model.model import Model, ModelConfig
 from nxtp.model.tokenizer import LabelTokenizer
-from nxtp.model.weights import PickledFile, SafetensorsFiles, Spec, TorchScriptFile, open_weights, write_safetensors
+from nxtp.model.weights import SafetensorsFiles, Spec, write_safetensors
 from nxtp.paper.commands import convert
 from nxtp.paper.release import export_release, import_release
 from nxtp.paper.release_names import our_name, their_name
 from nxtp.paper.rope_order import halves_from_pairs, pairs_from_halves
+from nxtp.paper.weight_files import PickledFile, TorchScriptFile, open_weights
 
 WIDTH, HEADS, HIDDEN, BLOCKS, DEPTH = 64, 4, 96, 4, 3
 VISION = {"layers": 4, "width": 64, "head_width": 64, "patch_size": 8, "mlp_ratio": 4.0}

@@ -9,7 +9,8 @@ from nxtp.model.model import Model
 from nxtp.model.tokenizer import train_tokenizer
 from nxtp.paper.reference import published_one_shot
 from nxtp.sampling import one_shot as sampling
-from nxtp.sampling.one_shot import Samples, one_shot
+from nxtp.sampling.label_probability import Samples
+from nxtp.sampling.one_shot import one_shot
 from nxtp.sampling.ranking import RankingConfig, rank
 
 VOCABULARY, DELIMITER, PROMPT = 60, 4, [1, 7, 8, 9]
@@ -43,7 +44,7 @@ def assert_same(samples: Samples, plain: list[list[tuple[list[int], list[float]]
             torch.testing.assert_close(samples.probs_BKL[i, j, : len(probs)], torch.tensor(probs), rtol=1e-4, atol=0)
             assert (samples.probs_BKL[i, j, len(probs) :] == 1).all()
             score = torch.tensor(probs).prod()
-            torch.testing.assert_close(samples.scores_BK[i, j], score, rtol=1e-4, atol=0)
+            torch.testing.assert_close(samples.label_probs_BK[i, j], score, rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize("ends", [0.0, 1.0, 2.5])

@@ -16,7 +16,7 @@ from nxtp.model.model import Model
 from nxtp.model.tokenizer import train_tokenizer
 from nxtp.sampling.autoregressive import split_labels
 from nxtp.sampling.clip import Clip, ClipSimilarity
-from nxtp.sampling.one_shot import Samples
+from nxtp.sampling.label_probability import Samples
 from nxtp.sampling.ranking import RankingConfig, rank, ranking_config
 
 END = 9

@@ -196,7 +196,9 @@ def test_exact_search_finds_what_enumeration_finds(seed, branches):
         tokens, lengths = samples.tokens_BKL[i].tolist(), samples.lengths_BK[i].tolist()
         labels = [tuple(row[:length]) for row, length in zip(tokens, lengths, strict=True)]
         assert labels == [label for label, _ in expected]
-        torch.testing.assert_close(samples.scores_BK[i], torch.tensor([p for _, p in expected]), rtol=1e-4, atol=1e-7)
+        torch.testing.assert_close(
+            samples.label_probs_BK[i], torch.tensor([p for _, p in expected]), rtol=1e-4, atol=1e-7
+        )
         assert samples.cut_BK[i].tolist() == [p for p in (samples.lengths_BK[i] == 3).tolist()]
 
 
@@ -241,10 +243,10 @@ def test_exact_search_is_at_least_as_good_as_one_shot_and_says_when_it_gives_up(
     shot = one_shot(model, images, **COMMON, top_k=5, max_tokens=6, never_first=[BOS, DELIMITER])
     config = ExactConfig(max_expansions=2000, max_tokens=6)
     best = exact(model, images, config, **COMMON, top_k=5, never_first=[BOS, DELIMITER])
-    shot_scores = shot.scores_BK.sort(dim=1, descending=True).values
+    shot_scores = shot.label_probs_BK.sort(dim=1, descending=True).values
     assert best.complete_B.all()
-    assert (best.scores_BK >= shot_scores - 1e-6).all()
-    assert (best.scores_BK.sum(dim=1) > shot_scores.sum(dim=1) + 1e-4).any(), "labels that share a first token"
+    assert (best.label_probs_BK >= shot_scores - 1e-6).all()
+    assert (best.label_probs_BK.sum(dim=1) > shot_scores.sum(dim=1) + 1e-4).any(), "labels that share a first token"
     config = ExactConfig(max_expansions=3, branches_per_step=2, max_tokens=6)
     assert not exact(model, images, config, **COMMON, top_k=5, never_first=[BOS, DELIMITER]).complete_B.any()
 
@@ -255,11 +257,11 @@ def test_texts_are_split_into_labels():
     samples = split_labels(tokens, probs, DELIMITER, max_tokens=19)
     assert samples.lengths_BK.tolist() == [[2, 1, 1], [0, 0, 0]]
     assert samples.cut_BK.tolist()[0] == [False, False, True]
-    assert samples.scores_BK[0].tolist() == [0.125, 0.25, 0.5]
+    assert samples.label_probs_BK[0].tolist() == [0.125, 0.25, 0.5]
     cut = split_labels(tokens, probs, DELIMITER, max_tokens=1)
     assert cut.lengths_BK[0].tolist() == [1, 1, 1]
     assert cut.cut_BK[0].tolist() == [True, True, True], "as one-shot: the delimiter's probability does not enter"
-    assert cut.scores_BK[0].tolist() == [0.5, 0.5, 0.5]
+    assert cut.label_probs_BK[0].tolist() == [0.5, 0.5, 0.5]
 
 
 def test_a_beam_search_does_not_depend_on_its_batch():
@@ -323,12 +325,12 @@ def test_temperature_is_that_of_the_logits():
     with torch.no_grad():
         model.decoder.lm.lm_head.weight /= 2
     halved = one_shot(model, images, **COMMON, top_k=4, max_tokens=4)
-    torch.testing.assert_close(warm.scores_BK, halved.scores_BK)
+    torch.testing.assert_close(warm.label_probs_BK, halved.label_probs_BK)
     model.decoder.lm.lm_head.weight.data *= 2
     searched = exact(model, images, ExactConfig(temperature=2.0, max_tokens=3), **COMMON, top_k=3)
     model.decoder.lm.lm_head.weight.data /= 2
     torch.testing.assert_close(
-        searched.scores_BK, exact(model, images, ExactConfig(max_tokens=3), **COMMON, top_k=3).scores_BK
+        searched.label_probs_BK, exact(model, images, ExactConfig(max_tokens=3), **COMMON, top_k=3).label_probs_BK
     )
 
 
