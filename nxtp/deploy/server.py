@@ -58,7 +58,8 @@ class LabelAPI(litserve.LitAPI):
         if multiprocessing.parent_process() is not None:
             signal.signal(signal.SIGINT, signal.SIG_IGN)
         self.recognizer = Recognizer.from_pretrained(self.source, device=device)
-        self.prepared = self.recognizer.prepare_classes(read_classes(self.classes)) if self.classes else None
+        classes = None if self.classes is None else read_classes(self.classes)
+        self.prepared = self.recognizer.prepare_classes(classes) if classes else None
 
     def decode_request(self, request: PredictRequest):
         """Pixels and top_k; Refused instead of an exception, which would fail the whole batch."""
@@ -69,17 +70,11 @@ class LabelAPI(litserve.LitAPI):
         except ImageError as error:
             return Refused(error.reason)
 
-    def batch(self, inputs: Sequence["Input"]) -> Sequence["Input"]:
-        return inputs
-
     def predict(self, inputs: Any) -> Any:
         """Labels of one request, or of a list of them."""
         if isinstance(inputs, list):
             return self._labels(inputs)
         return self._labels([inputs])[0]
-
-    def unbatch(self, output: "list[Labels | Refused]") -> "list[Labels | Refused]":
-        return output
 
     def encode_response(self, output):
         if isinstance(output, Refused):
@@ -91,12 +86,10 @@ class LabelAPI(litserve.LitAPI):
         import torch
 
         outputs: Any = list(inputs)
-        places: dict[int, list[int]] = {}
-        for place, each in enumerate(inputs):
-            if not isinstance(each, Refused):
-                places.setdefault(each[1], []).append(place)
-        for top_k, same in places.items():
-            pixels = torch.stack([outputs[place][0] for place in same])
+        readable = {place: each for place, each in enumerate(inputs) if not isinstance(each, Refused)}
+        for top_k in dict.fromkeys(count for _, count in readable.values()):
+            same = [place for place, (_, count) in readable.items() if count == top_k]
+            pixels = torch.stack([readable[place][0] for place in same])
             if self.prepared:
                 labels = self.recognizer.classify_pixels(pixels, self.prepared, top_k)
             else:
@@ -145,7 +138,7 @@ def serve(model, host, port, classes, batch_size, wait_ms, max_mb, device) -> No
     from nxtp.inference import model_directory as model_dir
 
     model_dir.read_config(model_dir.locate(model))  # mistakes are reported here, not by a process of the server
-    if classes:
+    if classes is not None:
         from nxtp.sampling.closed_vocabulary import read_classes
 
         read_classes(classes)

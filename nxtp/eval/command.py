@@ -41,6 +41,8 @@ def evaluate(cfg: DictConfig) -> dict[str, float]:
 
     The run's record is written beside the results, unless these go into the directory of a training run.
     """
+    if OmegaConf.is_missing(cfg, "model_dir"):
+        raise UserError("No model: add model=runs/NAME/model of a run, another model directory, or a hub name.")
     out, overrides = Path(HydraConfig.get().runtime.output_dir), list(HydraConfig.get().overrides.task)
     config: dict = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
     record = RunRecord(cfg.name, config, overrides, cfg.seed, cfg.sweep, command="evaluate")
@@ -76,7 +78,7 @@ def evaluate_sets(cfg: DictConfig, out: Path, record: RunRecord) -> dict[str, fl
     record.parameters = {"model": sum(p.numel() for p in recognizer.model.parameters())}
     record.monitor = f"{first}/recall@{cfg.top_k}"
     embedder = label_embedder(cfg.semantic, recognizer.device) if cfg.semantic else None
-    classes = recognizer.prepare_classes(read_classes(cfg.classes)) if cfg.classes else None
+    classes = recognizer.prepare_classes(read_classes(cfg.classes)) if cfg.classes is not None else None
 
     def predict(pixels: Tensor) -> list[Labels]:
         if classes is not None:

@@ -15,7 +15,7 @@ from transformers import AutoModel, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from nxtp.errors import UserError, at_least
-from nxtp.model.hub import is_path
+from nxtp.model.hub import is_path, reason
 from nxtp.sampling.clip import Clip
 
 PACKAGED = "packaged"
@@ -150,7 +150,7 @@ def _quiet_transformers() -> Iterator[None]:
 
 def _load_encoder(source: str | Path):
     """(tokenizer, float32 model in evaluation mode). Raises UserError."""
-    where: str | Path = Path(source).expanduser()
+    where = Path(source).expanduser()
     if str(source) == PACKAGED:
         spec = find_spec(_PACKAGE)
         if spec is None or not spec.submodule_search_locations:
@@ -159,22 +159,19 @@ def _load_encoder(source: str | Path):
                 "or give a local directory or the hub name sentence-transformers/all-MiniLM-L6-v2."
             )
         where = Path(spec.submodule_search_locations[0]) / "model"
-    local = Path(where).is_dir()
-    if not local:
-        if isinstance(source, Path) or "/" not in source or is_path(source):
-            raise UserError(
-                f"No sentence encoder at '{source}': give a directory with config.json and model.safetensors, "
-                f"a hub name (owner/name), or '{PACKAGED}'."
-            )
-        where = source
-    options = {"local_files_only": local, "trust_remote_code": False}
+    local = where.is_dir()
+    if not local and (isinstance(source, Path) or "/" not in source or is_path(source)):
+        raise UserError(
+            f"No sentence encoder at '{source}': give a directory with config.json and model.safetensors, "
+            f"a hub name (owner/name), or '{PACKAGED}'."
+        )
+    name, options = where if local else source, {"local_files_only": local, "trust_remote_code": False}
     try:
         with _quiet_transformers(), torch.inference_mode(False):
-            tokenizer = AutoTokenizer.from_pretrained(where, **options)
-            model = AutoModel.from_pretrained(where, use_safetensors=True, dtype=torch.float32, **options)
+            tokenizer = AutoTokenizer.from_pretrained(name, **options)
+            model = AutoModel.from_pretrained(name, use_safetensors=True, dtype=torch.float32, **options)
     except Exception as error:  # missing, incomplete or altered files each raise their own type
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"No usable sentence encoder in '{source}': {reason}") from error
+        raise UserError(f"No usable sentence encoder in '{source}': {reason(error)}.") from error
     return tokenizer, model.eval().requires_grad_(False)
 
 

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torchmetrics import Metric
 
 from nxtp.data.labels.cleaning import normalise
@@ -74,11 +75,8 @@ def semantic_scores(
 
 def _padded(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
     """Index lists of uneven length → int64 [B, longest], filled with 0, and bool [B, longest], True where real."""
-    lengths_B = torch.tensor([len(r) for r in rows])
-    mask = torch.arange(int(lengths_B.max())) < lengths_B[:, None]
-    indices = torch.zeros(mask.shape, dtype=torch.long)
-    indices[mask] = torch.tensor(list(chain.from_iterable(rows)), dtype=torch.long)
-    return indices.to(device), mask.to(device)
+    indices = pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=-1).to(device)
+    return indices.clamp(min=0), indices >= 0
 
 
 def _best_match(cosine_BXY: Tensor, real_BX: Tensor, real_BY: Tensor) -> Tensor:
@@ -134,13 +132,11 @@ class _MeanScores(Metric):
     higher_is_better = True
     totals_C3: Tensor
     images: Tensor
-    skipped: Tensor
 
     def __init__(self, cuts: int, **kwargs):
         super().__init__(**kwargs)
         self.add_state("totals_C3", torch.zeros(cuts, 3), dist_reduce_fx="sum")
         self.add_state("images", torch.tensor(0), dist_reduce_fx="sum")
-        self.add_state("skipped", torch.tensor(0), dist_reduce_fx="sum")
 
     def _add(self, scores: Sequence[Scores]) -> None:
         """Scores of the same images, for each length of the predictions."""
@@ -150,7 +146,6 @@ class _MeanScores(Metric):
         # Not in place: a state reset under inference mode may be updated outside it.
         self.totals_C3 = self.totals_C3 + total_C3.to(self.totals_C3)
         self.images = self.images + int(scored_B.sum())
-        self.skipped = self.skipped + int((~scored_B).sum())
 
     def _means(self, names: Sequence[str]) -> dict[str, Tensor]:
         """{recall, precision, f1 + suffix: scalar}; empty without images, so that a missing value stays missing."""
@@ -163,27 +158,18 @@ class _MeanScores(Metric):
             for score, mean in zip(Scores._fields, row_3, strict=True)
         }
 
-    def counts(self) -> dict[str, int]:
-        """Number of scored images, and of those skipped for lack of targets; a collective call."""
-        with self.sync_context():
-            return {"images": int(self.images), "skipped": int(self.skipped)}
-
 
 class SemanticMatch(_MeanScores):
     """Means over images of :func:`semantic_scores`.
 
-    ``compute()`` returns scalars ``recall``, ``precision``, ``f1``, or {} if no image had targets.
-
-    Args:
-        embedder: shared by copies of the metric; stays on its own device.
-        top_k: predictions of an image that count; None for all.
+    ``compute()`` returns scalars ``recall``, ``precision``, ``f1``, or {} if no image had targets. Copies of the metric
+    share the embedder, which stays on its own device.
     """
 
     def __init__(self, embedder: TextEmbedder, top_k: int | None = 10, **kwargs):
         _check([], [], top_k)
         super().__init__(1, **kwargs)
-        self.embedder = embedder
-        self.top_k = top_k
+        self.embedder, self.top_k = embedder, top_k
 
     def update(self, predictions: Sequence[Sequence[str]], targets: Sequence[Sequence[str]]) -> None:
         """B images: predicted labels, best first, and reference labels."""

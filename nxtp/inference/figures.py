@@ -50,11 +50,9 @@ class SheetItem(NamedTuple):
     labels: Sequence[str]
 
 
-def save_grid(
-    path: Path | str | BinaryIO, items: Sequence[GridItem], *, columns: int = 4, top: int = 5, title: str = ""
-) -> None:
+def save_grid(path: Path | str | BinaryIO, items: Sequence[GridItem], *, top: int = 5) -> None:
     """A PNG of images, each with its true labels and its ``top`` predictions as bars: hits blue, misses orange."""
-    rows = -(-len(items) // columns)
+    columns, rows = 4, -(-len(items) // 4)
     figure, height = _new_figure(4.1 * columns, 2.05 * rows + 0.75)
     margins = {"left": 0.01, "right": 0.985, "top": 1 - 0.62 / height, "bottom": 0.12 / height}
     grid = figure.add_gridspec(rows, columns, **margins, wspace=0.08, hspace=0.22)
@@ -62,7 +60,7 @@ def save_grid(
         cell = grid[index].subgridspec(1, 2, width_ratios=[1, 1.25], wspace=0.04)
         _draw_image(figure.add_subplot(cell[0]), item.image, _short(", ".join(item.truth), 30))
         _draw_bars(figure.add_subplot(cell[1]), item, top)
-    title = title or f"Top-{top} predicted labels with their probabilities"
+    title = f"Top-{top} predicted labels with their probabilities"
     figure.text(0.012, 1 - 0.3 / height, title, fontsize=15, weight="bold")
     legend = "blue: among the true labels · orange: not" if any(item.truth for item in items) else ""
     figure.text(0.985, 1 - 0.3 / height, legend, fontsize=11, color="#555555", ha="right")
@@ -78,7 +76,7 @@ def overlay(image: Image.Image, weights: np.ndarray) -> Image.Image:
     return Image.blend(image, heat.resize(image.size, Image.Resampling.NEAREST), 0.6)
 
 
-def save_attention(path: Path | str | BinaryIO, items: Sequence[AttentionItem], *, title: str = "") -> None:
+def save_attention(path: Path | str, items: Sequence[AttentionItem]) -> None:
     """A PNG with one row per image: the image, then the image under the attention of each label."""
     columns = 1 + max(len(item.maps) for item in items)
     figure, height = _new_figure(2.1 * columns, 2.35 * len(items) + 0.6)
@@ -88,13 +86,13 @@ def save_attention(path: Path | str | BinaryIO, items: Sequence[AttentionItem], 
         _draw_image(figure.add_subplot(grid[row, 0]), item.image)
         for column, (label, weights) in enumerate(item.maps, start=1):
             _draw_image(figure.add_subplot(grid[row, column]), overlay(item.image, weights), _short(label, 24))
-    figure.text(0.012, 1 - 0.32 / height, title or "Where each label looks", parse_math=False, **_TITLE)
+    figure.text(0.012, 1 - 0.32 / height, "Where each label looks", **_TITLE)
     _save(figure, path)
 
 
-def save_contact_sheet(path: Path | str, items: Sequence[SheetItem], *, columns: int = 6, title: str = "") -> None:
+def save_contact_sheet(path: Path | str, items: Sequence[SheetItem], *, title: str) -> None:
     """A PNG of images, each with its key, its caption on two lines, and its labels."""
-    rows = max(1, -(-len(items) // columns))
+    columns, rows = 6, max(1, -(-len(items) // 6))
     figure, height = _new_figure(2.5 * columns, 3.25 * rows + 0.6)
     margins = {"left": 0.01, "right": 0.99, "top": 1 - 0.75 / height, "bottom": 0.85 / height}
     grid = figure.add_gridspec(rows, columns, **margins, wspace=0.08, hspace=0.48)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -11,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 import nxtp
+from nxtp.data.shards.manifest import sha256_of
 from nxtp.errors import UserError, some_of
-from nxtp.model.hub import is_path
+from nxtp.model.hub import is_path, reason
 from nxtp.runs.atomic import atomic_directory
 
 if TYPE_CHECKING:
@@ -67,8 +67,7 @@ def locate(source: str | Path) -> Path:
     try:
         return Path(snapshot_download(str(source), allow_patterns=[CONFIG, *FILES]))
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"No directory '{source}', and the hub has no such model: {reason}") from error
+        raise UserError(f"No directory '{source}', and the hub has no such model: {reason(error)}.") from error
 
 
 def read_config(directory: Path) -> dict[str, Any]:
@@ -83,7 +82,7 @@ def read_config(directory: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise UserError(f"'{directory}' is not a model directory: it has no {CONFIG}.") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"'{path}' is damaged: {str(error).splitlines()[0]}.") from error
+        raise UserError(f"'{path}' is damaged: {reason(error)}.") from error
     if not isinstance(content, dict) or not isinstance(content.get("format"), int) or "model" not in content:
         raise UserError(f"'{path}' is not a model's configuration: it lacks 'format' or 'model'.")
     if content["format"] > FORMAT:
@@ -102,14 +101,12 @@ def verify(directory: Path, files: Mapping[str, Any]) -> None:
         if not path.is_file():
             raise UserError(f"'{directory}' lacks {name}: copy or export the model again.")
         if name in files and _fingerprint(path) != files[name]:
-            raise UserError(
-                f"'{path}' is not the file that was saved (size or SHA-256 differ): copy or export the model again."
-            )
+            differs = "is not the file that was saved (size or SHA-256 differ)"
+            raise UserError(f"'{path}' {differs}: copy or export the model again.")
 
 
 def _fingerprint(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
-        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+    return {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
 
 
 def mismatch(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> str:

@@ -74,11 +74,10 @@ def predict(images, model, top_k, device, sampler, ranking, classes, **options):
     from nxtp.sampling.samplers import sampler_config
 
     config, order = sampler_config(sampler), ranking_config(ranking)
-    read = read_classes(classes) if classes else None
+    read = None if classes is None else read_classes(classes)
     recognizer = Recognizer.from_pretrained(model, device=device)
     prepared = recognizer.prepare_classes(read) if read else None
-    settings = {"command": "predict", "top_k": top_k, "classes": _hash(read)}
-    settings |= {"sampler": asdict(config), "ranking": asdict(order), "model": _model_id(model)}
+    settings = _settings("predict", model, top_k, read) | {"sampler": asdict(config), "ranking": asdict(order)}
 
     def label(pixels: Tensor) -> list[Labels]:
         return recognizer.predict_pixels(pixels, top_k, config, order, prepared)
@@ -105,24 +104,21 @@ def classify(images, model, top_k, device, classes, **options):
     read = read_classes(classes)
     recognizer = Recognizer.from_pretrained(model, device=device)
     prepared = recognizer.prepare_classes(read)
-    settings = {"command": "classify", "top_k": top_k, "classes": _hash(read), "model": _model_id(model)}
 
     def label(pixels: Tensor) -> list[Labels]:
         return recognizer.classify_pixels(pixels, prepared, top_k)
 
-    _run(images, recognizer, label, "probability", settings, **options)
+    _run(images, recognizer, label, "probability", _settings("classify", model, top_k, read), **options)
 
 
-def _model_id(model: str) -> str:
-    """The fingerprint of a model's weights, the same under another name."""
+def _settings(command: str, model: str, top_k: int, classes: list[list[str]] | None) -> dict[str, Any]:
+    """What rows depend on. A model is known by the hash of its weights, whatever its name."""
     from nxtp.inference import model_directory as model_dir
 
     files = model_dir.read_config(model_dir.locate(model)).get("files") or {}
-    return f"sha256:{(files.get(model_dir.WEIGHTS) or {}).get('sha256', model)[:16]}"
-
-
-def _hash(classes: Sequence[Sequence[str]] | None) -> str | None:
-    return f"sha256:{hashlib.sha256(json.dumps(classes).encode()).hexdigest()[:16]}" if classes else None
+    weights = (files.get(model_dir.WEIGHTS) or {}).get("sha256", model)
+    listed = classes and f"sha256:{hashlib.sha256(json.dumps(classes).encode()).hexdigest()[:16]}"
+    return {"command": command, "top_k": top_k, "classes": listed, "model": f"sha256:{weights[:16]}"}
 
 
 def _run(
@@ -155,6 +151,8 @@ def _run(
     for option, path in (("--grid", grid), ("--attention", attention)):
         if path and not path.parent.is_dir():
             raise UserError(f"{option} {path}: there is no directory {path.parent}.")
+    if attention:
+        _check_attention(recognizer, block, head)
     source = _source(images, stdin, null, cache_dir)
     writer = PredictionWriter(out, settings, score, overwrite) if out else None
     if writer:
@@ -165,14 +163,12 @@ def _run(
     # Whoever writes a name on the pipe and waits for its labels gets them.
     ahead = batch_size if stdin else None
     predictions = stream(source, label, recognizer.transform, batch_size, workers or WORKERS, ahead)
-    progress: dict[str, Any] = {
-        "total": source.count,
-        "completed": writer.count if writer else 0,
-        "console": err,
-        "transient": True,
-    }
+    progress = track(
+        predictions, "Images", total=source.count, completed=writer.count if writer else 0, console=err, transient=True,
+        disable=not (writer and err.is_terminal),
+    )  # fmt: skip
     try:
-        for prediction in track(predictions, "Images", **progress, disable=not (writer and err.is_terminal)):
+        for prediction in progress:
             name = printable(prediction.item.name)
             if prediction.labels is None:
                 failed = True
@@ -278,3 +274,17 @@ def _save_attention(
         items.append(AttentionItem(Image.fromarray(seen), maps))
     save_attention(path, items)
     click.echo(f"Picture: {path}", err=True)
+
+
+def _check_attention(recognizer: Recognizer, block: int | None, head: int | None) -> None:
+    """
+    Raises:
+        UserError: the model has no such block or head, or its image tokens form no square grid.
+    """
+    import torch
+
+    from nxtp.model.attention_maps import average, grid_side
+
+    side, decoder = grid_side(recognizer.model.num_image_tokens), recognizer.model.decoder
+    heads = decoder.lm.config.num_attention_heads
+    average(torch.empty(len(decoder.blocks), heads, 1, side, side), block, head)

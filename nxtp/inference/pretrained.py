@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -50,7 +51,7 @@ recognizer.predict("photo.jpg", top_k=5)
 class Pretrained(  # type: ignore[call-arg]  # the mixin takes these; its types are not followed
     ModelHubMixin, library_name="nxtp", tags=["image-tagging"], paper_url=PAPER, model_card_template=CARD
 ):
-    """A model in evaluation mode with its tokenizer and configuration; :class:`nxtp.Recognizer` uses it.
+    """A model in evaluation mode with its tokenizer and configuration.
 
     ``provenance``  where the weights come from: run, code, objective, noun backend, data
     """
@@ -72,9 +73,7 @@ class Pretrained(  # type: ignore[call-arg]  # the mixin takes these; its types 
         return self.config.encoder.image_size
 
     def to_int8(self) -> Self:
-        """Quantise the weights of all matrices to 8 bits in place, one scale per row. Such a model cannot be saved.
-
-        It takes a quarter of the memory; matrix products stay in floating point.
+        """Quantise all matrices to 8 bits in place, one scale per row. The model cannot be saved any more.
 
         Raises:
             UserError: torchao is not installed.
@@ -101,7 +100,6 @@ class Pretrained(  # type: ignore[call-arg]  # the mixin takes these; its types 
     def save_pretrained(
         self,
         directory: str | Path,
-        provenance: dict[str, Any] | None = None,
         writes: bool = True,
         *,
         config: None = None,
@@ -110,7 +108,6 @@ class Pretrained(  # type: ignore[call-arg]  # the mixin takes these; its types 
         """Write a model directory, or replace one, in one rename.
 
         Args:
-            provenance: replaces the model's own.
             writes: False on ranks that only contribute their shards of the weights.
             config, model_card_kwargs: from :meth:`push_to_hub`; with the latter a model card is written too.
 
@@ -124,13 +121,9 @@ class Pretrained(  # type: ignore[call-arg]  # the mixin takes these; its types 
         if not writes:
             write_module(None, self.model, skipped)
             return directory
-        model_dir.write_model_dir(
-            directory,
-            lambda path: write_module(path, self.model, skipped),
-            self.tokenizer,
-            rebuildable(self.config, self.model),
-            self.provenance if provenance is None else provenance,
-        )
+        weights = partial(write_module, module=self.model, skip=skipped)
+        rebuilt = rebuildable(self.config, self.model)
+        model_dir.write_model_dir(directory, weights, self.tokenizer, rebuilt, self.provenance)
         if model_card_kwargs is not None:
             self.generate_model_card(**model_card_kwargs).save(directory / "README.md")
         return directory
@@ -153,8 +146,9 @@ class Pretrained(  # type: ignore[call-arg]  # the mixin takes these; its types 
             verify: compare the files with the SHA-256 sums in config.yaml.
 
         Raises:
-            UserError: a file is missing, altered or does not fit; names the file.
+            UserError: a file is missing, altered or does not fit; names the file. Or there is no such device.
         """
+        device = usable_device(device)
         directory = model_dir.locate(source)
         content = model_dir.read_config(directory)
         if verify:
@@ -165,9 +159,23 @@ class Pretrained(  # type: ignore[call-arg]  # the mixin takes these; its types 
             model = Model(config, load_pretrained=False)
         load_weights(model, directory / model_dir.WEIGHTS)
         model.requires_grad_(False)
-        if str(device) == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
         return cls(model.to(device=device, dtype=dtype), tokenizer, config, content.get("provenance"))
+
+
+def usable_device(device: str | torch.device) -> torch.device:
+    """A device by its name; "auto" is a GPU if there is one.
+
+    Raises:
+        UserError: this machine has no such device.
+    """
+    if str(device) == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError):  # the latter of a PyTorch without CUDA
+        accelerator, count = torch.accelerator.current_accelerator(), torch.accelerator.device_count()
+        usable = ["auto", "cpu", *(f"{accelerator}:{i}" for i in range(count))]
+        raise UserError(f"No device '{device}' on this machine: use one of {', '.join(usable)}.") from None
 
 
 def rebuildable(config: ModelConfig, model: Model) -> ModelConfig:

@@ -87,18 +87,13 @@ class Recognizer(Pretrained):
         workers: int = WORKERS,
         cache_dir: str | None = None,
     ) -> Iterator[Prediction]:
-        """:meth:`predict` for any number of images. Two batches of them are in memory at a time.
+        """:meth:`predict` for any number of images, in the order of ``source``. Two batches are in memory at a time.
+
+        The prediction of an image that cannot be read has an ``error`` instead of ``labels``.
 
         Args:
-            source: a directory of images or of shards, a shard, a glob, brace expression or URL of shards; or any
-                iterable of images or (name, image) pairs.
-            top_k, batch_size, sampler, ranking, classes: as in :meth:`predict`.
+            source: as :meth:`ImageSource.open` takes it, with ``cache_dir``.
             workers: threads that read and decode images while the model runs.
-            cache_dir: where remote shards are stored.
-
-        Returns:
-            An iterator in the order of ``source``. The prediction of an image that cannot be read has an ``error``
-            instead of ``labels``.
 
         Raises:
             UserError: missing shards, an unknown sampler, ranking or setting. Raised here, not by the iterator.
@@ -113,19 +108,15 @@ class Recognizer(Pretrained):
         top_k: int | None = None,
         batch_size: int = 16,
     ):
-        """The probability of each class under the model, most probable first.
+        """The probability of each class under the model, most probable first, as :meth:`predict` returns labels.
 
         Exact: the same as scoring each label alone (:mod:`nxtp.sampling.closed_vocabulary`). The model could write
         other labels too, so the probabilities do not add up to 1.
 
         Args:
-            images, batch_size: as in :meth:`predict`.
             classes: each a label, or several names of one class: their probabilities are added, the first name is
                 returned. :meth:`prepare_classes` prepares them once for many calls.
             top_k: the most probable classes; None returns all.
-
-        Returns:
-            ``[(label, probability), …]`` for one image; a list of those for a list.
 
         Raises:
             ImageError: an image that cannot be read; names it.
@@ -143,11 +134,7 @@ class Recognizer(Pretrained):
         workers: int = WORKERS,
         cache_dir: str | None = None,
     ) -> Iterator[Prediction]:
-        """:meth:`classify` for any number of images, as :meth:`predict_batches`.
-
-        Raises:
-            UserError: missing shards, no classes, or a label without tokens. Raised here, not by the iterator.
-        """
+        """:meth:`classify` for any number of images, as :meth:`predict_batches`."""
         label = self._classifier(classes, top_k)
         return stream(ImageSource.open(source, cache_dir), label, self.transform, batch_size, workers)
 
@@ -211,7 +198,6 @@ class Recognizer(Pretrained):
         """Images as vectors, for search, clustering or probes.
 
         Args:
-            images, batch_size: as in :meth:`predict`.
             space: encoder, its tokens [N, D_encoder]; or decoder, the same projected into the language model's
                 embedding space [N, D].
             pool: the mean of an image's N tokens; False: each token, row by row of the grid.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
 from collections.abc import Iterable, Iterator
 from importlib.util import find_spec
@@ -32,12 +31,7 @@ def to_row(prediction: Prediction, score: str) -> dict[str, Any]:
 
 def json_line(row: dict[str, Any]) -> str:
     """One line of JSON. Characters that UTF-8 cannot encode (a file name of other bytes) are written as escapes."""
-    line = json.dumps(row, ensure_ascii=False)
-    try:
-        line.encode()
-    except UnicodeEncodeError:
-        return json.dumps(row)
-    return line
+    return json.dumps(row, ensure_ascii=False).encode("utf-8", "backslashreplace").decode()
 
 
 class PredictionWriter:
@@ -75,7 +69,7 @@ class PredictionWriter:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if overwrite:
                 self._file.truncate(0)
-            hashes = np.fromiter((_hash(*name) for name in self._resume(settings)), dtype=np.uint64)
+            hashes = np.fromiter(map(hash, self._resume(settings)), dtype=np.int64)
             self._hashes, self._counts = np.unique(hashes, return_counts=True)
             if not self._file.tell():
                 self._append({"settings": settings})
@@ -88,7 +82,7 @@ class PredictionWriter:
     def remaining(self, items: Iterable[ImageItem]) -> Iterator[ImageItem]:
         """The items that have no row yet; one that comes twice has two rows. Takes 16 bytes of memory per row."""
         for item in items:
-            value = np.uint64(_hash(item.shard, item.image))
+            value = hash((item.shard, item.image))
             place = int(np.searchsorted(self._hashes, value))
             if place < len(self._hashes) and self._hashes[place] == value and self._counts[place]:
                 self._counts[place] -= 1
@@ -170,11 +164,6 @@ class PredictionWriter:
                 for row in group:  # parquet's strings are UTF-8
                     row["image"] = row["image"].encode("utf-8", "backslashreplace").decode()
                 writer.write_table(pyarrow.Table.from_pylist(group, schema))
-
-
-def _hash(shard: str | None, image: str) -> int:
-    name = f"{shard or ''}\0{image}".encode("utf-8", "surrogatepass")
-    return int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "little")
 
 
 def _parse(line: bytes) -> dict[str, Any]:

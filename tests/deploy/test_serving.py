@@ -99,6 +99,7 @@ def test_labels_are_the_models_and_bad_requests_do_not_spoil_a_batch(port, model
 def test_requests_that_come_together_are_one_batch(place, model):
     """What LitServe calls, in the order in which it calls it."""
     api = LabelAPI(str(place / "model"), max_batch_size=8)
+    api.pre_setup()
     api.setup("cpu")
     sizes = []
     usual = api.recognizer.predict_pixels

@@ -314,6 +314,9 @@ def test_labels_are_printed_before_the_next_name_is_written(model, pictures, tmp
         (["-", "x.jpg"], "'-' is one image"),
         (["x.jpg", "--out", "o.csv"], "name must end"),
         (["x.jpg", "--grid", "none/g.png"], "no directory none"),
+        (["x.jpg", "--attention", "a.png", "--head", "9"], "head must be from -4 to 3, got 9"),
+        (["x.jpg", "--classes", ""], "Classes in '' cannot be read"),
+        (["x.jpg", "--device", "tpu"], "No device 'tpu' on this machine: use one of auto, cpu"),
     ],
 )
 def test_bad_options_are_told_in_a_line(model, tmp_path, arguments, told):

@@ -187,8 +187,7 @@ def _write(graph: nn.Module, inputs: Inputs, path: Path) -> None:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Without the exporter's own warnings and log lines."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with warnings.catch_warnings(action="ignore"):
         logging.disable(logging.WARNING)
         try:
             yield

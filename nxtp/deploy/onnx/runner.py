@@ -17,6 +17,7 @@ from nxtp.data.images import load_image
 from nxtp.data.labels.cleaning import normalise
 from nxtp.deploy.onnx.pixels import to_pixels
 from nxtp.errors import UserError
+from nxtp.model.hub import reason
 
 FORMAT = 1
 DECODER_INPUTS = ("image_tokens", "tokens", "positions", "mask", "rows", "keys", "values")
@@ -85,19 +86,14 @@ class OnnxRecognizer:
                 for name in (ENCODER, DECODER)
             )
         except Exception as error:  # both libraries raise classes of their own
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise UserError(f"'{directory}' cannot be loaded: {reason}") from error
+            raise UserError(f"'{directory}' cannot be loaded: {reason(error)}.") from error
 
     def predict(self, images: ImageLike | Sequence[ImageLike], top_k: int = 10, batch_size: int = 8):
-        """Ranked labels with their probabilities.
+        """Ranked labels with their probabilities, as :meth:`nxtp.Recognizer.predict` returns them.
 
         Args:
             images: one image or a list: a path, encoded bytes, or a PIL image.
-            top_k: labels per image, at most; fewer if several came out the same.
             batch_size: images per call of the graphs. The result does not depend on it.
-
-        Returns:
-            ``[(label, probability), …]``, most probable first, for one image; a list of those for a list.
 
         Raises:
             ImageError: an image that cannot be read; names it.
