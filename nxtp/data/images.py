@@ -122,10 +122,14 @@ def find_images(paths: Iterable[str | Path]) -> tuple[list[Path], list[ImageErro
     """
     images: dict[Path, None] = {}
     problems: list[ImageError] = []
+
+    def unreadable(error: OSError) -> None:
+        problems.append(ImageError(str(error.filename), _reason(error)))
+
     for path in map(Path, paths):
         if path.is_dir():
             found = []
-            for folder, folders, files in os.walk(path, onerror=lambda e: problems.append(_unreadable(e))):
+            for folder, folders, files in os.walk(path, onerror=unreadable):
                 folders[:] = [f for f in folders if not f.startswith(".")]
                 found += [Path(folder, f) for f in files if f[0] != "." and Path(f).suffix.lower() in SUFFIXES]
             if not found:
@@ -240,10 +244,6 @@ def _reason(error: Exception) -> str:
         return error.strerror[0].lower() + error.strerror[1:]
     detail = " ".join(str(error).split()) or type(error).__name__
     return f"cannot be decoded ({detail})"
-
-
-def _unreadable(error: OSError) -> ImageError:
-    return ImageError(str(error.filename), _reason(error))
 
 
 class _QuietPillow:

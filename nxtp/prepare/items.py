@@ -104,10 +104,7 @@ def _readable_key(key: str) -> str:
 
 
 def _sample(item: Item, options: WriterOptions, crop_border: int) -> dict[str, Any]:
-    """
-    Raises:
-        Skip: the image is missing, empty or not an image; the caption has no noun; something is too large to be read.
-    """
+    """A shard's sample, or Skip: a bad image, a caption without nouns, or something too large to be read."""
     data, extension = _convert(_read(item.image), options, crop_border)
     sample: dict[str, Any] = {"__key__": item.key, extension: data}
     if item.caption is not None:

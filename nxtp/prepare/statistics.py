@@ -38,8 +38,8 @@ def compute_statistics(opened: OpenedSet, nouns: NounBackend, limit: int, top: i
     labels: Counter[str] = Counter()
     values: dict[str, list[Any]] = {name: [] for name in ("width", "height", "bytes", "words", "labels", "format")}
     given = 0
-    positions = np.unique(np.linspace(0, len(shards) - 1, min(limit or len(shards), len(shards)), dtype=np.int64))
-    for position in track(positions.tolist(), "reading", console=Console(stderr=True), transient=True):
+    positions = shards.spread(limit or len(shards))
+    for position in track(positions, "reading", console=Console(stderr=True), transient=True):
         try:
             raw = shards.read(position)
             with Image.open(io.BytesIO(raw.image)) as header:

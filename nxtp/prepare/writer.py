@@ -34,7 +34,6 @@ from nxtp.prepare.options import WriterOptions
 from nxtp.runs.atomic import atomic_file, remove, write_json
 
 UNFINISHED = ".unfinished"
-_EMPTY = {"samples": 0}  # a shard that a manifest does not list
 _NAMED = 3  # skipped items of each kind that are named
 
 Make = Callable[[Any], Mapping[str, Any]]
@@ -136,8 +135,12 @@ def write_set(
         manifest = _finished_set(out, made_by, options.overwrite)
         starts = range(0, len(items), options.shard_size)
         jobs = {f"{out.name}-{n:05d}.tar": items[i : i + options.shard_size] for n, i in enumerate(starts)}
-        known = {row["name"]: row for row in manifest["shards"]} if manifest else {}
-        tasks = [(out / name, part, make, known.get(name, _EMPTY) if known else None) for name, part in jobs.items()]
+        if manifest is not None:  # it does not list shards without samples
+            known = {name: {"info": {"samples": 0}} for name in jobs}
+            known |= {row["name"]: {"info": row} for row in manifest["shards"]}
+        else:
+            known = {name: _read_json(folder / f"{name}.json") for name in jobs}
+        tasks = [(out / name, part, make, known[name]) for name, part in jobs.items()]
         try:
             results = _run(tasks, options.workers, console)
         except (OSError, BrokenProcessPool) as error:
@@ -269,16 +272,12 @@ def _start_worker(count: Any) -> None:
     threading.Thread(target=follow, daemon=True).start()
 
 
-def _finish_shard(path: Path, items: Sequence[Any], make: Make, info: Any) -> tuple[dict[str, Any], str]:
-    """(the shard's row, "kept" | "written" | "written again"). ``info``: what a manifest says of the shard, or None."""
+def _finish_shard(path: Path, items: Sequence[Any], make: Make, known: Any) -> tuple[dict[str, Any], str]:
+    """(the shard's row, "kept" | "written" | "written again"). ``known`` is its row of an earlier run, or None."""
+    if known and (known["info"]["samples"] == 0 or (path.is_file() and sha256_of(path) == known["info"]["sha256"])):
+        _advance(len(items))
+        return known, "kept"
     hidden = path.parent / UNFINISHED / path.name
-    row_file = hidden.with_name(f"{path.name}.json")
-    known = _read_json(row_file) if info is None else {"info": info}
-    if known is not None:
-        info = known["info"]
-        if info["samples"] == 0 or (path.is_file() and sha256_of(path) == info["sha256"]):
-            _advance(len(items))
-            return known, "kept"
     skipped = Skipped()
 
     def samples() -> Iterator[Mapping[str, Any]]:
@@ -293,7 +292,7 @@ def _finish_shard(path: Path, items: Sequence[Any], make: Make, info: Any) -> tu
     if info["samples"]:
         os.replace(hidden, path)
     row = {"info": info, "skipped": {kind: [count, skipped.names[kind]] for kind, count in skipped.counts.items()}}
-    write_json(row_file, row)
+    write_json(hidden.with_name(f"{path.name}.json"), row)
     return row, "written again" if known else "written"
 
 

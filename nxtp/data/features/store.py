@@ -125,8 +125,8 @@ class FeatureStore:
     def _open(self, part: Path) -> tuple[np.ndarray, np.ndarray, int]:
         """A part's keys and which could not be decoded, [n] each, and the offset of its tokens in their file."""
         try:
-            keys, unusable = (np.load(part / f"{name}.npy", allow_pickle=False) for name in ("keys", "unusable"))
-            tokens = np.load(part / "tokens.npy", mmap_mode="r", allow_pickle=False)
+            keys, unusable = (np.load(part / f"{name}.npy") for name in ("keys", "unusable"))
+            tokens = np.load(part / "tokens.npy", mmap_mode="r")
             if tokens.shape != (len(keys), self.meta.tokens, self.meta.width) or tokens.dtype != self.meta.dtype:
                 raise ValueError(f"tokens are {tokens.dtype} {list(tokens.shape)}, not those of {len(keys)} images")
             if keys.shape != (len(keys), KEY_BYTES) or keys.dtype != np.uint8 or unusable.shape != (len(keys),):

@@ -7,8 +7,6 @@ import os
 from contextlib import suppress
 from typing import Any
 
-import numpy as np
-
 from nxtp.data.config import DataConfig, named_sources
 from nxtp.data.labels.cleaning import clean_labels
 from nxtp.data.labels.nouns import NounBackend, noun_backend
@@ -35,9 +33,9 @@ def label_texts(shards: IndexedShards, config: DataConfig, limit: int = 20_000) 
     """Distinct labels of up to ``limit`` samples spread over the shards, sorted, to train a tokenizer on."""
     nouns = noun_backend(config.nouns)
     found: set[str] = set()
-    for position in np.unique(np.linspace(0, len(shards) - 1, min(limit, len(shards)), dtype=np.int64)):
+    for position in shards.spread(limit):
         with suppress(SampleError):
-            found.update(labels_of(shards.read(int(position)), nouns))
+            found.update(labels_of(shards.read(position), nouns))
     shards.close()  # loader workers open their own
     return sorted(found)
 

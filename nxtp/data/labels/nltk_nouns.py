@@ -58,8 +58,7 @@ class NltkNouns:
         return f"nltk {version('nltk')}, rules 1"
 
     def __call__(self, caption: str) -> list[str]:
-        words = dict.fromkeys(_nouns(clean(caption)))
-        return list(dict.fromkeys(lemma for lemma in map(_lemma, words) if len(lemma) > 2))
+        return list(dict.fromkeys(_lemmas(clean(caption))))
 
 
 class PublishedNouns(NltkNouns):
@@ -68,16 +67,16 @@ class PublishedNouns(NltkNouns):
     name = "nltk_published"
 
     def __call__(self, caption: str) -> list[str]:
-        words = dict.fromkeys(_nouns(clean_as_published(caption)))
-        return [lemma for lemma in map(_lemma, words) if len(lemma) > 2]
+        return _lemmas(clean_as_published(caption))
 
 
-def _nouns(text: str) -> list[str]:
-    """Words that NLTK tags as common nouns and that contain no digit, in order."""
+def _lemmas(text: str) -> list[str]:
+    """Lemmas of the distinct words that NLTK tags as common nouns, in order; none with a digit or of two letters."""
     import nltk
 
     tagged = nltk.pos_tag(nltk.word_tokenize(text))
-    return [word for word, tag in tagged if tag in ("NN", "NNS") and not any(c.isdigit() for c in word)]
+    words = dict.fromkeys(word for word, tag in tagged if tag in ("NN", "NNS") and not any(map(str.isdigit, word)))
+    return [lemma for lemma in map(_lemma, words) if len(lemma) > 2]
 
 
 @lru_cache(1 << 16)

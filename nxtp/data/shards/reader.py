@@ -132,6 +132,10 @@ class IndexedShards:
         except (SampleError, IndexError):
             return f"[{row}]"
 
+    def spread(self, most: int) -> list[int]:
+        """Up to ``most`` positions, spread evenly."""
+        return np.unique(np.linspace(0, len(self) - 1, min(most, len(self)), dtype=np.int64)).tolist()
+
     def prefetch(self, numbers: Iterable[int]) -> None:
         """Fetch the remote ones among the shards ``numbers``; failures are reported when a sample is read."""
         for number in numbers:

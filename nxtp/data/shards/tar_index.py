@@ -210,10 +210,7 @@ class _Samples:
 def _members(fd: int, end: int) -> Iterator[tuple[str, int, int, bytes]]:
     """Name, data offset, data size and header (which ends where the data begin) of the regular files of a tar.
 
-    Formats: ustar, GNU long names, pax.
-
-    Raises:
-        _Damage: the tar ends early, or a header is not one.
+    Formats: ustar, GNU long names, pax. _Damage if the tar ends early or a header is not one.
     """
     position = 0
     long_name: bytes | None = None
@@ -257,11 +254,7 @@ def _members(fd: int, end: int) -> Iterator[tuple[str, int, int, bytes]]:
 
 
 def _parse_header(header: bytes) -> tuple[bytes, int, bytes]:
-    """Type flag, size and name of a tar header.
-
-    Raises:
-        _Damage: the checksum or a number is wrong.
-    """
+    """Type flag, size and name of a tar header; _Damage if the checksum or a number is wrong."""
     checksum = _number(header[148:156], 8)
     if sum(header) - sum(header[148:156]) + 8 * 32 != checksum:
         raise _Damage("corrupt shard")
