@@ -89,7 +89,9 @@ def _hydra_command(name: str) -> click.Command:
         if name == "evaluate":  # `model` is a configuration group of training; here it names a directory
             arguments = [f"model_dir={a.removeprefix('model=')}" if a.startswith("model=") else a for a in arguments]
         if {"--help", "-h"} & set(arguments):
-            click.echo(f"{COMMANDS[name][1]}: nxtp {name} {example}\n\n{help_text(name, config_name, arguments)}")
+            text = help_text(name, config_name, arguments)
+            text = text.replace("model_dir: ???", "model: ???     (needed: a model directory or hub name)")
+            click.echo(f"{COMMANDS[name][1]}: nxtp {name} {example}\n\n{text}")
             return
         compose_and_run(function, config_name, arguments, None if overrides else ProcessSweepRunner(name))
 

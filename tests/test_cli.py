@@ -134,6 +134,7 @@ def test_evaluate_of_a_closed_vocabulary(place):
         (["classify", "pictures", "--model", "model", "--classes", "imagenet1k:frist"], "Did you mean 'first'"),
         (["train", "experiment=dmo"], "Did you mean 'demo'"),
         (["evaluate", "model=nowhere", "+data.val.v=x"], "No model directory 'nowhere'"),
+        (["evaluate"], "No model: add model="),
         (["parity", "nowhere"], "nowhere"),
     ],
 )
@@ -152,6 +153,12 @@ def test_help_is_there_and_light(place):
     )
     code = "import nxtp.cli, sys; assert 'torch' not in sys.modules"
     assert subprocess.run([sys.executable, "-c", code], cwd=place).returncode == 0
+
+
+def test_help_of_evaluate_says_how_to_give_the_model(place):
+    done = run_nxtp("evaluate", "--help", cwd=place)
+    assert "model: ???     (needed: a model directory or hub name)" in done.stdout
+    assert "model_dir" not in done.stdout
 
 
 def test_describe_counts_without_weights(place):
