@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
 import os
+import pkgutil
 import sys
 
 import click
@@ -30,7 +30,6 @@ COMMANDS = {
     "parity": ("nxtp.paper.commands:parity", "Check against recorded numbers of the published implementation"),
     "bench": ("nxtp.bench.command:bench", "Benchmark against the reference implementation"),
 }
-EXTRAS = {"serve": "serve"}  # commands whose module needs an optional dependency → the extra that installs it
 
 # Commands with Hydra's arguments: what they run, on which configuration of conf/, with which overrides; an example.
 HYDRA_COMMANDS = {
@@ -56,15 +55,12 @@ class Commands(click.Group):
             return _hydra_command(name)
         if name not in COMMANDS:
             return None
-        module, attribute = COMMANDS[name][0].split(":")
         try:
-            if name == "describe":  # composes a configuration, too
-                importlib.import_module("nxtp.sweep.study")  # registers study:// with Hydra
-            return getattr(importlib.import_module(module), attribute)
+            return pkgutil.resolve_name(COMMANDS[name][0])
         except ModuleNotFoundError as error:
-            if name not in EXTRAS or (error.name or "").startswith("nxtp"):
+            if name != "serve" or (error.name or "").startswith("nxtp"):
                 raise
-            raise UserError(f"nxtp {name} needs {error.name}: pip install 'nxtp[{EXTRAS[name]}]'.") from None
+            raise UserError(f"nxtp serve needs {error.name}: pip install 'nxtp[serve]'.") from None
 
     def resolve_command(self, ctx: click.Context, args: list[str]):
         name = args[0]
@@ -83,7 +79,7 @@ def _hydra_command(name: str) -> click.Command:
 
     def run(context: click.Context) -> None:
         from nxtp.config import compose_and_run, help_text
-        from nxtp.sweep.sweep import ProcessSweepRunner
+        from nxtp.sweep.sweep import run_or_sweep
 
         arguments = [*overrides, *context.args]
         if name == "evaluate":  # `model` is a configuration group of training; here it names a directory
@@ -93,7 +89,7 @@ def _hydra_command(name: str) -> click.Command:
             text = text.replace("model_dir: ???", "model: ???     (needed: a model directory or hub name)")
             click.echo(f"{COMMANDS[name][1]}: nxtp {name} {example}\n\n{text}")
             return
-        compose_and_run(function, config_name, arguments, None if overrides else ProcessSweepRunner(name))
+        (compose_and_run if name == "features" else run_or_sweep)(function, config_name, arguments)
 
     settings = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}
     return click.Command(name, callback=click.pass_context(run), context_settings=settings, add_help_option=False)

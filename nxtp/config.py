@@ -1,17 +1,19 @@
-"""Configuration: where conf/ is, how a command is composed by Hydra, and errors that name the nearest right key."""
+"""Configuration: where conf/ and studies are, how Hydra composes a command, errors that name the nearest right key."""
 
 from __future__ import annotations
 
-import importlib
 import logging
 import os
+import pkgutil
 import re
 import sys
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol, TypeVar, cast
+from typing import Any, TypeVar, cast
 
+import yaml
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import (
     InterpolationToMissingValueError,
@@ -20,13 +22,14 @@ from omegaconf.errors import (
     ValidationError,
 )
 
-from nxtp.errors import UserError, nearest
+from nxtp.errors import UserError, at_least, nearest
 from nxtp.runs.secrets import has_key, refuse_secrets
 
 log = logging.getLogger("nxtp")
 T = TypeVar("T")
 PACKAGE = Path(__file__).resolve().parent
-OTHER_GROUPS: dict[str, Callable[[], list[str]]] = {}  # groups found outside conf/, and what each contains
+EXPERIMENTS = PACKAGE.parent / "experiments"
+NOT_A_SWEEP = ("report",)  # of a study's files: what its table and plot show
 
 
 def conf_dir() -> Path:
@@ -35,86 +38,101 @@ def conf_dir() -> Path:
     return inside if inside.is_dir() else PACKAGE.parent / "conf"
 
 
-class SweepRunner(Protocol):
-    """What :func:`compose_and_run` needs to sweep a command; nxtp.sweep, which is above this module, provides it."""
+def _own_conf() -> Path | None:
+    """The user's ./conf, which is searched before the shipped configuration."""
+    own = Path.cwd() / "conf"
+    return own if own.is_dir() and own.resolve() != conf_dir() else None
 
-    sweep: Any  # None where one run is asked for
 
-    def prepare(self, argv: list[str]) -> list[str]:
-        """Find the sweep that ``argv`` asks for; what Hydra is to be given."""
+def study_dirs() -> list[Path]:
+    """Where studies are searched: ./experiments, then the checkout's."""
+    return [d for d in dict.fromkeys([Path.cwd() / "experiments", EXPERIMENTS]) if d.is_dir()]
 
-    def run(self, function: Callable[[DictConfig], Any], cfg: DictConfig) -> Any:
-        """One run of the sweep."""
 
-    def finish(self) -> None:
-        """Raise a UserError if runs of the sweep have failed."""
+def study_names() -> list[str]:
+    """All sweeps, as `study=` takes them: decoder_depth/laptop, …"""
+    files = (f for d in study_dirs() for f in d.glob("*/*.yaml") if f.stem not in NOT_A_SWEEP)
+    return sorted({f"{f.parent.name}/{f.stem}" for f in files})
+
+
+def _add_study(overrides: Sequence[str]) -> None:
+    """Give Hydra the file experiments/<study>/<sweep>.yaml of an override ``study=<study>/<sweep>``."""
+    from hydra.core.config_store import ConfigStore
+
+    for name in (o.removeprefix("study=").strip("'\"") for o in overrides if o.startswith("study=")):
+        if name in study_names():  # else Hydra reports it
+            file = next(file for d in study_dirs() if (file := d / f"{name}.yaml").is_file())
+            study, sweep = name.split("/")
+            ConfigStore.instance().store(sweep, OmegaConf.load(file), f"study/{study}", package="_global_")
+
+
+@contextmanager
+def explained() -> Iterator[None]:
+    """Raise an error of Hydra, OmegaConf or YAML as a UserError of one line."""
+    from hydra.errors import HydraException
+
+    try:
+        yield
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
+        raise UserError(explain(error)) from error
 
 
 def compose_and_run(
-    function: Callable[[DictConfig], Any] | str,
-    config_name: str,
-    argv: Sequence[str],
-    sweeper: SweepRunner | None = None,
-) -> Any:
+    function: Callable[[DictConfig], Any] | str, config_name: str, argv: Sequence[str], *, multirun: bool = False
+) -> list[UserError]:
     """Run ``function`` on the configuration composed from conf/, the user's own ./conf and ``argv``.
 
     Args:
         function: a callable, or "module:name" of one, which is imported once the configuration is composed.
-        argv: Hydra's: overrides, ``-m`` or ``study=`` for a sweep, ``--help``, ``--cfg job``, …
-        sweeper: runs the sweep that ``argv`` asks for; without one, what a study's runs share is one run.
+        argv: Hydra's: overrides, ``--cfg job``, …
+        multirun: run all that ``argv`` sweeps over; else of a study one run, what its runs share.
+
+    Returns:
+        Of several runs the errors of those that failed in this process; they have been logged.
 
     Raises:
-        UserError: an unknown key, group, option or value, with the nearest known one; or runs of a sweep that failed.
+        UserError: an unknown key, group, option or value, with the nearest known one; or the error of the one run.
     """
     import hydra
-    from hydra.core.hydra_config import HydraConfig
-    from hydra.errors import HydraException
-    from hydra.types import RunMode
 
     argv = list(argv)
-    shipped, own = conf_dir(), Path.cwd() / "conf"
-    if own.is_dir() and own.resolve() != shipped and not any(a in ("--config-dir", "-cd") for a in argv):
+    if (own := _own_conf()) and not any(a in ("--config-dir", "-cd") for a in argv):
         argv += ["--config-dir", str(own)]
+    for argument in argv:
+        name = Path(argument.removeprefix("name=").strip("'\""))
+        if argument.startswith("name=") and (name.is_absolute() or ".." in name.parts):
+            raise UserError(f"{argument}: a run is written to runs/<name>, which must be inside runs/.")
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come here instead of ending the process
     failed: list[UserError] = []
 
-    def call(cfg: DictConfig) -> Any:
-        if isinstance(function, str):
-            module, name = function.split(":")
-            return getattr(importlib.import_module(module), name)(cfg)
-        return function(cfg)
-
     def job(cfg: DictConfig) -> Any:
-        is_multirun = HydraConfig.get().mode is RunMode.MULTIRUN
         try:
             refuse_secrets(OmegaConf.to_container(cfg, resolve=True))
-            return sweeper.run(call, cfg) if sweeper is not None and is_multirun else call(cfg)
+            at_least("seed", cfg.seed, 0)
+            return (pkgutil.resolve_name(function) if isinstance(function, str) else function)(cfg)
         except UserError as error:  # raised at the end: Hydra would add lines of its own, and end a sweep here
             failed.append(error)
-            if is_multirun:
+            if multirun:
                 log.error("%s", error)
             return None
 
-    run = hydra.main(version_base="1.3", config_path=str(shipped), config_name=config_name)(job)
+    run = hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=config_name)(job)
     os.environ["NXTP_COMMAND"] = config_name  # a distributed launcher starts `nxtp` again with these arguments
     saved = sys.argv
     try:
-        argv = sweeper.prepare(argv) if sweeper is not None else with_override("hydra.mode=RUN", argv)
-        sys.argv = [sys.argv[0], *argv]
-        result = run()
-    except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(explain(error)) from error
+        with explained():
+            _add_study(argv)
+            sys.argv = [sys.argv[0], *(argv if multirun else with_override("hydra.mode=RUN", argv))]
+            run()
     except RuntimeError as error:
         if '"srun"' not in str(error):
             raise
         raise UserError("hydra/launcher=slurm: no srun on this machine: start it on a login node.") from error
     finally:
         sys.argv = saved
-    if sweeper is not None and sweeper.sweep is not None:
-        sweeper.finish()
-    elif failed:
+    if failed and not multirun:
         raise failed[0]
-    return result
+    return failed
 
 
 def help_text(command: str, config_name: str, argv: Sequence[str]) -> str:
@@ -127,17 +145,16 @@ def help_text(command: str, config_name: str, argv: Sequence[str]) -> str:
     cfg = composed(config_name, get_args_parser().parse_args(list(argv)).overrides)
     with open_dict(cfg):
         del cfg["hydra"]
-    places = [conf_dir(), Path.cwd() / "conf"]
     defaults = OmegaConf.load(conf_dir() / f"{config_name}.yaml").defaults
-    listed = [group for entry in defaults if isinstance(entry, DictConfig) for group in entry]
-    lines = []
-    for group in [str(group) for group in listed if not str(group).startswith("override")] + ["hydra"]:
-        options = {place / group: None for place in places if (place / group).is_dir()}
-        for folder in [*options, *(f for place in options for f in sorted(place.iterdir()) if f.is_dir())]:
-            found = sorted(f.stem for f in folder.glob("*.yaml"))
-            name = folder.relative_to(next(place for place in places if folder.is_relative_to(place)))
-            lines += [f"  {name}={'|'.join(found)}"] if found else []
-        lines += [f"  {group}={'|'.join(OTHER_GROUPS[group]())}"] if group in OTHER_GROUPS else []
+    listed = [str(group) for entry in defaults if isinstance(entry, DictConfig) for group in entry]
+    options: dict[str, list[str]] = {}
+    for group in [group for group in listed if not group.startswith("override")] + ["hydra"]:
+        for place in filter(None, (conf_dir(), _own_conf())):
+            for file in sorted((place / group).rglob("*.yaml"), key=lambda file: (len(file.parts), file)):
+                options.setdefault(str(file.parent.relative_to(place)), []).append(file.stem)
+        if group == "study":
+            options[group] = study_names()
+    lines = [f"  {name}={'|'.join(found)}" for name, found in options.items()]
     return f"""nxtp {command} [GROUP=OPTION] [KEY=VALUE] …
 
 GROUP=OPTION takes a file of conf/ (yours in ./conf, then nxtp's):
@@ -166,25 +183,23 @@ def quoted(text: str) -> str:
     return f"'{escaped}'"
 
 
-def composed(config_name: str, overrides: Sequence[str]) -> DictConfig:
+def composed(config_name: str, overrides: Sequence[str], config_dir: str | Path | None = None) -> DictConfig:
     """The configuration of one run, with its node ``hydra``; nothing is run.
+
+    Args:
+        config_dir: searched before the shipped configuration; by default the user's ./conf.
 
     Raises:
         UserError: an unknown key, group or option, with the nearest known one.
     """
     import hydra
-    from hydra.errors import HydraException
 
-    own = Path.cwd() / "conf"
-    paths = ["study://"]
-    if own.is_dir() and own.resolve() != conf_dir():
-        paths.append(quoted(f"file://{own}"))
-    try:
-        with hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):
-            searchpath = f"hydra.searchpath=[{','.join(paths)}]"
-            return hydra.compose(config_name, [*overrides, searchpath], return_hydra_config=True)
-    except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(explain(error)) from error
+    overrides = list(overrides)
+    if own := config_dir or _own_conf():
+        overrides.append(f"hydra.searchpath=[{quoted(f'file://{os.path.abspath(own)}')}]")
+    with explained(), hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        _add_study(overrides)
+        return hydra.compose(config_name, overrides, return_hydra_config=True)
 
 
 def explain(error: BaseException) -> str:
@@ -207,9 +222,8 @@ def explain(error: BaseException) -> str:
     text = " ".join(line.strip() for line in str(error).splitlines() if line.strip())
     if isinstance(error, MissingConfigException):
         group, _, name = (error.missing_cfg_file or "").partition("/")
-        if group in OTHER_GROUPS:
-            known = OTHER_GROUPS[group]()
-            return f"No {group} '{name}'.{nearest(name, known)} Known: {', '.join(known) or 'none'}."
+        if group == "study":
+            return f"No study '{name}'.{nearest(name, study_names())} Known: {', '.join(study_names()) or 'none'}."
         missing = (error.missing_cfg_file or "").rsplit("/", 1)[-1]
         return text.split("Config search path")[0].strip() + nearest(missing, error.options or [])
     overridden = re.search(r"Could not override '([^'@]+)", text)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
+from numbers import Real
 from pathlib import Path
+from typing import Any
 
 _NAMED = 3  # names in a message, at most
 
@@ -22,13 +24,13 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f" Did you mean '{found[0]}'?" if found else ""
 
 
-def at_least(name: str, value: float, lowest: float) -> None:
+def at_least(name: str, value: Any, lowest: float) -> None:
     """Check a setting.
 
     Raises:
-        UserError: ``value`` of the setting ``name`` is below ``lowest``.
+        UserError: ``value`` of the setting ``name`` is below ``lowest``, or no number.
     """
-    if not value >= lowest:
+    if not isinstance(value, Real) or not value >= lowest:
         raise UserError(f"{name} must be ≥ {lowest}, got {value}.")
 
 

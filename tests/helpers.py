@@ -38,7 +38,6 @@ from nxtp.model.decoder import DecoderConfig
 from nxtp.model.encoder import EncoderConfig
 from nxtp.model.model import Model, ModelConfig
 from nxtp.model.tokenizer import train_tokenizer
-from nxtp.sweep import study  # noqa: F401  registers study:// with Hydra
 
 
 def tiny_config(image_size: int = 32, **decoder) -> ModelConfig:

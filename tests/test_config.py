@@ -103,6 +103,9 @@ def test_experiments_are_short_and_say_their_command(experiment):
         (["optin.lr=3", "name=x"], "Did you mean 'optim'"),
         (["experimant=demo"], "Did you mean 'experiment'"),
         ([], "'name' has no value"),
+        (["name=../x"], "name=../x: a run is written to runs/<name>"),
+        (["name='/x'"], "must be inside runs/"),
+        (["name=x", "seed=x"], "^seed must be ≥ 0, got x"),
     ],
 )
 def test_misspelt_settings_are_named(tmp_path, monkeypatch, argv, message):

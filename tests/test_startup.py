@@ -31,7 +31,8 @@ def place(tmp_path_factory):
     root = tmp_path_factory.mktemp("startup")
     recognizer().save_pretrained(root / "model")
     (root / "photo.jpg").write_bytes(jpeg((200, 40, 60)))
-    record = {"status": "finished", "metrics": {"val/recall@10": 0.5}, "config": {}, "name": "seed=0", "format": 3}
+    record = {"status": "finished", "metrics": {"val/recall@10": 0.5}, "config": {}, "name": "seed=0", "seed": 0}
+    record["format"] = 3
     (root / "runs" / "mine" / "seed=0").mkdir(parents=True)
     (root / "runs" / "mine" / "seed=0" / "run.json").write_text(json.dumps(record))
     return root
@@ -41,8 +42,8 @@ def place(tmp_path_factory):
     "command",
     [
         *("--help", "train --help", "evaluate --help", "describe --help", "sweep --help", "sweep status mine"),
-        *("report --help", "data --help", "prepare --help", "predict --help", "classify --help", "serve --help"),
-        *("app --help", "export --help", "convert --help", "parity --help"),
+        *("report --help", "report runs/mine", "data --help", "prepare --help", "predict --help", "classify --help"),
+        *("serve --help", "app --help", "export --help", "convert --help", "parity --help"),
     ],
 )
 def test_help_and_status_import_no_heavy_library(place, command):

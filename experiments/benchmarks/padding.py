@@ -36,7 +36,6 @@ from nxtp.model.flops import Flops, ModelFlops, meta_model
 from nxtp.model.layout import Layout, lay_out
 from nxtp.model.model import ModelConfig
 from nxtp.model.tokenizer import train_tokenizer
-from nxtp.sweep import study  # noqa: F401  registers study:// with Hydra
 from nxtp.train.optim import OptimConfig
 
 PROMPT_TOKENS, DELIMITER = 7, 4

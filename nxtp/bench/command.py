@@ -1,9 +1,8 @@
 """`nxtp bench WHAT`: our implementation and the published one on the same inputs, in one run.
 
-For models each way lives in a fresh process that builds the same seeded model. The parent first compares the results
-of both, then measures them in turn (A B A B …); ratios are medians over the rounds. The published way is
-:mod:`nxtp.paper.reference`. Other work on the machine falsifies the numbers: threads that wait for each other slow
-short steps far more than long ones.
+Models are built in a process per way. The parent compares the results of both, then measures them in turn
+(A B A B …); ratios are medians over the rounds. The published way is :mod:`nxtp.paper.reference`. Other
+work on the machine falsifies the numbers.
 """
 
 from __future__ import annotations

@@ -19,8 +19,8 @@ from nxtp.model.layout import PUBLISHED_LENGTH, Layout, Objective, lay_out
 from nxtp.model.model import Model, ModelConfig
 from nxtp.model.trainable import TrainableConfig, choose_trainable
 from nxtp.paper.reference import published_loss, published_one_shot
-from nxtp.sampling.one_shot import Samples, one_shot
-from nxtp.sweep import study  # noqa: F401  registers study:// with Hydra
+from nxtp.sampling.label_probability import Samples
+from nxtp.sampling.one_shot import one_shot
 from nxtp.train.optim import OptimConfig
 
 COMPARED_IMAGES = 8  # at most, of a training step

@@ -6,11 +6,8 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
-from nxtp.config import to_dataclass
-from nxtp.cost.memory import LABEL_TOKENS, LABELS, PROMPT_TOKENS, Memory, Step, memory_of, step_of
+from nxtp.cost.memory import LABEL_TOKENS, LABELS, PROMPT_TOKENS, Memory, Step, memory, sections, step_of
 from nxtp.model.flops import count_parameters, meta_model, training_flops
-from nxtp.model.model import ModelConfig
-from nxtp.train.optim import OptimConfig
 
 GPU_SIZES_GB = (16, 24, 40, 48, 80, 141)
 RESERVED_GB = 2  # CUDA's context, buffers of NCCL and cuBLAS
@@ -18,10 +15,15 @@ NAMES = {"optimizer": "optimiser state", "working": "working memory"}
 
 
 def describe(cfg: DictConfig) -> None:
-    """Print what the composed configuration would train."""
-    config = to_dataclass(ModelConfig, cfg.model, "model")
-    vocabulary = None if config.decoder.source else config.vocab_size
-    model = meta_model(config, vocabulary, to_dataclass(OptimConfig, cfg.optim, "optim").trainable)
+    """Print what the composed configuration would train.
+
+    Raises:
+        UserError: the memory of its strategy and precision is not known; then nothing is printed.
+    """
+    config, vocabulary, optim, parallel = sections(cfg)
+    step = step_of(cfg)
+    needed = memory(config, vocabulary, optim, step, parallel)
+    model = meta_model(config, vocabulary, optim.trainable)
     counts = count_parameters(model)
     table = Table(title="Parameters (millions)")
     for column in ("part", "all", "trained", "frozen"):
@@ -42,11 +44,10 @@ def describe(cfg: DictConfig) -> None:
     )
     if vocabulary is not None:
         console.print(f"vocabulary        up to {vocabulary} rows (the tokenizer is trained on the labels)")
-    step, memory = step_of(cfg), memory_of(cfg)
-    console.print(memory_table(memory, step))
+    console.print(memory_table(needed, step))
     if step.on_gpu:
-        needed = memory.total / 1e9 + RESERVED_GB
-        fits = next((f"a GPU of {size} GB" for size in GPU_SIZES_GB if needed <= size), "no known GPU")
+        gigabytes = needed.total / 1e9 + RESERVED_GB
+        fits = next((f"a GPU of {size} GB" for size in GPU_SIZES_GB if gigabytes <= size), "no known GPU")
         console.print(f"fits              {fits}, with {RESERVED_GB} GB for CUDA, NCCL and cuBLAS")
 
 

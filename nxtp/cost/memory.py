@@ -1,9 +1,7 @@
-"""Memory per rank before a run: a training step runs on tensors without data, and its allocations are counted.
+"""Memory per rank before a run: a training step runs on fake tensors in a fake process group, its allocations counted.
 
-Shapes, dtypes and lifetimes are those of the real step for any architecture, precision, set of trained parts and
-strategy: PyTorch's fake tensors replace the data, a fake process group replaces the other ranks. Optimiser state and
-DDP's buckets are added by formula. Not counted: the CUDA context and the buffers of cuBLAS and NCCL (1 to 2 GB),
-fragmentation, validation.
+Optimiser state and DDP's buckets are added by formula. Not counted: the CUDA context and the buffers of cuBLAS and NCCL
+(1 to 2 GB), fragmentation, validation.
 """
 
 from __future__ import annotations
@@ -12,7 +10,7 @@ import warnings
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from unittest.mock import patch
 
@@ -126,12 +124,12 @@ def _devices(value: Any) -> int:
     return int(value)
 
 
-def memory_of(cfg: DictConfig) -> Memory:
-    """Memory of a training step of a composed configuration, with captions of a typical length."""
+def sections(cfg: DictConfig) -> tuple[ModelConfig, int | None, OptimConfig, ParallelConfig]:
+    """Of a composed configuration: model, rows of its vocabulary (None: the decoder's own), optimizer, parallel."""
     config = to_dataclass(ModelConfig, cfg.model, "model")
+    optim = to_dataclass(OptimConfig, cfg.optim, "optim")
     parallel = to_dataclass(ParallelConfig, cfg.get("parallel"), "parallel")
-    vocabulary = None if config.decoder.source else config.vocab_size
-    return memory(config, vocabulary, to_dataclass(OptimConfig, cfg.optim, "optim"), step_of(cfg), parallel)
+    return config, None if config.decoder.source else config.vocab_size, optim, parallel
 
 
 def memory(
@@ -161,13 +159,12 @@ def memory(
     )
     side, tokens = config.encoder.image_size, (model.num_image_tokens, model.encoder.width)
     shape, dtype = (tokens, torch.float16) if step.features else ((3, side, side), torch.uint8)
-    switches = ParallelConfig(activation_checkpointing=bool(parallel and parallel.activation_checkpointing))
     with ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings(action="ignore"))
         mesh = stack.enter_context(_fake_mesh(step)) if step.strategy == "fsdp" else None
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         _allocate(model, weights_dtype)
-        model = parallelize(model, switches, mesh, precision)
+        model = parallelize(model, replace(parallel or ParallelConfig(), compile=False), mesh, precision)
         if step.on_gpu and autocast_dtype is not None:
             stack.enter_context(_cuda_autocast())
         live = stack.enter_context(_LiveBytes([*model.parameters(), *model.buffers()]))

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
+import click
 import torch
 from omegaconf import DictConfig
 from rich.box import SIMPLE
@@ -23,14 +24,12 @@ from rich.console import Console, Group
 from rich.table import Table
 
 from nxtp.config import composed, to_dataclass
-from nxtp.cost.memory import LABEL_TOKENS, LABELS, PROMPT_TOKENS, Step, memory
+from nxtp.cost.memory import LABEL_TOKENS, LABELS, PROMPT_TOKENS, Step, memory, sections
 from nxtp.data.config import DataConfig, named_sources
-from nxtp.distributed.parallelize import ParallelConfig
 from nxtp.errors import UserError
 from nxtp.model.flops import Flops, ModelFlops, meta_model, peak_flops, training_flops
 from nxtp.model.layout import PUBLISHED_LENGTH
-from nxtp.model.model import Model, ModelConfig
-from nxtp.train.optim import OptimConfig
+from nxtp.model.model import Model
 
 
 @dataclass(frozen=True)
@@ -130,10 +129,7 @@ def plan(
     Raises:
         UserError: ``global_batch`` is no multiple of a number of GPUs, or the recipe's images are not known.
     """
-    config = to_dataclass(ModelConfig, cfg.model, "model")
-    optim = to_dataclass(OptimConfig, cfg.optim, "optim")
-    parallel = to_dataclass(ParallelConfig, cfg.get("parallel"), "parallel")
-    vocabulary = None if config.decoder.source else config.vocab_size
+    config, vocabulary, optim, parallel = sections(cfg)
     model = meta_model(config, vocabulary, optim.trainable)
     total = float(images) if images is not None else images_of(cfg)
     flops = sum(training_flops(model, prompt_tokens=PROMPT_TOKENS, labels=LABELS, label_tokens=LABEL_TOKENS))
@@ -144,6 +140,7 @@ def plan(
         if global_batch is not None and (batch == 0 or global_batch % ranks):
             raise UserError(f"--global-batch must be a multiple of {ranks} GPUs, got {global_batch}.")
         for strategy in ("ddp", "fsdp"):
+            click.echo(f"planning {strategy} on {ranks} GPUs …", err=True)
             sent = sent_bytes(model, strategy, ranks)
             computing, sending, seconds = cluster.step_seconds(flops * batch, sent, ranks, mfu)
             sharers = ranks if strategy == "fsdp" else 2  # DDP needs the same on any number of ranks
@@ -202,9 +199,8 @@ def check_published(model: Model) -> list[dict[str, Any]]:
 
 def published_model() -> Model:
     """The paper's model on the meta device, with its trained parts."""
-    cfg = composed("train", ["experiment=g3m"])
-    trainable = to_dataclass(OptimConfig, cfg.optim, "optim").trainable
-    return meta_model(to_dataclass(ModelConfig, cfg.model, "model"), None, trainable)
+    config, vocabulary, optim, _ = sections(composed("train", ["experiment=g3m"]))
+    return meta_model(config, vocabulary, optim.trainable)
 
 
 def print_plan(

@@ -34,21 +34,12 @@ class RunState:
 
     @classmethod
     def of(cls, name: str, record: dict[str, Any]) -> RunState:
-        """
-        Args:
-            record: of the run, as read.
-        """
         is_killed = record["status"] == "running" and not is_alive(record)
         steps, monitor = record.get("steps"), record.get("monitor")
-        return cls(
-            name,
-            "killed" if is_killed else record["status"],
-            record.get("step", 0) / steps if steps else None,
-            monitor,
-            record.get("metrics", {}).get(monitor),
-            record.get("wall_time_s"),
-            record.get("error"),
-        )
+        state = "killed" if is_killed else record["status"]
+        done = record.get("step", 0) / steps if steps else None
+        metric = record.get("metrics", {}).get(monitor)
+        return cls(name, state, done, monitor, metric, record.get("wall_time_s"), record.get("error"))
 
 
 def states(directory: Path) -> list[RunState]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import pkgutil
 import signal
 import subprocess
 import sys
@@ -14,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import hydra
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
@@ -24,12 +24,11 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 import nxtp.sweep.search.plugin  # noqa: F401  registers hydra/sweeper=optuna
-from nxtp.config import conf_dir, quoted, with_override
+from nxtp.config import compose_and_run, composed, explained, quoted, with_override
 from nxtp.errors import UserError
 from nxtp.runs.record import read_record
 from nxtp.runs.resume import is_finished
 from nxtp.runs.secrets import refuse_secrets
-from nxtp.sweep.study import GROUP
 
 log = logging.getLogger("nxtp")
 
@@ -55,10 +54,7 @@ class Sweep:
 
     @classmethod
     def of(cls, cfg: DictConfig) -> Sweep:
-        """
-        Args:
-            cfg: a composed configuration with its node ``hydra``, as Hydra passes it to a sweeper.
-        """
+        """Of a composed configuration with its node ``hydra``, as Hydra passes it to a sweeper."""
         params = {str(k): v for k, v in (cfg.hydra.sweeper.get("params") or {}).items()}
         overrides = parse(cfg.hydra.overrides.task)
         axes = [*params, *(o.get_key_element() for o in overrides if o.is_sweep_override())]
@@ -77,24 +73,20 @@ class Sweep:
         arguments = get_args_parser().parse_args(argv)
         keys = {o.key_or_group: o for o in parse(arguments.overrides)}
         is_help = any((arguments.help, arguments.hydra_help, arguments.cfg, arguments.info))
-        if is_help or not (arguments.multirun or GROUP in keys):
+        if is_help or not (arguments.multirun or "study" in keys):
             return None
         single = [str(o.input_line) for o in keys.values() if not o.is_sweep_override()]
-        if arguments.config_dir:
-            directory = quoted("file://" + os.path.abspath(arguments.config_dir))
-            single.append(f"hydra.searchpath=[study://,{directory}]")
-        with hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):
-            cfg = hydra.compose(command, single, return_hydra_config=True)
-            if cfg.hydra.mode is RunMode.RUN:
-                return None
-            with open_dict(cfg):
-                task = [o for o in arguments.overrides if not o.lstrip("+~").startswith(("hydra.", "hydra/"))]
-                cfg.hydra.overrides.task = task
-            refuse_secrets(OmegaConf.to_container(cfg, resolve=False))
-            refuse_secrets(single)
-            sweep = cls.of(cfg)
-            if sweep.points:  # report a misspelt axis before Hydra writes anything
-                hydra.compose(command, [*single, *sweep.points[0]])
+        cfg = composed(command, single, arguments.config_dir)
+        if cfg.hydra.mode is RunMode.RUN:
+            return None
+        with open_dict(cfg):
+            task = [o for o in arguments.overrides if not o.lstrip("+~").startswith(("hydra.", "hydra/"))]
+            cfg.hydra.overrides.task = task
+        refuse_secrets(OmegaConf.to_container(cfg, resolve=False))
+        refuse_secrets(single)
+        sweep = cls.of(cfg)
+        if sweep.points:  # report a misspelt axis before Hydra writes anything
+            composed(command, [*single, *sweep.points[0]], arguments.config_dir)
         return sweep
 
     @property
@@ -117,30 +109,31 @@ class Sweep:
             raise UserError(f"{count}; the same command resumes them.{first_lines(reasons)}")
 
 
-class ProcessSweepRunner:
-    """Sweeps of ``nxtp <command>``, each run a process of its own: a :class:`nxtp.config.SweepRunner`."""
+def run_or_sweep(function: Callable[[DictConfig], Any] | str, command: str, argv: Sequence[str]) -> None:
+    """Run `nxtp COMMAND` (:func:`nxtp.config.compose_and_run`), or the sweep that ``argv`` asks for.
 
-    def __init__(self, command: str):
-        self.command = command
-        self.sweep: Sweep | None = None
+    Raises:
+        UserError: a mistake in ``argv``; then nothing has been started. Or runs of the sweep have failed.
+    """
+    with explained():
+        sweep = Sweep.of_command(command, argv)
+    if sweep is None:
+        compose_and_run(function, command, argv)
+        return
 
-    def prepare(self, argv: list[str]) -> list[str]:
-        self.sweep = Sweep.of_command(self.command, argv)
-        if self.sweep is None:
-            return argv
-        fixed = ",".join(quoted(key) for key in self.sweep.fixed)
-        return with_override(f"hydra.job.config.override_dirname.exclude_keys=[{fixed}]", argv)
-
-    def run(self, function: Callable[[DictConfig], Any], cfg: DictConfig) -> Any:
+    def run(cfg: DictConfig) -> Any:
         with open_dict(cfg):
             cfg.sweep, cfg.name = cfg.name, Path(HydraConfig.get().runtime.output_dir).name
         if is_scheduled():
-            return function(cfg)
-        return run_in_process(self.command, cfg, self.sweep.runs if self.sweep else [])
+            return (pkgutil.resolve_name(function) if isinstance(function, str) else function)(cfg)
+        return run_in_process(command, cfg, sweep.runs)
 
-    def finish(self) -> None:
-        assert self.sweep is not None
-        self.sweep.require_finished()
+    fixed = ",".join(quoted(key) for key in sweep.fixed)
+    excluded = with_override(f"hydra.job.config.override_dirname.exclude_keys=[{fixed}]", list(argv))
+    failed = compose_and_run(run, command, excluded, multirun=True)
+    sweep.require_finished()
+    if failed and sweep.points:  # a finished run of other settings; in a search a trial may fail
+        raise failed[0]
 
 
 def parse(overrides: Iterable[str]) -> list[Override]:

@@ -208,3 +208,6 @@ def test_describe_prints_memory_per_rank(tmp_path, monkeypatch):
     wrong = run("trainer.precision=bf61-mixed", *TINY_OVERRIDES).exception
     assert isinstance(wrong, UserError)
     assert "bf16-mixed" in str(wrong)
+    refused = run("trainer.precision=16-mixed", *TINY_OVERRIDES)
+    assert isinstance(refused.exception, UserError)
+    assert refused.stdout == "", "the mistake comes first, not after tables"

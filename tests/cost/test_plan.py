@@ -114,6 +114,7 @@ def test_the_command_prints_a_table_and_one_object(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     done = run("experiment=g3m", *SMALL, "--gpus", "2,16", "--global-batch", "64", "--json")
     assert done.exit_code == 0, done.output
+    assert "planning fsdp on 16 GPUs" in done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
     assert [(row["gpus"], row["strategy"], row["images_per_gpu"]) for row in result["rows"]] == [
         (2, "ddp", 32),

@@ -240,6 +240,27 @@ def test_any_directory_of_runs(study):
     assert (directory / "plot.svg").is_file()
 
 
+def test_what_was_swept_comes_before_what_follows_from_it(tmp_path):
+    """The decoder's number of layers is an interpolation of its depth, and stands before it in the configuration."""
+    for depth in (1, 2, 4):
+        made = record(depth, sweep="mine") | {"name": f"model.decoder.depth={depth}"}
+        made["config"]["model"] = {"decoder": {"config": {"num_hidden_layers": depth}, "depth": depth}}
+        write(tmp_path, made)
+    done = CliRunner().invoke(report, [str(tmp_path / "mine")])
+    assert done.exit_code == 0
+    header = (tmp_path / "mine" / "results.csv").read_text().splitlines()[0]
+    assert header.startswith("size,sweep,run,model.decoder.depth,seed,run.")
+    assert ">model.decoder.depth</text>" in (tmp_path / "mine" / "plot.svg").read_text()
+
+
+def test_an_unknown_study_is_told_with_where_it_was_searched(study, monkeypatch):
+    monkeypatch.chdir(study.parent.parent)
+    error = CliRunner().invoke(report, ["dpth"]).exception
+    assert isinstance(error, UserError)
+    assert str(error).startswith("No study 'dpth' in experiments or ")
+    assert str(error).endswith("Did you mean 'depth'? Runs are in runs/NAME.")
+
+
 class FakeRun:
     """Of a run of wandb.Api what is read: its files."""
 

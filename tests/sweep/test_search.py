@@ -15,14 +15,14 @@ import pytest
 from helpers import TINY_OVERRIDES, nxtp_runs, write_shards
 from omegaconf import OmegaConf
 
-from nxtp.config import compose_and_run, composed
+from nxtp.config import composed
 from nxtp.errors import UserError
 from nxtp.runs.record import read_record
 from nxtp.sweep import sweep
 from nxtp.sweep.search.plugin import OptunaSweeper, SearchConfig
 from nxtp.sweep.search.space import split
 from nxtp.sweep.search.trials import Search, locked
-from nxtp.sweep.sweep import ProcessSweepRunner, parse, run_name
+from nxtp.sweep.sweep import parse, run_name, run_or_sweep
 
 METRIC = "val/recall@10"
 
@@ -308,7 +308,7 @@ def never(cfg):
 
 
 def search_with(*arguments: str, command: str = "train") -> None:
-    compose_and_run(never, command, [*OPTUNA, *arguments], ProcessSweepRunner(command))
+    run_or_sweep(never, command, [*OPTUNA, *arguments])
 
 
 @pytest.mark.parametrize(
@@ -406,9 +406,9 @@ def test_a_search_of_processes_is_resumed_by_the_same_command(here, monkeypatch,
     with pytest.raises(
         UserError, match=r"trials have not finished(.|\n)*model.decoder.depth=2,seed=\d: left no record"
     ):
-        compose_and_run(never, "train", arguments, ProcessSweepRunner("train"))
+        run_or_sweep(never, "train", arguments)
     started = Path("started.txt").read_text().split()
-    compose_and_run(never, "train", arguments, ProcessSweepRunner("train"))
+    run_or_sweep(never, "train", arguments)
     content = told("runs/deep/search")
     assert content["settings"] == {
         "metric": "val/recall@5",

@@ -6,14 +6,13 @@ from functools import cache
 import pytest
 from omegaconf import DictConfig, OmegaConf
 
-from nxtp.config import composed, to_dataclass
+from nxtp.config import EXPERIMENTS, composed, study_names, to_dataclass
 from nxtp.data.config import DataConfig
 from nxtp.model.model import ModelConfig
 from nxtp.sampling.ranking import ranking_config
 from nxtp.sampling.samplers import sampler_config
 from nxtp.sweep.report.spec import Spec
 from nxtp.sweep.report.tables import leaves
-from nxtp.sweep.study import CHECKOUT, study_names
 from nxtp.sweep.sweep import Sweep
 from nxtp.train.optim import OptimConfig
 
@@ -23,7 +22,7 @@ SWEEPS = [f"{study}/{size}" for study in STUDIES for size in ("laptop", "full")]
 
 def command(sweep: str) -> str:
     """The command that the sweep's first line gives."""
-    text = (CHECKOUT / f"{sweep}.yaml").read_text()
+    text = (EXPERIMENTS / f"{sweep}.yaml").read_text()
     return re.search(rf"# nxtp (train|evaluate) study={sweep}\b", text)[1]
 
 
@@ -38,7 +37,7 @@ def shared(sweep: str, *overrides: str) -> DictConfig:
 
 
 def test_there_are_these_studies():
-    assert sorted(p.name for p in CHECKOUT.iterdir() if (p / "report.yaml").is_file()) == STUDIES
+    assert sorted(p.name for p in EXPERIMENTS.iterdir() if (p / "report.yaml").is_file()) == STUDIES
     assert set(SWEEPS) == set(study_names())
 
 
@@ -69,7 +68,7 @@ def test_the_whole_grid_composes(sweep):
 @pytest.mark.parametrize("sweep", SWEEPS)
 def test_its_report_shows_what_it_varies(sweep):
     cfg = shared(sweep)
-    spec = Spec.read(CHECKOUT / sweep.split("/")[0] / "report.yaml")
+    spec = Spec.read(EXPERIMENTS / sweep.split("/")[0] / "report.yaml")
     grid = Sweep.of(cfg)
     varied = {o.split("=", 1)[0] for point in grid.points for o in point}
     shown = {*spec.columns.values(), *spec.over}
@@ -80,7 +79,7 @@ def test_its_report_shows_what_it_varies(sweep):
 
 @pytest.mark.parametrize("study", STUDIES)
 def test_columns_are_settings(study):
-    spec = Spec.read(CHECKOUT / study / "report.yaml")
+    spec = Spec.read(EXPERIMENTS / study / "report.yaml")
     settings = set()
     for size in ("laptop", "full"):
         cfg = shared(f"{study}/{size}", *(["data=g70m"] if (study, size) == ("dataset_scale", "full") else []))
@@ -90,7 +89,7 @@ def test_columns_are_settings(study):
 
 @pytest.mark.parametrize("study", STUDIES)
 def test_a_study_asks_predicts_and_tells(study):
-    text = (CHECKOUT / study / "README.md").read_text()
+    text = (EXPERIMENTS / study / "README.md").read_text()
     assert "**Question.**" in text
     assert "**Prediction** (written before the run)" in text
     assert "## Verdict" in text
@@ -98,4 +97,4 @@ def test_a_study_asks_predicts_and_tells(study):
     for said in re.findall(r"study=(\S+)", text):
         assert said.strip("`") in SWEEPS, "its commands name sweeps that exist"
     for script in re.findall(r"python (\S+\.py)", text):
-        assert (CHECKOUT.parent / script).is_file()
+        assert (EXPERIMENTS.parent / script).is_file()

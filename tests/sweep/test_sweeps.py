@@ -21,7 +21,7 @@ from nxtp.errors import UserError
 from nxtp.runs.record import read_record
 from nxtp.sweep import sweep
 from nxtp.sweep.commands import states, status
-from nxtp.sweep.sweep import ProcessSweepRunner, Sweep
+from nxtp.sweep.sweep import Sweep, run_or_sweep
 
 STUDY = """
 # @package _global_
@@ -134,7 +134,7 @@ def test_a_long_name_is_cut_and_stays_its_own():
 )
 def test_what_is_misspelt_is_told_before_anything_starts(stand_in, arguments, message):
     with pytest.raises(UserError, match=message):
-        compose_and_run(never, "train", arguments, ProcessSweepRunner("train"))
+        run_or_sweep(never, "train", arguments)
     assert started(stand_in) == []
     assert not any((stand_in / "runs").rglob("run.json"))
 
@@ -142,7 +142,7 @@ def test_what_is_misspelt_is_told_before_anything_starts(stand_in, arguments, me
 def test_one_failed_run_does_not_end_a_sweep(stand_in):
     arguments = ["-m", "name=deep", "model.decoder.depth=1,3,5,2"]
     with pytest.raises(UserError, match=r"^2 of 4 runs have not finished(.|\n)*depth=3: left no record"):
-        compose_and_run(never, "train", arguments, ProcessSweepRunner("train"))
+        run_or_sweep(never, "train", arguments)
     assert started(stand_in) == [f"model.decoder.depth={d}" for d in (1, 3, 5, 2)]
     assert read_record(stand_in / "runs/deep/model.decoder.depth=2")["status"] == "finished"
 
@@ -154,13 +154,20 @@ def test_finished_runs_are_skipped_and_others_taken_up(stand_in):
     (stand_in / "config.json").write_text(json.dumps(OmegaConf.to_container(cfg, resolve=True)))
     for _ in range(2):
         with pytest.raises(UserError, match="1 of 2 runs"):
-            compose_and_run(never, "train", ["-m", "name=deep", "model.decoder.depth=1,3"], ProcessSweepRunner("train"))
+            run_or_sweep(never, "train", ["-m", "name=deep", "model.decoder.depth=1,3"])
     assert started(stand_in) == [f"model.decoder.depth={d}" for d in (1, 3, 3)]
     with pytest.raises(UserError):  # other settings: the run itself refuses them
-        compose_and_run(
-            never, "train", ["-m", "name=deep", "model.decoder.depth=1,3", "optim.lr=7"], ProcessSweepRunner("train")
-        )
+        run_or_sweep(never, "train", ["-m", "name=deep", "model.decoder.depth=1,3", "optim.lr=7"])
     assert started(stand_in)[3:] == ["model.decoder.depth=1", "model.decoder.depth=3"]
+
+
+def test_a_finished_run_of_other_settings_fails_the_sweep(stand_in):
+    out = stand_in / "runs/deep/model.decoder.depth=3"
+    out.mkdir(parents=True)
+    (out / "run.json").write_text(json.dumps({"status": "finished", "config": {"optim": {"lr": 7}}}))
+    with pytest.raises(UserError, match="depth=3 failed with exit code 1"):
+        run_or_sweep(never, "train", ["-m", "name=deep", "model.decoder.depth=3,1"])
+    assert read_record(stand_in / "runs/deep/model.decoder.depth=1")["status"] == "finished"
 
 
 @pytest.mark.slow
@@ -193,7 +200,7 @@ def test_a_warning_reaches_the_run(stand_in):
     timer = threading.Thread(target=lambda: (_wait_for(stand_in), os.kill(os.getpid(), signal.SIGTERM)))
     timer.start()
     with pytest.raises(SystemExit) as stop:
-        compose_and_run(never, "train", ["-m", "name=deep", "model.decoder.depth=4,1"], ProcessSweepRunner("train"))
+        run_or_sweep(never, "train", ["-m", "name=deep", "model.decoder.depth=4,1"])
     timer.join()
     assert stop.value.code == 128 + signal.SIGTERM
     assert started(stand_in) == ["model.decoder.depth=4"]
@@ -208,7 +215,7 @@ def _wait_for(root: Path) -> None:
 
 def test_status_tells_each_runs_state(stand_in):
     with pytest.raises(UserError):
-        compose_and_run(never, "train", ["-m", "name=deep", "model.decoder.depth=1,3"], ProcessSweepRunner("train"))
+        run_or_sweep(never, "train", ["-m", "name=deep", "model.decoder.depth=1,3"])
     runs = stand_in / "runs" / "deep"
     gone = subprocess.Popen(["true"])
     gone.wait()

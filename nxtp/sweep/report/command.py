@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
 import click
 
+from nxtp.config import NOT_A_SWEEP, study_dirs
 from nxtp.errors import UserError, nearest
 from nxtp.sweep.report import records as rec
 from nxtp.sweep.report import tables
+from nxtp.sweep.report.plot import svg
 from nxtp.sweep.report.spec import Plot, Spec
-from nxtp.sweep.study import NOT_A_SWEEP, study_dirs
 
 START, END = "<!-- table -->", "<!-- /table -->"
 
 
 def drawn(rows: list[tables.Row], spec: Spec) -> dict[str, str]:
     """results.csv, and plot.svg where there is something to draw."""
-    from nxtp.sweep.report.plot import svg
-
     content = tables.as_csv(rows, spec)
     picture = svg(tables.read_csv(content), spec)
     return {"results.csv": content} | ({"plot.svg": picture} if picture else {})
@@ -54,11 +54,19 @@ def _with_table(readme: Path, table: str) -> str:
 
 
 def differing_settings(records: list[rec.Record]) -> Spec:
-    """Of runs without a report.yaml: the settings that differ, and the metrics of the validation."""
+    """Of runs without a report.yaml: the settings that differ, and the metrics of the validation.
+
+    Settings in the names of the runs come first; one that follows from them, as a copy does, is skipped.
+    """
     known = [tables.settings(r) for r in records]
     names = dict.fromkeys(k for s in known for k in s)
     differ = [k for k in names if len({tables.text(s.get(k)) for s in known}) > 1]
     differ = [k for k in differ if any(s.get(k) != s["seed"] for s in known)]  # not data.seed, which is ${seed}
+    axes = {part.partition("=")[0] for r in records for part in r["name"].split(",")}
+    swept = [k for k in differ if any(f"{k}.".startswith(f"{axis}.") for axis in axes)]
+    points = [tuple(tables.text(s.get(k)) for k in swept) for s in known]
+    pairs = {k: {(point, tables.text(s.get(k))) for point, s in zip(points, known, strict=True)} for k in differ}
+    differ = [*swept, *(k for k in differ if k not in swept and len(pairs[k]) > len(set(points)))]
     monitors = dict.fromkeys(r["monitor"] for r in records if r.get("monitor"))
     kinds = {m.split("/")[-1] for m in monitors}
     others = [m for r in records for m in r["metrics"] if not m.startswith("train/")]
@@ -67,7 +75,7 @@ def differing_settings(records: list[rec.Record]) -> Spec:
     if not differ:
         return Spec({}, metrics)
     y = [next((m for m in found if any(m in r["metrics"] for r in records)), "run.wall_time_s")]
-    numeric = [k for k in differ if all(rec.is_finite(s.get(k)) for s in known)]
+    numeric = [k for k in swept or differ if all(rec.is_finite(s.get(k)) for s in known)]
     x = (numeric or differ)[0]
     lines = next((k for k in differ if k != x), None)
     return Spec({k: k for k in differ}, metrics, plot=Plot(x, y, "line" if numeric else "bar", lines))
@@ -112,7 +120,9 @@ def report(study: str, runs: Path, check: bool, wandb: str | None) -> None:
         directory = Path(study)
         if not directory.is_dir():
             names = [p.name for d in study_dirs() for p in d.iterdir() if p.is_dir()]
-            raise UserError(f"No study and no directory '{study}'.{nearest(study, names)}")
+            searched = " or ".join(os.path.relpath(d) for d in study_dirs()) or "experiments"
+            message = f"No study '{study}' in {searched}, and no directory of this name."
+            raise UserError(f"{message}{nearest(study, names)} Runs are in {runs}/NAME.")
         records = rec.unique([*rec.collect([directory]), *remote])
         if not records:
             raise UserError(f"'{study}' contains no finished run; nothing to show.")

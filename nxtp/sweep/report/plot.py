@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import io
 import math
-
-import matplotlib
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+from typing import TYPE_CHECKING
 
 from nxtp.sweep.report.spec import Plot, Spec
 from nxtp.sweep.report.tables import Line, Row, lines, number, order
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 # Okabe & Ito: colour-blind-safe
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -30,6 +29,9 @@ def svg(table: list[Row], spec: Spec) -> str | None:
     drawn = [line for line in lines(table, spec) if any(y in line.values for y in plot.y)]
     if not drawn:
         return None
+    import matplotlib  # takes seconds
+    from matplotlib.figure import Figure
+
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(max(6.4, 4.6 * len(plot.y)), 4), layout="constrained")
         panels = figure.subplots(1, len(plot.y), squeeze=False)[0]
@@ -47,6 +49,8 @@ def svg(table: list[Row], spec: Spec) -> str | None:
 
 
 def _panel(axes: Axes, drawn: list[Line], metric: str, spec: Spec, plot: Plot) -> None:
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
     apart = _apart(drawn, plot)
     series = _series(drawn, metric, plot, apart)
     xs = sorted({x for points in series.values() for x, *_ in points}, key=order)
