@@ -87,8 +87,6 @@ def lay_out(
     Args:
         labels: the labels of each image, each a non-empty sequence of token ids without the delimiter.
         prompt: BOS and prompt token ids, at least one.
-        delimiter: the token id that ends a label.
-        num_image_tokens: N.
 
     Returns:
         A :class:`Layout` as long as its longest sequence.
@@ -111,13 +109,7 @@ def lay_out(
     image_of_label = np.repeat(np.arange(batch), labels_per_image)
     segment_of_label = _ramps(labels_per_image) + 1
 
-    ends = lengths.cumsum()
-    total = int(ends[-1]) if len(ends) else 0
-    tokens = np.full(total, delimiter, dtype=np.int64)
-    is_delimiter = np.zeros(total, dtype=bool)
-    is_delimiter[ends - 1] = True
-    tokens[~is_delimiter] = np.fromiter(chain.from_iterable(flat), dtype=np.int64, count=total - len(flat))
-
+    tokens = np.fromiter(chain.from_iterable((*label, delimiter) for label in flat), dtype=np.int64)
     row = np.repeat(image_of_label, lengths)
     within_label = _ramps(lengths)
     tokens_per_image = np.bincount(row, minlength=batch)
@@ -152,7 +144,7 @@ def lay_out(
         pairs_S=torch.from_numpy(pairs),
         targets_S=torch.from_numpy(target),
         num_image_tokens=num_image_tokens,
-        num_tokens=batch * prefix + total,
+        num_tokens=batch * prefix + len(tokens),
     )
 
 

@@ -80,19 +80,24 @@ class SafetensorsFiles(Weights):
 
 
 def write_safetensors(
-    path: Path, specs: Mapping[str, Spec], read: Callable[[str], Tensor], track: Callable = iter
+    path: Path | None, specs: Mapping[str, Spec], read: Callable[[str], Tensor], track: Callable = iter
 ) -> None:
     """Write a safetensors file one tensor at a time; ``safetensors.torch.save_file`` needs all tensors at once.
 
     The format: an 8-byte length, a JSON header, the tensors' bytes end to end; wide types first, for their alignment.
 
     Args:
+        path: None on ranks that only contribute their parts of sharded tensors: they read, and write nothing.
         read: gives the tensor of a name, of the announced shape and dtype.
         track: wraps the list of names, to show progress.
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
-    names = _file_order(specs)
+    names = sorted(specs, key=lambda name: -specs[name].dtype.itemsize)
+    if path is None:
+        for name in names:
+            read(name)
+        return
     for name in names:
         shape, dtype = specs[name]
         start, end = end, end + specs[name].bytes
@@ -109,24 +114,11 @@ def write_safetensors(
                 file.write(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
 
 
-def _file_order(specs: Mapping[str, Spec]) -> list[str]:
-    return sorted(specs, key=lambda name: -specs[name].dtype.itemsize)
-
-
 def write_module(path: Path | None, module: nn.Module, skip: Collection[str] = ()) -> None:
-    """Write a module's state as safetensors, one tensor at a time.
-
-    Args:
-        path: None on ranks that only contribute their parts of a sharded module's tensors.
-        skip: names of tensors to skip: those tied to another one.
-    """
+    """Write a module's state, sharded or not; ``skip`` names tensors that are tied to another one."""
     state = {name: tensor for name, tensor in module.state_dict().items() if name not in skip}
     specs = {name: Spec.of(tensor) for name, tensor in state.items()}
-    if path is not None:
-        write_safetensors(path, specs, lambda name: full_tensor(state[name]))
-    else:
-        for name in _file_order(specs):
-            full_tensor(state[name])
+    write_safetensors(path, specs, lambda name: full_tensor(state[name]))
 
 
 def full_tensor(tensor: Tensor) -> Tensor:

@@ -40,11 +40,7 @@ class Entry(NamedTuple):
 
 
 def published_entries(weights: PickledFile, heads: int, key_heads: int, prefix: str = "") -> dict[str, Entry]:
-    """The tensors of a file in the published naming, under our names and in Hugging Face's RoPE order.
-
-    Args:
-        heads, key_heads: attention heads of the decoder's queries and keys.
-        prefix: put before each of the file's names.
+    """A file's tensors in the published naming, behind ``prefix``; under our names and in Hugging Face's RoPE order.
 
     Raises:
         UserError: parameters that the published implementation does not have; names all of them.

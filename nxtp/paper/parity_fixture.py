@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -22,7 +22,6 @@ from nxtp.paper.weight_files import PickledFile
 
 META, RELEASE, EXPECTED = "meta.json", "release_format.pth", "expected.safetensors"
 SAMPLERS, RANKED = "samplers.safetensors", "ranked_labels.json"
-T = TypeVar("T")
 
 
 @dataclass
@@ -122,7 +121,7 @@ class Recording:
         return ModelConfig(encoder=encoder, decoder=DecoderConfig(config=decoder))
 
 
-def _read(path: Path, load: Callable[[Path], T]) -> T:
+def _read(path: Path, load: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
     try:
         return load(path)
     except (SafetensorError, OSError, ValueError, TypeError) as error:

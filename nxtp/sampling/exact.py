@@ -9,6 +9,7 @@ least as probable as every unfinished one, no better label exists.
 from __future__ import annotations
 
 import heapq
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -92,7 +93,7 @@ class _Search:
         self.paths = torch.ones(1, 1, dtype=torch.bool)  # [row, column] of ``expanded``: column is row or its ancestor
         # Of each expanded label the best continuation not taken yet: (-probability, tie breaker, index, continuation).
         self.open: list[tuple[float, int, int, int]] = []
-        self._count = 0
+        self._ties = itertools.count()
         self._add(_Label(1.0, (), (), -1), probs_V)
 
     def run(self) -> list[tuple[Sequence[int], Sequence[float]]]:
@@ -112,8 +113,7 @@ class _Search:
         return bool(self.open) and -self.open[0][0] > lowest
 
     def _finish(self, label: _Label) -> None:
-        self._count += 1
-        heapq.heappush(self.finished, (label.probability, -self._count, label))
+        heapq.heappush(self.finished, (label.probability, -next(self._ties), label))
         if len(self.finished) > self.top_k:
             heapq.heappop(self.finished)
 
@@ -126,8 +126,8 @@ class _Search:
     def _offer(self, index: int, continuation: int) -> None:
         label, values, _ = self.expanded[index]
         if continuation < len(values) and values[continuation] > 0.0:
-            self._count += 1
-            heapq.heappush(self.open, (-label.probability * values[continuation], self._count, index, continuation))
+            probability = label.probability * values[continuation]
+            heapq.heappush(self.open, (-probability, next(self._ties), index, continuation))
 
     def _take(self, count: int) -> list[_Label]:
         """Up to ``count`` of the best open labels that must be expanded; finishes those that end before them."""

@@ -85,7 +85,6 @@ def rank(
         [normalise(decode(ids[:length])) if length else "" for ids, length in zip(*image, strict=True)]
         for image in zip(samples.tokens_BKL.tolist(), samples.lengths_BK.tolist(), strict=True)
     ]
-    index_L = torch.arange(samples.tokens_BKL.shape[-1], device=samples.lengths_BK.device)
     if config.name == "clip":
         if images is None or clip is None:
             raise ValueError("ranking clip needs images and clip")
@@ -95,13 +94,13 @@ def rank(
     elif config.name == "prob":
         scores = samples.label_probs_BK.tolist()
     elif config.name == "ppl":  # over a label's tokens and its delimiter, which a cut label does not have
-        counted_BKL = index_L < (samples.lengths_BK + (~samples.cut_BK).int())[..., None]
-        log_BK = (samples.probs_BKL.log() * counted_BKL).sum(dim=-1) / counted_BKL.sum(dim=-1).clamp(min=1)
-        scores = log_BK.exp().tolist()
+        count_BK = samples.lengths_BK + (~samples.cut_BK).int()
+        scores = (samples.probs_BKL.log().sum(dim=-1) / count_BK).exp().tolist()
     else:
         if images is None or model is None:
             raise ValueError(f"ranking {config.name} needs images and model")
         value_BKL = _similarity(samples.tokens_BKL, model, images, config.name)
+        index_L = torch.arange(value_BKL.shape[-1], device=value_BKL.device)
         counted_BKL = index_L <= samples.lengths_BK[..., None]
         scores = ((value_BKL * counted_BKL).sum(dim=-1) / counted_BKL.sum(dim=-1)).tolist()
     ranked = []
