@@ -10,7 +10,7 @@ import lightning as L
 import numpy as np
 import torch
 from omegaconf import DictConfig
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import Progress
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -68,18 +68,16 @@ def extract(cfg: DictConfig) -> None:
     )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     encoder.to(device)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+
     computed = 0
-    with Progress(*columns) as progress:
-        task = progress.add_task("images", total=sampler.total)
+    with Progress() as progress:
 
         def batches() -> Iterator[Part]:
-            for keys, pixels, unusable, samples_read in loader:
+            for keys, pixels, unusable in progress.track(loader, description="features"):
                 if keys:
                     with torch.inference_mode():
                         tokens = encoder(pixels.to(device)).float().cpu()  # [n, N, D_encoder]
                     yield keys, tokens.numpy(), unusable
-                progress.advance(task, samples_read)
 
         for part in in_parts(batches(), max(1, PART_BYTES // meta.bytes_each)):
             writer.write(*part)
@@ -95,8 +93,8 @@ class Missing(Dataset):
     def __init__(self, shards: IndexedShards, store: FeatureStore, image_size: int):
         self.shards, self.store, self.image_size = shards, store, image_size
 
-    def __getitem__(self, item: tuple[int, np.ndarray]) -> tuple[list[bytes], Tensor, np.ndarray, int]:
-        """Keys [n], pixels uint8 [n, 3, S, S], which could not be decoded, bool [n], and the number of positions."""
+    def __getitem__(self, item: tuple[int, np.ndarray]) -> tuple[list[bytes], Tensor, np.ndarray]:
+        """Keys [n], pixels uint8 [n, 3, S, S], and which could not be decoded, bool [n]."""
         _, positions = item
         found: dict[bytes, Tensor | None] = {}
         for position in positions.tolist():
@@ -113,4 +111,4 @@ class Missing(Dataset):
                 found[key] = None
         blank = torch.zeros(3, self.image_size, self.image_size, dtype=torch.uint8)
         pixels = torch.stack([blank if p is None else p for p in found.values()]) if found else blank[None][:0]
-        return list(found), pixels, np.array([p is None for p in found.values()], dtype=bool), len(positions)
+        return list(found), pixels, np.array([p is None for p in found.values()], dtype=bool)
