@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize, pad
+from torch.nn.functional import normalize
 from transformers import AutoModel, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
@@ -47,7 +47,7 @@ def full_precision(device: torch.device) -> Iterator[None]:
 
 
 class TextEmbedder(ABC):
-    """Embeds labels and caches the rows in a table of 4·D bytes per distinct label (1.5 kB with MiniLM).
+    """Embeds each distinct label once and keeps its row: 4·D bytes, 1.5 kB with MiniLM.
 
     Not an nn.Module, so a module that has one neither trains nor saves it.
 
@@ -63,8 +63,7 @@ class TextEmbedder(ABC):
         at_least("The label embedder's batch_size", batch_size, 1)
         self.device = device
         self.batch_size = batch_size
-        self._rows: dict[str, int] = {}
-        self._table: Tensor | None = None
+        self._rows: dict[str, Tensor] = {}
 
     @abstractmethod
     def _compute(self, labels: Sequence[str]) -> Tensor:
@@ -85,20 +84,15 @@ class TextEmbedder(ABC):
         if isinstance(labels, str):
             raise TypeError(f"labels must be a sequence of strings, not one string: {labels!r}")
         new = [label for label in dict.fromkeys(labels) if label not in self._rows]
-        known, needed = len(self._rows), len(self._rows) + len(new)
-        with torch.inference_mode(False), torch.no_grad():  # a table made in inference mode is read-only outside it
-            if self._table is None:
-                if self.device is None:
-                    self.device = f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"
-                self.model.to(self.device)
-                self._table = torch.empty(1024, self.width, device=self.device)
-            if needed > len(self._table):  # doubles, so growing costs O(1) per label
-                self._table = pad(self._table, (0, 0, 0, max(needed, 2 * len(self._table)) - len(self._table)))
+        if self.device is None:
+            self.device = f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"
+        with torch.inference_mode(False), torch.no_grad():  # rows made in inference mode could not be used outside it
             if new:
-                with full_precision(self._table.device):
-                    self._table[known:needed] = self._compute(new)
-                self._rows.update(zip(new, range(known, needed), strict=True))
-            return self._table[[self._rows[label] for label in labels]]
+                self.model.to(self.device)
+                with full_precision(torch.device(self.device)):
+                    self._rows.update(zip(new, self._compute(new), strict=True))
+            rows = [self._rows[label] for label in labels]
+            return torch.stack(rows) if rows else torch.empty(0, self.width, device=self.device)
 
 
 class LabelEmbedder(TextEmbedder):

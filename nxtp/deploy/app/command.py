@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import os
 import tempfile
 from importlib.util import find_spec
@@ -35,7 +34,7 @@ def app(model: str, host: str, port: int, examples: Path | None, max_mb: int, de
     if find_spec("gradio") is None:
         raise UserError("The page needs gradio: pip install 'nxtp[app]'.")
     check_free(host, port)
-    if not _is_local(host):
+    if host not in ("localhost", "127.0.0.1", "::1"):
         click.secho(f"Anyone who reaches {host}:{port} over the network can use this page.", fg="yellow", err=True)
     from nxtp.inference.recognizer import Recognizer
 
@@ -52,10 +51,3 @@ def app(model: str, host: str, port: int, examples: Path | None, max_mb: int, de
             page.block_thread()
         finally:
             page.close(verbose=False)
-
-
-def _is_local(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
