@@ -215,7 +215,7 @@ def _named(images: Iterable[Any]) -> Iterator[ImageItem]:
     """Images as items, named by their path, by the name beside them, or by their number."""
     for number, image in enumerate(images):
         name, image = image if isinstance(image, tuple) else (image if isinstance(image, str | Path) else number, image)
-        yield ImageItem(str(name), lambda image=image: image)
+        yield ImageItem(str(name), partial(lambda given: given, image))
 
 
 def _names(pipe: BufferedIOBase, separator: bytes) -> Iterator[str]:
