@@ -251,11 +251,6 @@ def to_dataclass(cls: type[T], node: Any, where: str) -> T:
         raise UserError(f"{where}.{key}: {str(error).splitlines()[0]}") from error
 
 
-def _wandb_offline() -> bool:
-    """True without a W&B key: the run is then logged to disk, to be synchronised later."""
-    return not has_key()
-
-
 def _cpu_precision() -> str:
     """bf16-mixed on a CPU with bfloat16 instructions (half again as fast there), else 32-true."""
     import torch
@@ -265,5 +260,6 @@ def _cpu_precision() -> str:
 
 
 # At import, since the processes of a launcher compose a run's configuration again.
-OmegaConf.register_new_resolver("nxtp.wandb_offline", _wandb_offline, replace=True)
+# Without a W&B key a run is logged to disk, to be synchronised later.
+OmegaConf.register_new_resolver("nxtp.wandb_offline", lambda: not has_key(), replace=True)
 OmegaConf.register_new_resolver("nxtp.cpu_precision", _cpu_precision, replace=True)

@@ -30,7 +30,7 @@ def at_least(name: str, value: Any, lowest: float) -> None:
     Raises:
         UserError: ``value`` of the setting ``name`` is below ``lowest``, or no number.
     """
-    if not isinstance(value, Real) or not value >= lowest:
+    if not (isinstance(value, Real) and float(value) >= lowest):
         raise UserError(f"{name} must be ≥ {lowest}, got {value}.")
 
 

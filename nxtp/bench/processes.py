@@ -15,6 +15,7 @@ import torch
 from nxtp.bench.models import Worker
 from nxtp.errors import UserError
 from nxtp.model.flops import peak_memory_bytes
+from nxtp.model.hub import reason
 
 TOLERANCE = 1e-4  # of the results, relative
 WAYS = ("ours", "published")
@@ -57,8 +58,8 @@ class Child:
         try:
             result, self.peak = future.result()
         except (BrokenProcessPool, MemoryError, torch.OutOfMemoryError) as error:
-            text = str(error).splitlines()[0]
-            raise UserError(f"The process that measures '{self.way}' ended, perhaps out of memory: {text}") from None
+            what = f"The process that measures '{self.way}' ended, perhaps out of memory"
+            raise UserError(f"{what}: {reason(error)}.") from None
         return result
 
     def wait_until_ready(self) -> None:

@@ -41,15 +41,12 @@ class Cluster:
     between: float
     gpus_per_node: int = 8
 
-    def link(self, ranks: int) -> float:
-        return self.inside if ranks <= self.gpus_per_node else self.between
-
     def step_seconds(self, flops: float, sent: float, ranks: int, mfu: float) -> tuple[float, float, float]:
         """(computing, sending, the step) of one rank that computes ``flops`` and sends ``sent`` bytes."""
         peak = peak_flops(self.gpu, torch.bfloat16)
         assert peak is not None, self.gpu
         computing = flops / (peak * mfu)
-        sending = sent / self.link(ranks)
+        sending = sent / (self.inside if ranks <= self.gpus_per_node else self.between)
         return computing, sending, max(computing, sending)
 
 

@@ -8,7 +8,6 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import click
 from omegaconf import DictConfig, OmegaConf
@@ -32,14 +31,22 @@ class RunState:
     wall_time_s: float | None = None
     error: str | None = None
 
-    @classmethod
-    def of(cls, name: str, record: dict[str, Any]) -> RunState:
-        is_killed = record["status"] == "running" and not is_alive(record)
-        steps, monitor = record.get("steps"), record.get("monitor")
-        state = "killed" if is_killed else record["status"]
-        done = record.get("step", 0) / steps if steps else None
-        metric = record.get("metrics", {}).get(monitor)
-        return cls(name, state, done, monitor, metric, record.get("wall_time_s"), record.get("error"))
+
+def run_state(directory: Path) -> RunState:
+    record = read_record(directory)
+    if record is None:
+        return RunState(directory.name, "unreadable" if (directory / FILE).exists() else "planned")
+    is_killed = record["status"] == "running" and not is_alive(record)
+    steps, monitor = record.get("steps"), record.get("monitor")
+    return RunState(
+        name=directory.name,
+        state="killed" if is_killed else record["status"],
+        done=record.get("step", 0) / steps if steps else None,
+        monitor=monitor,
+        metric=record.get("metrics", {}).get(monitor),
+        wall_time_s=record.get("wall_time_s"),
+        error=record.get("error"),
+    )
 
 
 def states(directory: Path) -> list[RunState]:
@@ -54,12 +61,7 @@ def states(directory: Path) -> list[RunState]:
     if not names:
         near = nearest(directory.name, (d.name for d in directory.parent.glob("*") if d.is_dir()))
         raise UserError(f"No sweep in '{directory}'.{near} A sweep named NAME is in runs/NAME.")
-    found = []
-    for name in names:
-        record = read_record(directory / name)
-        missing = "unreadable" if (directory / name / FILE).exists() else "planned"
-        found.append(RunState(name, missing) if record is None else RunState.of(name, record))
-    return found
+    return [run_state(directory / name) for name in names]
 
 
 def print_states(runs: list[RunState]) -> None:
