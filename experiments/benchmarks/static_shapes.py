@@ -45,7 +45,7 @@ def static_step(
     branches = tokens_BK.shape[1]
     branch = torch.arange(branches, device=tokens_BK.device)[:, None]
     key = torch.arange(branches * (max_tokens - 1), device=tokens_BK.device)[None]
-    own = (key % branches == branch) & (key < step * branches)  # branch_mask of the layout, and no key of later steps
+    own = (key % branches == branch) & (key < step * branches)  # branch_mask of the attention rule, and no later key
     mask = torch.cat([own.new_ones(branches, prefix), own], dim=1)[None, None]
     decoder = model.decoder
     positions = (prefix - 1 + step).expand(1, branches)

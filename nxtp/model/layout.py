@@ -9,7 +9,7 @@ Which token attends to which follows from the segments: :mod:`nxtp.model.attenti
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from itertools import chain
 from typing import Any
@@ -64,8 +64,7 @@ class Layout:
         return attention_mask(self.segments_BT, self.num_image_tokens)
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> Layout:
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Layout(**{k: function(v) if isinstance(v, Tensor) else v for k, v in values.items()})
+        return replace(self, **{name: function(v) for name, v in vars(self).items() if isinstance(v, Tensor)})
 
     def to(self, *args: Any, **kwargs: Any) -> Layout:
         return self._map(lambda t: t.to(*args, **kwargs))

@@ -15,7 +15,7 @@ from torch import Tensor
 from nxtp.model.layout import PUBLISHED_LENGTH
 from nxtp.model.model import Model
 from nxtp.sampling.label_probability import Samples
-from nxtp.sampling.one_shot import MAX_LABEL_TOKENS
+from nxtp.sampling.one_shot import MAX_LABEL_TOKENS, first_tokens
 
 _IGNORE = -1
 
@@ -106,11 +106,9 @@ def published_one_shot(
     image_tokens_BND = model.encode(images)
     batch, num_image_tokens, _ = image_tokens_BND.shape
     prefix_BPD = model.embed(image_tokens_BND, torch.tensor(prompt, device=images.device).expand(batch, -1))
-    first_BV = last_logits(model, prefix_BPD, num_image_tokens).softmax(dim=-1)
-    candidates_BV = first_BV.clone()
-    candidates_BV[:, list(never_first)] = -1.0
-    count = min(top_k, first_BV.shape[1] - len(set(never_first)))
-    probs, tokens = (t.reshape(-1, 1) for t in candidates_BV.topk(count, dim=-1))
+    probs_BK, tokens_BK = first_tokens(last_logits(model, prefix_BPD, num_image_tokens), top_k, never_first)
+    count = tokens_BK.shape[1]
+    probs, tokens = probs_BK.reshape(-1, 1), tokens_BK.reshape(-1, 1)
 
     prefixes = prefix_BPD.repeat_interleave(count, dim=0)  # B·K sequences
     ended = tokens[:, 0] == delimiter
