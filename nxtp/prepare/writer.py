@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -43,12 +43,12 @@ class Skip(Exception):
     """A source item gives no sample; the argument is the kind under which it is counted."""
 
 
+@dataclass
 class Skipped:
     """Skipped source items: ``counts`` by kind, and the first ``names`` of each kind."""
 
-    def __init__(self) -> None:
-        self.counts: Counter[str] = Counter()
-        self.names: dict[str, list[str]] = {}
+    counts: Counter[str] = field(default_factory=Counter)
+    names: dict[str, list[str]] = field(default_factory=dict)
 
     def add(self, kind: str, *names: str, count: int = 1) -> None:
         self.counts[kind] += count
@@ -135,11 +135,10 @@ def write_set(
         manifest = _finished_set(out, made_by, options.overwrite)
         starts = range(0, len(items), options.shard_size)
         jobs = {f"{out.name}-{n:05d}.tar": items[i : i + options.shard_size] for n, i in enumerate(starts)}
+        known: dict[str, Any] = {name: _read_json(folder / f"{name}.json") for name in jobs}
         if manifest is not None:  # it does not list shards without samples
             known = {name: {"info": {"samples": 0}} for name in jobs}
             known |= {row["name"]: {"info": row} for row in manifest["shards"]}
-        else:
-            known = {name: _read_json(folder / f"{name}.json") for name in jobs}
         tasks = [(out / name, part, make, known[name]) for name, part in jobs.items()]
         try:
             results = _run(tasks, options.workers, console)
