@@ -115,6 +115,15 @@ def test_misspelt_settings_are_named(tmp_path, monkeypatch, argv, message):
         compose_and_run(lambda cfg: pytest.fail("ran"), "train", argv)
 
 
+def test_yaml_that_is_broken_is_one_line(tmp_path, monkeypatch):
+    (tmp_path / "experiments" / "mine").mkdir(parents=True)
+    (tmp_path / "experiments" / "mine" / "full.yaml").write_text("name: [mine\noptim: {\n")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"expected .* in \".*full.yaml\", line") as error:
+        compose_and_run(lambda cfg: pytest.fail("ran"), "train", ["study=mine/full"])
+    assert "\n" not in str(error.value)
+
+
 def test_the_users_own_conf_is_searched_too(tmp_path, monkeypatch):
     (tmp_path / "conf" / "experiment").mkdir(parents=True)
     (tmp_path / "conf" / "experiment" / "mine.yaml").write_text("# @package _global_\nname: mine\noptim: {lr: 0.125}\n")

@@ -92,7 +92,6 @@ def data(**options: Any) -> None:
 @seed
 @number("--images", 10_000, "In the stream.")
 @number("--plain-images", 40, "The first of them, which one label at a time also gets.")
-@click.option("--semantic", default="packaged", show_default=True, help="packaged, a directory, or a hub name.")
 def metric(**options: Any) -> None:
     """Labels per second of the semantic metric, ours and one label at a time."""
     run("metric", **options)

@@ -1,8 +1,7 @@
 """`nxtp bench data`: our shards → batches against plain PIL + WebDataset and open_clip's get_wds_dataset.
 
-All three read the same shards in this process on one core and are timed in turn (A B C A B C …). Ours makes whole
-batches: shuffled samples, nouns found in the captions, labels tokenised and laid out. The others make pixels and
-keep the captions as they are (open_clip tokenises them whole).
+All three read the same shards on one core, in turn. Ours makes whole batches: shuffled samples, nouns of the captions,
+tokens and layout. The others make pixels and keep the captions (open_clip tokenises them whole).
 """
 
 from __future__ import annotations

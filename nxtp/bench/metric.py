@@ -14,7 +14,7 @@ from torch.nn.functional import normalize
 
 from nxtp.bench.reporting import build_table, machine_description, machine_line
 from nxtp.errors import UserError
-from nxtp.eval.embedders import LabelEmbedder, label_embedder
+from nxtp.eval.embedders import LabelEmbedder
 from nxtp.eval.metrics import Scores, SemanticMatch, semantic_scores
 
 VOCABULARY = 8_637  # distinct nouns of the published validation captions
@@ -66,7 +66,7 @@ def plain_scores(embedder: LabelEmbedder, predictions: Stream, targets: Stream) 
     return Scores(*torch.tensor(scores).T)
 
 
-def measure_metric(*, images: int, plain_images: int, semantic: str, seed: int) -> dict[str, Any]:
+def measure_metric(*, images: int, plain_images: int, seed: int) -> dict[str, Any]:
     """Both ways on the same stream, the plain one on its first images, where they agree to ``TOLERANCE``.
 
     Raises:
@@ -74,9 +74,7 @@ def measure_metric(*, images: int, plain_images: int, semantic: str, seed: int) 
     """
     predictions, targets = make_stream(images, seed)
     plain_images = min(plain_images, images)
-    embedder = label_embedder(semantic, device="cpu")
-    if not isinstance(embedder, LabelEmbedder):
-        raise UserError("--semantic must be a sentence encoder: packaged, a directory or a hub name.")
+    embedder = LabelEmbedder("packaged", device="cpu")
     head = predictions[:plain_images], targets[:plain_images]
     embedder.model(**embedder.tokenizer("warm", return_tensors="pt"))
     begin = time.perf_counter()
