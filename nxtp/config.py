@@ -154,7 +154,7 @@ def help_text(command: str, config_name: str, argv: Sequence[str]) -> str:
                 options.setdefault(str(file.parent.relative_to(place)), []).append(file.stem)
         if group == "study":
             options[group] = study_names()
-    lines = [f"  {name}={'|'.join(found)}" for name, found in options.items()]
+    lines = [f"  {name}={'|'.join(dict.fromkeys(found))}" for name, found in options.items()]
     return f"""nxtp {command} [GROUP=OPTION] [KEY=VALUE] …
 
 GROUP=OPTION takes a file of conf/ (yours in ./conf, then nxtp's):
