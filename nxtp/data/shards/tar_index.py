@@ -213,8 +213,7 @@ def _members(fd: int, end: int) -> Iterator[tuple[str, int, int, bytes]]:
     Formats: ustar, GNU long names, pax. _Damage if the tar ends early or a header is not one.
     """
     position = 0
-    long_name: bytes | None = None
-    long_size: int | None = None
+    extended: dict[bytes, bytes] = {}  # what the headers before a member say of it
     while position < end or position == 0:
         header = os.pread(fd, _BLOCK, position)
         if position == 0 and (not header or header.startswith(_COMPRESSED)):
@@ -232,15 +231,13 @@ def _members(fd: int, end: int) -> Iterator[tuple[str, int, int, bytes]]:
             if kind in b"xXL" and size > _MAX_NAME_BYTES:
                 raise _Damage("corrupt shard")
             if kind in b"xX":
-                records = _pax_records(os.pread(fd, size, data))
-                long_name = records.get(b"path", long_name)
-                long_size = _number(records[b"size"], 10) if b"size" in records else long_size
+                extended |= _pax_records(os.pread(fd, size, data))
             elif kind == b"L":
-                long_name = os.pread(fd, size, data).split(b"\0", 1)[0]
+                extended[b"path"] = os.pread(fd, size, data).split(b"\0", 1)[0]
             continue
-        name = name if long_name is None else long_name
-        size = size if long_size is None else long_size
-        long_name = long_size = None
+        name = extended.get(b"path", name)
+        size = _number(extended[b"size"], 10) if b"size" in extended else size
+        extended = {}
         if kind in b"123456":  # links, devices, directories: no data
             position = data
             continue
