@@ -97,13 +97,15 @@ def serving(root: Path, stall: tuple[str, ...] = ()) -> Iterator[tuple[str, type
 # Commands as fresh processes, forked from one that has imported the libraries: a second each instead of ten.
 
 forks = multiprocessing.get_context("forkserver")
-forks.set_forkserver_preload(
-    [
-        *("torch", "transformers.models.llama.modeling_llama", "open_clip", "lightning", "textblob", "lemminflect"),
-        *("nxtp.cli", "nxtp.config", "nxtp.sweep.sweep", "nxtp.train.command", "nxtp.eval.command"),
-        *("nxtp.inference.recognizer", "nxtp.inference.streaming", "nxtp.data.datamodule", "nxtp.eval.metrics"),
-    ]
-)
+forks.set_forkserver_preload(["tests.preloaded"])
+
+
+def fork(function, *arguments) -> multiprocessing.Process:
+    """A started process; the server itself finds tests/ where the repository is its working directory."""
+    process = forks.Process(target=function, args=arguments)
+    with chdir(Path(__file__).parent.parent):
+        process.start()
+    return process
 
 
 def nxtp_here(arguments: list[str], cwd: str, out: str, error: str, environment: dict[str, str]) -> None:
@@ -173,9 +175,7 @@ def start_nxtp(*arguments: str, cwd: Path, ranks: int = 1, **environment: str) -
     processes = []
     for rank in range(ranks):
         own = {**environment, "LOCAL_RANK": str(rank)} if ranks > 1 else environment
-        process = forks.Process(target=nxtp_here, args=(list(arguments), str(cwd), str(log), str(log), own))
-        process.start()
-        processes.append(process)
+        processes.append(fork(nxtp_here, list(arguments), str(cwd), str(log), str(log), own))
     return Command(processes, log)
 
 
@@ -192,8 +192,7 @@ def run_nxtp(*arguments: str, cwd: Path, fresh: bool = False, **environment: str
         return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300, env=every)
     with tempfile.TemporaryDirectory() as directory:
         logs = [Path(directory, name) for name in ("out", "error")]
-        process = forks.Process(target=nxtp_here, args=(list(arguments), str(cwd), *map(str, logs), environment))
-        process.start()
+        process = fork(nxtp_here, list(arguments), str(cwd), *map(str, logs), environment)
         process.join(300)
         if process.is_alive():
             process.kill()

@@ -76,10 +76,11 @@ def reference(request, root):
 
 
 def pairs():
-    """References and ways; most are slow: make test-all."""
+    """References and ways. Two have everything between them: both objectives, both strategies, accumulation, frozen
+    parts. The others are slow."""
     for objective, parts in (("matched", "all"), ("published", "mixed")):
         for way in WAYS:
-            often = way in ("ddp_accumulated", "fsdp")
+            often = (objective, way) in (("matched", "fsdp"), ("published", "ddp_accumulated"))
             if way != "one":
                 marks = [] if often else [pytest.mark.slow]
                 yield pytest.param((objective, parts), way, id=f"{objective}-{parts}-{way}", marks=marks)

@@ -1,0 +1,18 @@
+"""What the tests' fork server imports once, so that each forked command starts with it: libraries, nouns' tables."""
+
+# ruff: noqa: F401
+import lightning
+import open_clip
+import transformers.models.llama.modeling_llama
+
+import nxtp.cli
+import nxtp.data.datamodule
+import nxtp.eval.command
+import nxtp.eval.metrics
+import nxtp.inference.recognizer
+import nxtp.inference.streaming
+import nxtp.sweep.sweep
+import nxtp.train.command
+from nxtp.data.labels.nouns import noun_backend
+
+noun_backend()("Two dogs leaped over fences.")
