@@ -70,7 +70,8 @@ class DataConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, lowest in {"batch_size": 1, "val_batch_size": 1, "num_workers": 0, "shuffle_window": 0}.items():
+        lowests = {"batch_size": 1, "val_batch_size": 1, "num_workers": 0, "shuffle_window": 0, "max_labels": 1}
+        for name, lowest in lowests.items():
             at_least(f"data.{name}", getattr(self, name), lowest)
         if not 0 <= self.max_skip_fraction <= 1:
             raise UserError(f"data.max_skip_fraction must be ≥ 0 and ≤ 1, got {self.max_skip_fraction}.")

@@ -331,6 +331,7 @@ def test_given_labels_of_training(tmp_path, given):
         ("max_skip_fraction", 2, "must be ≥ 0 and ≤ 1, got 2."),
         ("max_skip_fraction", -0.1, "must be ≥ 0 and ≤ 1, got -0.1."),
         ("num_workers", -1, "must be ≥ 0, got -1."),
+        ("max_labels", 0, "must be ≥ 1, got 0."),
     ],
 )
 def test_settings_out_of_range(setting, value, message):
