@@ -94,9 +94,7 @@ def exact_scores(
     recall = hits / number of targets, precision = hits / min(k, number of predictions), 0 without predictions;
     F1 = 2PR/(P+R), 0 without hits.
 
-    Args:
-        predictions: labels of B images, best first (``top_k`` None: all count).
-        targets: reference labels of B images. An image without any gets NaN.
+    Arguments as of :func:`semantic_scores`.
     """
     _check(predictions, targets, top_k)
     rows = []

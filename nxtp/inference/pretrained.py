@@ -90,7 +90,6 @@ class Pretrained(  # type: ignore[call-arg]  # the mixin takes these; its types 
         """Upload the model directory with a model card; returns the commit's URL.
 
         Args:
-            repo_id: "owner/name".
             options: private, token, branch, create_pr, commit_message, … of ``ModelHubMixin.push_to_hub``.
         """
         provenance = yaml.safe_dump(self.provenance or {"run": "unknown"}, sort_keys=False, allow_unicode=True).strip()

@@ -34,16 +34,11 @@ _LONGEST_NAME = 1 << 16  # bytes of a name on a pipe
 
 @dataclass(frozen=True)
 class ImageItem:
-    """An image that has not been read yet.
+    """An image not yet read: ``read()`` returns what ``Recognizer.transform`` takes, or raises ImageError."""
 
-    ``image``  its path, its key in a shard, or the name it was given
-    ``read``   returns what :meth:`nxtp.Recognizer.transform` takes, or raises ImageError
-    ``shard``  the URL of its shard, if it is in one
-    """
-
-    image: str
+    image: str  # its path, its key in a shard, or the name it was given
     read: Callable[[], Any] = field(repr=False, compare=False)
-    shard: str | None = None
+    shard: str | None = None  # the URL of its shard, if it is in one
 
     @property
     def name(self) -> str:
@@ -52,17 +47,11 @@ class ImageItem:
 
 @dataclass(frozen=True)
 class Prediction:
-    """One image's labels, or why it has none.
+    """One image's labels, or why it has none."""
 
-    ``item``              the image; ``item.read()`` reads it again
-    ``labels``            [(label, probability), …], most probable first; None if the image cannot be read
-    ``error``             why it cannot be read; else None
-    ``image``, ``shard``  the item's
-    """
-
-    item: ImageItem
-    labels: Labels | None = None
-    error: str | None = None
+    item: ImageItem  # ``item.read()`` reads the image again
+    labels: Labels | None = None  # [(label, probability), …], most probable first; None if it cannot be read
+    error: str | None = None  # why it cannot be read
 
     @property
     def image(self) -> str:
@@ -125,10 +114,8 @@ def stream(
     """Predictions in the order of ``source``. One for an image that cannot be read has an error instead of labels.
 
     Args:
-        label: uint8 [B, 3, S, S] → the labels of each.
-        transform: an image → uint8 [3, S, S]; raises ImageError.
-        batch_size: images per call of ``label``.
-        workers: threads that read and decode.
+        label: uint8 [B, 3, S, S] → the labels of each, a batch per call.
+        transform: an image → uint8 [3, S, S]; raises ImageError. Runs in ``workers`` threads.
         ahead: images in memory, decoded or being decoded; by default two batches.
     """
 

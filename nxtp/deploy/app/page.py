@@ -180,9 +180,7 @@ def launch(page: gr.Blocks, uploads: Path, host: str, port: int, max_bytes: int,
     With gradio's own launch, not mounted in another application: only then gradio refuses paths that nobody uploaded.
 
     Args:
-        uploads: gradio's directory of files, GRADIO_TEMP_DIR.
-        max_bytes: of an uploaded image.
-        kept: the number of uploads that are kept.
+        uploads: gradio's directory of files, GRADIO_TEMP_DIR; the last ``kept`` stay there.
     """
     guard = Middleware(UploadGuard, directory=uploads, max_bytes=max_bytes, kept=kept)
     closed = {"docs_url": None, "redoc_url": None, "openapi_url": None}

@@ -30,31 +30,21 @@ Labels = list[tuple[str, float]]
 
 @dataclass(frozen=True)
 class Config:
-    """What the runner needs to know about a model.
+    """What the runner needs to know about a model."""
 
-    ``image_size``        pixels per side      ``num_image_tokens``  N
-    ``prompt``            BOS and prompt ids   ``delimiter``         the id that ends a label
-    ``never_first``       ids that cannot start a label
-    ``max_label_tokens``  where a label without a delimiter is cut
-    ``cleans_spaces``     whether the tokenizer removes spaces before punctuation
-    ``blocks, heads, head_width, width``  shape of the decoder's keys; D
-    ``weights``           float32, or int8
-    ``provenance``        where the weights come from
-    """
-
-    image_size: int
-    num_image_tokens: int
-    prompt: list[int]
-    delimiter: int
-    never_first: list[int]
-    max_label_tokens: int
-    cleans_spaces: bool
+    image_size: int  # pixels per side
+    num_image_tokens: int  # N
+    prompt: list[int]  # BOS and prompt ids
+    delimiter: int  # the id that ends a label
+    never_first: list[int]  # ids that cannot start a label
+    max_label_tokens: int  # where a label without a delimiter is cut
+    cleans_spaces: bool  # whether the tokenizer removes spaces before punctuation
     blocks: int
-    heads: int
+    heads: int  # of the keys
     head_width: int
-    width: int
-    weights: str
-    provenance: dict[str, Any]
+    width: int  # D
+    weights: str  # float32, or int8
+    provenance: dict[str, Any]  # where the weights come from
     format: int = FORMAT
 
 
