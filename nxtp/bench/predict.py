@@ -79,18 +79,9 @@ def measure_predict(
     }
     for k in COUNTS:
         rows[f"ours@{k}"] |= {"images_per_s": batch_size / median(batches[k]), "peak_bytes": peaks[k]}
-    return (
-        options
-        | result
-        | {
-            "difference": max(differences),
-            "rows": rows,
-            "parameters": ours.parameters,
-            "steps": steps,
-            "repeats": repeats,
-            "machine": machine_description(device),
-        }
-    )
+    result |= {"difference": max(differences), "rows": rows, "parameters": ours.parameters}
+    result |= {"steps": steps, "repeats": repeats, "machine": machine_description(device)}
+    return options | result
 
 
 def predict_table(result: dict[str, Any]) -> Group:
