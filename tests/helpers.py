@@ -97,13 +97,13 @@ def serving(root: Path, stall: tuple[str, ...] = ()) -> Iterator[tuple[str, type
 # Commands as fresh processes, forked from one that has imported the libraries: a second each instead of ten.
 
 forks = multiprocessing.get_context("forkserver")
-forks.set_forkserver_preload(["tests.preloaded"])
+forks.set_forkserver_preload(["preloaded"])
 
 
 def fork(function, *arguments) -> multiprocessing.Process:
-    """A started process; the server itself finds tests/ where the repository is its working directory."""
+    """A started process. The server, started by the first, finds preloaded.py in its working directory."""
     process = forks.Process(target=function, args=arguments)
-    with chdir(Path(__file__).parent.parent):
+    with chdir(Path(__file__).parent):
         process.start()
     return process
 
