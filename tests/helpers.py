@@ -20,6 +20,7 @@ from contextlib import chdir, contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from multiprocessing import forkserver
 from pathlib import Path
 from unittest import mock
 
@@ -100,11 +101,17 @@ forks = multiprocessing.get_context("forkserver")
 forks.set_forkserver_preload(["preloaded"])
 
 
-def fork(function, *arguments) -> multiprocessing.Process:
-    """A started process. The server, started by the first, finds preloaded.py in its working directory."""
-    process = forks.Process(target=function, args=arguments)
+def start_fork_server() -> None:
+    """It finds preloaded.py in its working directory. Started by anything else, it would preload nothing."""
     with chdir(Path(__file__).parent):
-        process.start()
+        forkserver.ensure_running()
+
+
+def fork(function, *arguments) -> multiprocessing.Process:
+    """A started process."""
+    start_fork_server()
+    process = forks.Process(target=function, args=arguments)
+    process.start()
     return process
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from helpers import forks, write_shards
+from helpers import forks, start_fork_server, write_shards
 from rich.console import Console
 
 from nxtp.bench import command, processes
@@ -29,6 +29,7 @@ pytestmark = pytest.mark.costly
 @pytest.fixture
 def forked(monkeypatch):
     """Children forked from a process that has imported the libraries, which a spawned one takes seconds for."""
+    start_fork_server()
     monkeypatch.setattr(processes, "START_METHOD", forks.get_start_method())
 
 
