@@ -31,9 +31,9 @@ def _numbers(context: click.Context, parameter: click.Parameter, value: str) -> 
 @click.option("--global-batch", type=click.IntRange(1), help="Images per step; default: the recipe's images per GPU.")
 @click.option("--inside", type=float, default=450.0, show_default=True, help="GB/s per GPU in a node.")
 @click.option("--between", type=float, default=50.0, show_default=True, help="GB/s per GPU between nodes.")
-@click.option("--json", is_flag=True, help="Print one JSON object as the last line.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of tables.")
 @click.pass_context
-def describe(context: click.Context, plan: bool, **options: Any) -> None:
+def describe(context: click.Context, plan: bool, as_json: bool, **options: Any) -> None:
     """Parameters by part, tokens, FLOPs and memory per rank of a configuration, in seconds and without data."""
     from hydra._internal.utils import get_args_parser
 
@@ -43,19 +43,23 @@ def describe(context: click.Context, plan: bool, **options: Any) -> None:
     if {"--help", "-h"} & set(arguments):
         click.echo(f"{context.get_help()}\n\n{help_text('describe', 'train', arguments)}")
         return
-    names = [f"--{name.replace('_', '-')}" for name in options]
+    names = [f"--{name.replace('_', '-')}" for name in options]  # of those that need --plan
     for unknown in get_args_parser().parse_known_args(context.args)[1]:
-        context.fail(f"No option '{unknown}'.{nearest(unknown, ['--plan', *names])}")
+        context.fail(f"No option '{unknown}'.{nearest(unknown, ['--plan', '--json', *names])}")
     if not plan:
         for name, option in zip(names, options, strict=True):
             if context.get_parameter_source(option) is ParameterSource.COMMANDLINE:
                 context.fail(f"{name} needs --plan.")
-        compose_and_run("nxtp.cost.describe:describe", "train", arguments)
-        return
 
     composed: list[Any] = []
     compose_and_run(composed.append, "train", arguments)
-    if composed:  # not with --cfg, which prints the configuration and stops
+    if not composed:  # with --cfg, which prints the configuration and stops
+        return
+    if plan:
         from nxtp.cost.plan import print_plan
 
-        print_plan(composed[0], " ".join(context.args), **options)
+        print_plan(composed[0], " ".join(context.args), as_json=as_json, **options)
+    else:
+        from nxtp.cost.describe import print_description
+
+        print_description(composed[0], as_json)

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
+from typing import Any
+
+import click
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
-from nxtp.cost.memory import LABEL_TOKENS, LABELS, PROMPT_TOKENS, Memory, Step, memory, sections, step_of
+from nxtp.cost.memory import LABEL_TOKENS, LABELS, PROMPT_TOKENS, memory, sections, step_of
 from nxtp.model.flops import count_parameters, meta_model, training_flops
 
 GPU_SIZES_GB = (16, 24, 40, 48, 80, 141)
@@ -14,17 +19,34 @@ RESERVED_GB = 2  # CUDA's context, buffers of NCCL and cuBLAS
 NAMES = {"optimizer": "optimiser state", "working": "working memory"}
 
 
-def describe(cfg: DictConfig) -> None:
-    """Print what the composed configuration would train.
+def description(cfg: DictConfig) -> dict[str, Any]:
+    """What the composed configuration would train, as ``nxtp describe --json`` prints it.
 
     Raises:
-        UserError: the memory of its strategy and precision is not known; then nothing is printed.
+        UserError: the memory of its strategy and precision is not known.
     """
     config, vocabulary, optim, parallel = sections(cfg)
     step = step_of(cfg)
     needed = memory(config, vocabulary, optim, step, parallel)
     model = meta_model(config, vocabulary, optim.trainable)
-    counts = count_parameters(model)
+    forward, backward = training_flops(model, prompt_tokens=PROMPT_TOKENS, labels=LABELS, label_tokens=LABEL_TOKENS)
+    return {
+        "parameters": count_parameters(model),
+        "vocabulary": vocabulary,  # rows, at most: the tokenizer is trained on the labels; null: the decoder's own
+        "tokens_per_image": model.num_image_tokens + 1 + PROMPT_TOKENS + LABELS * (LABEL_TOKENS + 1),
+        "image_tokens": model.num_image_tokens,
+        "flops_per_image": {"forward": forward, "backward": backward},
+        "step": asdict(step),
+        "memory_bytes": {"most": needed.most, "peak": needed.peak, "total": needed.total},
+    }
+
+
+def print_description(cfg: DictConfig, as_json: bool = False) -> None:
+    found = description(cfg)
+    if as_json:
+        click.echo(json.dumps(found))
+        return
+    counts = found["parameters"]
     table = Table(title="Parameters (millions)")
     for column in ("part", "all", "trained", "frozen"):
         table.add_column(column, justify="left" if column == "part" else "right")
@@ -33,32 +55,32 @@ def describe(cfg: DictConfig) -> None:
         cells = (f"{count / 1e6:,.2f}" for count in (every, trained, every - trained))
         table.add_row(part, *cells, style="bold" if part == "total" else None, end_section=part == "decoder")
 
-    forward, backward = training_flops(model, prompt_tokens=PROMPT_TOKENS, labels=LABELS, label_tokens=LABEL_TOKENS)
-    prefix = model.num_image_tokens + 1 + PROMPT_TOKENS
+    flops = found["flops_per_image"]
     console = Console(highlight=False)
     console.print(table)
     console.print(
-        f"tokens per image  {prefix + LABELS * (LABEL_TOKENS + 1)}: {model.num_image_tokens} of the image, "
+        f"tokens per image  {found['tokens_per_image']}: {found['image_tokens']} of the image, "
         f"1 + {PROMPT_TOKENS} of the prompt, {LABELS} labels of {LABEL_TOKENS} tokens and a delimiter\n"
-        f"FLOPs per image   {forward / 1e9:,.2f} G forward, {backward / 1e9:,.2f} G backward"
+        f"FLOPs per image   {flops['forward'] / 1e9:,.2f} G forward, {flops['backward'] / 1e9:,.2f} G backward"
     )
-    if vocabulary is not None:
-        console.print(f"vocabulary        up to {vocabulary} rows (the tokenizer is trained on the labels)")
-    console.print(memory_table(needed, step))
-    if step.on_gpu:
-        gigabytes = needed.total / 1e9 + RESERVED_GB
+    if found["vocabulary"] is not None:
+        console.print(f"vocabulary        up to {found['vocabulary']} rows (the tokenizer is trained on the labels)")
+    console.print(memory_table(found["memory_bytes"], found["step"]))
+    if found["step"]["on_gpu"]:
+        gigabytes = found["memory_bytes"]["total"] / 1e9 + RESERVED_GB
         fits = next((f"a GPU of {size} GB" for size in GPU_SIZES_GB if gigabytes <= size), "no known GPU")
         console.print(f"fits              {fits}, with {RESERVED_GB} GB for CUDA, NCCL and cuBLAS")
 
 
-def memory_table(memory: Memory, step: Step) -> Table:
-    """What a rank stores, and the peak of a training step."""
-    caption = f"{step.ranks} rank{'s' * (step.ranks > 1)}, {step.strategy}, {step.batch} images each, {step.precision}"
+def memory_table(memory: dict[str, Any], step: dict[str, Any]) -> Table:
+    """What a rank stores, and the peak of a training step; both as in :func:`description`."""
+    ranks = f"{step['ranks']} rank{'s' * (step['ranks'] > 1)}"
+    caption = f"{ranks}, {step['strategy']}, {step['batch']} images each, {step['precision']}"
     table = Table(title="Memory per rank (GB)", caption=caption)
     for column in ("part", "at most", "at the peak"):
         table.add_column(column, justify="left" if column == "part" else "right")
-    for part, size in memory.peak.items():
-        most = f"{memory.most[part] / 1e9:,.2f}" if part in memory.most else ""
+    for part, size in memory["peak"].items():
+        most = f"{memory['most'][part] / 1e9:,.2f}" if part in memory["most"] else ""
         table.add_row(NAMES.get(part, part), most, f"{size / 1e9:,.2f}", end_section=part == "working")
-    table.add_row("total", "", f"{memory.total / 1e9:,.2f}", style="bold")
+    table.add_row("total", "", f"{memory['total'] / 1e9:,.2f}", style="bold")
     return table

@@ -10,7 +10,7 @@ MFU and the rates of the links are assumed; the table prints them.
 
 from __future__ import annotations
 
-import json as json_module
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -201,15 +201,16 @@ def published_model() -> Model:
 
 
 def print_plan(
-    cfg: DictConfig, recipe: str, *, json: bool, inside: float, between: float, gpus: Sequence[int], **options: Any
+    cfg: DictConfig, recipe: str, *, as_json: bool, inside: float, between: float, gpus: Sequence[int], **options: Any
 ) -> None:
     """Print the plan of a composed recipe and the check against the published runs; ``inside``, ``between`` in GB/s."""
     cluster = replace(H100, inside=inside * 1e9, between=between * 1e9)
     result = {"recipe": recipe, **plan(cfg, gpus, cluster=cluster, **options)}
     result["published"] = check_published(published_model())
-    Console().print(plan_table(result))
-    if json:
-        print(json_module.dumps(result), flush=True)
+    if as_json:
+        click.echo(json.dumps(result))
+    else:
+        Console().print(plan_table(result))
 
 
 def plan_table(result: dict[str, Any]) -> Group:

@@ -99,7 +99,7 @@ def sweep() -> None:
 @click.option(
     "--runs", type=click.Path(path_type=Path), default=Path("runs"), show_default=True, help="Directory of runs."
 )
-@click.option("--json", "as_json", is_flag=True, help="For machines: a list of runs.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the table.")
 def status(study: str, runs: Path, as_json: bool) -> None:
     """Show the runs of STUDY (a sweep's name, or the directory of its runs): state, progress, best metric.
 
@@ -107,7 +107,7 @@ def status(study: str, runs: Path, as_json: bool) -> None:
     """
     found = states(Path(study) if Path(study, "multirun.yaml").is_file() else runs / study)
     if as_json:
-        click.echo(json.dumps([asdict(run) for run in found], indent=1))
+        click.echo(json.dumps({"runs": [asdict(run) for run in found]}))
     else:
         print_states(found)
     sys.exit(any(run.state in ("failed", "killed", "unreadable") for run in found))

@@ -1,5 +1,6 @@
 """Memory before a run, against PyTorch's account of real training steps and against arithmetic."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -197,8 +198,16 @@ def test_describe_prints_memory_per_rank(tmp_path, monkeypatch):
     def run(*arguments: str):
         return CliRunner().invoke(describe, ["trainer=fsdp", *arguments])
 
-    done = run("trainer.devices=8", "trainer.num_nodes=2", *TINY_OVERRIDES)
+    done = run("trainer.devices=8", "trainer.num_nodes=2", *TINY_OVERRIDES, "--json")
     assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    assert found["image_tokens"] == 16
+    assert (found["step"]["strategy"], found["step"]["ranks"]) == ("fsdp", 16)
+    assert found["memory_bytes"]["total"] == sum(found["memory_bytes"]["peak"].values()) > 0
+    with monkeypatch.context() as patch:  # it takes seconds
+        patch.setattr("nxtp.cost.describe.description", lambda cfg: found)
+        done = run()
+    assert f"{found['parameters']['total'] / 1e6:.2f}" in done.output
     assert "Memory per rank (GB)" in done.output
     assert "16 ranks, fsdp, 64 images each, bf16-mixed" in " ".join(done.output.split())
     assert "a GPU of 16 GB" in done.output

@@ -1,5 +1,6 @@
 """The plan's formulas against small cases computed by hand and against what FSDP sends."""
 
+import io
 import json
 
 import pytest
@@ -8,11 +9,21 @@ import torch.distributed as dist
 from click.testing import CliRunner
 from helpers import TINY_OVERRIDES, tiny_config
 from omegaconf import OmegaConf
+from rich.console import Console
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nxtp.cost.command import describe
 from nxtp.cost.memory import Step, _fake_mesh
-from nxtp.cost.plan import A100, H100, check_published, images_of, published_flops, published_model, sent_bytes
+from nxtp.cost.plan import (
+    A100,
+    H100,
+    check_published,
+    images_of,
+    plan_table,
+    published_flops,
+    published_model,
+    sent_bytes,
+)
 from nxtp.data.config import DataConfig
 from nxtp.distributed.parallelize import ParallelConfig, parallelize
 from nxtp.errors import UserError
@@ -110,12 +121,12 @@ def run(*arguments: str):
     return CliRunner().invoke(describe, ["--plan", *arguments], catch_exceptions=True)
 
 
-def test_the_command_prints_a_table_and_one_object(tmp_path, monkeypatch):
+def test_the_command_prints_one_object_or_tables_of_it(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     done = run("experiment=g3m", *SMALL, "--gpus", "2,16", "--global-batch", "64", "--json")
     assert done.exit_code == 0, done.output
     assert "planning fsdp on 16 GPUs" in done.stderr
-    result = json.loads(done.stdout.splitlines()[-1])
+    result = json.loads(done.stdout)
     assert [(row["gpus"], row["strategy"], row["images_per_gpu"]) for row in result["rows"]] == [
         (2, "ddp", 32),
         (2, "fsdp", 32),
@@ -124,8 +135,10 @@ def test_the_command_prints_a_table_and_one_object(tmp_path, monkeypatch):
     ]
     first = result["rows"][0]
     assert first["hours"] == pytest.approx(3_645_221 * 3 / 64 * first["step_s"] / 3600)
-    assert "The published runs" in done.stdout
-    assert "…" not in done.stdout  # at the 80 columns of a runner
+    console = Console(width=80, file=io.StringIO())
+    console.print(plan_table(result))
+    assert "The published runs" in console.file.getvalue()
+    assert "…" not in console.file.getvalue()
 
 
 def test_what_cannot_be_planned_is_an_error(tmp_path, monkeypatch):

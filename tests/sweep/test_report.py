@@ -131,6 +131,21 @@ def test_check_changes_nothing_and_names_what_differs(study):
     assert (study / "results.csv").read_text() == "edited"
 
 
+def test_json_is_one_object_with_the_means(study):
+    done = run(study, "--json")
+    assert done.exit_code == 0
+    found = json.loads(done.stdout)
+    assert (found["study"], found["metrics"]["val/recall@10"]) == ("depth", "recall@10")
+    assert sorted(found["changed"]) == ["README.md", "plot.svg", "records.jsonl", "results.csv"]
+    laptop = next(line for line in found["lines"] if line["columns"] == {"blocks kept": "2", "which": "first"})
+    assert (laptop["size"], laptop["values"]["val/recall@10"]["n"]) == ("laptop", 3)
+    assert laptop["values"]["val/recall@10"]["mean"] == pytest.approx(0.61)
+    (study / "results.csv").write_text("edited")
+    done = run(study, "--check", "--json")
+    assert (done.exit_code, json.loads(done.stdout)["changed"]) == (1, ["results.csv"])
+    assert (study / "results.csv").read_text() == "edited"
+
+
 def test_a_run_done_again_replaces_its_record(study):
     run(study)
     file = next((study.parent.parent / "runs").glob("**/*depth=1,seed=0/run.json"))

@@ -236,7 +236,10 @@ def test_status_tells_each_runs_state(stand_in):
     printed = CliRunner().invoke(status, ["deep"])
     assert printed.exit_code == 1
     assert "50%" in printed.output
-    assert [row["name"] for row in json.loads(CliRunner().invoke(status, ["deep", "--json"]).output)] == list(found)
+    printed = CliRunner().invoke(status, ["deep", "--json"])
+    assert printed.exit_code == 1
+    rows = json.loads(printed.stdout)["runs"]
+    assert {row["name"]: (row["state"], row["done"], row["metric"]) for row in rows} == found
     with pytest.raises(UserError, match="Did you mean 'deep'"):
         states(stand_in / "runs" / "deap")
 

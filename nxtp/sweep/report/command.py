@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import click
@@ -112,7 +114,8 @@ def find(study: str) -> Path | None:
 )
 @click.option("--check", is_flag=True, help="Change nothing; exit code 1 if a generated file differs.")
 @click.option("--wandb", metavar="ENTITY/PROJECT", help="Also read records from W&B.")
-def report(study: str, runs: Path, check: bool, wandb: str | None) -> None:
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the table.")
+def report(study: str, runs: Path, check: bool, wandb: str | None, as_json: bool) -> None:
     """Make table and plot of STUDY (a folder of experiments/), or of any directory of runs."""
     folder = find(study)
     remote = rec.from_wandb(wandb) if wandb else []
@@ -139,10 +142,13 @@ def report(study: str, runs: Path, check: bool, wandb: str | None) -> None:
             rec.note(f"{folder.name}: no finished run")
         files, rows, spec = generated(folder, records)
     changed = differing(directory, files)
-    if check:
-        if changed:
-            click.echo(f"{directory.name}: would differ: {', '.join(changed)}")
-        sys.exit(bool(changed))
-    for name in changed:
+    for name in changed if not check else ():
         (directory / name).write_bytes(files[name].encode())
-    show(rows, spec)
+    if as_json:
+        lines = [asdict(line) for line in tables.lines(rows, spec)]
+        click.echo(json.dumps({"study": directory.name, "metrics": spec.metrics, "lines": lines, "changed": changed}))
+    elif not check:
+        show(rows, spec)
+    elif changed:
+        click.echo(f"{directory.name}: would differ: {', '.join(changed)}")
+    sys.exit(check and bool(changed))
