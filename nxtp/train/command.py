@@ -13,7 +13,7 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, WeightAveraging
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
@@ -25,6 +25,7 @@ from nxtp.data.labels.from_samples import label_texts, warn_if_nouns_differ
 from nxtp.data.mixture import OpenedSet, open_set
 from nxtp.data.shards.manifest import manifest_hash
 from nxtp.distributed.checkpoints import BackgroundCheckpoints
+from nxtp.distributed.fsdp2 import FSDP2Strategy
 from nxtp.distributed.parallelize import ParallelConfig
 from nxtp.errors import UserError, at_least, by_kind
 from nxtp.model.flops import count_parameters, meta_model
@@ -33,6 +34,7 @@ from nxtp.model.tokenizer import LabelTokenizer, train_tokenizer
 from nxtp.runs.atomic import atomic_directory
 from nxtp.runs.record import RunRecord
 from nxtp.runs.resume import find_checkpoint, last_checkpoint
+from nxtp.train.callbacks.averaging import keep_average
 from nxtp.train.callbacks.preemption import Preempted, PreemptionHandler, call_handler
 from nxtp.train.callbacks.run_record import RunRecordWriter
 from nxtp.train.callbacks.tracking import end_tracking
@@ -122,6 +124,9 @@ def filter_lightning_messages() -> None:
         "Checkpoint directory .* exists and is not empty",  # a resumed run
         "Grad strides do not match bucket view strides",  # of 1×1 convolutions
         "torch.distributed.nn.functional.all_gather is deprecated",  # called by Lightning, at each log of each rank
+        "You're using the WeightAveraging callback with a model that overrides",  # sharded ones are refused
+        r".*Please add the following callbacks: \['\w*WeightAveraging'\]",  # they have done their part
+        "The number of training batches .* is smaller than the logging interval",
         # before the first validation; after it, a missing metric is an error
         r"`ModelCheckpoint\(monitor=.*could not find the monitored key",
     ):
@@ -204,6 +209,8 @@ def build_trainer(cfg: DictConfig, data: WebDatasetDataModule, run_dir: Path) ->
     callbacks.append(PreemptionHandler(last_checkpoint(run_dir)))
     options = {"_convert_": "all", "logger": loggers or False, "callbacks": callbacks, "default_root_dir": None}
     trainer = _instantiate(cfg.trainer, "trainer", **options)
+    if isinstance(trainer.strategy, FSDP2Strategy) and any(isinstance(c, WeightAveraging) for c in callbacks):
+        raise UserError("callbacks: WeightAveraging averages whole weights: use trainer=ddp, or no averaging.")
     trainer.strategy.checkpoint_io = BackgroundCheckpoints()
     return trainer
 
@@ -255,6 +262,7 @@ def finish(
     record: RunRecord,
 ) -> None:
     """Write the final metrics and the model directory, of the best or the last weights."""
+    keep_average(trainer, module)
     trainer.save_checkpoint(last_checkpoint(run_dir), weights_only=False)
     trainer.strategy.checkpoint_io.wait()
     record.metrics["train/loss"] = float(trainer.logged_metrics.get("train/loss", float("nan")))

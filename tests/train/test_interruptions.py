@@ -309,3 +309,44 @@ def assert_exports(root, name: str):
     assert exported.keys() == stored.keys()
     assert all(torch.equal(exported[key], stored[key]) for key in stored)
     return target
+
+
+EMA = ["callbacks=ema", "callbacks.ema.decay=0.9"]
+
+
+def assert_averaged(root, name: str, checkpoint: str) -> None:
+    """The model directory and the exported checkpoint have the averaged weights, whose metrics are the run's."""
+    path = last_checkpoint(root, name).with_name(checkpoint)
+    averaged = {key.removeprefix("model."): tensor for key, tensor in read_file(path)["state_dict"].items()}
+    nxtp_runs("export", str(path), "--out", f"{name}_{checkpoint}", cwd=root)
+    for directory in (root / "runs" / name / "model", root / f"{name}_{checkpoint}"):
+        exported = load_file(directory / "model.safetensors")
+        assert exported.keys() == averaged.keys()
+        assert all(torch.equal(exported[key], averaged[key]) for key in exported), directory
+    *during, final = curve(root / "runs" / name, "val/loss")
+    assert final == record(root, name)["metrics"]["val/loss"]
+    assert final in during
+
+
+def test_averaged_weights_are_validated_and_exported(root):
+    output = run(root, "ema", "one", *EMA)
+    assert "WeightAveraging" not in output
+    assert_averaged(root, "ema", "best.ckpt")
+
+
+@pytest.mark.slow  # five runs
+def test_a_resumed_run_averages_on(root):
+    run(root, "ema_whole", "one", *EMA)
+    signalled(root, "ema_signal", "one", signal.SIGTERM, 6, *EMA, validation=True)  # averages and weights are swapped
+    run(root, "ema_signal", "one", *EMA)
+    assert_same_run(root, "ema_whole", "ema_signal")
+    assert_averaged(root, "ema_signal", "best.ckpt")
+    run(root, "ema_last", "one", *EMA, "export=last")
+    assert_averaged(root, "ema_last", "last.ckpt")
+    raw = weights(root, undisturbed(root, "one"))
+    assert any(not torch.equal(tensor, raw[key]) for key, tensor in weights(root, "ema_last").items())
+
+
+def test_averaging_of_sharded_weights_is_refused(root):
+    output = run(root, "ema_fsdp", "one", *EMA, "trainer=fsdp", *CPU, "trainer.devices=1", code=1)
+    assert "averages whole weights: use trainer=ddp" in output.splitlines()[-1]

@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.trainer.states import TrainerFn
 
 from nxtp.errors import at_least
+from nxtp.train.callbacks.averaging import swap_back
 from nxtp.train.module import RecognitionModule
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
@@ -100,6 +101,7 @@ class PreemptionHandler(L.Callback):
             progress.increment_started()
             progress.reset_on_run()
             module.end_validation()
+            swap_back(trainer, module)
             self._stop(trainer, module)
 
     def _stop(self, trainer: L.Trainer, module: RecognitionModule) -> None:

@@ -1,0 +1,21 @@
+"""Averaged weights (Lightning's WeightAveraging and EMAWeightAveraging), which it swaps in for each validation."""
+
+from __future__ import annotations
+
+import lightning as L
+from lightning.pytorch.callbacks import WeightAveraging
+
+
+def swap_back(trainer: L.Trainer, module: L.LightningModule) -> None:
+    """End of a validation that is left early: a checkpoint would store the weights as their average."""
+    for callback in trainer.callbacks:
+        if isinstance(callback, WeightAveraging):
+            callback.on_validation_epoch_end(trainer, module)
+
+
+def keep_average(trainer: L.Trainer, module: L.LightningModule) -> None:
+    """End of the training: from now on the averaged weights are the model's, of loaded checkpoints too."""
+    for callback in trainer.callbacks:
+        if isinstance(callback, WeightAveraging):
+            callback.on_train_end(trainer, module)  # Lightning skips it if a resumed run has no step left
+    trainer.callbacks = [c for c in trainer.callbacks if not isinstance(c, WeightAveraging)]
