@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import pkgutil
 import sys
@@ -101,6 +102,18 @@ def group() -> None:
     """Object recognition as next token prediction: images in, ranked labels out."""
 
 
+def import_own() -> None:
+    """Import the user's modules, which register an encoder, a decoder, … (docs/extending.md)."""
+    names = os.environ.get("NXTP_IMPORT", "")
+    if names and os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    for name in filter(None, names.split(",")):
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            raise UserError(f"NXTP_IMPORT: '{name}' cannot be imported: {error}") from error
+
+
 def main() -> None:
     """Entry point: an error meant for the user is one line and exit code 1."""
     arguments = sys.argv[1:]
@@ -108,6 +121,7 @@ def main() -> None:
     if command and "LOCAL_RANK" in os.environ and (not arguments or arguments[0] != command):
         arguments = [command, *arguments]  # started again by a distributed launcher
     try:
+        import_own()
         group.main(arguments, prog_name="nxtp", standalone_mode=True)
     except UserError as error:
         click.secho(f"error: {error}", fg="red", err=True)

@@ -251,6 +251,23 @@ def to_dataclass(cls: type[T], node: Any, where: str) -> T:
         raise UserError(f"{where}.{key}: {str(error).splitlines()[0]}") from error
 
 
+def instantiated(node: Any, where: str, **arguments: Any) -> Any:
+    """The object of a node with ``_target_``.
+
+    Raises:
+        UserError: the class is not found, or refuses its arguments; names ``where``.
+    """
+    from hydra.errors import InstantiationException
+    from hydra.utils import instantiate
+
+    try:
+        return instantiate(node, **arguments)
+    except InstantiationException as error:
+        if isinstance(error.__cause__, UserError):
+            raise error.__cause__ from error
+        raise UserError(f"{where} cannot be instantiated: {error.__cause__ or error}") from error
+
+
 def _cpu_precision() -> str:
     """bf16-mixed on a CPU with bfloat16 instructions (half again as fast there), else 32-true."""
     import torch

@@ -18,7 +18,7 @@ PAGES = sorted(
 )
 FOLDERS = "nxtp|conf|tests|docs|experiments|data"
 # what a command of the reader creates
-WRITTEN = re.compile(r"^data/(shards|raw|features)|NAME|/mine|mine\.")
+WRITTEN = re.compile(r"^data/(shards|raw|features)|NAME|/mine|mine\.|birds")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

@@ -25,7 +25,7 @@ from nxtp.data.datamodule import ResumableDataLoader, WebDatasetDataModule
 from nxtp.data.labels.from_samples import warn_if_nouns_differ
 from nxtp.errors import UserError, by_kind
 from nxtp.eval.embedders import label_embedder
-from nxtp.eval.metrics import ExactMatch, SemanticMatch
+from nxtp.eval.metrics import ExactMatch, SemanticMatch, own_metrics
 from nxtp.inference.figures import GridItem, save_grid
 from nxtp.inference.recognizer import Recognizer
 from nxtp.runs.atomic import write_json
@@ -96,6 +96,7 @@ def evaluate_sets(cfg: DictConfig, out: Path, record: RunRecord) -> dict[str, fl
             scores: dict[str, Metric] = {"": ExactMatch(top_k=cfg.top_k)}
             if embedder is not None:
                 scores["semantic_"] = SemanticMatch(embedder, top_k=cfg.top_k)
+            scores |= own_metrics(cfg.metrics, "metrics")
             values, shown, skipped_in_set = evaluate_set(name, loader, predict, scores, cfg, file, console)
             metrics |= {f"{name}/{key}": value for key, value in values.items()}
             skipped += skipped_in_set
@@ -126,7 +127,7 @@ def evaluate_set(
 
     Args:
         predict: uint8 [B, 3, S, S] → ranked labels of each image.
-        scores: metrics by the prefix of their names.
+        scores: metrics by their names, or by the prefix of the names of their values.
         file: gets a line of JSON per image.
     """
     skipped: Counter = Counter()
@@ -158,7 +159,11 @@ def evaluate_set(
             f"{skipped.total()} of {samples_read} samples of '{name}' could not be used ({by_kind(skipped)}): "
             f"more than data.max_skip_fraction = {cfg.data.max_skip_fraction:g}."
         )
-    values = {f"{prefix}{key}": float(v) for prefix, metric in scores.items() for key, v in metric.compute().items()}
+    values: dict[str, float] = {}
+    for name, metric in scores.items():
+        found = metric.compute()  # the user's metrics return one value
+        named = found.items() if isinstance(found, dict) else [("", found)]
+        values |= {f"{name}{key}": float(value) for key, value in named}
     values |= {"images": images, "skipped": skipped.total()}
     if images:
         values["images_per_s"] = round(images / seconds, 2)

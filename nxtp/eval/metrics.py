@@ -6,17 +6,18 @@ states are sums, so several ranks with uneven batches give the same means as one
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import chain
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torchmetrics import Metric
 
+from nxtp.config import instantiated
 from nxtp.data.labels.cleaning import normalise
-from nxtp.errors import at_least
+from nxtp.errors import UserError, at_least
 from nxtp.eval.embedders import TextEmbedder, full_precision
 
 HIT_CUTS = (1, 5)
@@ -207,3 +208,19 @@ class ExactMatch(_MeanScores):
         if values:
             values |= {f"hit@{k}": hits / self.images for k, hits in zip(self.hit_cuts, self.hits_H, strict=True)}
         return values
+
+
+def own_metrics(nodes: Mapping[str, Any], where: str) -> dict[str, Metric]:
+    """The user's metrics: ``update`` gets labels as :class:`ExactMatch` does, ``compute`` returns one number.
+
+    Args:
+        nodes: name → ``_target_`` and arguments.
+
+    Raises:
+        UserError: no such class, or not a Metric.
+    """
+    metrics = {name: instantiated(node, f"{where}.{name}") for name, node in nodes.items()}
+    for name, metric in metrics.items():
+        if not isinstance(metric, Metric):
+            raise UserError(f"{where}.{name} must be a torchmetrics Metric, got {type(metric).__name__}.")
+    return metrics

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 # Causal LMs whose blocks take embeddings, rotary positions and a ready mask, as LLaMA does.
-FAMILY = ("llama", "mistral", "qwen2", "qwen3", "olmo2", "smollm3")
+FAMILY = ["llama", "mistral", "qwen2", "qwen3", "olmo2", "smollm3"]
 
 KEEP = ("first", "last", "ends", "even")
 

@@ -11,13 +11,11 @@ from typing import Any
 import lightning as L
 import torch
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import InstantiationException
-from hydra.utils import instantiate
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, WeightAveraging
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
-from nxtp.config import to_dataclass
+from nxtp.config import instantiated, to_dataclass
 from nxtp.data.config import DataConfig, named_sources
 from nxtp.data.datamodule import WebDatasetDataModule
 from nxtp.data.features.store import FeatureStore
@@ -197,10 +195,10 @@ def find_tokenizer(model: ModelConfig, data: DataConfig, run_dir: Path, sets: di
 
 
 def build_trainer(cfg: DictConfig, data: WebDatasetDataModule, run_dir: Path) -> L.Trainer:
-    loggers = [_instantiate(node, f"logger.{name}") for name, node in (cfg.logger or {}).items() if node is not None]
+    loggers = [instantiated(node, f"logger.{name}") for name, node in (cfg.logger or {}).items() if node is not None]
     callbacks: list[Callback] = []
     for name, node in (cfg.callbacks or {}).items():
-        callback = _instantiate(node, f"callbacks.{name}") if node is not None else None
+        callback = instantiated(node, f"callbacks.{name}") if node is not None else None
         if isinstance(callback, ModelCheckpoint) and Path(callback.filename or "").name == "best":
             callback.monitor = callback.monitor or monitored(data.val_names, cfg.validation.top_k)
             if not data.val_names:
@@ -208,20 +206,11 @@ def build_trainer(cfg: DictConfig, data: WebDatasetDataModule, run_dir: Path) ->
         callbacks += [callback] if callback is not None else []
     callbacks.append(PreemptionHandler(last_checkpoint(run_dir)))
     options = {"_convert_": "all", "logger": loggers or False, "callbacks": callbacks, "default_root_dir": None}
-    trainer = _instantiate(cfg.trainer, "trainer", **options)
+    trainer = instantiated(cfg.trainer, "trainer", **options)
     if isinstance(trainer.strategy, FSDP2Strategy) and any(isinstance(c, WeightAveraging) for c in callbacks):
         raise UserError("callbacks: WeightAveraging averages whole weights: use trainer=ddp, or no averaging.")
     trainer.strategy.checkpoint_io = BackgroundCheckpoints()
     return trainer
-
-
-def _instantiate(node: DictConfig, name: str, **options: Any) -> Any:
-    try:
-        return instantiate(node, **options)
-    except InstantiationException as error:
-        if isinstance(error.__cause__, UserError):
-            raise error.__cause__ from error
-        raise UserError(f"{name} cannot be instantiated: {error.__cause__ or error}") from error
 
 
 def monitored(val_names: list[str], top_k: int) -> str | None:
@@ -234,6 +223,7 @@ def metric_names(cfg: DictConfig) -> list[str]:
     k = cfg.validation.top_k
     kinds = [f"{kind}@{k}" for kind in ("recall", "precision", "f1")]
     kinds += [f"semantic_{kind}" for kind in kinds] if cfg.validation.semantic else []
+    kinds += cfg.validation.metrics
     return [f"{name}/{kind}" for name in cfg.data.val for kind in (*kinds, "loss")] + ["train/loss"]
 
 

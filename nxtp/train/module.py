@@ -6,7 +6,7 @@ import math
 import zlib
 from collections import Counter
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -22,7 +22,7 @@ from nxtp.distributed.fsdp2 import FSDP2Strategy
 from nxtp.distributed.parallelize import ParallelConfig, parallelize, unsharded
 from nxtp.errors import UserError, by_kind
 from nxtp.eval.embedders import label_embedder
-from nxtp.eval.metrics import ExactMatch, SemanticMatch
+from nxtp.eval.metrics import ExactMatch, SemanticMatch, own_metrics
 from nxtp.inference.pretrained import rebuildable
 from nxtp.inference.recognizer import Recognizer
 from nxtp.model.model import Loss, Model, ModelConfig
@@ -41,10 +41,12 @@ class ValidationConfig:
 
     ``top_k``     labels predicted per image, and the k of recall@k
     ``semantic``  encoder of semantic recall, precision and F1 (:func:`nxtp.eval.embedders.label_embedder`); None: skip
+    ``metrics``   name → a further metric as its ``_target_`` and arguments (:func:`nxtp.eval.metrics.own_metrics`)
     """
 
     top_k: int = 10
     semantic: str | None = None
+    metrics: dict[str, Any] = field(default_factory=dict)
 
 
 class RecognitionModule(L.LightningModule):
@@ -87,6 +89,9 @@ class RecognitionModule(L.LightningModule):
             embedder = label_embedder(semantic)
             for scores in self._scores:
                 scores["semantic"] = SemanticMatch(embedder, top_k=k)
+        self._own = nn.ModuleList(
+            nn.ModuleDict(own_metrics(self.validation.metrics, "validation.metrics")) for _ in self.val_names
+        )
         self.skipped: Counter[str] = Counter()
         self.samples_read = self.samples_seen = 0
         self.final_counts: dict[str, Any] | None = None  # of all ranks, after the training
@@ -177,7 +182,7 @@ class RecognitionModule(L.LightningModule):
         loss = self(batch)
         predictions = self.predict_labels(batch.images)
         labels = [[label for label, _ in image] for image in predictions]
-        for scores in self._scores[dataloader_idx].values():
+        for scores in (*self._scores[dataloader_idx].values(), *self._own[dataloader_idx].values()):
             scores.update(labels, batch.labels)
         self._losses[dataloader_idx].update(loss.nll_S)
         return {"predictions": predictions}
@@ -198,6 +203,9 @@ class RecognitionModule(L.LightningModule):
                 prefix = "" if kind == "exact" else f"{kind}_"
                 values |= {f"{prefix}{key}": value for key, value in scores.compute().items()}
                 scores.reset()
+            for own, metric in self._own[index].items():
+                values[own] = metric.compute()
+                metric.reset()
             shown = f"recall@{self.validation.top_k}"
             for key, value in values.items():
                 self.log(f"{name}/{key}", value, prog_bar=key == shown and index == 0, sync_dist=True)

@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from nxtp.config import instantiated
 from nxtp.errors import UserError
 from nxtp.model.model import Model
 from nxtp.model.trainable import TrainableConfig
@@ -20,13 +21,14 @@ from nxtp.model.trainable import TrainableConfig
 
 @dataclass
 class OptimConfig:
-    """AdamW with linear warm-up and cosine decay.
+    """AdamW, or another optimizer, with linear warm-up and cosine decay.
 
     ``warmup``    steps; a value below 1 is a share of all steps
     ``final_lr``  learning rate at the last step, as a share of ``lr``
     ``weight_decay``      of matrices; vectors, norms and embeddings have none
     ``decay_final_norm``  of the decoder's final norm too, as published
     ``state_bits``  32, or 8: both moments in blocks of 8-bit numbers (torchao), a quarter of the memory
+    ``optimizer``   another one: its ``_target_`` and arguments; ``betas``, ``eps`` and ``state_bits`` are AdamW's only
     """
 
     lr: float = 1e-3
@@ -37,20 +39,24 @@ class OptimConfig:
     warmup: float = 0.05
     final_lr: float = 0.0
     state_bits: int = 32
+    optimizer: dict[str, Any] | None = None
     trainable: TrainableConfig = field(default_factory=TrainableConfig)
 
 
 def build_optimizer(model: Model, config: OptimConfig, total_steps: int, fused: bool = True) -> tuple[Optimizer, Any]:
-    """AdamW of what trains, and its schedule over ``total_steps``.
+    """The optimizer of what trains, and its schedule over ``total_steps``.
 
     Raises:
-        UserError: ``state_bits`` is neither 32 nor 8, or needs a package that is not installed.
+        UserError: no such optimizer; ``state_bits`` is neither 32 nor 8, or needs a package that is not installed.
     """
     also = list(model.decoder.lm.model.norm.parameters()) if config.decay_final_norm else []
     groups = parameter_groups(model, config.weight_decay, also)
     settings: dict[str, Any] = {"lr": config.lr, "betas": tuple(config.betas), "eps": config.eps}
-    if config.state_bits == 32:
-        optimizer: Optimizer = torch.optim.AdamW(groups, **settings, fused=fused)
+    optimizer: Optimizer
+    if config.optimizer is not None:
+        optimizer = instantiated(config.optimizer, "optim.optimizer", params=groups, lr=config.lr, _convert_="all")
+    elif config.state_bits == 32:
+        optimizer = torch.optim.AdamW(groups, **settings, fused=fused)
     elif config.state_bits == 8:
         if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
             raise UserError("optim.state_bits=8 does not support sharded weights, whose state is sharded too: use 32.")

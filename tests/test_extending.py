@@ -1,0 +1,68 @@
+"""The examples of docs/extending.md, run with the commands that the page gives."""
+
+import csv
+import re
+import runpy
+import shlex
+import sys
+from contextlib import chdir
+from pathlib import Path
+from unittest import mock
+
+import pytest
+from helpers import run_nxtp
+from small_shards import picture, write_shards
+
+from nxtp.runs.record import read_record
+
+PAGE = (Path(__file__).parents[1] / "docs/extending.md").read_text()
+SECTIONS = {
+    title: re.findall(r'^```(\w+)(?: title="([^"]+)")?\n(.*?)^```$', text, re.M | re.S)
+    for title, text in re.findall(r"^## (.+?)\n(.*?)(?=^## |\Z)", PAGE, re.M | re.S)
+}
+# What an example must have left behind, beyond a run that ends.
+RESULTS = {
+    "Metric": lambda cwd: 0 <= read_record(cwd / "runs/phrases")["metrics"]["val/phrases"] <= 1,
+    "Callback": lambda cwd: any(
+        row.get("train/projection_norm") for row in csv.DictReader((cwd / "runs/norm/csv/version_0/metrics.csv").open())
+    ),
+    "Dataset": lambda cwd: read_record(cwd / "runs/birds")["data"]["train"]["samples"] == 16,
+}
+
+
+def test_every_part_has_an_example():
+    assert list(SECTIONS) == ["Encoder", "Decoder", "Tokenizer", "Metric", "Callback", "Optimiser", "Dataset"]
+    assert all({language for language, _, _ in blocks} >= {"python", "sh"} for blocks in SECTIONS.values())
+
+
+@pytest.mark.parametrize("section", SECTIONS)
+def test_an_example_runs(section, tmp_path):
+    write_shards(tmp_path / "data/shards/mine", [16])
+    picture(tmp_path / "photo.jpg")
+    names = [picture(tmp_path / f"pictures/{i}.jpg", i) and f"{i}.jpg,robin,ringed\n" for i in range(16)]
+    (tmp_path / "pictures/birds.csv").write_text("file,species,remark\n" + "".join(names))
+    for _, name, content in SECTIONS[section]:
+        if name:
+            path = tmp_path / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(content)
+    for line in "".join(content for language, _, content in SECTIONS[section] if language == "sh").splitlines():
+        run(line, tmp_path)
+    assert RESULTS.get(section, bool)(tmp_path)
+
+
+def run(line: str, cwd: Path) -> None:
+    """A command of the page."""
+    words = shlex.split(line)
+    environment = {}
+    while "=" in words[0]:
+        name, _, value = words.pop(0).partition("=")
+        environment[name] = value
+    program, *arguments = words
+    if program == "python":
+        with chdir(cwd), mock.patch.object(sys, "argv", arguments):
+            runpy.run_path(arguments[0], run_name="__main__")
+        return
+    assert program == "nxtp"
+    done = run_nxtp(*arguments, cwd=cwd, **environment)
+    assert done.returncode == 0, f"{line}\n{done.stderr[-3000:]}"
