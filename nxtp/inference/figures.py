@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 HIT, MISS, PLAIN = "#0072b2", "#d55e00", "#56789a"  # distinct for colour-blind eyes (Okabe and Ito)
+HEAT = 0.6  # how much of an overlay is attention, the rest is the image
 _CAPTION: dict[str, Any] = {"size": 8.5}
 _LABELS: dict[str, Any] = {"size": 9, "weight": "bold"}
 _TITLE: dict[str, Any] = {"size": 14, "weight": "bold"}
@@ -27,11 +28,13 @@ _IMAGE_TITLE: dict[str, Any] = {"color": "#333333", "pad": 3, "size": 9.5}
 
 
 class GridItem(NamedTuple):
-    """An image, its true labels (empty: unknown) and its predictions as (label, probability)."""
+    """An image, its true labels (empty: unknown), its predictions as (label, probability), and the attention map
+    [rows, columns] of the first of them, if it is to be shown."""
 
     image: Image.Image
     truth: Sequence[str]
     predictions: Sequence[tuple[str, float]]
+    weights: np.ndarray | None = None
 
 
 class AttentionItem(NamedTuple):
@@ -51,15 +54,22 @@ class SheetItem(NamedTuple):
 
 
 def save_grid(path: Path | str | BinaryIO, items: Sequence[GridItem], *, top: int = 5) -> None:
-    """A PNG of images, each with its true labels and its ``top`` predictions as bars: hits blue, misses orange."""
-    columns, rows = 4, -(-len(items) // 4)
-    figure, height = _new_figure(4.1 * columns, 2.05 * rows + 0.75)
+    """A PNG of images, each with its attention map, its true labels and its ``top`` predictions as bars: hits blue,
+    misses orange."""
+    looks = any(item.weights is not None for item in items)
+    panels = [1, 1, 1.25] if looks else [1, 1.25]
+    columns, side = (1, max(2.05, 0.2 * top)) if looks else (4, 2.05)  # inches of an image
+    rows = -(-len(items) // columns)
+    figure, height = _new_figure(0.89 * side * sum(panels) * columns, side * rows + 0.75)
     margins = {"left": 0.01, "right": 0.985, "top": 1 - 0.62 / height, "bottom": 0.12 / height}
-    grid = figure.add_gridspec(rows, columns, **margins, wspace=0.08, hspace=0.22)
+    grid = figure.add_gridspec(rows, columns, **margins, wspace=0.08, hspace=0.45 / side)
     for index, item in enumerate(items):
-        cell = grid[index].subgridspec(1, 2, width_ratios=[1, 1.25], wspace=0.04)
+        cell = grid[index].subgridspec(1, len(panels), width_ratios=panels, wspace=0.04)
         _draw_image(figure.add_subplot(cell[0]), item.image, _short(", ".join(item.truth), 30))
-        _draw_bars(figure.add_subplot(cell[1]), item, top)
+        if item.weights is not None and item.predictions:
+            seen = overlay(item.image, item.weights)
+            _draw_image(figure.add_subplot(cell[1]), seen, _short(item.predictions[0][0], 30))
+        _draw_bars(figure.add_subplot(cell[-1]), item, top)
     title = f"Top-{top} predicted labels with their probabilities"
     figure.text(0.012, 1 - 0.3 / height, title, fontsize=15, weight="bold")
     legend = "blue: among the true labels · orange: not" if any(item.truth for item in items) else ""
@@ -69,11 +79,15 @@ def save_grid(path: Path | str | BinaryIO, items: Sequence[GridItem], *, top: in
 
 def overlay(image: Image.Image, weights: np.ndarray) -> Image.Image:
     """An image blended with its attention [rows, columns], brightest where it is highest; patches are not smoothed."""
+    return Image.blend(image, heat_map(weights).resize(image.size, Image.Resampling.NEAREST), HEAT)
+
+
+def heat_map(weights: np.ndarray) -> Image.Image:
+    """Attention [rows, columns] as colours, a pixel per patch."""
     from matplotlib import colormaps
 
     shares = weights / max(float(weights.max()), 1e-12)
-    heat = Image.fromarray((colormaps["inferno"](shares)[..., :3] * 255).astype(np.uint8))
-    return Image.blend(image, heat.resize(image.size, Image.Resampling.NEAREST), 0.6)
+    return Image.fromarray((colormaps["inferno"](shares)[..., :3] * 255).astype(np.uint8))
 
 
 def save_attention(path: Path | str, items: Sequence[AttentionItem]) -> None:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from torch import Tensor
 
+    from nxtp.inference.figures import AttentionItem
     from nxtp.inference.recognizer import Recognizer
     from nxtp.inference.streaming import ImageSource, Prediction
     from nxtp.sampling.ranking import Labels
@@ -254,26 +255,30 @@ def _save_grid(path: Path, predictions: Sequence[Prediction]) -> None:
 def _save_attention(
     path: Path, predictions: Sequence[Prediction], recognizer: Recognizer, block: int | None, head: int | None
 ) -> None:
-    """The part of each image that the model sees, under the attention of its first labels."""
+    from nxtp.inference.figures import save_attention
+
+    save_attention(path, [attention_item(each, recognizer, _ATTENTION_LABELS, block, head) for each in predictions])
+    click.echo(f"Picture: {path}", err=True)
+
+
+def attention_item(
+    prediction: Prediction, recognizer: Recognizer, count: int, block: int | None = None, head: int | None = None
+) -> AttentionItem:
+    """The part of an image that the model sees, and the attention maps of its first ``count`` labels."""
     from PIL import Image
 
     from nxtp.data.images import load_image
     from nxtp.data.transforms import to_pixels
-    from nxtp.inference.figures import AttentionItem, save_attention
+    from nxtp.inference.figures import AttentionItem
     from nxtp.model.attention_maps import average
 
-    items = []
-    for prediction in predictions:
-        image = load_image(prediction.item.read(), near=_GRID_PIXELS)
-        pixels = recognizer.transform(prediction.item.read())
-        maps = [
-            (label, average(recognizer.attention(pixels, label), block, head).numpy())
-            for label, _ in (prediction.labels or [])[:_ATTENTION_LABELS]
-        ]
-        seen = to_pixels(image, _GRID_PIXELS).permute(1, 2, 0).numpy()
-        items.append(AttentionItem(Image.fromarray(seen), maps))
-    save_attention(path, items)
-    click.echo(f"Picture: {path}", err=True)
+    image = load_image(prediction.item.read(), near=_GRID_PIXELS)
+    pixels = recognizer.transform(prediction.item.read())
+    maps = [
+        (label, average(recognizer.attention(pixels, label), block, head).numpy())
+        for label, _ in (prediction.labels or [])[:count]
+    ]
+    return AttentionItem(Image.fromarray(to_pixels(image, _GRID_PIXELS).permute(1, 2, 0).numpy()), maps)
 
 
 def _check_attention(recognizer: Recognizer, block: int | None, head: int | None) -> None:
