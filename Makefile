@@ -1,11 +1,12 @@
 # Everything starts from a bare clone and needs nothing by hand.
-#   make demo       install, make scenes, train, evaluate, predict: the whole system in minutes on a laptop CPU
-#   make test       install, lint, test         make test-all   the slow tests too
+#   make demo       install, draw scenes, train, evaluate, predict: the whole system in ten minutes on a laptop CPU
+#   make test       install what tests need, lint, test         make test-all   the slow tests too
 #   make scenes     the larger recipe: 550 concepts, up to an hour on two cores
 
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
+DEMO   := $(VENV)/.demo
 READY  := $(VENV)/.ready
 export TOKENIZERS_PARALLELISM = false
 
@@ -14,11 +15,20 @@ export TOKENIZERS_PARALLELISM = false
 
 install: $(READY)
 
-# Created once, and again when the requirements change.
-$(READY): pyproject.toml constraints.txt
+# Created once, and again when the requirements change. uv downloads and unpacks in parallel; pip is the fallback.
+UV ?= $(shell command -v uv || echo $(BIN)/uv)
+INSTALL = $(UV) pip install --python $(BIN)/python --constraint constraints.txt --editable $(1) || \
+	$(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt --editable $(1)
+
+$(DEMO): pyproject.toml constraints.txt
 	rm -rf $(VENV)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[scenes,dev]'
+	-command -v $(UV) >/dev/null || $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt uv
+	$(call INSTALL,'.[scenes]')
+	touch $@
+
+$(READY): $(DEMO)
+	$(call INSTALL,'.[scenes,dev]')
 	touch $@
 
 lint: $(READY)
@@ -36,13 +46,14 @@ test: lint
 test-all: lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m ''
 
-demo: $(READY)
-	$(BIN)/python data/scenes.py --out data/shards/demo --concepts 500 --train 80000 --val 2000 --val-style 2000
+demo: $(DEMO)
+	$(BIN)/nxtp prepare scenes --out data/shards/demo --concepts 100 --train 20800 --val 1000 --val-style 1000
 	$(BIN)/nxtp train experiment=demo
-	$(BIN)/nxtp evaluate model=runs/demo/model data=scenes data.root=data/shards/demo out=runs/demo
-	$(BIN)/nxtp predict data/shards/demo/examples --model runs/demo/model --top-k 5
+	$(BIN)/nxtp evaluate model=runs/demo/model data=scenes data.root=data/shards/demo out=runs/demo semantic=null
+	$(BIN)/nxtp predict data/shards/demo/examples --model runs/demo/model --top-k 3 --attention runs/demo/attention.png
+	@$(BIN)/python experiments/demo.py runs/demo
 
-scenes: $(READY)
+scenes: $(DEMO)
 	$(BIN)/python data/scenes.py
 	$(BIN)/nxtp train experiment=scenes
 	$(BIN)/nxtp evaluate model=runs/scenes/model data=scenes out=runs/scenes

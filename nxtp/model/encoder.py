@@ -23,6 +23,7 @@ class EncoderConfig:
 
     ``name``        open_clip model name (``ViT-L-14``); null if ``vision`` describes the tower
     ``vision``      open_clip ``vision_cfg`` of another tower, e.g. ``{timm_model_name: resnet10t}``
+    ``depth``       keep the tower's first blocks (a convolutional tower's stages) only; null keeps all
     ``pretrained``  open_clip weight tag or local weight file; or a model directory with an encoder of the same tower;
                     null starts from random weights
     ``quick_gelu``  OpenAI's weights were trained with QuickGELU; it cannot be inferred from a file
@@ -32,6 +33,7 @@ class EncoderConfig:
 
     name: str | None = None
     vision: dict[str, Any] | None = None
+    depth: int | None = None
     pretrained: str | None = None
     quick_gelu: bool = False
     image_size: int = 224
@@ -54,13 +56,15 @@ class Encoder(nn.Module):
         tower = _tower_config(config)
         self.config = config
         with torch.device("meta"):
-            unused, self.num_tokens, self.width = _probe(_build_tower(tower), config.image_size)
-        self.visual = _build_tower(tower)
+            unused, self.num_tokens, self.width = _probe(_build_tower(tower, config.depth), config.image_size)
+        self.visual = _build_tower(tower, config.depth)
         if config.pretrained is not None and load_pretrained:
             if is_model_dir(config.pretrained):
                 fill_from_model_dir(self.visual, Path(config.pretrained), without=unused)
             else:
-                self.visual.load_state_dict(pretrained_tower(config))
+                kept = self.visual.state_dict().keys()
+                weights = pretrained_tower(config).items()
+                self.visual.load_state_dict({n: t for n, t in weights if n in kept or config.depth is None})
         for name in unused:
             owner, _, leaf = name.rpartition(".")
             setattr(self.visual.get_submodule(owner), leaf, None)
@@ -109,16 +113,8 @@ class Encoder(nn.Module):
 
     def blocks(self) -> list[nn.Module]:
         """The tower's blocks (stages, for a convolutional one), first to last."""
-        trunk = getattr(self.visual, "trunk", self.visual)
-        for path in ("transformer.resblocks", "blocks", "stages"):
-            try:
-                return list(trunk.get_submodule(path).children())
-            except AttributeError:
-                continue
-        layers = [child for name, child in trunk.named_children() if name.startswith("layer")]
-        if not layers:
-            raise UserError(f"The blocks of the tower {type(trunk).__name__} are not known; train all of it or none.")
-        return layers
+        owner, names = _blocks(self.visual)
+        return [owner.get_submodule(name) for name in names]
 
 
 def _tower_config(config: EncoderConfig) -> dict[str, Any]:
@@ -150,15 +146,40 @@ def _tower_config(config: EncoderConfig) -> dict[str, Any]:
     return {"embed_dim": known["embed_dim"], "vision_cfg": vision, "quick_gelu": quick_gelu}
 
 
-def _build_tower(tower: dict[str, Any]) -> nn.Module:
+def _build_tower(tower: dict[str, Any], depth: int | None) -> nn.Module:
     """open_clip builds towers in pairs: take the image tower beside the smallest text tower."""
     import open_clip
 
     text = {"context_length": 8, "vocab_size": 8, "width": 8, "heads": 1, "layers": 1}
     try:
-        return open_clip.CLIP(**tower, text_cfg=text).visual
+        visual = open_clip.CLIP(**tower, text_cfg=text).visual
     except (TypeError, RuntimeError) as error:
         raise UserError(f"open_clip cannot build the tower {tower['vision_cfg']}: {error}") from error
+    if depth is not None:
+        owner, names = _blocks(visual)
+        if not 1 <= depth <= len(names):
+            raise UserError(f"model.encoder.depth must be from 1 to {len(names)}, the tower's blocks, got {depth}.")
+        for name in reversed(names[depth:]):
+            if isinstance(owner, (nn.Sequential, nn.ModuleList)):
+                del owner[int(name)]
+            else:
+                setattr(owner, name, nn.Identity())
+    return visual
+
+
+def _blocks(visual: nn.Module) -> tuple[nn.Module, list[str]]:
+    """The module that holds the tower's blocks, and their names in it, first to last."""
+    trunk = getattr(visual, "trunk", visual)
+    for path in ("transformer.resblocks", "blocks", "stages"):
+        try:
+            owner = trunk.get_submodule(path)
+        except AttributeError:
+            continue
+        return owner, [name for name, _ in owner.named_children()]
+    names = [name for name, _ in trunk.named_children() if name.startswith("layer")]
+    if not names:
+        raise UserError(f"The blocks of the tower {type(trunk).__name__} are not known; use all of it, trained or not.")
+    return trunk, names
 
 
 def is_model_dir(source: str) -> bool:

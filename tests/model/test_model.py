@@ -288,6 +288,32 @@ def test_towers_give_patch_tokens_and_train_whole(vision, tokens):
     assert encoder.blocks()
 
 
+CUT = {"ViT": 16, "ModifiedResNet": 64, "timm ResNet": 64, "timm ConvNeXt": 64, "timm ViT": 16}
+
+
+@pytest.mark.parametrize(("tower", "tokens"), CUT.items())
+def test_a_tower_cut_after_its_first_blocks(tower, tokens):
+    """Its tokens are the whole tower's after that block; the rest is neither computed nor stored."""
+    vision = TOWERS[tower][0]
+    torch.manual_seed(0)
+    whole = Encoder(EncoderConfig(vision=vision, image_size=64)).eval()
+    depth = len(whole.blocks()) // 2
+    cut = Encoder(EncoderConfig(vision=vision, depth=depth, image_size=64)).eval()
+    cut.load_state_dict({name: whole.state_dict()[name] for name in cut.state_dict()})
+    images = random_images(2, 64)
+    assert cut.num_tokens == tokens
+    assert len([block for block in cut.blocks() if list(block.parameters())]) == depth
+    assert sum(p.numel() for p in cut.parameters()) < sum(p.numel() for p in whole.parameters())
+    found = []
+    block = whole.blocks()[depth - 1]
+    block.register_forward_hook(lambda module, args, out: found.append(out))
+    whole(images)
+    if "ViT" not in tower:  # whose last norm follows
+        torch.testing.assert_close(cut(images), found[0].flatten(2).transpose(1, 2))
+    with pytest.raises(UserError, match=r"model\.encoder\.depth must be from 1 to"):
+        Encoder(EncoderConfig(vision=vision, depth=99, image_size=64))
+
+
 @pytest.mark.parametrize("vision", [VIT, *(TOWERS[t][0] for t in ("CoCa's ViT", "timm ResNet"))])
 def test_an_encoder_starts_from_that_of_a_model_directory(tmp_path, vision):
     config = tiny_config(64)

@@ -1,0 +1,20 @@
+"""The last lines of `make demo`: what was reached, where the pictures are, and what to try next."""
+
+import json
+import sys
+from pathlib import Path
+
+run = Path(sys.argv[1])
+metrics = json.loads((run / "metrics.json").read_text())
+seconds = json.loads((run / "run.json").read_text())["wall_time_s"]
+print(f"""
+Trained from random weights in {seconds / 60:.1f} minutes. Of {metrics["val/images"]} unseen scenes, the most probable label is right in
+{metrics["val/hit@1"]:.0%}, and the first ten labels contain {metrics["val/recall@10"]:.0%} of what is there.
+
+  {run}/predictions.png   unseen scenes with their labels
+  {run}/attention.png     where each label looks
+
+Next:
+  nxtp predict photo.jpg --model {run}/model           any image; the model knows 100 concepts, drawn as emoji
+  nxtp train -m experiment=demo name=depth model.decoder.depth=1,2,4    a sweep; then: nxtp report runs/depth
+  nxtp prepare folder --help                            your own pictures""")
