@@ -10,7 +10,7 @@ from textwrap import wrap
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from rich.cells import cell_len
 
 from nxtp.data.labels.cleaning import normalise
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 HIT, MISS, PLAIN = "#0072b2", "#d55e00", "#56789a"  # distinct for colour-blind eyes (Okabe and Ito)
 HEAT = 0.6  # how much of an overlay is attention, the rest is the image
+COARSE = 7  # fewer rows of image tokens than this do not show where an object is
 _CAPTION: dict[str, Any] = {"size": 8.5}
 _LABELS: dict[str, Any] = {"size": 9, "weight": "bold"}
 _TITLE: dict[str, Any] = {"size": 14, "weight": "bold"}
@@ -78,8 +79,19 @@ def save_grid(path: Path | str | BinaryIO, items: Sequence[GridItem], *, top: in
 
 
 def overlay(image: Image.Image, weights: np.ndarray) -> Image.Image:
-    """An image blended with its attention [rows, columns], brightest where it is highest; patches are not smoothed."""
-    return Image.blend(image, heat_map(weights).resize(image.size, Image.Resampling.NEAREST), HEAT)
+    """An image blended with its attention [rows, columns], brightest where it is highest; patches are not smoothed.
+
+    Fewer than ``COARSE`` rows: a line in the picture says that the grid is too coarse.
+    """
+    heat = heat_map(weights).resize(image.size, Image.Resampling.NEAREST)
+    blended = Image.blend(image, heat, HEAT)
+    if len(weights) < COARSE:
+        size = blended.width / 17
+        place, font = (blended.width / 2, blended.height - size / 2), ImageFont.load_default(size)
+        text = f"only {len(weights)} by {len(weights[0])} tokens: too coarse"
+        options: dict[str, Any] = {"fill": "white", "stroke_width": 2, "stroke_fill": "black"}
+        ImageDraw.Draw(blended).text(place, text, anchor="mb", font=font, **options)
+    return blended
 
 
 def heat_map(weights: np.ndarray) -> Image.Image:
@@ -90,7 +102,7 @@ def heat_map(weights: np.ndarray) -> Image.Image:
     return Image.fromarray((colormaps["inferno"](shares)[..., :3] * 255).astype(np.uint8))
 
 
-def save_attention(path: Path | str, items: Sequence[AttentionItem]) -> None:
+def save_attention(path: Path | str | BinaryIO, items: Sequence[AttentionItem]) -> None:
     """A PNG with one row per image: the image, then the image under the attention of each label."""
     columns = 1 + max(len(item.maps) for item in items)
     figure, height = _new_figure(2.1 * columns, 2.35 * len(items) + 0.6)

@@ -9,7 +9,7 @@ from helpers import jpeg, recognizer
 from PIL import Image
 
 from nxtp.errors import UserError
-from nxtp.inference.figures import AttentionItem, save_attention
+from nxtp.inference.figures import AttentionItem, overlay, save_attention
 from nxtp.inference.recognizer import Recognizer
 from nxtp.model.attention_maps import average, grid_side
 from nxtp.model.layout import lay_out
@@ -79,6 +79,14 @@ def test_an_overlay_is_brightest_where_the_weight_is(tmp_path):
     rows, columns = right.shape[0] // 4, right.shape[1] // 4
     corner = right[: 2 * rows // 2, -columns:].mean()
     assert corner > right[2 * rows :, : 2 * columns].mean() + 30
+
+
+def test_a_coarse_overlay_says_so():
+    """In white letters at the bottom; black elsewhere, as the weights are 0."""
+    black = Image.new("RGB", (256, 256))
+    fine, coarse = (np.asarray(overlay(black, np.zeros((side, side)))) for side in (7, 6))
+    assert fine[-40:].max() < 128 < coarse[-40:].max()
+    assert coarse[:-40].max() < 128
 
 
 def test_what_has_no_place_is_told():
