@@ -1,6 +1,7 @@
 """A folder of your own images as shards: NAME.jpg with its caption in NAME.txt and/or {"labels": […]} in NAME.json.
 
     python data/folder.py /datasets/mine --out data/shards/mine
+    python data/folder.py /datasets/mine --out data/shards/mine --classes    the folders' names are the labels
 
 Any bitmap format, any depth of subfolders.
 """
@@ -22,8 +23,11 @@ from nxtp.prepare.options import Script, WriterOptions, writer_options
 from nxtp.prepare.writer import Skip, Skipped
 
 
-def folder_items(source: Path) -> tuple[list[Item], Skipped]:
+def folder_items(source: Path, classes: bool = False) -> tuple[list[Item], Skipped]:
     """(items, skipped) of all images below ``source``.
+
+    Args:
+        classes: the label of an image is the name of its folder, with spaces for underscores; no other file is read.
 
     Raises:
         UserError: no image there, or none with a caption or labels.
@@ -35,16 +39,36 @@ def folder_items(source: Path) -> tuple[list[Item], Skipped]:
     for image in images:
         name = str(image.relative_to(source))
         try:
-            caption, record = _texts(image)
+            caption, record = (None, _class(image.parent, source)) if classes else _texts(image)
         except Skip as skip:
             skipped.add(str(skip), name)
             continue
         key = "_".join(image.relative_to(source).with_suffix("").parts)
         items.append(Item(key, str(image), caption, record))
+    if not items and classes:
+        raise UserError(
+            f"{source}: --classes needs a folder for each class, as in {source / 'dog' / 'NAME.jpg'}.{skipped}"
+        )
     if not items:
         needed = 'beside NAME.jpg, training needs its caption in NAME.txt or {"labels": ["…"]} in NAME.json'
+        if any(image.parent != source for image in images):
+            needed += "; if the folders' names are the labels, add --classes"
         raise UserError(f"{source}: no image has a usable caption or label: {needed}.{skipped}")
     return items, skipped
+
+
+def _class(folder: Path, source: Path) -> dict[str, Any]:
+    """The JSON of an image in ``folder``.
+
+    Raises:
+        Skip: its name gives no label.
+    """
+    if folder == source:
+        raise Skip("not in a class folder")
+    labels = clean_labels([folder.name.replace("_", " ")])
+    if not labels:
+        raise Skip("folder name without a label")
+    return {"labels": labels}
 
 
 def _texts(image: Path) -> tuple[str | None, dict[str, Any]]:
@@ -77,17 +101,20 @@ def _texts(image: Path) -> tuple[str | None, dict[str, Any]]:
 @click.command(cls=Script)
 @click.argument("source", type=click.Path(path_type=Path, exists=True, file_okay=False))
 @click.option("--out", type=click.Path(path_type=Path), required=True)
+@click.option("--classes", is_flag=True, help="The name of an image's folder is its label: mine/hot_dog/1.jpg.")
 @writer_options
-def main(source: Path, out: Path, options: WriterOptions) -> None:
+def main(source: Path, out: Path, classes: bool, options: WriterOptions) -> None:
     """Images below SOURCE, each with a .txt caption and/or a .json of labels beside it → shards in OUT.
 
     Any bitmap format, any depth of subfolders. NAME.txt is the caption of NAME.jpg, NAME.json contains {"labels": […]}.
+    With --classes an image needs neither: its label is the name of the folder that it is in.
 
     \b
     python data/folder.py /datasets/mine --out data/shards/mine
     """
-    items, skipped = folder_items(source)
-    write_items(out, items, made_by={"script": "folder"}, skipped=skipped, options=options)
+    items, skipped = folder_items(source, classes)
+    made_by = {"script": "folder"} | ({"classes": True} if classes else {})
+    write_items(out, items, made_by=made_by, skipped=skipped, options=options)
 
 
 if __name__ == "__main__":

@@ -104,6 +104,27 @@ def test_folder_without_captions_says_where_they_belong(tmp_path):
     assert "Skipped: no caption × 1 (a.jpg)." in message
 
 
+def test_class_folders(tmp_path):
+    source = tmp_path / "mine"
+    for number, name in enumerate(["hot_dog/1", "hot_dog/2", "pets/Guinea Pig/1", "pets/old/cat/1", "outside"]):
+        picture(source / f"{name}.jpg", number)
+    message = run("folder", source, "--out", tmp_path / "out", fails=True)
+    assert "if the folders' names are the labels, add --classes. Skipped: no caption × 5" in message
+    text = run("folder", source, "--out", tmp_path / "out", "--classes")
+    assert "not in a class folder × 1 (outside.jpg)" in text
+    labels = {key: record["labels"] for key, record in json_of(tmp_path / "out").items()}
+    assert labels == {
+        "hot_dog_1": ["hot dog"],
+        "hot_dog_2": ["hot dog"],
+        "pets_Guinea Pig_1": ["Guinea Pig"],
+        "pets_old_cat_1": ["cat"],
+    }
+    picture(tmp_path / "flat" / "a.jpg")
+    assert "--classes" not in run("folder", tmp_path / "flat", "--out", tmp_path / "o", fails=True)
+    message = run("folder", tmp_path / "flat", "--out", tmp_path / "o", "--classes", fails=True)
+    assert f"--classes needs a folder for each class, as in {tmp_path / 'flat' / 'dog' / 'NAME.jpg'}." in message
+
+
 def test_img2dataset_is_read_in_place(tmp_path):
     for shard in range(3):
         record = {
