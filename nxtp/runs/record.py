@@ -81,7 +81,8 @@ class RunRecord:
     ``command``       train or evaluate
     ``status``        running, finished, failed or interrupted
     ``updated``       time of the last write; a running run writes every half minute
-    ``step``          optimiser steps so far, of ``steps``; ``validated`` is the step of the last validation
+    ``step``          optimiser steps so far, of ``steps`` that are planned; ``validated``: at the last validation
+    ``ended_by``      the limit that ended the training: trainer.max_steps=…, trainer.max_epochs=…, early stopping, …
     ``samples_read``  samples read, of which ``samples_skipped`` (by kind) could not be used
     ``monitor``       the metric that selects the best weights
     ``metrics``       measured values only: of the last validation while training, of the exported weights at the end
@@ -101,6 +102,7 @@ class RunRecord:
     step: int = 0
     steps: int = 0
     validated: int = 0
+    ended_by: str | None = None
     samples_seen: int = 0
     samples_read: int = 0
     samples_skipped: dict[str, int] = field(default_factory=dict)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+from lightning.pytorch.callbacks import EarlyStopping, Timer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
@@ -38,6 +39,14 @@ class RunRecordWriter(L.Callback):
         self._write(trainer)
 
     @rank_zero_only
+    def on_train_start(self, trainer: L.Trainer, module: RecognitionModule) -> None:
+        epochs, steps = trainer.max_epochs or -1, trainer.max_steps
+        in_epochs = epochs * math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
+        if steps > 0 and epochs > 0 and math.isfinite(in_epochs) and in_epochs != steps:
+            both = f"trainer.max_epochs={epochs} is {in_epochs:,} steps, trainer.max_steps={steps}"
+            log.info("The run ends at step %s: %s; the first limit counts.", f"{min(steps, in_epochs):,}", both)
+
+    @rank_zero_only
     def on_train_batch_end(self, trainer: L.Trainer, module: RecognitionModule, *_: Any) -> None:
         if time.monotonic() - self._written > self.interval:
             self._write(trainer)
@@ -53,10 +62,24 @@ class RunRecordWriter(L.Callback):
 
     @rank_zero_only
     def on_fit_end(self, trainer: L.Trainer, module: RecognitionModule) -> None:
+        self.record.ended_by = ended_by(trainer)
+        log.info("Ended at step %s by %s.", f"{trainer.global_step:,}", self.record.ended_by)
         self._write(trainer)
 
     def _write(self, trainer: L.Trainer) -> None:
-        steps = trainer.estimated_stepping_batches
+        steps = trainer.global_step if self.record.ended_by else trainer.estimated_stepping_batches
         self.record.step, self.record.steps = trainer.global_step, int(steps) if math.isfinite(steps) else 0
         self.record.write(self.run_dir)
         self._written = time.monotonic()
+
+
+def ended_by(trainer: L.Trainer) -> str:
+    """The limit that has ended the training."""
+    if 0 <= trainer.max_steps <= trainer.global_step:
+        return f"trainer.max_steps={trainer.max_steps}"
+    for callback in trainer.callbacks if trainer.should_stop else ():
+        if isinstance(callback, EarlyStopping) and callback.stopping_reason_message:
+            return f"early stopping: {' '.join(callback.stopping_reason_message.split()).rstrip('.')}"
+        if isinstance(callback, Timer) and callback.time_remaining() == 0:
+            return "trainer.max_time"
+    return "a callback" if trainer.should_stop else f"trainer.max_epochs={trainer.max_epochs}"

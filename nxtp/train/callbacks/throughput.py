@@ -10,6 +10,8 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import RichProgressBar
 from rich import get_console
+from rich.progress import ProgressColumn, Task
+from rich.text import Text
 
 from nxtp.data.dataset import Batch
 from nxtp.model.flops import Flops, ModelFlops, compute_dtype, meta_model, peak_flops, peak_memory_bytes
@@ -132,9 +134,40 @@ def speed_line(values: dict[str, float]) -> str:
 
 
 class Progress(RichProgressBar):
-    """Lightning's progress bar, with the throughput at its end."""
+    """Lightning's progress bar, with the throughput at its end: in one line, which ends where the terminal does."""
+
+    line = ""
+
+    @property
+    def total_train_batches(self) -> int | float:
+        """Of the epoch, or what trainer.max_steps leaves of it."""
+        trainer, batches = self.trainer, self.trainer.num_training_batches
+        if trainer.max_steps < 0 or math.isinf(batches):
+            return batches
+        accumulated = trainer.accumulate_grad_batches
+        before = trainer.current_epoch * math.ceil(batches / accumulated)
+        return min(batches, (trainer.max_steps - before) * accumulated)
+
+    def configure_columns(self, trainer) -> list:
+        description, bar, batches, time_left, _ = super().configure_columns(trainer)
+        bar.bar_width = 10
+        return [description, bar, batches, time_left, _Line(self)]
 
     def get_metrics(self, trainer, module) -> dict:
-        line = next((c.line for c in trainer.callbacks if isinstance(c, Throughput)), "")
-        shown = {key: value for key, value in super().get_metrics(trainer, module).items() if key != "v_num"}
-        return shown | ({"speed": line} if line else {})
+        speed = next((c.line for c in trainer.callbacks if isinstance(c, Throughput)), "")
+        values = {key: value for key, value in super().get_metrics(trainer, module).items() if key != "v_num"}
+        shown = (
+            f"{key} {value:.3f}" if isinstance(value, float) else f"{key} {value}" for key, value in values.items()
+        )
+        self.line = " · ".join([*shown, *filter(None, [speed])])
+        return {}  # Lightning would break the line
+
+
+class _Line(ProgressColumn):
+    def __init__(self, bar: Progress):
+        super().__init__()
+        self.bar = bar
+
+    def render(self, task: Task) -> Text:
+        text = self.bar.line if task.id == self.bar.train_progress_bar_id else ""
+        return Text(text, no_wrap=True, overflow="ellipsis")
