@@ -6,7 +6,7 @@ import json
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TextIO
 
@@ -25,7 +25,7 @@ from nxtp.data.datamodule import ResumableDataLoader, WebDatasetDataModule
 from nxtp.data.labels.from_samples import warn_if_nouns_differ
 from nxtp.errors import UserError, by_kind
 from nxtp.eval.embedders import label_embedder
-from nxtp.eval.metrics import ExactMatch, SemanticMatch, own_metrics
+from nxtp.eval.metrics import ExactMatch, SemanticMatch, meaningless, own_metrics
 from nxtp.inference.figures import GridItem, save_grid
 from nxtp.inference.recognizer import Recognizer
 from nxtp.runs.atomic import write_json
@@ -78,7 +78,8 @@ def evaluate_sets(cfg: DictConfig, out: Path, record: RunRecord) -> dict[str, fl
     record.parameters = {"model": sum(p.numel() for p in recognizer.model.parameters())}
     record.monitor = f"{first}/recall@{cfg.top_k}"
     embedder = label_embedder(cfg.semantic, recognizer.device) if cfg.semantic else None
-    classes = recognizer.prepare_classes(read_classes(cfg.classes)) if cfg.classes is not None else None
+    named = read_classes(cfg.classes) if cfg.classes is not None else None
+    classes = recognizer.prepare_classes(named) if named is not None else None
 
     def predict(pixels: Tensor) -> list[Labels]:
         if classes is not None:
@@ -86,6 +87,7 @@ def evaluate_sets(cfg: DictConfig, out: Path, record: RunRecord) -> dict[str, fl
         return recognizer.predict_pixels(pixels, cfg.top_k, cfg.sampler, cfg.ranking)
 
     metrics: dict[str, float] = {}
+    marked: list[str] = []
     skipped: Counter = Counter()
     out.mkdir(parents=True, exist_ok=True)
     predictions = out / ".predictions.jsonl.part"
@@ -93,12 +95,15 @@ def evaluate_sets(cfg: DictConfig, out: Path, record: RunRecord) -> dict[str, fl
         for name, spec in config.val.items():
             loader = data.loader(name, spec, training=False)
             warn_if_nouns_differ(name, spec, config.nouns, recognizer.provenance.get("nouns"))
-            scores: dict[str, Metric] = {"": ExactMatch(top_k=cfg.top_k)}
+            exact = ExactMatch(top_k=cfg.top_k)
+            scores: dict[str, Metric] = {"": exact}
             if embedder is not None:
                 scores["semantic_"] = SemanticMatch(embedder, top_k=cfg.top_k)
             scores |= own_metrics(cfg.metrics, "metrics")
             values, shown, skipped_in_set = evaluate_set(name, loader, predict, scores, cfg, file, console)
             metrics |= {f"{name}/{key}": value for key, value in values.items()}
+            choices = len(named) if named is not None else exact.labels
+            marked += [f"{name}/{key}" for key in meaningless(values, choices)]
             skipped += skipped_in_set
             if shown:
                 save_grid(out / f"predictions{'' if name == first else '_' + name}.png", shown)
@@ -107,7 +112,7 @@ def evaluate_sets(cfg: DictConfig, out: Path, record: RunRecord) -> dict[str, fl
     write_json(out / "metrics.json", metrics)
     record.metrics, record.samples_skipped = dict(metrics), dict(skipped)
     record.samples_seen = int(sum(value for key, value in metrics.items() if key.endswith("/images")))
-    console.print(metrics_table(metrics))
+    console.print(metrics_table(metrics, marked))
     if skipped:
         log.warning("Skipped samples and shards: %s.", by_kind(skipped))
     console.print(f"metrics.json and predictions.jsonl in {out}", highlight=False)
@@ -170,13 +175,18 @@ def evaluate_set(
     return values, shown, skipped
 
 
-def metrics_table(metrics: dict[str, float]) -> Table:
-    """One row per metric, one column per set."""
+def metrics_table(metrics: dict[str, float], marked: Sequence[str] = ()) -> Table:
+    """One row per metric, one column per set; those ``marked`` as :func:`meaningless` have an asterisk."""
     sets = dict.fromkeys(key.split("/", 1)[0] for key in metrics)
-    table = Table("metric", title="Evaluation")
+    note = "* says nothing: k is not less than the number of labels or classes; use a smaller top_k" if marked else None
+    table = Table("metric", title="Evaluation", caption=note)
     for name in sets:
         table.add_column(name, justify="right")
     for metric in dict.fromkeys(key.split("/", 1)[1] for key in metrics):
-        values = [metrics.get(f"{name}/{metric}") for name in sets]
-        table.add_row(metric, *("" if v is None else f"{v:.4f}" if isinstance(v, float) else str(v) for v in values))
+        cells = []
+        for key in (f"{name}/{metric}" for name in sets):
+            value = metrics.get(key)
+            text = "" if value is None else f"{value:.4f}" if isinstance(value, float) else str(value)
+            cells.append(f"{text} *" if key in marked else text)
+        table.add_row(metric, *cells)
     return table

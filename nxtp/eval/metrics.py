@@ -6,7 +6,9 @@ states are sums, so several ranks with uneven batches give the same means as one
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -21,6 +23,7 @@ from nxtp.errors import UserError, at_least
 from nxtp.eval.embedders import TextEmbedder, full_precision
 
 HIT_CUTS = (1, 5)
+_LABEL_HASHES = 1 << 16  # few labels are counted exactly
 _IMAGES_AT_ONCE = 256  # bounds the memory of the padded similarity computation
 
 
@@ -184,9 +187,13 @@ class ExactMatch(_MeanScores):
     ``compute()`` returns scalars ``recall@k``, ``precision@k``, ``f1@k`` for each k, or {} if no image had targets;
     and ``hit@1``, ``hit@5``: the share of images for which one of the 1 (5) most probable labels is any of the
     targets. That is top-1 and top-5 accuracy where the targets are the names of one class.
+
+    ``labels``: how many different targets there were, as of the last ``compute()`` (see :func:`meaningless`).
     """
 
     hits_H: Tensor
+    seen: Tensor  # a flag for each hash of a target: as a state of fixed size, ranks can merge theirs
+    labels: int = 0
 
     def __init__(self, top_k: int | Sequence[int] = 10, **kwargs):
         cuts = (top_k,) if isinstance(top_k, int) else tuple(dict.fromkeys(top_k))
@@ -196,18 +203,32 @@ class ExactMatch(_MeanScores):
         self.top_k = cuts
         self.hit_cuts = [k for k in HIT_CUTS if k <= max(cuts)]
         self.add_state("hits_H", torch.zeros(len(self.hit_cuts)), dist_reduce_fx="sum")
+        self.add_state("seen", torch.zeros(_LABEL_HASHES, dtype=torch.uint8), dist_reduce_fx="max")
 
     def update(self, predictions: Sequence[Sequence[str]], targets: Sequence[Sequence[str]]) -> None:
         """B images: predicted labels, best first, and reference labels."""
         self._add([exact_scores(predictions, targets, top_k=k) for k in self.top_k])
         hits = [(exact_scores(predictions, targets, top_k=k).recall > 0).sum() for k in self.hit_cuts]
         self.hits_H = self.hits_H + torch.stack(hits).to(self.hits_H)
+        hashes = [zlib.crc32(label.encode()) % _LABEL_HASHES for labels in targets for label in _distinct(labels)]
+        self.seen = self.seen.index_fill(0, torch.tensor(hashes, dtype=torch.long, device=self.seen.device), 1)
 
     def compute(self) -> dict[str, Tensor]:
+        self.labels = int(self.seen.count_nonzero())
         values = self._means([f"@{k}" for k in self.top_k])
         if values:
             values |= {f"hit@{k}": hits / self.images for k, hits in zip(self.hit_cuts, self.hits_H, strict=True)}
         return values
+
+
+def meaningless(names: Iterable[str], labels: int) -> list[str]:
+    """Those ``names`` that end in @k with k ≥ ``labels``, the number of labels there are: all of them are predicted.
+
+    >>> meaningless(["recall@10", "hit@1", "loss"], labels=8)
+    ['recall@10']
+    """
+    ks = {name: re.search(r"@(\d+)$", name) for name in names}
+    return [name for name, k in ks.items() if k and 0 < labels <= int(k[1])]
 
 
 def own_metrics(nodes: Mapping[str, Any], where: str) -> dict[str, Metric]:

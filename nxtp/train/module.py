@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import zlib
 from collections import Counter
@@ -12,6 +13,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
@@ -22,7 +24,7 @@ from nxtp.distributed.fsdp2 import FSDP2Strategy
 from nxtp.distributed.parallelize import ParallelConfig, parallelize, unsharded
 from nxtp.errors import UserError, by_kind
 from nxtp.eval.embedders import label_embedder
-from nxtp.eval.metrics import ExactMatch, SemanticMatch, own_metrics
+from nxtp.eval.metrics import ExactMatch, SemanticMatch, meaningless, own_metrics
 from nxtp.inference.pretrained import rebuildable
 from nxtp.inference.recognizer import Recognizer
 from nxtp.model.model import Loss, Model, ModelConfig
@@ -33,6 +35,8 @@ from nxtp.sampling.one_shot import one_shot
 from nxtp.sampling.ranking import RankingConfig, rank
 from nxtp.sampling.samplers import never_first
 from nxtp.train.optim import OptimConfig, build_optimizer
+
+log = logging.getLogger("nxtp")
 
 
 @dataclass
@@ -92,6 +96,7 @@ class RecognitionModule(L.LightningModule):
         self._own = nn.ModuleList(
             nn.ModuleDict(own_metrics(self.validation.metrics, "validation.metrics")) for _ in self.val_names
         )
+        self._warned: set[str] = set()
         self.skipped: Counter[str] = Counter()
         self.samples_read = self.samples_seen = 0
         self.final_counts: dict[str, Any] | None = None  # of all ranks, after the training
@@ -202,6 +207,8 @@ class RecognitionModule(L.LightningModule):
             for kind, scores in self._scores[index].items():
                 prefix = "" if kind == "exact" else f"{kind}_"
                 values |= {f"{prefix}{key}": value for key, value in scores.compute().items()}
+                if kind == "exact":
+                    self._warn_if_meaningless(name, list(values), scores.labels)
                 scores.reset()
             for own, metric in self._own[index].items():
                 values[own] = metric.compute()
@@ -209,6 +216,16 @@ class RecognitionModule(L.LightningModule):
             shown = f"recall@{self.validation.top_k}"
             for key, value in values.items():
                 self.log(f"{name}/{key}", value, prog_bar=key == shown and index == 0, sync_dist=True)
+
+    @rank_zero_only
+    def _warn_if_meaningless(self, name: str, values: list[str], labels: int) -> None:
+        found = meaningless(values, labels)
+        if found and name not in self._warned:
+            self._warned.add(name)
+            log.warning(
+                "%s says nothing: '%s' has %d different labels, all of which are predicted. Set validation.top_k=1.",
+                ", ".join(f"{name}/{value}" for value in found), name, labels,
+            )  # fmt: skip
 
     def predict_labels(self, images: Tensor) -> list[list[tuple[str, float]]]:
         """Labels with their probabilities per image, most probable first. ``images``: uint8 [B, 3, H, W]."""

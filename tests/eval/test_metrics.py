@@ -2,6 +2,7 @@
 
 import copy
 import importlib.util
+import io
 import json
 import logging
 import shutil
@@ -13,13 +14,15 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from nxtp.data.labels.cleaning import normalise
 from nxtp.errors import UserError
 from nxtp.eval import embedders, metrics
+from nxtp.eval.command import metrics_table
 from nxtp.eval.embedders import LabelEmbedder, full_precision
-from nxtp.eval.metrics import ExactMatch, SemanticMatch, exact_scores, semantic_scores
+from nxtp.eval.metrics import ExactMatch, SemanticMatch, exact_scores, meaningless, semantic_scores
 
 CASES = json.loads((Path(__file__).parent / "semantic_cases.json").read_text(encoding="utf-8"))
 REFERENCE = Path(__file__).parents[3] / "shared" / "reference" / "semantic_fscore.json"
@@ -143,6 +146,23 @@ def test_hits_count_any_name_of_a_class():
     assert metric.compute()["hit@1"] == 2 / 4
     assert metric.compute()["hit@5"] == 3 / 4
     assert "hit@5" not in ExactMatch(3)(*([["a"]], [["a"]]))
+
+
+def test_recall_of_as_many_labels_as_there_are_is_marked():
+    metric = ExactMatch([3, 10])
+    metric.update([["a"], ["b"]], [["a", "b"], ["B", "c", "d"]])
+    values = {f"val/{name}": float(value) for name, value in metric.compute().items()}
+    assert metric.labels == 4
+    marked = meaningless(values, metric.labels)
+    assert marked == ["val/recall@10", "val/precision@10", "val/f1@10", "val/hit@5"]
+    console = Console(width=100, file=io.StringIO())
+    console.print(metrics_table(values, marked))
+    printed = console.file.getvalue()
+    starred = [row for row in printed.splitlines() if "*" in row]
+    assert len(starred) == len(marked) + 1
+    assert all(name.removeprefix("val/") in row for name, row in zip(marked, starred, strict=False))
+    assert "k is not less than the number of labels" in " ".join(printed.split())
+    assert not meaningless(values, 11)
 
 
 def test_exact_by_hand():
