@@ -1,6 +1,7 @@
 # Everything starts from a bare clone and needs nothing by hand.
 #   make demo       install, draw scenes, train, evaluate, predict: the whole system in ten minutes on a laptop CPU
 #   make test       install what tests need, lint, test         make test-all   the slow tests too
+#   make docs       the documentation as a site, in site/
 #   make scenes     the larger recipe: 550 concepts, up to an hour on two cores
 
 PYTHON ?= python3
@@ -10,7 +11,7 @@ DEMO   := $(VENV)/.demo
 READY  := $(VENV)/.ready
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo scenes test test-all lint install clean
+.PHONY: demo scenes test test-all lint docs install clean
 .DEFAULT_GOAL := test
 
 install: $(READY)
@@ -58,5 +59,11 @@ scenes: $(DEMO)
 	$(BIN)/nxtp train experiment=scenes
 	$(BIN)/nxtp evaluate model=runs/scenes/model data=scenes out=runs/scenes
 
+# The site of docs/, in site/; a broken link is an error. Nothing is fetched.
+docs: export NO_MKDOCS_2_WARNING = 1
+docs: $(READY)
+	$(BIN)/mkdocs build
+	@echo site/index.html
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache site
