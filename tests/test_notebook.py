@@ -1,4 +1,4 @@
-"""experiments/tour.ipynb, executed on a tiny study and a tiny run."""
+"""The notebooks, executed one after the other in one kernel, on a tiny study, run and model."""
 
 import base64
 import io
@@ -20,7 +20,8 @@ from nxtp import Recognizer
 
 pytestmark = pytest.mark.costly
 
-NOTEBOOK = Path(__file__).resolve().parent.parent / "experiments" / "tour.ipynb"
+ROOT = Path(__file__).resolve().parent.parent
+TOUR, COLAB = ROOT / "experiments" / "tour.ipynb", ROOT / "docs" / "colab.ipynb"
 
 
 class ThisInterpreter(AsyncKernelManager):
@@ -54,28 +55,40 @@ def executed(tmp_path_factory):
     pictures.mkdir()
     for number, colour in enumerate([(200, 40, 60), (40, 160, 60), (30, 80, 200)]):
         (pictures / f"{number}.jpg").write_bytes(jpeg(colour, seed=number))
-    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    notebook, colab = (nbformat.read(path, as_version=4) for path in (TOUR, COLAB))
+    (root / "elsewhere").mkdir()
+    fresh = f"%reset -f\nimport os\nos.chdir({str(root / 'elsewhere')!r})\ndel os"  # as in a kernel of its own
+    count = len(notebook.cells)
+    notebook.cells += [nbformat.v4.new_code_cell(fresh), *colab.cells]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("NXTP_STUDY", str(study))
         patch.setenv("NXTP_RUN", str(root / "runs" / "r"))
+        patch.setenv("NXTP_MODEL", str(root / "runs" / "r" / "model"))
         patch.setenv("NXTP_PICTURES", str(pictures))
         client = NotebookClient(
             notebook,
             timeout=120,
             kernel_manager_class=ThisInterpreter,
-            resources={"metadata": {"path": str(NOTEBOOK.parent)}},
+            resources={"metadata": {"path": str(TOUR.parent)}},
         )
         client.execute()
-    outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
-    return root, outputs
+    return root, outputs_of(notebook.cells[:count]), outputs_of(notebook.cells[count:])
+
+
+def outputs_of(cells) -> list:
+    return [output for cell in cells if cell.cell_type == "code" for output in cell.outputs]
 
 
 def shown(outputs, kind: str) -> list[str]:
     return [output["data"][kind] for output in outputs if kind in output.get("data", {})]
 
 
-def test_the_notebook_shows_a_studys_table_and_plot(executed):
-    _, outputs = executed
+def printed(outputs) -> str:
+    return "".join(output["text"] for output in outputs if output.get("name") == "stdout")
+
+
+def test_the_tour_shows_a_studys_table_and_plot(executed):
+    _, outputs, _ = executed
     (table,) = shown(outputs, "text/markdown")
     assert "| laptop | 1 | 0.300 ± 0.071 (2) |" in table
     assert "| laptop | 4 | 0.600 ± 0.141 (2) |" in table
@@ -83,22 +96,40 @@ def test_the_notebook_shows_a_studys_table_and_plot(executed):
     assert ">blocks<" in plot
 
 
-def test_the_notebook_shows_curves_and_labelled_pictures(executed):
-    root, outputs = executed
+def test_the_tour_shows_curves_and_labelled_pictures(executed):
+    root, outputs, _ = executed
     curves, grid = (Image.open(io.BytesIO(base64.b64decode(data))) for data in shown(outputs, "image/png"))
     assert min(curves.size) > 100
     assert len(np.unique(curves.convert("L"))) > 10, "something is drawn"
     assert min(grid.size) > 100
-    printed = "".join(output["text"] for output in outputs if output.get("name") == "stdout")
     recognizer = Recognizer.from_pretrained(root / "runs" / "r" / "model")
     for number in range(3):
         labels = recognizer.predict(root / "pictures" / f"{number}.jpg", top_k=5)
-        (line,) = re.findall(rf"^{number}\.jpg (.*)$", printed, re.M)
+        (line,) = re.findall(rf"^{number}\.jpg (.*)$", printed(outputs), re.M)
         assert line == ", ".join(f"{label} {probability:.3f}" for label, probability in labels)
 
 
-def test_it_is_committed_without_outputs():
-    notebook = nbformat.read(NOTEBOOK, as_version=4)
+def test_the_colab_notebook_predicts_classifies_and_shows_attention(executed):
+    root, _, outputs = executed
+    assert not [output for output in outputs if output.output_type == "error" or output.get("name") == "stderr"]
+    lines = re.findall(r"^(\d)\.jpg (.*)$", printed(outputs), re.M)
+    assert [number for number, _ in lines] == ["0", "1", "2"] * 2
+    recognizer = Recognizer.from_pretrained(root / "runs" / "r" / "model")
+    paths = [root / "pictures" / f"{number}.jpg" for number in range(3)]
+    classes = ["bicycle", "bike"], "cat", "dog", "person", "pizza"
+    predicted, classified = recognizer.predict(paths, top_k=20), recognizer.classify(paths, classes, top_k=3)
+    expected = [", ".join(f"{label} {p:.3f}" for label, p in labels[:5]) for labels in predicted]
+    expected += [", ".join(f"{label} {p:.2e}" for label, p in labels) for labels in classified]
+    assert [line for _, line in lines] == expected
+    grid, looks = (Image.open(io.BytesIO(base64.b64decode(data))) for data in shown(outputs, "image/png"))
+    assert grid.width > 1000
+    assert looks.height > 600, "a row for each picture"
+    assert "Collecting" not in printed(outputs), "nothing is installed where nxtp is"
+
+
+@pytest.mark.parametrize("path", [TOUR, COLAB], ids=lambda path: path.stem)
+def test_it_is_committed_without_outputs(path):
+    notebook = nbformat.read(path, as_version=4)
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert len(code) > 3
     assert all(not cell.outputs and cell.execution_count is None for cell in code)
