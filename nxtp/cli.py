@@ -39,7 +39,7 @@ HYDRA_COMMANDS = {
     "features": (
         "nxtp.data.features.compute:extract",
         "train",
-        ("name=features",),
+        ("name=features", "hydra.run.dir=."),
         "data.train=SHARDS data.features=DIR",
     ),
 }

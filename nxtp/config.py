@@ -8,6 +8,7 @@ import pkgutil
 import re
 import sys
 import textwrap
+from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,7 +40,7 @@ def conf_dir() -> Path:
 
 
 def _own_conf() -> Path | None:
-    """The user's ./conf, which is searched before the shipped configuration."""
+    """The user's ./conf, or any project's: searched after the shipped configuration, it only adds options."""
     own = Path.cwd() / "conf"
     return own if own.is_dir() and own.resolve() != conf_dir() else None
 
@@ -47,6 +48,10 @@ def _own_conf() -> Path | None:
 def study_dirs() -> list[Path]:
     """Where studies are searched: ./experiments, then the checkout's."""
     return [d for d in dict.fromkeys([Path.cwd() / "experiments", EXPERIMENTS]) if d.is_dir()]
+
+
+def _study_file(name: str) -> Path:
+    return next(file for place in study_dirs() if (file := place / f"{name}.yaml").is_file())
 
 
 def study_names() -> list[str]:
@@ -61,20 +66,64 @@ def _add_study(overrides: Sequence[str]) -> None:
 
     for name in (o.removeprefix("study=").strip("'\"") for o in overrides if o.startswith("study=")):
         if name in study_names():  # else Hydra reports it
-            file = next(file for d in study_dirs() if (file := d / f"{name}.yaml").is_file())
             study, sweep = name.split("/")
-            ConfigStore.instance().store(sweep, OmegaConf.load(file), f"study/{study}", package="_global_")
+            content = OmegaConf.load(_study_file(name))
+            ConfigStore.instance().store(sweep, content, f"study/{study}", package="_global_")
+
+
+def _fits(study: str, config_name: str, cfg: DictConfig) -> bool:
+    """Whether a study is of this command: the command has its keys and groups."""
+    try:
+        content = OmegaConf.load(_study_file(study))
+    except yaml.YAMLError:
+        return True  # running it reports what is wrong
+    entries = [entry for entry in content.pop("defaults", []) if isinstance(entry, DictConfig)]
+    overridden = {str(key).removeprefix("override ").lstrip("/") for entry in entries for key in entry}
+    groups = {*_groups(config_name), "hydra/launcher", "hydra/sweeper"}
+    return overridden <= groups and set(content) - {"hydra"} <= {*cfg, *groups}
+
+
+def _refuse_hidden_options(overrides: Sequence[str]) -> None:
+    """
+    Raises:
+        UserError: an override takes an option that ./conf has too, but of another content.
+    """
+    for override in overrides:
+        file = f"{override.replace('=', '/')}.yaml"
+        ours, theirs = conf_dir() / file, (_own_conf() or conf_dir()) / file
+        if ours.is_file() and theirs.is_file() and ours.read_bytes() != theirs.read_bytes():
+            raise UserError(f"{override} is an option of nxtp, and conf/{file} another of the same name: rename yours.")
+
+
+def _groups(config_name: str) -> list[str]:
+    """The groups of options of a command's configuration, with those inside them: model, model/encoder, …"""
+    defaults = OmegaConf.load(conf_dir() / f"{config_name}.yaml").defaults
+    listed = [str(group) for entry in defaults if isinstance(entry, DictConfig) for group in entry]
+    groups = [group for group in listed if not group.startswith("override")] + ["hydra"]
+    inside = (str(path.relative_to(conf_dir())) for g in groups for path in (conf_dir() / g).glob("*") if path.is_dir())
+    return sorted({*groups, *inside} - {"hydra"})
 
 
 @contextmanager
-def explained() -> Iterator[None]:
+def explained(config_name: str) -> Iterator[None]:
     """Raise an error of Hydra, OmegaConf or YAML as a UserError of one line."""
     from hydra.errors import HydraException
 
     try:
         yield
     except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
-        raise UserError(explain(error)) from error
+        raise UserError(explain(error, config_name)) from error
+
+
+def parse_arguments(argv: Sequence[str]) -> tuple[Namespace, list[str]]:
+    """Hydra's arguments parsed, and those that are no override: Hydra itself wants all overrides next to each other."""
+    from hydra._internal.utils import get_args_parser
+
+    parsed = get_args_parser().parse_intermixed_args(list(argv))
+    flags = list(argv)
+    for override in parsed.overrides:
+        flags.remove(override)
+    return parsed, flags
 
 
 def compose_and_run(
@@ -95,13 +144,17 @@ def compose_and_run(
     """
     import hydra
 
-    argv = list(argv)
-    if (own := _own_conf()) and not any(a in ("--config-dir", "-cd") for a in argv):
-        argv += ["--config-dir", str(own)]
-    for argument in argv:
-        name = Path(argument.removeprefix("name=").strip("'\""))
-        if argument.startswith("name=") and (name.is_absolute() or ".." in name.parts):
-            raise UserError(f"{argument}: a run is written to runs/<name>, which must be inside runs/.")
+    parsed, flags = parse_arguments(argv)
+    overrides = parsed.overrides + ([] if multirun else ["hydra.mode=RUN"])
+    if parsed.config_dir is None and (own := _own_conf()):
+        _refuse_hidden_options(overrides)
+        flags += ["--config-dir", str(own)]
+    for override in overrides:
+        name = Path(override.removeprefix("name=").strip("'\""))
+        if override.startswith("name=") and (name.is_absolute() or ".." in name.parts):
+            raise UserError(f"{override}: a run is written to runs/<name>, which must be inside runs/.")
+    if os.getcwd() not in sys.path:  # for a `_target_` of one's own; last, so that it hides no library
+        sys.path.append(os.getcwd())
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come here instead of ending the process
     failed: list[UserError] = []
 
@@ -120,9 +173,9 @@ def compose_and_run(
     os.environ["NXTP_COMMAND"] = config_name  # a distributed launcher starts `nxtp` again with these arguments
     saved = sys.argv
     try:
-        with explained():
-            _add_study(argv)
-            sys.argv = [sys.argv[0], *(argv if multirun else with_override("hydra.mode=RUN", argv))]
+        with explained(config_name):
+            _add_study(overrides)
+            sys.argv = [sys.argv[0], *flags, *overrides]  # a launcher of further ranks appends overrides
             run()
     except RuntimeError as error:
         if '"srun"' not in str(error):
@@ -140,24 +193,22 @@ def help_text(command: str, config_name: str, argv: Sequence[str]) -> str:
 
     Hydra's own help takes seconds (it opens every group again for each group), and lists groups that a command lacks.
     """
-    from hydra._internal.utils import get_args_parser
+    from hydra.core.config_store import ConfigStore
 
-    cfg = composed(config_name, get_args_parser().parse_args(list(argv)).overrides)
+    parsed, _ = parse_arguments([a for a in argv if a not in ("--help", "-h")])
+    cfg = composed(config_name, parsed.overrides, parsed.config_dir)
     with open_dict(cfg):
         del cfg["hydra"]
-    defaults = OmegaConf.load(conf_dir() / f"{config_name}.yaml").defaults
-    listed = [str(group) for entry in defaults if isinstance(entry, DictConfig) for group in entry]
-    options: dict[str, list[str]] = {}
-    for group in [group for group in listed if not group.startswith("override")] + ["hydra"]:
-        for place in filter(None, (conf_dir(), _own_conf())):
-            for file in sorted((place / group).rglob("*.yaml"), key=lambda file: (len(file.parts), file)):
-                options.setdefault(str(file.parent.relative_to(place)), []).append(file.stem)
-        if group == "study":
-            options[group] = study_names()
-    lines = [f"  {name}={'|'.join(dict.fromkeys(found))}" for name, found in options.items()]
+    lines = []
+    for group in [*_groups(config_name), "hydra/launcher", "hydra/sweeper"]:
+        names = [] if not group.startswith("hydra/") else ConfigStore.instance().list(group)  # of installed plugins
+        names += sorted(f.name for place in (conf_dir(), _own_conf()) if place for f in (place / group).glob("*.yaml"))
+        options = [name.removesuffix(".yaml") for name in dict.fromkeys(names)]
+        options = [name for name in study_names() if _fits(name, config_name, cfg)] if group == "study" else options
+        lines += [f"  {group}={'|'.join(options)}"] if options else []
     return f"""nxtp {command} [GROUP=OPTION] [KEY=VALUE] …
 
-GROUP=OPTION takes a file of conf/ (yours in ./conf, then nxtp's):
+GROUP=OPTION takes a file of conf/ (nxtp's, and yours in ./conf):
 {chr(10).join(lines)}
 
 KEY=VALUE sets one value (+KEY=VALUE adds one, ~KEY removes one) of:
@@ -166,15 +217,6 @@ KEY=VALUE sets one value (+KEY=VALUE adds one, ~KEY removes one) of:
 --cfg job           print the configuration and stop
 --hydra-help        all flags of Hydra
 """
-
-
-def with_override(override: str, argv: list[str]) -> list[str]:
-    """``argv`` with one more override, next to the others: Hydra wants them together."""
-    from hydra._internal.utils import get_args_parser
-
-    given = get_args_parser().parse_args(argv).overrides
-    place = argv.index(given[-1]) + 1 if given else len(argv)
-    return [*argv[:place], override, *argv[place:]]
 
 
 def quoted(text: str) -> str:
@@ -197,38 +239,44 @@ def composed(config_name: str, overrides: Sequence[str], config_dir: str | Path 
     overrides = list(overrides)
     if own := config_dir or _own_conf():
         overrides.append(f"hydra.searchpath=[{quoted(f'file://{os.path.abspath(own)}')}]")
-    with explained(), hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):
+    with explained(config_name), hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):
         _add_study(overrides)
         return hydra.compose(config_name, overrides, return_hydra_config=True)
 
 
-def explain(error: BaseException) -> str:
+def explain(error: BaseException, config_name: str) -> str:
     """A configuration error in one line, with the nearest known name where there is one."""
     from hydra.errors import MissingConfigException
 
     if isinstance(error, (MissingMandatoryValue, InterpolationToMissingValueError)):
         found = re.search(r"[Mm]issing(?: mandatory)? value:? *'?([\w.]+)", str(error))
         return f"'{found[1] if found else error}' has no value: set it on the command line, as in name=mine."
+    text = " ".join(line.strip() for line in str(error).splitlines() if line.strip())
     cause: BaseException | None = error
     while cause is not None:
         parent, key = getattr(cause, "parent_node", None), getattr(cause, "key", None)
         if isinstance(parent, DictConfig) and key is not None and key not in parent:
-            known = [str(k) for k in parent]
+            known = sorted(str(k) for k in parent)
             if parent._get_parent() is None:  # at the top, groups that default to null are not keys
-                known = sorted({*known, *(p.name for p in conf_dir().iterdir() if p.is_dir())} - {"hydra"})
+                known = sorted({*known, *(group for group in _groups(config_name) if "/" not in group)} - {"hydra"})
             where = str(getattr(cause, "full_key", "") or key)
-            return f"No configuration key '{where}'.{nearest(str(key), known)} Known keys: {', '.join(sorted(known))}."
+            near = nearest(str(key), known, where.removesuffix(str(key)))
+            hint = re.search(r"To append to your config use (\S+)", text)
+            add = f" To add a key: {hint[1]}" if hint else ""
+            return f"No configuration key '{where}'.{near} Known keys: {', '.join(known) or 'none'}.{add}"
         cause = cause.__cause__ or cause.__context__
-    text = " ".join(line.strip() for line in str(error).splitlines() if line.strip())
     if isinstance(error, MissingConfigException):
-        group, _, name = (error.missing_cfg_file or "").partition("/")
-        if group == "study":
+        group, _, option = (error.missing_cfg_file or "").rpartition("/")
+        if group.split("/")[0] == "study":
+            name = (error.missing_cfg_file or "").removeprefix("study/")
             return f"No study '{name}'.{nearest(name, study_names())} Known: {', '.join(study_names()) or 'none'}."
-        missing = (error.missing_cfg_file or "").rsplit("/", 1)[-1]
-        return text.split("Config search path")[0].strip() + nearest(missing, error.options or [])
+        if error.options:
+            near = nearest(option, error.options, f"{group}=")
+            return f"No option '{group}={option}'.{near} Known: {', '.join(error.options)}."
+        return text.split("Config search path")[0].strip()
     overridden = re.search(r"Could not override '([^'@]+)", text)
     if overridden and "No match in the defaults list" in text:
-        groups = sorted(str(p.relative_to(conf_dir())) for p in conf_dir().rglob("*") if p.is_dir())
+        groups = [*_groups(config_name), "hydra/launcher", "hydra/sweeper"]
         return f"No configuration group '{overridden[1]}'.{nearest(overridden[1], groups)} Known: {', '.join(groups)}."
     return text
 
@@ -247,7 +295,8 @@ def to_dataclass(cls: type[T], node: Any, where: str) -> T:
         key = str(error.full_key or error.key)
         known = error.parent_node
         if known is not None and error.key not in known and not isinstance(error, ValidationError):
-            raise UserError(f"No key '{where}.{key}'.{nearest(str(error.key), known)}") from error
+            near = nearest(str(error.key), known, f"{where}.{key.removesuffix(str(error.key))}")
+            raise UserError(f"No key '{where}.{key}'.{near}") from error
         raise UserError(f"{where}.{key}: {str(error).splitlines()[0]}") from error
 
 

@@ -18,10 +18,10 @@ class UserError(Exception):
     """
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """' Did you mean X?' for the nearest of ``known``, or '' when nothing is near."""
+def nearest(name: str, known: Iterable[str], prefix: str = "") -> str:
+    """' Did you mean X?' for the nearest of ``known``, written behind ``prefix``, or '' when nothing is near."""
     found = get_close_matches(str(name), [str(k) for k in known], n=1, cutoff=0.5)
-    return f" Did you mean '{found[0]}'?" if found else ""
+    return f" Did you mean '{prefix}{found[0]}'?" if found else ""
 
 
 def at_least(name: str, value: Any, lowest: float) -> None:

@@ -132,7 +132,7 @@ def test_evaluate_of_a_closed_vocabulary(place):
         (["predict", "pictures", "--model", "model", "--top-k", "0"], "--top-k"),
         (["classify", "pictures", "--model", "model", "--classes", "labls.txt"], "'labls.txt' cannot be read"),
         (["classify", "pictures", "--model", "model", "--classes", "imagenet1k:frist"], "Did you mean 'first'"),
-        (["train", "experiment=dmo"], "Did you mean 'demo'"),
+        (["train", "experiment=dmo"], "Did you mean 'experiment=demo'"),
         (["evaluate", "model=nowhere", "+data.val.v=x"], "No model directory 'nowhere'"),
         (["evaluate"], "No model: add model="),
         (["parity", "nowhere"], "nowhere"),
@@ -161,9 +161,10 @@ def test_help_of_evaluate_says_how_to_give_the_model(place):
     assert "model_dir" not in done.stdout
 
 
-def test_describe_counts_without_weights(place):
-    done = run_nxtp("describe", "experiment=demo", "model.decoder.depth=3", cwd=place)
+def test_describe_counts_without_weights(tmp_path):
+    done = run_nxtp("describe", "experiment=demo", "model.decoder.depth=3", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
+    assert list(tmp_path.iterdir()) == []
     assert "total" in done.stdout
     assert "FLOPs per image" in done.stdout
 

@@ -1,13 +1,16 @@
 """Every shipped configuration composes and instantiates; a wrong key names the nearest right one."""
 
+import sys
 from dataclasses import asdict
 
 import pytest
 from helpers import composed, write_shards
+from hydra._internal.utils import get_args_parser
 from hydra.utils import instantiate
+from lightning.fabric.strategies.launchers.subprocess_script import _hydra_subprocess_cmd
 from omegaconf import OmegaConf
 
-from nxtp.config import compose_and_run, conf_dir, to_dataclass
+from nxtp.config import compose_and_run, conf_dir, help_text, to_dataclass
 from nxtp.data.config import DataConfig
 from nxtp.errors import UserError
 from nxtp.model.flops import count_parameters, meta_model
@@ -98,14 +101,24 @@ def test_experiments_are_short_and_say_their_command(experiment):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["experiment=dmo"], "Did you mean 'demo'"),
-        (["optim.ler=3", "name=x"], r"'optim.ler'\. Did you mean 'lr'"),
+        (["experiment=dmo"], "^No option 'experiment=dmo'. Did you mean 'experiment=demo'. Known: demo, g3m, "),
+        (["name=x", "trainer=cup"], r"^No option 'trainer=cup'\. Did you mean 'trainer=cpu'\? Known: cpu, .*, gpu\.$"),
+        (
+            ["optim.ler=3", "name=x"],
+            r"'optim.ler'\. Did you mean 'optim.lr'\? Known keys: .*\. To add a key: \+optim.ler=3",
+        ),
+        (["data.val.mine=x", "name=x"], r"'data.val.mine'\. Known keys: none\. To add a key: \+data.val.mine=x$"),
+        (
+            ["name=x", "model/encoder=vit_tiiny"],
+            "^No option 'model/encoder=vit_tiiny'. Did you mean 'model/encoder=vit_tiny'",
+        ),
         (["optin.lr=3", "name=x"], "Did you mean 'optim'"),
         (["experimant=demo"], "Did you mean 'experiment'"),
         ([], "'name' has no value"),
         (["name=../x"], "name=../x: a run is written to runs/<name>"),
         (["name='/x'"], "must be inside runs/"),
         (["name=x", "seed=x"], "^seed must be ≥ 0, got x"),
+        (["name=x", "optim.lr=1", "--config-dir", "nowhere"], "nowhere"),
     ],
 )
 def test_misspelt_settings_are_named(tmp_path, monkeypatch, argv, message):
@@ -134,12 +147,77 @@ def test_the_users_own_conf_is_searched_too(tmp_path, monkeypatch):
     assert seen == [("mine", 0.125)]
 
 
+@pytest.mark.parametrize("config", ["evaluate", "train"])
+def test_mistakes_name_only_groups_of_the_command(tmp_path, monkeypatch, config):
+    """Of a group that another command has, nothing is suggested."""
+    monkeypatch.chdir(tmp_path)
+    other = {"evaluate": "trainer", "train": "sampler"}[config]
+    for argument in (f"{other}=x", f"{other}.x=1", f"{other}x.y=1"):
+        with pytest.raises(UserError, match="No configuration") as error:
+            compose_and_run(lambda cfg: pytest.fail("ran"), config, [argument, "name=x"])
+        assert f"Did you mean '{other}'" not in str(error.value)
+        assert f" {other}," not in str(error.value)
+
+
+@pytest.mark.parametrize("multirun", [False, True])
+@pytest.mark.parametrize(
+    "argv", [["name=x"], ["name=x", "--config-dir", "own", "seed=1"], ["--config-dir=own", "name=x"]]
+)
+def test_arguments_may_follow_the_users_own_conf(tmp_path, monkeypatch, argv, multirun):
+    """Lightning starts further ranks with overrides of its own behind those of the command line."""
+    (tmp_path / "conf").mkdir()
+    (tmp_path / "own").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["nxtp"])
+    ranks = []
+
+    def job(cfg):
+        ranks.append(_hydra_subprocess_cmd(1)[0][-len(sys.argv[1:]) - 3 :])
+
+    compose_and_run(job, "train", argv, multirun=multirun)
+    (arguments,) = ranks
+    parsed = get_args_parser().parse_args(arguments)
+    assert "hydra.job.name=train_ddp_process_1" in parsed.overrides
+    assert parsed.config_dir == (str(tmp_path / "conf") if argv == ["name=x"] else "own")
+
+
+def test_an_option_of_ones_own_does_not_hide_behind_a_shipped_one(tmp_path, monkeypatch):
+    (tmp_path / "conf" / "experiment").mkdir(parents=True)
+    (tmp_path / "conf" / "experiment" / "demo.yaml").write_text("# @package _global_\nname: mine\n")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"^experiment=demo is an option of nxtp, .*conf/experiment/demo.yaml.* rename"):
+        compose_and_run(lambda cfg: pytest.fail("ran"), "train", ["experiment=demo"])
+
+
+def test_modules_of_the_working_directory_can_be_targets(tmp_path, monkeypatch):
+    """As with `python -m`: an installed `nxtp` starts with its own directory on the path instead."""
+    (tmp_path / "my_callbacks.py").write_text("class Mine: pass\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", [place for place in sys.path if place])
+    made = []
+    argv = ["name=x", "+callbacks.mine={_target_: my_callbacks.Mine}"]
+    compose_and_run(lambda cfg: made.append(instantiate(cfg.callbacks.mine)), "train", argv)
+    assert type(made[0]).__name__ == "Mine"
+
+
+@pytest.mark.parametrize("experiment", ["demo", "scenes"])
+def test_the_precision_is_the_trainers(tmp_path, experiment):
+    for trainer in ("gpu", "ddp", "fsdp"):
+        assert composed(tmp_path, f"experiment={experiment}", f"trainer={trainer}").trainer.precision == "bf16-mixed"
+    assert composed(tmp_path, f"experiment={experiment}", "trainer=cpu").trainer.precision == "32-true"
+
+
+def test_documented_options_of_wandb_exist(tmp_path):
+    options = ["logger.wandb.project=mine", "logger.wandb.entity=us", "logger.wandb.model_artifact=true"]
+    assert composed(tmp_path, "logger=wandb", *options).logger.wandb.entity == "us"
+
+
 def test_dataclasses_refuse_unknown_keys_and_types():
-    with pytest.raises(UserError, match=r"No key 'optim.weight_decy'. Did you mean 'weight_decay'"):
+    with pytest.raises(UserError, match=r"No key 'optim.weight_decy'. Did you mean 'optim.weight_decay'"):
         to_dataclass(OptimConfig, {"weight_decy": 1}, "optim")
     with pytest.raises(UserError, match=r"optim.lr"):
         to_dataclass(OptimConfig, {"lr": "fast"}, "optim")
-    with pytest.raises(UserError, match=r"trainable.encodr"):
+    with pytest.raises(UserError, match=r"^No key 'optim.trainable.encodr'. Did you mean 'optim.trainable.encoder'"):
         to_dataclass(OptimConfig, {"trainable": {"encodr": "all"}}, "optim")
     assert to_dataclass(OptimConfig, {"trainable": {"encoder": 2}}, "optim").trainable == TrainableConfig(encoder=2)
 
@@ -154,3 +232,25 @@ def test_numbers_of_the_data_have_limits():
     for name, value in {"num_workers": -1, "batch_size": 0, "val_batch_size": 0, "shuffle_window": -1}.items():
         with pytest.raises(UserError, match=rf"^data\.{name} must be ≥ {value + 1}, got {value}\.$"):
             to_dataclass(DataConfig, {name: value}, "data")
+
+
+@pytest.mark.parametrize(("name", "value"), [("warmup", -1), ("lr", -0.1), ("weight_decay", -1), ("final_lr", -0.1)])
+def test_numbers_of_the_optimizer_have_limits(name, value):
+    with pytest.raises(UserError, match=rf"^optim\.{name} must be ≥ 0, got {value}"):
+        to_dataclass(OptimConfig, {name: value}, "optim")
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate"])
+def test_help_lists_what_the_command_takes(tmp_path, monkeypatch, command):
+    monkeypatch.chdir(tmp_path)
+    listed = dict(
+        line.strip().split("=", 1) for line in help_text(command, command, []).split("\n\n")[1].splitlines()[1:]
+    )
+    assert set(listed["hydra/launcher"].split("|")) >= {"basic", "slurm"}
+    assert listed["hydra/sweeper"] == "basic|optuna"
+    assert listed["logger"] == "csv|tensorboard|wandb"
+    studies = listed["study"].split("|")
+    assert ("sampling/laptop" in studies) == (command == "evaluate")
+    assert ("decoder_depth/laptop" in studies) == (command == "train")
+    for study in studies:
+        compose_and_run(lambda cfg: None, command, [f"study={study}", "seed=0"])

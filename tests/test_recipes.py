@@ -94,7 +94,7 @@ def test_sources_are_read_as_one_set_and_counted(tmp_path, caplog):
         shards = open_set("train", spec, DataConfig())
     assert len(shards) == 9
     assert [record.getMessage() for record in caplog.records] == ["data.train.b has 4 samples; the recipe expects 6."]
-    with pytest.raises(UserError, match=r"data.train.a.expected_sample'. Did you mean 'expected_samples'"):
+    with pytest.raises(UserError, match=r"data.train.a.expected_sample'. Did you mean 'data.train.a.expected_samples'"):
         open_set("train", {"a": {"shards": str(a), "expected_sample": 5}}, DataConfig())
 
 

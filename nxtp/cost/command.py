@@ -39,12 +39,12 @@ def describe(context: click.Context, plan: bool, as_json: bool, **options: Any) 
 
     from nxtp.config import compose_and_run, help_text
 
-    arguments = ["name=describe", *context.args]
+    arguments = ["name=describe", "hydra.run.dir=.", *context.args]  # Hydra creates the run's directory
     if {"--help", "-h"} & set(arguments):
         click.echo(f"{context.get_help()}\n\n{help_text('describe', 'train', arguments)}")
         return
     names = [f"--{name.replace('_', '-')}" for name in options]  # of those that need --plan
-    for unknown in get_args_parser().parse_known_args(context.args)[1]:
+    for unknown in get_args_parser().parse_known_intermixed_args(context.args)[1]:
         context.fail(f"No option '{unknown}'.{nearest(unknown, ['--plan', '--json', *names])}")
     if not plan:
         for name, option in zip(names, options, strict=True):

@@ -7,6 +7,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TextIO
 
@@ -30,6 +31,7 @@ from nxtp.inference.figures import GridItem, save_grid
 from nxtp.inference.recognizer import Recognizer
 from nxtp.runs.atomic import write_json
 from nxtp.runs.record import FILE, RunRecord, read_record
+from nxtp.runs.tracking import configured_loggers, end_tracking, log_evaluation
 from nxtp.sampling.closed_vocabulary import read_classes
 from nxtp.sampling.ranking import Labels
 
@@ -47,17 +49,20 @@ def evaluate(cfg: DictConfig) -> dict[str, float]:
     config: dict = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
     record = RunRecord(cfg.name, config, overrides, cfg.seed, cfg.sweep, command="evaluate")
     earlier = read_record(out)
+    loggers = configured_loggers(cfg)
     in_training_run = (out / FILE).exists() and (earlier or {}).get("command", "train") == "train"
     try:
         metrics = evaluate_sets(cfg, out, record)
         record.status = "finished"
-        return metrics
     except BaseException as error:
         record.fail(error)
         raise
     finally:
         if not in_training_run and (record.status == "finished" or cfg.sweep is not None):
             record.write(out)
+    log_evaluation(loggers, asdict(record))
+    end_tracking(loggers, out)
+    return metrics
 
 
 def evaluate_sets(cfg: DictConfig, out: Path, record: RunRecord) -> dict[str, float]:

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
@@ -24,7 +23,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 import nxtp.sweep.search.plugin  # noqa: F401  registers hydra/sweeper=optuna
-from nxtp.config import compose_and_run, composed, explained, quoted, with_override
+from nxtp.config import compose_and_run, composed, explained, parse_arguments, quoted
 from nxtp.errors import UserError
 from nxtp.runs.record import read_record
 from nxtp.runs.resume import is_finished
@@ -70,7 +69,7 @@ class Sweep:
     @classmethod
     def of_command(cls, command: str, argv: Sequence[str]) -> Sweep | None:
         """The sweep that ``argv`` asks for; None if it asks for one run, or for help."""
-        arguments = get_args_parser().parse_args(argv)
+        arguments, _ = parse_arguments(argv)
         keys = {o.key_or_group: o for o in parse(arguments.overrides)}
         is_help = any((arguments.help, arguments.hydra_help, arguments.cfg, arguments.info))
         if is_help or not (arguments.multirun or "study" in keys):
@@ -115,7 +114,7 @@ def run_or_sweep(function: Callable[[DictConfig], Any] | str, command: str, argv
     Raises:
         UserError: a mistake in ``argv``; then nothing has been started. Or runs of the sweep have failed.
     """
-    with explained():
+    with explained(command):
         sweep = Sweep.of_command(command, argv)
     if sweep is None:
         compose_and_run(function, command, argv)
@@ -129,7 +128,7 @@ def run_or_sweep(function: Callable[[DictConfig], Any] | str, command: str, argv
         return run_in_process(command, cfg, sweep.runs)
 
     fixed = ",".join(quoted(key) for key in sweep.fixed)
-    excluded = with_override(f"hydra.job.config.override_dirname.exclude_keys=[{fixed}]", list(argv))
+    excluded = [*argv, f"hydra.job.config.override_dirname.exclude_keys=[{fixed}]"]
     failed = compose_and_run(run, command, excluded, multirun=True)
     sweep.require_finished()
     if failed and sweep.points:  # a finished run of other settings; in a search a trial may fail
@@ -184,9 +183,8 @@ def run_in_process(command: str, cfg: DictConfig, runs: list[str]) -> float | No
     if is_finished(out, resolved):
         log.info("%s: finished before", out.name)
         return _objective(out)
-    arguments = list(hydra.overrides.task)
-    for source in hydra.runtime.config_sources:
-        arguments += ["--config-dir", source.path] if source.provider == "command-line" else []
+    given = [source.path for source in hydra.runtime.config_sources if source.provider == "command-line"]
+    arguments = [*(f"--config-dir={path}" for path in given), *hydra.overrides.task]
     arguments += [f"name={quoted(out.name)}", f"sweep={quoted(cfg.sweep)}"]
     arguments += ["hydra.mode=RUN", f"hydra.run.dir={quoted(os.path.relpath(out))}"]
     alone = _one_at_a_time()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,17 +26,19 @@ from nxtp.data.shards.manifest import manifest_hash
 from nxtp.distributed.checkpoints import BackgroundCheckpoints
 from nxtp.distributed.fsdp2 import FSDP2Strategy
 from nxtp.distributed.parallelize import ParallelConfig
-from nxtp.errors import UserError, at_least, by_kind
+from nxtp.errors import UserError, at_least, by_kind, nearest
+from nxtp.eval.metrics import HIT_CUTS
 from nxtp.model.flops import count_parameters, meta_model
 from nxtp.model.model import ModelConfig
 from nxtp.model.tokenizer import LabelTokenizer, train_tokenizer
 from nxtp.runs.atomic import atomic_directory
+from nxtp.runs.log import run_log
 from nxtp.runs.record import RunRecord
 from nxtp.runs.resume import find_checkpoint, last_checkpoint
+from nxtp.runs.tracking import configured_loggers, end_tracking
 from nxtp.train.callbacks.averaging import keep_average
 from nxtp.train.callbacks.preemption import Preempted, PreemptionHandler, call_handler
 from nxtp.train.callbacks.run_record import RunRecordWriter
-from nxtp.train.callbacks.tracking import end_tracking
 from nxtp.train.module import RecognitionModule, ValidationConfig
 from nxtp.train.optim import OptimConfig
 
@@ -59,13 +62,20 @@ def train(cfg: DictConfig) -> float | None:
     if checkpoint == "finished":
         log.info("%s contains this run, finished: nothing to do. Choose another name to train again.", run_dir)
         return None
+    overrides = list(HydraConfig.get().overrides.task)
+    logged = run_log(run_dir, ["nxtp", "train", *overrides]) if rank_zero_only.rank == 0 else nullcontext()
+    with logged:
+        return train_from(checkpoint, cfg, run_dir, RunRecord(cfg.name, resolved, overrides, cfg.seed, cfg.sweep))
+
+
+def train_from(checkpoint: str | None, cfg: DictConfig, run_dir: Path, record: RunRecord) -> float | None:
+    """:func:`train` from a checkpoint or from the start; ``record`` is filled in and written."""
     at_least("seed", cfg.seed, 0)
     require_accelerator(cfg.trainer.accelerator)
     L.seed_everything(cfg.seed, workers=True, verbose=False)
     if cfg.matmul_precision is not None:
         torch.set_float32_matmul_precision(cfg.matmul_precision)
 
-    record = RunRecord(cfg.name, resolved, list(HydraConfig.get().overrides.task), cfg.seed, cfg.sweep)
     try:
         data, module = build(cfg, run_dir)
         trainer = build_trainer(cfg, data, run_dir)
@@ -195,7 +205,7 @@ def find_tokenizer(model: ModelConfig, data: DataConfig, run_dir: Path, sets: di
 
 
 def build_trainer(cfg: DictConfig, data: WebDatasetDataModule, run_dir: Path) -> L.Trainer:
-    loggers = [instantiated(node, f"logger.{name}") for name, node in (cfg.logger or {}).items() if node is not None]
+    loggers = configured_loggers(cfg)
     callbacks: list[Callback] = []
     for name, node in (cfg.callbacks or {}).items():
         callback = instantiated(node, f"callbacks.{name}") if node is not None else None
@@ -204,6 +214,7 @@ def build_trainer(cfg: DictConfig, data: WebDatasetDataModule, run_dir: Path) ->
             if not data.val_names:
                 continue
         callbacks += [callback] if callback is not None else []
+    check_monitors(callbacks, cfg)
     callbacks.append(PreemptionHandler(last_checkpoint(run_dir)))
     options = {"_convert_": "all", "logger": loggers or False, "callbacks": callbacks, "default_root_dir": None}
     trainer = instantiated(cfg.trainer, "trainer", **options)
@@ -211,6 +222,26 @@ def build_trainer(cfg: DictConfig, data: WebDatasetDataModule, run_dir: Path) ->
         raise UserError("callbacks: WeightAveraging averages whole weights: use trainer=ddp, or no averaging.")
     trainer.strategy.checkpoint_io = BackgroundCheckpoints()
     return trainer
+
+
+def check_monitors(callbacks: list[Callback], cfg: DictConfig) -> None:
+    """
+    Raises:
+        UserError: a callback monitors a metric that no run of this configuration measures, or takes the worst for the
+            best. Lightning would find the first at the end of an epoch, the second never.
+    """
+    ours = metric_names(cfg) + [f"{name}/hit@{k}" for name in cfg.data.val for k in HIT_CUTS]
+    others = [c for c in callbacks if not type(c).__module__.startswith(("lightning.", "nxtp."))]  # may log anything
+    for callback in callbacks:
+        metric, mode = getattr(callback, "monitor", None), getattr(callback, "mode", None)
+        where = f"{type(callback).__name__} of callbacks"
+        if metric not in (None, "train/grad_norm", *ours) and not others:
+            names = ", ".join(ours)
+            raise UserError(f"{where}: monitor={metric} is no metric.{nearest(metric, ours)} A run measures {names}.")
+        right = "min" if str(metric).endswith("/loss") else "max"
+        is_own = str(metric).partition("/")[2] in cfg.validation.metrics  # whose best is known to its author alone
+        if metric in ours and not is_own and mode not in (None, right):
+            raise UserError(f"{where}: monitor={metric} with mode={mode} selects the worst: set mode={right}.")
 
 
 def monitored(val_names: list[str], top_k: int) -> str | None:

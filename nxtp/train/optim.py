@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from nxtp.config import instantiated
-from nxtp.errors import UserError
+from nxtp.errors import UserError, at_least
 from nxtp.model.model import Model
 from nxtp.model.trainable import TrainableConfig
 
@@ -41,6 +41,10 @@ class OptimConfig:
     state_bits: int = 32
     optimizer: dict[str, Any] | None = None
     trainable: TrainableConfig = field(default_factory=TrainableConfig)
+
+    def __post_init__(self) -> None:
+        for name in ("lr", "eps", "weight_decay", "warmup", "final_lr"):
+            at_least(f"optim.{name}", getattr(self, name), 0)
 
 
 def build_optimizer(model: Model, config: OptimConfig, total_steps: int, fused: bool = True) -> tuple[Optimizer, Any]:

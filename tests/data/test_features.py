@@ -88,6 +88,7 @@ def test_a_part_of_the_data_needs_a_part_of_the_features(root):
     assert "48 images computed, 16 before" in here(root, "features", *FROZEN, "data.features=some")
     assert len(FeatureStore(root / "some")) == 64
     assert "0 images computed, 64 before" in here(root, "features", *FROZEN, "data.features=some")
+    assert not (root / "runs" / "features").exists()
 
 
 def test_images_that_have_no_features_are_counted(root):

@@ -293,7 +293,7 @@ def test_samplers_by_name():
     assert sampler_config({"name": "beam", "num_beams": 5}).num_beams == 5
     with pytest.raises(UserError, match=r"No sampler 'gredy'. Did you mean 'greedy'"):
         sampler_config("gredy")
-    with pytest.raises(UserError, match=r"'sampler.num_beems'. Did you mean 'num_beams'"):
+    with pytest.raises(UserError, match=r"'sampler.num_beems'. Did you mean 'sampler.num_beams'"):
         sampler_config({"name": "beam", "num_beems": 5})
 
 

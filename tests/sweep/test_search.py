@@ -314,10 +314,10 @@ def search_with(*arguments: str, command: str = "train") -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["optim.lrr=interval(0,1)"], "No configuration key 'optim.lrr'. Did you mean 'lr'"),
+        (["optim.lrr=interval(0,1)"], "No configuration key 'optim.lrr'. Did you mean 'optim.lr'"),
         (["optim.lr=interval(0,1)", "optim.waarmup=1"], "No configuration key 'optim.waarmup'"),
         (["optim.lr=interval(1"], "interval"),
-        (["model/encoder=choice(vit_tiny,resnet10)"], "Did you mean 'resnet10t'"),
+        (["model/encoder=choice(vit_tiny,resnet10)"], "Did you mean 'model/encoder=resnet10t'"),
         (["optim.lr=choice(0.1,high)"], "optim.lr: Value 'high'"),
         (["optim.lr=interval(0,1)", "name=???"], "'name' has no value"),
         (["optim.lr=interval(0,1)", "name=x,y"], "a sweep has one name"),

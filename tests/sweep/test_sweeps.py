@@ -14,6 +14,7 @@ import hydra
 import pytest
 from click.testing import CliRunner
 from helpers import TINY_OVERRIDES, nxtp_runs, write_shards
+from hydra._internal.utils import get_args_parser
 from omegaconf import OmegaConf
 
 from nxtp.config import compose_and_run, conf_dir
@@ -55,6 +56,7 @@ text = " ".join(sys.argv)
 out = pathlib.Path(re.search(r"hydra.run.dir='(.*?)'", text)[1])
 out.mkdir(parents=True, exist_ok=True)
 depth = re.search(r"decoder.depth=(\\d)", text)[1]
+pathlib.Path("arguments.json").write_text(json.dumps(sys.argv[1:]))
 config = json.loads(pathlib.Path("config.json").read_text()) if pathlib.Path("config.json").exists() else {{}}
 record = dict(status="finished", config=config, monitor="val/recall@10", metrics={{"val/recall@10": int(depth) / 10}})
 with open("started.txt", "a") as file:
@@ -145,6 +147,14 @@ def test_one_failed_run_does_not_end_a_sweep(stand_in):
         run_or_sweep(never, "train", arguments)
     assert started(stand_in) == [f"model.decoder.depth={d}" for d in (1, 3, 5, 2)]
     assert read_record(stand_in / "runs/deep/model.decoder.depth=2")["status"] == "finished"
+
+
+@pytest.mark.parametrize("arguments", [["-m", "name=x", "model.decoder.depth=1"], ["study=small/laptop", "seed=0"]])
+def test_runs_of_a_sweep_see_the_users_own_conf(stand_in, arguments):
+    (stand_in / "conf").mkdir()
+    run_or_sweep(never, "train", arguments)
+    _, _, _, *given = json.loads((stand_in / "arguments.json").read_text())  # after -m nxtp train
+    assert get_args_parser().parse_args(given).config_dir == str(stand_in / "conf")
 
 
 def test_finished_runs_are_skipped_and_others_taken_up(stand_in):

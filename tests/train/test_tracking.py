@@ -14,7 +14,7 @@ from wandb.proto import wandb_internal_pb2 as proto
 
 from nxtp.errors import UserError
 from nxtp.runs.secrets import refuse_secrets
-from nxtp.train.callbacks.tracking import Wandb
+from nxtp.runs.tracking import Wandb
 
 pytestmark = pytest.mark.costly
 
@@ -202,6 +202,13 @@ def test_the_model_directory_is_an_artifact_on_request(tracked):
     assert not [a for a in of_kind(written(tracked.sessions[0]), "artifact") if a.type == "model"], "not finished"
 
 
+def test_the_log_and_the_record_contain_the_command(tracked):
+    log = (tracked.run / "train.log").read_text()
+    assert log.count(" INFO nxtp train name=r sweep=my/study data.train=train ") == 2, "and of the resumed run"
+    assert log.count("is saved, ") == log.count("Model directory: ") == 1
+    assert {"name=r", "data.train=train", "+data.val.val=val"} <= set(tracked.record["overrides"])
+
+
 def test_no_secret_is_written(tracked):
     files = [path for path in tracked.run.rglob("*") if path.is_file()]
     assert any(path.suffix == ".wandb" for path in files)
@@ -227,6 +234,22 @@ def test_the_value_of_a_secret_variable_is_refused_anywhere(monkeypatch):
     with pytest.raises(UserError, match=r"^notes\[1\] contains a secret \(the value of WANDB_API_KEY\)") as error:
         refuse_secrets({"notes": ["harmless", f"my key: {KEY}"]})
     assert KEY not in str(error.value)
+
+
+def test_an_evaluation_is_tracked(tracked):
+    """By the loggers of training; without one, as before, in files only."""
+    command = ["evaluate", f"model={tracked.run}/model", "+data.val.val=val", "semantic=null", "grid=0", "out=runs/e"]
+    nxtp_runs(*command, "data.num_workers=0", "logger=wandb", "name=mine", cwd=tracked.root)
+    metrics = json.loads((tracked.root / "runs/e/metrics.json").read_text())
+    (session,) = (tracked.root / "runs/e").glob("wandb/offline-run-*")
+    records = written(session)
+    (row,) = [row for row in history(records) if "val/recall@10" in row]
+    assert {key: row[key] for key in metrics} == metrics
+    assert of_kind(records, "run")[0].display_name == "mine"
+    assert config(records)["top_k"] == 10
+    assert summary(records)["status"] == "finished"
+    (row,) = csv.DictReader((tracked.root / "runs/e/csv/version_0/metrics.csv").open())
+    assert float(row["val/recall@10"]) == pytest.approx(metrics["val/recall@10"])
 
 
 def test_checkpoints_cannot_be_uploaded_offline(tmp_path):
