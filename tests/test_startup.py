@@ -53,5 +53,5 @@ def test_help_and_status_import_no_heavy_library(place, command):
 def test_predict_imports_what_a_model_needs(place):
     modules = imported("predict", "photo.jpg", "--model", "model", cwd=place)
     assert {"torch", "transformers", "open_clip"} <= modules  # which import timm, scipy and wandb themselves
-    unused = {"lightning", "torchmetrics", "matplotlib", "hydra", "webdataset", "optuna", "pandas", "textblob"}
+    unused = {"lightning", "torchmetrics", "matplotlib", "hydra", "webdataset", "optuna", "pandas", "HanTa"}
     assert not modules & unused

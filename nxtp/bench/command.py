@@ -95,3 +95,12 @@ def data(**options: Any) -> None:
 def metric(**options: Any) -> None:
     """Labels per second of the semantic metric, ours and one label at a time."""
     run("metric", **options)
+
+
+@bench.command(short_help="Precision, recall and speed of the noun backends.")
+@as_json
+@repeats
+@click.option("--errors", is_flag=True, help="Also what each backend gets wrong in the half for tuning.")
+def nouns(**options: Any) -> None:
+    """Precision, recall and captions per second of the noun backends, on captions marked by hand."""
+    run("nouns", **options)

@@ -38,6 +38,7 @@ class DataConfig:
     ``subset_seed``       seed of that choice; the training seed does not change it
     ``shuffle_window``    shuffle samples within windows of this many, over shuffled shards; 0 shuffles shards only
     ``nouns``             backend that finds the nouns of a caption, for samples without labels of their own
+    ``stop_nouns``        nouns of captions that are no labels, singular: [person, people, view]
     ``given_labels``      all, or first: train on the first of the labels that a sample gives (a class's main name)
     ``max_labels``        labels per image at most; of more, a new random choice each epoch
     ``max_skip_fraction`` a larger share of skipped samples ends the run
@@ -58,7 +59,8 @@ class DataConfig:
     fraction: float | None = None
     subset_seed: int = 0
     shuffle_window: int = 20_000
-    nouns: str = "textblob"
+    nouns: str = "hanta"
+    stop_nouns: list[str] = field(default_factory=list)
     given_labels: str = "all"
     max_labels: int = 32
     max_skip_fraction: float = 0.1

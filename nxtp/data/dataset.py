@@ -70,7 +70,7 @@ class BatchDataset(Dataset):
         self.shards, self.tokenizer, self.config = shards, tokenizer, config
         self.image_size, self.num_image_tokens, self.objective = image_size, num_image_tokens, objective
         self.prompts, self.training = list(prompts), training
-        self.nouns = noun_backend(config.nouns)
+        self.nouns = noun_backend(config.nouns, config.stop_nouns)
         self.features = FeatureStore(config.features) if training and config.features else None
 
     def __getitem__(self, item: tuple[int, np.ndarray]) -> Batch:

@@ -27,7 +27,7 @@ def data() -> None:
 @click.option("--images", type=click.IntRange(0), default=24, show_default=True, help="Images on the contact sheet.")
 @click.option("--samples", type=click.IntRange(0), default=10_000, show_default=True, help="Samples to read; 0: all.")
 @click.option("--top", type=click.IntRange(1), default=20, show_default=True, help="Most frequent labels to print.")
-@click.option("--nouns", default="textblob", show_default=True, help="Backend that makes labels of captions.")
+@click.option("--nouns", default="hanta", show_default=True, help="Backend that makes labels of captions.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Chooses the images.")
 @click.option("--cache-dir", type=click.Path(file_okay=False), help="Directory for copies of remote shards.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of tables.")

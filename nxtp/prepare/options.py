@@ -33,7 +33,7 @@ class WriterOptions:
         metavar="PIXELS",
     )
     quality: int = _option(95, "JPEG quality after --resize.", type=click.IntRange(1, 100), show_default=True)
-    nouns: str | None = _option(None, "Store the captions' nouns as labels: textblob, nltk, …", metavar="BACKEND")
+    nouns: str | None = _option(None, "Store the captions' nouns as labels: hanta, nltk, …", metavar="BACKEND")
     check: bool = _option(False, "Decode every image; skip those that cannot be decoded.", is_flag=True)
     overwrite: bool = _option(False, "Replace a set that was made with other options.", is_flag=True)
 

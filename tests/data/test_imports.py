@@ -6,10 +6,11 @@ import sys
 
 LIGHT = [
     *("nxtp.data.config", "nxtp.data.images", "nxtp.data.mixture"),
-    *(f"nxtp.data.labels.{name}" for name in ("cleaning", "from_samples", "imagenet", "nltk_nouns", "nouns")),
+    *(f"nxtp.data.labels.{name}" for name in ("cleaning", "from_samples", "imagenet", "nouns")),
+    *(f"nxtp.data.labels.{name}_nouns" for name in ("hanta", "nltk", "textblob")),
     *(f"nxtp.data.shards.{name}" for name in ("cache", "manifest", "reader", "tar_index", "urls")),
 ]
-HEAVY = {"torch", "lightning", "transformers", "open_clip", "timm", "webdataset", "wandb", "textblob", "nltk"}
+HEAVY = {"torch", "lightning", "transformers", "open_clip", "timm", "webdataset", "wandb", "HanTa", "textblob", "nltk"}
 HEAVY |= {"fsspec", "aiohttp", "matplotlib", "scipy"}
 
 

@@ -4,13 +4,15 @@ import pickle
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nxtp.data.labels.cleaning import DELIMITER, clean_labels, normalise
-from nxtp.data.labels.nouns import TextBlobNouns, noun_backend
+from nxtp.data.labels.hanta_nouns import HantaNouns, _readings, _tagger, tag
+from nxtp.data.labels.nouns import noun_backend
 from nxtp.errors import UserError
 
 CAPTIONS = {
@@ -54,6 +56,22 @@ CAPTIONS = {
     "a rocket flies above a moose": "rocket moose",
     "a bear swims where it can": "bear",
     "a light bulb that was left on": "light bulb",
+    # objects in lists
+    "a bath with a shower, sink, and toilet": "bath shower sink toilet",
+    "there are two mirrors above the sinks": "mirror sink",
+    "a knife, fork, and spoon": "knife fork spoon",
+    # verbs, adjectives and pronouns that are labels of other captions
+    "a man is about to fork some cake": "man cake",
+    "a man is cooking rice": "man rice",
+    "they cook eggs in a pan": "egg pan",
+    "a boy and his friends blow bubbles": "boy friend bubble",
+    "a girl petting a lamb": "girl lamb",
+    "many people use phones": "people phone",
+    "a small dog next to a small couch": "dog couch",
+    "a cat, a ball and two other cats": "cat ball",
+    # nouns as they are, also in compounds
+    "a cat on the lap of a man": "cat lap man",
+    "a fish tank and a broom full of dust": "fish tank broom dust",
     # singulars
     "three dice, four leaves and some knives": "die leaf knife",
     "geese, mice, oxen, wolves and children": "goose mouse ox wolf child",
@@ -109,26 +127,56 @@ def test_longest_caption_takes_seconds_at_most(nouns, piece):
 
 
 def test_backend_is_named_versioned_and_pickled(nouns):
-    assert nouns.name == "textblob"
-    assert "textblob 0." in nouns.version
+    assert nouns.name == "hanta"
+    assert "HanTa 1." in nouns.version
     assert "lemminflect 0." in nouns.version
     assert pickle.loads(pickle.dumps(nouns))("a bear") == ["bear"]
-    assert isinstance(noun_backend("textblob"), TextBlobNouns)
+    assert isinstance(noun_backend("hanta"), HantaNouns)
+
+
+def test_tags_are_those_of_hantas_own_search(monkeypatch):
+    """Ours follows the readings of a word only; HanTa's own follows every tag."""
+    captions = [caption.split() for caption in CAPTIONS if caption.split()]
+    tagger = _tagger()
+    ours = [tag(words) for words in captions]
+    monkeypatch.setattr(tagger, "_tag_word", lambda word, **_: list(_readings(word)))
+    assert ours == [tagger.tag_sent(words, taglevel=0) for words in captions]
+
+
+def test_stop_nouns_are_no_labels():
+    nouns = noun_backend(stop=["People", "hat"])
+    assert nouns("people in hats with a dog") == ["dog"]
+    assert (nouns.name, nouns.version) == ("hanta", noun_backend().version)
+    assert pickle.loads(pickle.dumps(nouns))("a cat in a hat") == ["cat"]
+
+
+def test_textblob_keeps_its_rules():
+    nouns = noun_backend("textblob")
+    assert nouns("a teddy bear beside a stuffed bear") == ["teddy", "bear"]
+    assert nouns("a shower, sink, and toilet") == ["shower", "toilet"]
+    assert nouns.version == f"textblob {version('textblob')}, lemminflect {version('lemminflect')}, rules 1"
 
 
 def test_unknown_backend_names_the_nearest():
-    with pytest.raises(UserError, match=r"No noun backend 'textblop'.*Did you mean 'textblob'\?"):
+    with pytest.raises(UserError, match=r"No noun backend 'textblop'.*hanta.*Did you mean 'textblob'\?"):
         noun_backend("textblop")
 
 
-def test_libraries_load_at_the_first_caption(nouns):
+def test_libraries_load_at_the_first_caption():
     code = (
         "import sys; from nxtp.data.labels.nouns import noun_backend; nouns = noun_backend();"
-        "assert not {'textblob', 'lemminflect', 'nltk', 'torch'} & set(sys.modules)"
+        "libraries = {'HanTa', 'textblob', 'lemminflect', 'nltk', 'scipy', 'torch'};"
+        "assert not libraries & set(sys.modules);"
+        "nouns('a bear'); assert libraries & set(sys.modules) == {'HanTa', 'lemminflect'}"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
-    nouns("a bear")
-    assert {"textblob", "lemminflect"} <= set(sys.modules)
+
+
+def test_a_backend_that_is_not_installed_names_the_extra(monkeypatch):
+    monkeypatch.setattr(sys.modules["nxtp.data.labels.nouns"], "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"needs nltk: pip install 'nxtp\[nouns\]'"):
+        noun_backend("nltk_published")
+    assert noun_backend().name == "hanta"
 
 
 @pytest.mark.parametrize(

@@ -192,7 +192,7 @@ def test_the_model_directory_predicts(workplace):
     labels = recognizer.predict(jpeg((200, 40, 60)), top_k=3)
     assert 1 <= len(labels) <= 3
     assert labels[0][0] == "stone"
-    assert recognizer.provenance["nouns"] == "textblob"
+    assert recognizer.provenance["nouns"] == "hanta"
 
 
 def test_a_finished_run_is_not_repeated_nor_overwritten(workplace):

@@ -31,7 +31,7 @@ def warn_if_nouns_differ(name: str, spec: Any, nouns: str, trained: str | None) 
 
 def label_texts(shards: IndexedShards, config: DataConfig, limit: int = 20_000) -> list[str]:
     """Distinct labels of up to ``limit`` samples spread over the shards, sorted, to train a tokenizer on."""
-    nouns = noun_backend(config.nouns)
+    nouns = noun_backend(config.nouns, config.stop_nouns)
     found: set[str] = set()
     for position in shards.spread(limit):
         with suppress(SampleError):

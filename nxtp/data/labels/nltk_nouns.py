@@ -94,15 +94,19 @@ def find_resources() -> None:
     """
     import nltk
 
-    missing = [name for name, path in RESOURCES.items() if not _has(path)]
+    missing = missing_resources()
     for name in missing:
         nltk.download(name, quiet=True, print_error_to=io.StringIO())  # a failure is reported below, once
     if any(not _has(RESOURCES[name]) for name in missing):
         raise UserError(
             f"NLTK's data is missing ({', '.join(RESOURCES)}) and could not be fetched. On a machine with network: "
             f"python -m nltk.downloader {' '.join(RESOURCES)}; then copy its nltk_data here and set NLTK_DATA to it. "
-            "Or use the backend that needs none: data.nouns=textblob."
+            "Or use the backend that needs none: data.nouns=hanta."
         )
+
+
+def missing_resources() -> list[str]:
+    return [name for name, path in RESOURCES.items() if not _has(path)]
 
 
 def _has(path: str) -> bool:

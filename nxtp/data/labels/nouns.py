@@ -1,11 +1,11 @@
-"""Where a caption becomes nouns: the backends of ``data.nouns``, and the default one, TextBlob."""
+"""Where a caption becomes nouns: the backends of ``data.nouns``, and the words that they treat alike."""
 
 from __future__ import annotations
 
-import re
-from functools import lru_cache
+from collections.abc import Collection
+from dataclasses import dataclass
 from importlib import import_module
-from importlib.metadata import version
+from importlib.util import find_spec
 from typing import Protocol
 
 from nxtp.data.labels.cleaning import normalise
@@ -15,7 +15,8 @@ from nxtp.errors import UserError, nearest
 class NounBackend(Protocol):
     """Turns a caption into labels. Can be pickled; imports its libraries at the first call."""
 
-    name: str
+    @property
+    def name(self) -> str: ...
 
     @property
     def version(self) -> str:
@@ -25,141 +26,64 @@ class NounBackend(Protocol):
         """Distinct singular nouns, lower-case, in order of appearance."""
 
 
-_BACKENDS = {  # module and class, imported when chosen
-    "textblob": ("nxtp.data.labels.nouns", "TextBlobNouns"),
+BACKENDS = {  # module and class, imported when chosen
+    "hanta": ("nxtp.data.labels.hanta_nouns", "HantaNouns"),
+    "textblob": ("nxtp.data.labels.textblob_nouns", "TextBlobNouns"),
     "nltk": ("nxtp.data.labels.nltk_nouns", "NltkNouns"),
     "nltk_published": ("nxtp.data.labels.nltk_nouns", "PublishedNouns"),
 }
 
 
-def noun_backend(name: str = "textblob") -> NounBackend:
-    """The noun backend of that name.
+def noun_backend(name: str = "hanta", stop: Collection[str] = ()) -> NounBackend:
+    """The noun backend of that name, without the nouns ``stop``.
 
     Raises:
-        UserError: no such backend.
+        UserError: no such backend, or its package is not installed.
     """
-    if name not in _BACKENDS:
-        raise UserError(f"No noun backend '{name}'; known are {', '.join(_BACKENDS)}.{nearest(name, _BACKENDS)}")
-    module, kind = _BACKENDS[name]
-    return getattr(import_module(module), kind)()
+    if name not in BACKENDS:
+        raise UserError(f"No noun backend '{name}'; known are {', '.join(BACKENDS)}.{nearest(name, BACKENDS)}")
+    package = name.partition("_")[0]
+    if name != "hanta" and not find_spec(package):
+        raise UserError(f"nouns={name} needs {package}: pip install 'nxtp[nouns]'.")
+    module, kind = BACKENDS[name]
+    backend = getattr(import_module(module), kind)()
+    return WithoutNouns(backend, frozenset(map(normalise, stop))) if stop else backend
+
+
+@dataclass(frozen=True)
+class WithoutNouns:
+    """A backend without some nouns, as it spells them."""
+
+    backend: NounBackend
+    stop: frozenset[str]
+
+    @property
+    def name(self) -> str:
+        return self.backend.name
+
+    @property
+    def version(self) -> str:
+        return self.backend.version
+
+    def __call__(self, caption: str) -> list[str]:
+        return [noun for noun in self.backend(caption) if noun not in self.stop]
 
 
 # Singulars where the dictionary has none or a rarer word, and plurals that name one thing.
-_SINGULAR = {
+SINGULAR = {
     "leaves": "leaf",
     "dice": "die",
     "graffiti": "graffiti",
     "hoodies": "hoodie",
     "onesies": "onesie",
+    "oxen": "ox",
     "selfies": "selfie",
     "smoothies": "smoothie",
 } | {word: word for word in ("fries", "pants", "shears", "shorts", "sunglasses", "tongs", "trousers")}
 
 # Where in the picture, not what: skipped unless part of a compound ("shop front").
-_PLACES = frozenset({"back", "background", "bottom", "center", "centre", "foreground"})
-_PLACES |= {"front", "left", "middle", "right", "side", "top"}
+PLACES = frozenset({"back", "background", "bottom", "center", "centre", "foreground"})
+PLACES |= {"front", "left", "middle", "right", "side", "top"}
 # The picture itself: skipped before the words that introduce what it shows ("a photo of a dog").
-_PICTURES = frozenset({"close", "close-up", "illustration", "image", "photo", "photograph", "picture", "view"})
-_SHOWS = frozenset({"depicting", "depicts", "featuring", "of", "show", "showing", "shows", "up", "with"})
-
-_ONE = frozenset({"a", "an", "another", "each", "every", "one"})
-_MANY = frozenset({"few", "many", "several", "some", "these", "those"})
-_ARTICLES = _ONE | {"the"}
-_NOUN_TAGS = frozenset({"NN", "NNS"})
-_MODIFIER_TAGS = frozenset({"DT", "CD", "JJ", "PRP$"})
-_NOT_AFTER_NOUN = _NOUN_TAGS | {"JJ", "VB"}
-_WORD = re.compile(r"[^\W\d_]+(?:['’-][^\W\d_]+)*")
-
-
-class TextBlobNouns:
-    """TextBlob's rule tagger and lemminflect's dictionary: offline, no download.
-
-    The tagger gives many words their most frequent tag ("a bear": verb). Where the grammar needs a noun, a word that
-    the dictionary has as a noun counts as one; a "plural" after a singular noun ("a whale jumps") counts as a verb.
-    """
-
-    name = "textblob"
-
-    @property
-    def version(self) -> str:
-        return f"textblob {version('textblob')}, lemminflect {version('lemminflect')}, rules 1"
-
-    def __call__(self, caption: str) -> list[str]:
-        from textblob.en import tag
-
-        tagged = tag(normalise(caption).replace("’", "'").replace("/", " , "), tokenize=True)
-        found: dict[str, None] = {}
-        before, before_pos, number = "", "", 0  # number: 1 after "a", 2 after "three", 0 unknown
-        for i, (word, pos) in enumerate(tagged):
-            after, after_pos = tagged[i + 1] if i + 1 < len(tagged) else ("", "")
-            if pos in _NOUN_TAGS:
-                if after_pos not in _NOUN_TAGS and _must_be_verb(word, pos, before_pos, number):
-                    pos = "VB"
-            elif after_pos not in _NOT_AFTER_NOUN and _must_be_noun(word, pos, before, before_pos, number):
-                pos = "NNS" if pos == "VBZ" else "NN"
-            if pos in ("DT", "CD", "PRP$") or word in _MANY:
-                number = 1 if word in _ONE else 2 if pos == "CD" or word in _MANY else 0
-            elif pos in _NOUN_TAGS:
-                place = word in _PLACES and before_pos not in _NOUN_TAGS
-                picture = word in _PICTURES and after in _SHOWS
-                if len(word) > 1 and _WORD.fullmatch(word) and not place and not picture:
-                    found[_singular(word, number == 2 or (number == 0 and pos == "NNS"))] = None
-            elif pos not in ("JJ", "VBN"):
-                number = 0
-            before, before_pos = word, pos
-        return list(found)
-
-
-def _must_be_noun(word: str, pos: str, before: str, before_pos: str, number: int) -> bool:
-    """Whether a word that is not tagged as a noun is where a noun must be, and can be one."""
-    article = before in _ARTICLES or before_pos == "PRP$"
-    if pos in ("JJ", "RB"):
-        fits = before_pos in _MODIFIER_TAGS and number != 2
-    elif pos == "VB":  # a base form agrees with no singular: "a teddy bear"
-        fits = before_pos in _MODIFIER_TAGS or (number == 1 and before_pos in ("NN", "VBN"))
-    elif pos in ("VBP", "VBD", "VBN", "MD"):
-        fits = article or before_pos == "CD"
-    elif pos == "VBG":
-        fits = article
-    else:
-        fits = pos == "VBZ" and (
-            before_pos == "PRP$" or before == "the" or (number == 2 and before_pos not in _NOUN_TAGS)
-        )
-    return fits and _is_noun(word)
-
-
-def _must_be_verb(word: str, pos: str, before_pos: str, number: int) -> bool:
-    """Whether a word that is tagged as a noun disagrees with the noun before it, and can be a verb."""
-    disagrees = (number == 1 and before_pos == "NN" and pos == "NNS") or (
-        number == 2 and before_pos == "NNS" and word.endswith("ing")
-    )
-    return disagrees and _is_verb(word)
-
-
-@lru_cache(1 << 16)
-def _singular(word: str, plural: bool) -> str:
-    """Singular of a lower-case noun; ``plural`` decides for words that the dictionary lacks."""
-    from lemminflect import getAllLemmas
-    from textblob.en.inflect import singularize
-
-    if word in _SINGULAR:
-        return _SINGULAR[word]
-    lemmas = getAllLemmas(word).get("NOUN", ())
-    if lemmas:
-        return word if word in lemmas and not plural else lemmas[0]
-    return singularize(word) if plural else word
-
-
-@lru_cache(1 << 16)
-def _is_noun(word: str) -> bool:
-    """Whether the dictionary has the word, or its part after the last hyphen, as a noun."""
-    from lemminflect import getAllLemmas
-
-    return "NOUN" in getAllLemmas(word.rpartition("-")[2])
-
-
-@lru_cache(1 << 16)
-def _is_verb(word: str) -> bool:
-    from lemminflect import getAllLemmas
-
-    return "VERB" in getAllLemmas(word)
+PICTURES = frozenset({"close", "close-up", "illustration", "image", "photo", "photograph", "picture", "view"})
+SHOWS = frozenset({"depicting", "depicts", "featuring", "of", "show", "showing", "shows", "up", "with"})
