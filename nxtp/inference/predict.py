@@ -38,7 +38,7 @@ _COMMON = (
     click.option("--stdin", is_flag=True, help="Read paths from standard input, one per line."),
     click.option("--null", is_flag=True, help="With --stdin: names end with a NUL byte (find -print0)."),
     click.option("--grid", type=_FILE, help=f"Save a picture of the first {_GRID} images with their labels."),
-    click.option("--attention", type=_FILE, help=f"Save the attention maps of the first {_ATTENTION} images."),
+    click.option("--attention", type=_FILE, help=f"Save where each label is seen, in the first {_ATTENTION} images."),
     click.option("--block", type=int, help="Attention of this decoder block. Default: the mean of all."),
     click.option("--head", type=int, help="Attention of this head. Default: the mean of all."),
     click.option("--batch-size", type=click.IntRange(min=1), default=32, show_default=True),
@@ -264,7 +264,7 @@ def _save_attention(
 def attention_item(
     prediction: Prediction, recognizer: Recognizer, count: int, block: int | None = None, head: int | None = None
 ) -> AttentionItem:
-    """The part of an image that the model sees, and the attention maps of its first ``count`` labels."""
+    """The part of an image that the model sees, and where its first ``count`` labels are seen."""
     from PIL import Image
 
     from nxtp.data.images import load_image
@@ -275,7 +275,7 @@ def attention_item(
     image = load_image(prediction.item.read(), near=_GRID_PIXELS)
     pixels = recognizer.transform(prediction.item.read())
     maps = [
-        (label, average(recognizer.attention(pixels, label), block, head).numpy())
+        (label, average(recognizer.relevance(pixels, label), block, head).numpy())
         for label, _ in (prediction.labels or [])[:count]
     ]
     return AttentionItem(Image.fromarray(to_pixels(image, _GRID_PIXELS).permute(1, 2, 0).numpy()), maps)

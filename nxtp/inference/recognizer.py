@@ -17,7 +17,7 @@ from nxtp.data.transforms import to_pixels
 from nxtp.errors import UserError
 from nxtp.inference.pretrained import Pretrained
 from nxtp.inference.streaming import WORKERS, ImageSource, Prediction, batches, stream
-from nxtp.model.attention_maps import label_attention, patch_attention
+from nxtp.model.attention_maps import label_attention, label_relevance, patch_attention
 from nxtp.sampling.autoregressive import AutoregressiveConfig
 from nxtp.sampling.clip import ClipSimilarity
 from nxtp.sampling.closed_vocabulary import Classes, Vocabulary, class_log_probs
@@ -233,11 +233,22 @@ class Recognizer(Pretrained):
             ImageError: an image that cannot be read.
             UserError: a label without tokens, or an encoder whose tokens are no square grid.
         """
+        return self._of_label(label_attention, image, label)
+
+    def relevance(self, image: ImageLike, label: str) -> Tensor:
+        """Where a label is seen: float32 [blocks, heads, tokens, rows, columns], ≥ 0.
+
+        Attention weights times the gradient of the label's log probability, where positive: what
+        ``nxtp predict --attention`` and the page show. Raises as :meth:`attention`.
+        """
+        return self._of_label(label_relevance, image, label)
+
+    def _of_label(self, maps: Callable[..., Tensor], image: ImageLike, label: str) -> Tensor:
         (ids,) = self.tokenizer.encode_labels([label])
         if not ids:
             raise UserError(f"The label '{label}' has no tokens.")
         where = {"prompt": self.tokenizer.prompt_ids, "delimiter": self.tokenizer.delimiter_id}
-        return label_attention(self.model, self.transform(image).to(self.device), ids, **where)
+        return maps(self.model, self.transform(image).to(self.device), ids, **where)
 
     def patch_attention(self, image: ImageLike) -> Tensor:
         """Attention of image tokens to each other in the decoder: float32 [blocks, heads, N, N], rows to columns.

@@ -13,7 +13,6 @@ from nxtp.model.layout import lay_out
 from nxtp.model.model import Model
 
 
-@torch.inference_mode()
 def label_attention(
     model: Model, image: Tensor, label: Sequence[int], *, prompt: Sequence[int], delimiter: int
 ) -> Tensor:
@@ -31,13 +30,46 @@ def label_attention(
     Raises:
         UserError: the tower's tokens do not form a square grid.
     """
+    _, weights, first = _attend(model, image, label, prompt, delimiter)
+    return _on_grid(weights, first + 1, label, model.num_image_tokens)
+
+
+def label_relevance(
+    model: Model, image: Tensor, label: Sequence[int], *, prompt: Sequence[int], delimiter: int
+) -> Tensor:
+    """Where a label is seen: attention weights times the gradient of the label's log probability, where positive.
+
+    Of the positions that predict the label's tokens. Raw weights rest on the background as often as on the object;
+    these show what raised this label (Chefer et al., ICCV 2021, arXiv 2103.15679, equation 5, for each head).
+
+    Args, Returns, Raises: as :func:`label_attention`; the values are ≥ 0 and have no fixed sum.
+    """
+    with torch.inference_mode(False), torch.enable_grad():
+        hidden, weights, first = _attend(model, image.clone(), label, prompt, delimiter)
+        log_probs = model.decoder.logits(hidden[0, first : first + len(label)]).log_softmax(dim=-1)
+        log_prob = log_probs[range(len(label)), list(label)].sum()
+        gradients = torch.autograd.grad(log_prob, weights)
+    relevance = [(w * g).clamp(min=0) for w, g in zip(weights, gradients, strict=True)]
+    return _on_grid(relevance, first, label, model.num_image_tokens)
+
+
+def _attend(
+    model: Model, image: Tensor, label: Sequence[int], prompt: Sequence[int], delimiter: int
+) -> tuple[Tensor, list[Tensor], int]:
+    """Hidden states and attention weights of one label, and the position that predicts its first token."""
     count = model.num_image_tokens
-    side = grid_side(count)
     layout = lay_out([[label]], prompt=prompt, delimiter=delimiter, num_image_tokens=count).to(image.device)
-    embeddings = model.embed(model.encode(image[None]), layout.tokens_BU)
-    weights = torch.stack(model.decoder.attention(embeddings, layout.positions_BT, layout.mask()))[:, 0]
-    begin = count + 1 + len(prompt)
-    return weights[:, :, begin : begin + len(label), :count].float().unflatten(-1, (side, side)).cpu()
+    with torch.no_grad():
+        embeddings = model.embed(model.encode(image[None]), layout.tokens_BU)
+    embeddings.requires_grad_(torch.is_grad_enabled())
+    return *model.decoder.attention(embeddings, layout.positions_BT, layout.mask()), count + len(prompt)
+
+
+def _on_grid(weights: Sequence[Tensor], begin: int, label: Sequence[int], count: int) -> Tensor:
+    """Rows ``begin`` and on, one per token of the label: [blocks, heads, tokens, rows, columns]."""
+    side = grid_side(count)
+    stacked = torch.stack([w.detach() for w in weights])[:, 0, :, begin : begin + len(label), :count]
+    return stacked.float().unflatten(-1, (side, side)).cpu()
 
 
 @torch.inference_mode()
@@ -60,7 +92,7 @@ def grid_side(count: int) -> int:
 
 
 def average(weights: Tensor, block: int | None = None, head: int | None = None) -> Tensor:
-    """One map [rows, columns] of :func:`label_attention`'s weights: their mean over tokens, and over blocks and heads
+    """One map [rows, columns] of :func:`label_relevance` or :func:`label_attention`: their mean over tokens, and over blocks and heads
     or for the given one (a negative number counts from the end).
 
     Raises:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from nxtp.errors import UserError, nearest
+from nxtp.errors import UserError, nearest, some_of
 from nxtp.model.hub import reason, require_source
 from nxtp.model.weights import MODEL_FILE, SafetensorsFiles, assign
 
@@ -32,8 +32,9 @@ class DecoderConfig:
     """Which language model, and which of its blocks are kept.
 
     ``source``       a local directory or Hub name with weights; null builds from ``config`` with random weights
-    ``config``       fields of the Hugging Face configuration. With a ``source`` they override its own; if
-                     ``model_type`` is among them they are the whole configuration, and the source gives weights only
+    ``config``       fields of the Hugging Face configuration; with a ``source`` they override its own. With a
+                     ``model_type`` they are whole: of the random decoder, which a source replaces, or of the source
+                     that ``_name_or_path`` names, so that nothing is fetched to describe it
     ``depth``        keep this many blocks (of a random model: its number of blocks); null keeps all
     ``keep``         which: first, last, ends (half from either end), or even (every n/depth-th from the first on)
     ``blocks``       keep exactly these blocks of the source, e.g. [0, 1, 2, 31]; instead of ``depth``
@@ -130,8 +131,8 @@ class Decoder(nn.Module):
             use_cache=cache is not None,
         ).last_hidden_state
 
-    def attention(self, embeddings_BTD: Tensor, positions_BT: Tensor, mask: Tensor) -> list[Tensor]:
-        """Attention weights of every block, each [B, H, T, T]; arguments as in :meth:`forward`.
+    def attention(self, embeddings_BTD: Tensor, positions_BT: Tensor, mask: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Hidden states [B, T, D], and every block's attention weights [B, H, T, T]; arguments as in :meth:`forward`.
 
         Only the eager implementation returns them, and it needs an additive mask.
         """
@@ -140,15 +141,14 @@ class Decoder(nn.Module):
         fast = self.lm.config._attn_implementation
         self.lm.set_attn_implementation("eager")
         try:
-            return list(
-                self.lm.model(
-                    inputs_embeds=embeddings_BTD,
-                    position_ids=positions_BT,
-                    attention_mask=added,
-                    use_cache=False,
-                    output_attentions=True,
-                ).attentions
+            out = self.lm.model(
+                inputs_embeds=embeddings_BTD,
+                position_ids=positions_BT,
+                attention_mask=added,
+                use_cache=False,
+                output_attentions=True,
             )
+            return out.last_hidden_state, list(out.attentions)
         finally:
             self.lm.set_attn_implementation(fast)
 
@@ -162,7 +162,10 @@ def resolve(config: DecoderConfig, vocab_size: int | None = None) -> tuple[PreTr
     from transformers import AutoConfig
 
     fields = dict(config.config or {})
-    if vocab_size is not None:
+    described = fields.pop("_name_or_path", None)
+    if config.source is not None and "model_type" in fields and described != config.source:
+        fields = {}  # of another decoder
+    if vocab_size is not None and config.source is None:
         fields.setdefault("vocab_size", vocab_size)
     _require_family(fields.get("model_type", "llama"))
     if config.source is not None:
@@ -183,6 +186,7 @@ def resolve(config: DecoderConfig, vocab_size: int | None = None) -> tuple[PreTr
     except Exception as error:  # transformers raises many types
         raise UserError(f"{where}: {reason(error)}") from error
     _require_family(full.model_type)
+    full.vocab_size = max(full.vocab_size, vocab_size or 0)  # a source may have more rows than its tokenizer
 
     count = full.num_hidden_layers
     if config.blocks is not None and config.depth is not None:
@@ -251,9 +255,9 @@ def fill_blocks(lm: nn.Module, source: str, kept: list[int]) -> None:
     missing = [name for name in own if stored[name] not in weights.specs]
     wrong = [name for name in own if name not in missing and not fits(name)]
     if wrong or missing:
-        raise UserError(
-            f"model.decoder.source '{source}': missing {missing or 'nothing'}, wrong shape {wrong or 'none'}."
-        )
+        problems = {"missing": missing, "of another shape": wrong}
+        listed = "; ".join(f"{len(names)} {what} ({some_of(names)})" for what, names in problems.items() if names)
+        raise UserError(f"model.decoder.source: the weights in '{source}' do not fit its configuration: {listed}.")
     for name, parameter in own.items():
         full = weights.read(stored[name])
         if full.shape[0] < parameter.shape[0]:

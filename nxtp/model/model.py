@@ -132,7 +132,7 @@ class Model(nn.Module):
 
     def prefix_attention(self, images: Tensor, prompt: Sequence[int]) -> list[Tensor]:
         """Attention weights of every decoder block in the prefix, each [B, H, P, P]; arguments: :meth:`prefill`."""
-        return self.decoder.attention(*self._prefix(images, prompt))
+        return self.decoder.attention(*self._prefix(images, prompt))[1]
 
     def _prefix(self, images: Tensor, prompt: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
         """Embeddings [B, P, D], positions [1, P] and mask [1, 1, P, P] of image tokens · ``<|image|>`` · prompt."""

@@ -7,6 +7,7 @@ import pytest
 import torch
 from helpers import jpeg, recognizer
 from PIL import Image
+from transformers.models.llama import modeling_llama
 
 from nxtp.errors import UserError
 from nxtp.inference.figures import AttentionItem, overlay, save_attention
@@ -58,6 +59,44 @@ def test_weights_are_those_of_the_labels_tokens_on_the_grid():
     assert between.shape == (2, 4, 16, 16)
     torch.testing.assert_close(between[0], by_hand[:, :16, :16], rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(between.sum(dim=-1), torch.ones(2, 4, 16))
+
+
+def test_relevance_is_a_weight_times_what_it_does_to_the_labels_probability(monkeypatch):
+    """Against a nudge of single weights, in the rows that predict the label's tokens."""
+    ours, image = recognizer(), jpeg((200, 40, 60))
+    model, tokenizer = ours.model, ours.tokenizer
+    (ids,) = tokenizer.encode_labels(["hot dog"])
+    found = ours.relevance(image, "hot dog")
+    assert found.shape == (2, 4, len(ids), 4, 4)
+    assert found.max() > 0 == found.min()
+    found = found.flatten(3)
+    where = {"prompt": tokenizer.prompt_ids, "delimiter": tokenizer.delimiter_id, "num_image_tokens": 16}
+    layout, plain, nudge = lay_out([[ids]], **where), modeling_llama.eager_attention_forward, {}
+    first = 16 + len(tokenizer.prompt_ids)
+
+    def nudged(module, query, key, value, *args, **kwargs):
+        out, weights = plain(module, query, key, value, *args, **kwargs)
+        if module.layer_idx == nudge.get("block"):
+            out[0, nudge["row"], nudge["head"]] += nudge["by"] * value[0, nudge["head"], nudge["column"]]
+        return out, weights
+
+    monkeypatch.setattr(modeling_llama, "eager_attention_forward", nudged)
+
+    @torch.no_grad()
+    def log_prob() -> tuple[float, list[torch.Tensor]]:
+        embeddings = model.embed(model.encode(ours.transform(image)[None]), layout.tokens_BU)
+        hidden, weights = model.decoder.attention(embeddings, layout.positions_BT, layout.mask())
+        logits = model.decoder.logits(hidden[0]).log_softmax(dim=-1)
+        return sum(logits[first + i, token].item() for i, token in enumerate(ids)), weights
+
+    _, weights = log_prob()
+    for block in (0, 1):
+        for flat in (int(found[block].argmax()), int(found[block].argmin())):  # one that raises it, one that does not
+            head, token, column = (int(n) for n in np.unravel_index(flat, found[block].shape))
+            nudge.update(block=block, head=head, row=first + token, column=column)
+            up, down = (log_prob()[0] for nudge["by"] in (0.05, -0.05))
+            expected = weights[block][0, head, first + token, column] * (up - down) / 0.1
+            torch.testing.assert_close(found[block, head, token, column], expected.clamp(min=0), rtol=0.02, atol=1e-7)
 
 
 def test_an_average_is_of_what_is_named():

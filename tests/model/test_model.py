@@ -1,19 +1,21 @@
 """Loss against an unpacked computation, what trains, towers and decoders of every supported kind."""
 
 import itertools
+import json
 
 import pytest
 import torch
-from helpers import tiny_config
+from helpers import call_nxtp, tiny_config
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from nxtp.config import composed, to_dataclass
 from nxtp.errors import UserError
 from nxtp.inference.recognizer import Recognizer
-from nxtp.model.decoder import Decoder, DecoderConfig
+from nxtp.model.decoder import Decoder, DecoderConfig, resolve
 from nxtp.model.encoder import CLIP_MEAN, CLIP_STD, Encoder, EncoderConfig
 from nxtp.model.layout import Objective, lay_out
-from nxtp.model.model import Model
+from nxtp.model.model import Model, ModelConfig
 from nxtp.model.tokenizer import train_tokenizer
 from nxtp.model.trainable import TrainableConfig, choose_trainable
 from nxtp.paper.reference import published_loss
@@ -440,6 +442,25 @@ def test_a_larger_vocabulary_keeps_the_source_rows(tmp_path):
     assert torch.equal(rows[:VOCABULARY], lm.model.embed_tokens.weight)
 
 
+@pytest.mark.parametrize(("model", "depth"), [("small", 4), ("published", 3), ("open", 2)])
+def test_a_source_replaces_the_decoder_of_a_recipe(tmp_path, model, depth):
+    save_source(tmp_path, "qwen2", vocab_size=80)
+    overrides = [f"model={model}", f"model.decoder.source={tmp_path}"]
+    overrides += [f"model.decoder.depth={depth}"] if model != "small" else []
+    config = to_dataclass(ModelConfig, composed("train", ["name=x", *overrides]).model, "model")
+    for tokens in (None, 70):  # a source may have more rows than its tokenizer
+        found, kept = resolve(config.decoder, tokens)
+        assert (found.model_type, found.hidden_size, found.vocab_size) == ("qwen2", 32, 80)
+        assert kept == list(range(depth))
+
+
+def test_describe_looks_at_the_source(tmp_path):
+    lm = save_source(tmp_path / "lm", "llama")
+    done = call_nxtp("describe", "model.decoder.source=lm", "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["parameters"]["decoder"] == sum(p.numel() for p in lm.parameters())
+
+
 def test_unusable_decoders_are_one_line_errors(tmp_path, monkeypatch):
     save_source(tmp_path, "llama")
     (tmp_path / "runs").mkdir()
@@ -451,7 +472,7 @@ def test_unusable_decoders_are_one_line_errors(tmp_path, monkeypatch):
         "Did you mean 'ends'": DecoderConfig(source=source, depth=2, keep="end"),
         "which has blocks 0 to 3": DecoderConfig(source=source, depth=5, keep="even"),
         "not both": DecoderConfig(source=source, blocks=[0], depth=1),
-        "wrong shape": DecoderConfig(source=source, config={"intermediate_size": 40}),
+        "12 of another shape .* and 9 more": DecoderConfig(source=source, config={"intermediate_size": 40}),
         "not a LLaMA-family": DecoderConfig(config={"model_type": "gpt2"}),
         "no usable model": DecoderConfig(source=str(tmp_path / "empty")),
         "nowhere' does not exist": DecoderConfig(source=str(tmp_path / "nowhere")),

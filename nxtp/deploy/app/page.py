@@ -62,7 +62,7 @@ class Predictor:
         return _rows(labels, seconds)
 
     def look(self, path: str | None, label: str) -> Image.Image:
-        """The image under the attention of a label.
+        """The image under the relevance of a label: where it is seen.
 
         Raises:
             gr.Error: there is no image, or it cannot be read: shown by the page.
@@ -72,7 +72,7 @@ class Predictor:
                 raise UserError("There is no such label here.")
             with self._lock:
                 pixels = to_pixels(load_image(path, near=SHOWN_PIXELS), SHOWN_PIXELS)
-                weights = average(self.recognizer.attention(path, label))
+                weights = average(self.recognizer.relevance(path, label))
         except UserError as error:
             raise gr.Error(_reason(error), print_exception=False) from None
         return overlay(Image.fromarray(pixels.permute(1, 2, 0).numpy()), weights.numpy())
