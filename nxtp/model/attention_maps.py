@@ -92,8 +92,8 @@ def grid_side(count: int) -> int:
 
 
 def average(weights: Tensor, block: int | None = None, head: int | None = None) -> Tensor:
-    """One map [rows, columns] of :func:`label_relevance` or :func:`label_attention`: their mean over tokens, and over blocks and heads
-    or for the given one (a negative number counts from the end).
+    """One map [rows, columns] of :func:`label_relevance` or :func:`label_attention`: the mean over tokens, and over
+    blocks and heads or for the given one (a negative number counts from the end).
 
     Raises:
         UserError: no such block or head.
