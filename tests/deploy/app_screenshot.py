@@ -24,7 +24,7 @@ def main(model: str, examples: str, out: str) -> None:
         shown.locator("button.gallery-item").nth(1).click()
         rows = shown.locator("#labels .row")
         rows.first.wait_for()
-        shown.locator("button.gallery-item").nth(4).click()  # the first prediction warms up
+        shown.locator("button.gallery-item").nth(5).click()  # the first prediction warms up
         shown.wait_for_timeout(1500)
         rows.first.click()
         shown.locator("#look img").wait_for()
