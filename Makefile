@@ -63,7 +63,7 @@ scenes: $(DEMO)
 docs: export NO_MKDOCS_2_WARNING = 1
 docs: $(READY)
 	$(BIN)/mkdocs build
-	@echo site/index.html
+	@echo "site/index.html; with search: $(BIN)/python -m http.server -d site"
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache site
