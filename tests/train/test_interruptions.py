@@ -187,7 +187,7 @@ def signalled(root, name: str, strategy: str, number: int, step: int, *overrides
 @pytest.mark.parametrize(
     ("strategy", "number", "all_ranks"),
     [
-        ("one", signal.SIGINT, True),
+        pytest.param("one", signal.SIGINT, True, marks=pytest.mark.slow),  # as the signal from outside, below
         ("ddp", signal.SIGTERM, False),
         pytest.param("fsdp", signal.SIGUSR1, True, marks=pytest.mark.slow),  # as ddp, but for what is saved
         pytest.param("fsdp", signal.SIGTERM, False, marks=pytest.mark.slow),
@@ -201,6 +201,18 @@ def test_a_signal_saves_and_stops(root, strategy, number, all_ranks):
     assert record(root, name)["samples_seen"] in (4 * 8, 5 * 8)  # at the latest with the next step's all-reduce
     run(root, name, strategy)
     assert_same_run(root, undisturbed(root, strategy), name)
+
+
+def test_a_signal_from_outside(root):
+    """At whatever moment it comes."""
+    arguments, _ = command("outside", "one", OFTEN)
+    started = start_nxtp(*arguments, cwd=root)
+    wait_for_steps(root, "outside", started, 3)
+    started.kill(signal.SIGTERM)
+    assert started.wait() == 128 + signal.SIGTERM, started.output[-3000:]
+    assert "The same command continues it" in started.output
+    run(root, "outside", "one")
+    assert_same_run(root, undisturbed(root, "one"), "outside")
 
 
 def test_a_signal_in_validation(root):
