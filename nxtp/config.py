@@ -74,7 +74,7 @@ def _add_study(overrides: Sequence[str]) -> None:
 def _fits(study: str, config_name: str, cfg: DictConfig) -> bool:
     """Whether a study is of this command: the command has its keys and groups."""
     try:
-        content = OmegaConf.load(_study_file(study))
+        content: Any = OmegaConf.load(_study_file(study))
     except yaml.YAMLError:
         return True  # running it reports what is wrong
     entries = [entry for entry in content.pop("defaults", []) if isinstance(entry, DictConfig)]

@@ -125,7 +125,7 @@ def train_from(checkpoint: str | None, cfg: DictConfig, run_dir: Path, record: R
 
 def filter_lightning_messages() -> None:
     """Hide Lightning's advertisements and its warnings about its own code; print its other messages once."""
-    for name in ("lightning.pytorch", "lightning.fabric"):
+    for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).handlers.clear()  # Hydra's root logger prints them
     for message in (
         ".*LeafSpec.*",
@@ -237,7 +237,9 @@ def check_monitors(callbacks: list[Callback], cfg: DictConfig) -> None:
         where = f"{type(callback).__name__} of callbacks"
         if metric not in (None, "train/grad_norm", *ours) and not others:
             names = ", ".join(ours)
-            raise UserError(f"{where}: monitor={metric} is no metric.{nearest(metric, ours)} A run measures {names}.")
+            raise UserError(
+                f"{where}: monitor={metric} is no metric.{nearest(str(metric), ours)} A run measures {names}."
+            )
         right = "min" if str(metric).endswith("/loss") else "max"
         is_own = str(metric).partition("/")[2] in cfg.validation.metrics  # whose best is known to its author alone
         if metric in ours and not is_own and mode not in (None, right):
