@@ -125,8 +125,9 @@ def train_from(checkpoint: str | None, cfg: DictConfig, run_dir: Path, record: R
 
 def filter_lightning_messages() -> None:
     """Hide Lightning's advertisements and its warnings about its own code; print its other messages once."""
-    for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).handlers.clear()  # Hydra's root logger prints them
+    for name in ("lightning", "lightning.pytorch", "lightning.fabric"):  # Hydra's root logger prints them
+        logging.getLogger(name).handlers.clear()
+        logging.getLogger(name).propagate = True
     for message in (
         ".*LeafSpec.*",
         "Checkpoint directory .* exists and is not empty",  # a resumed run

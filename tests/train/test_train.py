@@ -184,6 +184,7 @@ def test_a_run_directory_holds_everything(workplace):
     assert {"train/loss", "val/recall@10", "lr-AdamW/pg1", *PERF} <= logged
     assert "perf/mfu" not in logged, "a CPU's peak is unknown"
     assert "images/s · " in done.stderr
+    assert done.stderr.count("`Trainer.fit` stopped") == 1, "each message once"
 
 
 def test_the_model_directory_predicts(workplace):
