@@ -1,6 +1,6 @@
-"""A gallery of a model: images with their most probable labels, the probabilities, and where each label looks.
+"""A gallery of a model: images with their most probable labels, the probabilities, and where each label is seen.
 
-Writes gallery.png, and index.html, one file that needs nothing else: point at a label to see its attention.
+Writes gallery.png, and index.html, one file that needs nothing else: point at a label to see where it is seen.
 """
 
 from __future__ import annotations
@@ -33,25 +33,27 @@ PAGE = Template("""<!doctype html>
 <meta name="viewport" content="width=device-width">
 <title>$title</title>
 <style>
+  :root { --side: min(256px, 45vw) }
   body { font: 14px/1.35 system-ui, sans-serif; margin: 24px auto; max-width: 900px; padding: 0 12px; color: #222 }
   article { position: relative; border-top: 1px solid #ddd; padding: 12px 0; min-height: 290px }
   h2 { font-size: 13px; margin: 0 0 8px; color: #666; overflow-wrap: anywhere }
-  .photo, .look { background: center / cover; width: 256px; height: 256px }
+  .photo, .look { background: center / cover; width: var(--side); height: var(--side) }
   .photo { float: left }
-  .look { position: absolute; left: 268px; top: 38px; visibility: hidden }
+  .look { position: absolute; left: calc(var(--side) + 12px); top: 38px; visibility: hidden }
   .look img { width: 100%; height: 100%; opacity: $opacity; image-rendering: pixelated }
-  ol { list-style: none; margin: 0 0 0 536px; padding: 0 }
+  ol { list-style: none; margin: 0 0 0 calc(2 * var(--side) + 24px); padding: 0 }
   li { display: flex; justify-content: space-between; padding: 0 6px; cursor: pointer;
        background: linear-gradient(#a8bccd 0 0) no-repeat 0 / var(--share) 100% #eef1f4; border-bottom: 1px solid #fff }
   li:hover, li:focus { outline: 2px solid #0072b2 }
   li:first-child .look, li:hover .look, li:focus .look { visibility: visible }
   li:hover .look, li:focus .look { z-index: 1 }
   @media (max-width: 820px) {
-    ol { margin-left: 268px } .look { left: 0 } li:first-child:not(:hover, :focus) .look { visibility: hidden }
+    ol { margin-left: calc(var(--side) + 12px) } .look { left: 0 }
+    li:first-child:not(:hover, :focus) .look { visibility: hidden }
   }
 </style>
 <h1>$title</h1>
-<p>Point at a label to see its attention: the mean over the decoder's blocks and heads.</p>
+<p>Point at a label to see where it is seen: attention times the gradient of its log probability.</p>
 $articles
 </html>
 """)
@@ -113,7 +115,7 @@ def gallery(model: str, pictures: tuple[str, ...], out: Path, top_k: int, images
 
 
 def article(prediction: Prediction, image: Image.Image, maps: Sequence[np.ndarray]) -> str:
-    """An image, its labels, and the attention of each of them as far as there are ``maps``."""
+    """An image, its labels, and where each of them is seen, as far as there are ``maps``."""
     labels = [
         LABEL.substitute(
             label=escape(label),
