@@ -10,6 +10,7 @@ from hydra.utils import instantiate
 from lightning.fabric.strategies.launchers.subprocess_script import _hydra_subprocess_cmd
 from omegaconf import OmegaConf
 
+from nxtp import config
 from nxtp.config import compose_and_run, conf_dir, help_text, to_dataclass
 from nxtp.data.config import DataConfig
 from nxtp.errors import UserError
@@ -73,6 +74,19 @@ def test_every_shipped_option_composes_and_instantiates(tmp_path, choice, monkey
     trainer = OmegaConf.to_container(cfg.trainer, resolve=True)
     if trainer["accelerator"] == "cpu":
         instantiate({**trainer, "logger": False, "callbacks": [], "profiler": None}, _convert_="all")
+
+
+@pytest.mark.parametrize("base", ["train", "evaluate"])
+def test_nouns_are_chosen_by_name_and_skipped_by_list(base):
+    needed = "name=x" if base == "train" else "model_dir=m"
+    for override, backend, stop in (
+        ("nouns=hanta", "hanta", []),
+        ("nouns=nltk_published", "nltk_published", []),
+        ("data.nouns=textblob", "textblob", []),
+        ("nouns.stop=[person,view]", "hanta", ["person", "view"]),
+    ):
+        data = to_dataclass(DataConfig, config.composed(base, [needed, override]).data, "data")
+        assert (data.nouns, data.stop_nouns) == (backend, stop)
 
 
 @pytest.mark.parametrize("sampler", sorted(path.stem for path in (conf_dir() / "sampler").glob("*.yaml")))
