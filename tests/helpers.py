@@ -118,9 +118,9 @@ def fork(function, *arguments) -> multiprocessing.Process:
 def nxtp_here(arguments: list[str], cwd: str, out: str, error: str, environment: dict[str, str]) -> None:
     for number, path in ((1, out), (2, error)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    multiprocessing.set_start_method("fork", force=True)  # as in a user's process: loader workers import nothing
     os.chdir(cwd)
     os.environ.update(environment)
-    sys.path[:0] = [cwd]
     sys.argv = ["nxtp", *arguments]
     import nxtp.__main__
 
