@@ -65,6 +65,7 @@ CAPTIONS = {
     "a man is cooking rice": "man rice",
     "they cook eggs in a pan": "egg pan",
     "a boy and his friends blow bubbles": "boy friend bubble",
+    "two people cook in a small kitchen": "people kitchen",
     "a girl petting a lamb": "girl lamb",
     "many people use phones": "people phone",
     "a small dog next to a small couch": "dog couch",

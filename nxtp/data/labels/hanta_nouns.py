@@ -125,6 +125,8 @@ def _readings(word: str) -> tuple[tuple[int, float], ...]:
     if len(word) > _LONGEST:
         return ((tagger.tag2int["NN1" if word[0].isalpha() else "CRD"], 0.0),)
     found = {tagger.int2tag[pos]: float(p) for pos, p in tagger._tag_word(word, 5, False, True)}
+    if word == "people":  # for HanTa of no number, so that no verb agrees with it
+        found = {"NN2": max(found.values())}
     if _WORD.fullmatch(word):
         best = max(found.values(), default=0.0)
         known = word in tagger.cache
