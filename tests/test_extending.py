@@ -10,9 +10,11 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
-from helpers import run_nxtp
+from helpers import call_nxtp, run_nxtp
 from small_shards import picture, write_shards
 
+from nxtp.errors import UserError
+from nxtp.eval.metrics import own_metrics
 from nxtp.runs.record import read_record
 
 PAGE = (Path(__file__).parents[1] / "docs/extending.md").read_text()
@@ -49,6 +51,18 @@ def test_an_example_runs(section, tmp_path):
     for line in "".join(content for language, _, content in SECTIONS[section] if language == "sh").splitlines():
         run(line, tmp_path)
     assert RESULTS.get(section, bool)(tmp_path)
+
+
+def test_a_module_that_is_not_there_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setenv("NXTP_IMPORT", "nowhere")
+    done = call_nxtp("describe", cwd=tmp_path)
+    assert done.returncode == 1
+    assert done.stderr == "error: NXTP_IMPORT: 'nowhere' cannot be imported: No module named 'nowhere'\n"
+
+
+def test_a_metric_of_another_kind_is_refused():
+    with pytest.raises(UserError, match=r"metrics.own must be a torchmetrics Metric, got Counter"):
+        own_metrics({"own": {"_target_": "collections.Counter"}}, "metrics")
 
 
 def run(line: str, cwd: Path) -> None:
