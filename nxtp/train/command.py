@@ -135,6 +135,7 @@ def filter_lightning_messages() -> None:
         "torch.distributed.nn.functional.all_gather is deprecated",  # called by Lightning, at each log of each rank
         "You're using the WeightAveraging callback with a model that overrides",  # sharded ones are refused
         r".*Please add the following callbacks: \['\w*WeightAveraging'\]",  # they have done their part
+        "Total length of `list` across ranks is zero",  # a run without validation sets
         "The number of training batches .* is smaller than the logging interval",
         # before the first validation; after it, a missing metric is an error
         r"`ModelCheckpoint\(monitor=.*could not find the monitored key",

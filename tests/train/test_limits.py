@@ -49,7 +49,7 @@ def fit(tmp_path, *callbacks, **trainer) -> None:
         ({"max_epochs": 2, "max_steps": 8}, 8, "trainer.max_steps=8", "trainer.max_epochs=2 is 12 steps"),
         ({"max_epochs": 1, "max_steps": 9}, 6, "trainer.max_epochs=1", "trainer.max_epochs=1 is 6 steps"),
         ({"max_epochs": 5, "early": True}, 12, "early stopping: Monitored metric train/loss did not improve", None),
-        ({"max_epochs": -1, "max_time": {"seconds": 0}}, 0, "trainer.max_time", None),
+        ({"max_epochs": 3, "max_time": {"microseconds": 1}}, 1, "trainer.max_time", None),
     ],
 )
 def test_a_run_says_what_ended_it(tmp_path, caplog, limits, step, limit, announced):

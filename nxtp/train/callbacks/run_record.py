@@ -80,6 +80,6 @@ def ended_by(trainer: L.Trainer) -> str:
     for callback in trainer.callbacks if trainer.should_stop else ():
         if isinstance(callback, EarlyStopping) and callback.stopping_reason_message:
             return f"early stopping: {' '.join(callback.stopping_reason_message.split()).rstrip('.')}"
-        if isinstance(callback, Timer) and callback.time_remaining() == 0:
+        if isinstance(callback, Timer) and (callback.time_remaining() or 0) <= 0:  # negative, if it is over
             return "trainer.max_time"
     return "a callback" if trainer.should_stop else f"trainer.max_epochs={trainer.max_epochs}"
