@@ -6,14 +6,14 @@ from pathlib import Path
 
 run = Path(sys.argv[1])
 metrics = json.loads((run / "metrics.json").read_text())
-seconds = json.loads((run / "run.json").read_text())["wall_time_s"]
-hit, recall = metrics["val/hit@1"], metrics["val/recall@10"]
+minutes = json.loads((run / "run.json").read_text())["wall_time_s"] / 60
+images, hit, recall = (metrics[f"val/{name}"] for name in ("images", "hit@1", "recall@10"))
 print(f"""
-Trained from random weights in {seconds / 60:.1f} minutes. Of {metrics["val/images"]} unseen scenes, the most probable label
-is right in {hit:.0%}, and the ten most probable labels contain {recall:.0%} of what is there.
+Trained from random weights in {minutes:.1f} minutes. Of {images} unseen scenes, the most probable label is right
+in {hit:.0%}, and the ten most probable labels contain {recall:.0%} of what is there.
 
   {run}/predictions.png   unseen scenes with their labels
-  {run}/attention.png     where each label looks
+  {run}/attention.png     where each label is seen
 
 Next:
   nxtp predict photo.jpg --model {run}/model           any image; the model knows 100 concepts, drawn as emoji
