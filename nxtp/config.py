@@ -284,6 +284,9 @@ def explain(error: BaseException, config_name: str) -> str:
 def to_dataclass(cls: type[T], node: Any, where: str) -> T:
     """A plain configuration node as the dataclass ``cls``, its types checked.
 
+    Args:
+        where: the section that ``node`` is, such as ``optim``; in a file: ``FILE: SECTION``, or ``FILE: `` of all.
+
     Raises:
         UserError: a key that ``cls`` lacks, or a value of another type; names ``where`` and the nearest key.
     """
@@ -292,12 +295,13 @@ def to_dataclass(cls: type[T], node: Any, where: str) -> T:
         merged: Any = OmegaConf.merge(OmegaConf.structured(cls), plain or {})
         return cast(T, OmegaConf.to_object(merged))
     except OmegaConfBaseException as error:
-        key = str(error.full_key or error.key)
+        file, _, section = where.rpartition(": ")
+        place, leaf = f"{file}: " if file else "", str(error.key)
+        key = f"{section}.{error.full_key or leaf}".lstrip(".")
         known = error.parent_node
         if known is not None and error.key not in known and not isinstance(error, ValidationError):
-            near = nearest(str(error.key), known, f"{where}.{key.removesuffix(str(error.key))}")
-            raise UserError(f"No key '{where}.{key}'.{near}") from error
-        raise UserError(f"{where}.{key}: {str(error).splitlines()[0]}") from error
+            raise UserError(f"{place}No key '{key}'.{nearest(leaf, known, key.removesuffix(leaf))}") from error
+        raise UserError(f"{place}{key}: {str(error).splitlines()[0]}") from error
 
 
 def instantiated(node: Any, where: str, **arguments: Any) -> Any:

@@ -202,7 +202,7 @@ DAMAGE = {
     "a later format": (lambda d: edit(d / "config.yaml", lambda c: c.update(format=99)), "format 99"),
     "an unknown key": (
         lambda d: edit(d / "config.yaml", lambda c: c["model"].update(promt="x")),
-        "promt.*Did you mean 'prompt'",
+        "model.promt.*Did you mean 'model.prompt'",
     ),
     "code": (
         lambda d: edit(d / "config.yaml", lambda c: c["model"]["encoder"].update(_target_="os.system")),

@@ -235,7 +235,7 @@ def test_only_published_values_are_shown_and_nothing_at_all_fails(study):
     [
         ("colums: {}", "Did you mean 'columns'"),
         (SPEC.replace("lines: which", "lines: whch"), "Did you mean 'which'"),
-        (SPEC.replace("lines: which", "line: which"), "Did you mean 'lines'"),
+        (SPEC.replace("lines: which", "line: which"), "Did you mean 'plot.lines'"),
         (SPEC.replace("value: 0.731", "value: much"), "could not be converted to Float"),
         ("- a list", "must be a mapping"),
     ],

@@ -58,7 +58,7 @@ class Spec:
             raise UserError(f"'{path}' is not YAML: {' '.join(str(error).split())}") from error
         if not isinstance(content, dict):
             raise UserError(f"'{path}' must be a mapping, got '{content}'.")
-        spec = to_dataclass(cls, content, str(path))
+        spec = to_dataclass(cls, content, f"{path}: ")
         for paper in spec.paper:
             _require([paper.metric], spec.metrics, f"{path}, paper")
             _require(paper.where, [*spec.columns, "size"], f"{path}, paper, where")
