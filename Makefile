@@ -29,7 +29,7 @@ $(DEMO): pyproject.toml constraints.txt
 	touch $@
 
 $(READY): $(DEMO)
-	$(call INSTALL,'.[scenes,dev]')
+	$(call INSTALL,'.[dev]')
 	touch $@
 
 lint: $(READY)
