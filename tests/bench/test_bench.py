@@ -53,6 +53,7 @@ def test_train_prints_a_table_and_one_object_last():
     assert numbers["precision"] == "32-true"
 
 
+@pytest.mark.slow  # as train, above; the cheap test of a whole command is that of data
 def test_predict_prints_a_table_and_one_object_last(forked):
     numbers, output = run("predict", "--size", "tiny", "--repeats", "1", "--steps", "2", "--batch-size", "3")
     assert "Top-100" in output
