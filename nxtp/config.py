@@ -229,7 +229,7 @@ def composed(config_name: str, overrides: Sequence[str], config_dir: str | Path 
     """The configuration of one run, with its node ``hydra``; nothing is run.
 
     Args:
-        config_dir: searched before the shipped configuration; by default the user's ./conf.
+        config_dir: searched after the shipped configuration; by default the user's ./conf.
 
     Raises:
         UserError: an unknown key, group or option, with the nearest known one.

@@ -86,12 +86,12 @@ def measure_nouns(*, repeats: int, errors: bool) -> dict[str, Any]:
             wrong = sum(len(marked.wrong(labels)) for marked, labels in pairs)
             rows[name][half] = {"recall": right / nouns, "precision": right / max(right + wrong, 1)}
         if errors:
-            tuning = [(m, labels) for m, labels in zip(captions, found, strict=True) if m.half == "tuning"]
-            rows[name]["errors"] = [
-                {"caption": m.caption, "missed": m.missed(labels), "wrong": m.wrong(labels)}
-                for m, labels in tuning
-                if m.missed(labels) or m.wrong(labels)
+            marks = [
+                {"caption": marked.caption, "missed": marked.missed(labels), "wrong": marked.wrong(labels)}
+                for marked, labels in zip(captions, found, strict=True)
+                if marked.half == "tuning"
             ]
+            rows[name]["errors"] = [mark for mark in marks if mark["missed"] or mark["wrong"]]
     sizes = {half: sum(marked.half == half for marked in captions) for half in HALVES}
     return {"rows": rows, "captions": sizes, "repeats": repeats, "machine": machine_description()}
 

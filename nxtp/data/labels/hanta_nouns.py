@@ -8,7 +8,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 from nxtp.data.labels.cleaning import normalise
-from nxtp.data.labels.nouns import PICTURES, PLACES, SHOWS, SINGULAR
+from nxtp.data.labels.nouns import PICTURES, PLACES, SHOWS, singular
 
 if TYPE_CHECKING:
     from HanTa.HanoverTagger import HanoverTagger
@@ -167,15 +167,11 @@ def _is_noun(word: str) -> bool:
 
 @lru_cache(1 << 16)
 def _singular(word: str, plural: bool) -> str:
-    """Singular of a lower-case noun; ``plural`` decides where the dictionary has no singular, or has both."""
-    from lemminflect import getAllLemmas, getAllLemmasOOV
+    return singular(word, plural, _guessed_singular)
 
-    if word in SINGULAR:
-        return SINGULAR[word]
-    lemmas = getAllLemmas(word).get("NOUN", ())
-    if lemmas:
-        return word if word in lemmas and not plural else lemmas[0]
-    if not plural:
-        return word
-    singular = getAllLemmasOOV(word, "NOUN").get("NOUN", (word,))[0]
-    return word.removesuffix("s") if singular == word else singular
+
+def _guessed_singular(word: str) -> str:
+    from lemminflect import getAllLemmasOOV
+
+    guess = getAllLemmasOOV(word, "NOUN").get("NOUN", (word,))[0]
+    return word.removesuffix("s") if guess == word else guess

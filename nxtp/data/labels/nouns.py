@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
@@ -80,6 +80,19 @@ SINGULAR = {
     "selfies": "selfie",
     "smoothies": "smoothie",
 } | {word: word for word in ("fries", "pants", "shears", "shorts", "sunglasses", "tongs", "trousers")}
+
+
+def singular(word: str, plural: bool, guess: Callable[[str], str]) -> str:
+    """Singular of a lower-case noun: the dictionary's; ``guess`` is for plurals that it lacks."""
+    from lemminflect import getAllLemmas
+
+    if word in SINGULAR:
+        return SINGULAR[word]
+    lemmas = getAllLemmas(word).get("NOUN", ())
+    if lemmas:
+        return word if word in lemmas and not plural else lemmas[0]
+    return guess(word) if plural else word
+
 
 # Where in the picture, not what: skipped unless part of a compound ("shop front").
 PLACES = frozenset({"back", "background", "bottom", "center", "centre", "foreground"})

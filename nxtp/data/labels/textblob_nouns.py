@@ -7,7 +7,7 @@ from functools import lru_cache
 from importlib.metadata import version
 
 from nxtp.data.labels.cleaning import normalise
-from nxtp.data.labels.nouns import PICTURES, PLACES, SHOWS, SINGULAR
+from nxtp.data.labels.nouns import PICTURES, PLACES, SHOWS, singular
 
 _ONE = frozenset({"a", "an", "another", "each", "every", "one"})
 _MANY = frozenset({"few", "many", "several", "some", "these", "those"})
@@ -85,16 +85,9 @@ def _must_be_verb(word: str, pos: str, before_pos: str, number: int) -> bool:
 
 @lru_cache(1 << 16)
 def _singular(word: str, plural: bool) -> str:
-    """Singular of a lower-case noun; ``plural`` decides for words that the dictionary lacks."""
-    from lemminflect import getAllLemmas
     from textblob.en.inflect import singularize
 
-    if word in SINGULAR:
-        return SINGULAR[word]
-    lemmas = getAllLemmas(word).get("NOUN", ())
-    if lemmas:
-        return word if word in lemmas and not plural else lemmas[0]
-    return singularize(word) if plural else word
+    return singular(word, plural, singularize)
 
 
 @lru_cache(1 << 16)
