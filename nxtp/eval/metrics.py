@@ -79,7 +79,7 @@ def semantic_scores(
 
 def _padded(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
     """Index lists of uneven length → int64 [B, longest], filled with 0, and bool [B, longest], True where real."""
-    indices = pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=-1).to(device)
+    indices = pad_sequence([torch.tensor(row, dtype=torch.long) for row in rows], True, padding_value=-1).to(device)
     return indices.clamp(min=0), indices >= 0
 
 
