@@ -18,7 +18,7 @@ install: $(READY)
 
 # Created once, and again when the requirements change. uv downloads and unpacks in parallel; pip is the fallback.
 UV ?= $(shell command -v uv || echo $(BIN)/uv)
-INSTALL = $(UV) pip install --python $(BIN)/python --constraint constraints.txt --editable $(1) || \
+INSTALL = $(UV) pip install --compile-bytecode --python $(BIN)/python --constraint constraints.txt --editable $(1) || \
 	$(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt --editable $(1)
 
 $(DEMO): pyproject.toml constraints.txt
