@@ -185,7 +185,7 @@ def _shards(specs: list[str], cache_dir: str | None) -> ImageSource:
 
     def read(position: int) -> bytes:
         try:
-            return shards.read(position).image
+            return shards.read_image(position)
         except SampleError as error:
             raise ImageError(error.key, error.kind) from error
 

@@ -8,6 +8,7 @@ import os
 import pickle
 import sys
 import tarfile
+import tempfile
 import zlib
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
@@ -19,6 +20,8 @@ import numpy as np
 import pytest
 import webdataset as wds
 from helpers import serving
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
 from nxtp.data.shards.cache import RemoteCache, RemoteError
 from nxtp.data.shards.manifest import ShardInfo, manifest_hash, read_manifest, sha256_of, write_manifest
@@ -271,7 +274,7 @@ def test_only_regular_files_count(tmp_path):
         file.addfile(info, io.BytesIO(b"abc"))
     shards = IndexedShards([str(path)])
     assert [shards.read(i).key for i in range(len(shards))] == ["a"]
-    assert not shards.skipped
+    assert shards.skipped == {"link": 2}
 
 
 def test_truncated_at_every_kind_of_place(tmp_path, shard):
@@ -393,6 +396,133 @@ def test_names_that_are_not_utf8(tmp_path):
         for name in ("caf\xe9.jpg", "caf\xe8.jpg"):
             file.addfile(tarfile.TarInfo(name))
     assert keys(tmp_path / "a.tar") == ["caf\\xe9", "caf\\xe8"]
+
+
+# --- every kind of tar member ------------------------------------------------------------------------------------
+
+
+def block(kind: bytes, name: str, size: int = 0, more: bytes = b"") -> bytes:
+    """A tar header as it stands on disk; ``more`` replaces its end, where formats differ."""
+    info = tarfile.TarInfo(name)
+    info.type, info.size = kind, size
+    header = bytearray(info.tobuf(tarfile.USTAR_FORMAT)[:512])
+    header[345 : 345 + len(more)] = more
+    header[148:156] = b"%06o\0 " % (sum(header[:148]) + 8 * 32 + sum(header[156:]))
+    return bytes(header)
+
+
+def padded(data: bytes) -> bytes:
+    return data + bytes(-len(data) % 512)
+
+
+def pax(kind: bytes, records: dict[str, str]) -> bytes:
+    data = b""
+    for key, value in records.items():
+        rest = f" {key}={value}\n".encode()
+        length = next(n for n in range(len(rest), len(rest) + 9) if n == len(str(n)) + len(rest))
+        data += str(length).encode() + rest
+    return block(kind, "pax", len(data)) + padded(data)
+
+
+def sparse(name: str, extensions: int) -> bytes:
+    """An old GNU sparse member of 600 stored bytes, the rest holes; with blocks of further holes in between."""
+    tail = bytes(41 + 96) + bytes([extensions > 0]) + b"%011o\0" % 5000  # struct: holes, is_extended, real size
+    blocks = b"".join(bytes(504) + bytes([i + 1 < extensions]) + bytes(7) for i in range(extensions))
+    return block(b"S", name, 600, tail) + blocks + padded(b"s" * 600)
+
+
+def member(kind: str, number: int, size: int) -> bytes:
+    """A member of any kind with a name of its own, as a tar contains it."""
+    name, data = f"{number:03d}.jpg", bytes([65 + number % 26]) * size
+    plain = block(b"0", name, size) + padded(data)
+    if kind in "0\x007":
+        return block(kind.encode(), name, size) + padded(data)
+    if kind in "LK":
+        return block(kind.encode(), "././@LongLink", 10) + padded(f"L{number:03d}.jpg\0\0".encode()) + plain
+    if kind in "xX":
+        return pax(kind.encode(), {"path": f"p{number:03d}.jpg/"}) + plain
+    if kind == "x size":
+        return pax(b"x", {"size": str(size)}) + block(b"0", name, 7) + padded(data)
+    if kind == "xLx":
+        return pax(b"x", {"path": f"p{number:03d}.jpg"}) + member("L", number, size)
+    if kind == "Lx":
+        return block(b"L", "L", 10) + padded(f"L{number:03d}.jpg\0\0".encode()) + member("x", number, size)
+    if kind == "g":
+        return pax(b"g", {"comment": "of a commit"}) + plain
+    if kind == "S":
+        return sparse(name, number % 3)
+    if kind == "pax sparse":
+        told = {"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.name": name, "GNU.sparse.realsize": "900"}
+        stored = padded(b"1\n0\n100\n") + b"s" * 100
+        return pax(b"x", told) + block(b"0", f"GNUSparseFile.0/{name}", len(stored)) + padded(stored)
+    if kind == "5":
+        return block(b"5", f"d{number}.jpg/")
+    if kind == "old directory":
+        return block(b"\0", f"d{number}.jpg/", size)
+    if kind in "12346":  # no data, whatever the size says
+        return block(kind.encode(), name, size)
+    return block(kind.encode(), name, size) + padded(data)  # unknown to tar: its data are skipped
+
+
+KINDS = [*"0\x001234567LKxXgSNVMDAZ", "x size", "xLx", "Lx", "pax sparse", "old directory"]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from(KINDS), st.sampled_from([0, 1, 511, 512, 513, 1300])), min_size=1))
+@example([(kind, 1300) for kind in KINDS])
+def test_every_kind_of_member_is_used_as_webdataset_uses_it_or_counted(chosen):
+    """Random sequences of all types: our names are tarfile's, and what is not used is counted."""
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory, "a.tar")
+        path.write_bytes(b"".join(member(kind, i, size) for i, (kind, size) in enumerate(chosen)) + bytes(1024))
+        with tarfile.open(path) as file:
+            every = [(info, info.isreg() and file.extractfile(info).read()) for info in file]
+        index = index_shard(path)
+        plain = {i.name.removesuffix(".jpg"): data for i, data in every if i.isreg() and not i.issparse()}
+        assert index.keys == list(plain)
+        lost = sum(not info.isdir() for info, _ in every) - len(plain)
+        assert sum(index.skipped.values()) == (lost or index.skipped["empty shard"])
+        shards = IndexedShards([str(path)], store=IndexStore(path))
+        assert [shards.read(i).image for i in range(len(shards))] == list(plain.values())
+
+
+def test_what_is_no_regular_file_is_counted_by_kind(tmp_path):
+    (tmp_path / "a.tar").write_bytes(
+        b"".join(member(kind, i, 0) for i, kind in enumerate(["1", "2", "3", "6", "S", "pax sparse", "V", "5", "0"]))
+        + bytes(1024)
+    )
+    index = index_shard(tmp_path / "a.tar")
+    assert index.keys == ["008"]
+    assert index.skipped == {"link": 2, "special file": 2, "sparse file": 2, "unknown member": 1}
+
+
+def test_names_of_global_headers_and_signed_checksums_are_tarfiles(tmp_path):
+    header = bytearray(block(b"0", "\u00e9.jpg"))
+    total = sum(header[:148]) + 8 * 32 + sum(header[156:]) - 256 * sum(b > 127 for b in header[:148])
+    header[148:156] = b"%06o\0 " % total  # as old tars of Sun have it
+    for content in (bytes(header), pax(b"g", {"path": "shared.jpg"}) + block(b"0", "own.jpg")):
+        (tmp_path / "a.tar").write_bytes(content + bytes(1024))
+        index = index_shard(tmp_path / "a.tar")
+        assert ([f"{key}.jpg" for key in index.keys], index.skipped) == (
+            [i.name for i in headers(tmp_path / "a.tar")],
+            {},
+        )
+
+
+@pytest.mark.parametrize(
+    ("content", "kind"),
+    [
+        (pax(b"x", {"path": "lost.jpg"}), "corrupt shard"),  # a header of nothing
+        (pax(b"g", {"size": "5"}) + member("0", 1, 9), "corrupt shard"),
+        (block(b"x", "pax", 20) + padded(b"no record at all\n"), "corrupt shard"),
+        (member("0", 1, 9) + bytes(1024) + member("0", 2, 9), "data behind the end"),
+        (sparse("a.jpg", 2)[:1024], "truncated shard"),
+    ],
+    ids=["header of nothing", "size of all members", "damaged header", "two archives in one", "sparse map cut off"],
+)
+def test_what_a_reader_would_lose_is_counted(tmp_path, content, kind):
+    (tmp_path / "a.tar").write_bytes(content + bytes(1024 if kind != "truncated shard" else 0))
+    assert index_shard(tmp_path / "a.tar").skipped == {kind: 1}
 
 
 # --- reading ---------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import sys
+import tarfile
 import threading
 from itertools import count, islice
 
@@ -85,6 +86,20 @@ def test_damaged_shards_are_told_and_the_rest_is_done(loaded, shards, tmp_path):
         loaded.predict_batches(tmp_path)
     with pytest.raises(UserError, match="No shards"):
         loaded.predict_batches(str(tmp_path / "gone-{0..3}.tar"))
+
+
+def test_an_image_is_read_whatever_the_texts_beside_it_contain(loaded, tmp_path):
+    image = jpeg((30, 80, 200))
+    texts = {"txt": b"x" * (1 << 17), "json": b"{"}, {"json": b'{"labels": "dog"}'}, {"json": b'{"crc32": 1}'}
+    with tarfile.open(tmp_path / "a.tar", "w") as shard:
+        for number, beside in enumerate(texts):
+            for extension, data in {"jpg": image, **beside}.items():
+                info = tarfile.TarInfo(f"{number}.{extension}")
+                info.size = len(data)
+                shard.addfile(info, io.BytesIO(data))
+    found = list(loaded.predict_batches(tmp_path / "a.tar", top_k=2))
+    assert [(prediction.image, prediction.error) for prediction in found] == [("0", None), ("1", None), ("2", None)]
+    assert found[0].labels == rounded(loaded.predict(image, top_k=2))
 
 
 def test_a_folder_of_images_and_shards_is_told(pictures, shards, tmp_path, caplog):

@@ -8,7 +8,7 @@ import os
 import threading
 import zlib
 from collections import Counter, OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -153,35 +153,7 @@ class IndexedShards:
                 image" (other bytes than its JSON's ``crc32``).
             IndexError: no such position.
         """
-        number, row = self._locate(position)
-        url = self.urls[number]
-        index = self._index(number)
-        if row >= len(index):
-            raise SampleError("missing sample", f"{url}[{row}]", url)
-        key = index.keys[row]
-        *places, checksum = index.rows[row].tolist()
-        content: dict[str, bytes] = {}
-        headers = b""
-        for (what, limit), offset, size in zip(_MEMBERS, places[::2], places[1::2], strict=True):
-            if offset < 0:
-                continue
-            if size > limit:
-                raise SampleError(f"oversized {what}", key, url)
-            try:
-                data = os.pread(self._open(number, key), HEADER + size, offset - HEADER)
-            except RemoteError as error:
-                raise SampleError(error.kind, key, url) from error
-            except FileNotFoundError:
-                raise SampleError("shard vanished", key, url) from None
-            except OSError as error:
-                raise SampleError("unreadable shard", key, url) from error
-            if len(data) < HEADER + size:
-                raise SampleError("truncated member", key, url)
-            headers += data[:HEADER]
-            content[what] = data[HEADER:]
-        if zlib.crc32(headers) != checksum:
-            self.store.forget(self.shards[number].name)  # size and time are those of the indexed file, its content not
-            raise SampleError("shard changed", key, url)
+        key, url, content = self._content(position, ("image", "caption", "json"))
         caption = decode_text(content["caption"]) if "caption" in content else None
         labels = None
         if "json" in content:
@@ -200,6 +172,44 @@ class IndexedShards:
             if isinstance(record.get("crc32"), int) and zlib.crc32(content["image"]) != record["crc32"]:
                 raise SampleError("damaged image", key, url)
         return RawSample(key, url, content["image"], caption or None, labels)
+
+    def read_image(self, position: int) -> bytes:
+        """The image's bytes at ``position``, whatever the texts beside it contain; raises as :meth:`read`."""
+        return self._content(position, ("image",))[2]["image"]
+
+    def _content(self, position: int, wanted: Container[str]) -> tuple[str, str, dict[str, bytes]]:
+        """Key, shard and the bytes of a sample's ``wanted`` members; of the others the headers are checked."""
+        number, row = self._locate(position)
+        url = self.urls[number]
+        index = self._index(number)
+        if row >= len(index):
+            raise SampleError("missing sample", f"{url}[{row}]", url)
+        key = index.keys[row]
+        *places, checksum = index.rows[row].tolist()
+        content: dict[str, bytes] = {}
+        headers = b""
+        for (what, limit), offset, size in zip(_MEMBERS, places[::2], places[1::2], strict=True):
+            if offset < 0:
+                continue
+            size = size if what in wanted else 0
+            if size > limit:
+                raise SampleError(f"oversized {what}", key, url)
+            try:
+                data = os.pread(self._open(number, key), HEADER + size, offset - HEADER)
+            except RemoteError as error:
+                raise SampleError(error.kind, key, url) from error
+            except FileNotFoundError:
+                raise SampleError("shard vanished", key, url) from None
+            except OSError as error:
+                raise SampleError("unreadable shard", key, url) from error
+            if len(data) < HEADER + size:
+                raise SampleError("truncated member", key, url)
+            headers += data[:HEADER]
+            content[what] = data[HEADER:]
+        if zlib.crc32(headers) != checksum:
+            self.store.forget(self.shards[number].name)  # size and time are those of the indexed file, its content not
+            raise SampleError("shard changed", key, url)
+        return key, url, content
 
     def close(self) -> None:
         """Close the files that this thread has open; they are opened again when needed."""

@@ -25,9 +25,11 @@ from nxtp.runs.atomic import atomic_file
 log = logging.getLogger(__name__)
 
 HEADER = _BLOCK = 512  # bytes
-_FORMAT = "5"  # of the files of an IndexStore
+_FORMAT = "6"  # of the files of an IndexStore
 _UNREADABLE = (OSError, SafetensorError, KeyError, ValueError)
-_MAX_NAME_BYTES = 1 << 16
+_MAX_HEADER_BYTES = 1 << 20  # of a long name, or of pax records
+_PADDING = 1 << 20  # bytes behind the end of a tar that are looked at: writers pad with zeros
+_IRREGULAR = {b"1": "link", b"2": "link", b"S": "sparse file"} | dict.fromkeys((b"3", b"4", b"6"), "special file")
 _PAX_RECORD = re.compile(rb"(\d{1,9}) ([^=]+)=")
 _COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\x00", b"\x28\xb5\x2f\xfd")
 
@@ -41,7 +43,9 @@ class ShardIndex:
                  headers of these, in this order: another value means another file
     ``stamp``    size and mtime (ns) of the file; None if it could not be opened
     ``skipped``  counts by kind: "truncated shard", "corrupt shard", "empty shard", "compressed shard", "shard
-                 vanished", "unreadable shard"; of samples "no image", "duplicate key", "incomplete sample"
+                 vanished", "unreadable shard", "data behind the end"; of samples "no image", "duplicate key",
+                 "incomplete sample"; of members with a sample's name "link", "sparse file", "special file" (a device
+                 or FIFO) and "unknown member"
     """
 
     keys: list[str]
@@ -158,8 +162,11 @@ class _Samples:
         self._repeated = False
         self._usual: set[str] = set()  # extensions of the previous sample
 
-    def add(self, name: str, offset: int, size: int, header: bytes) -> None:
+    def add(self, name: str, offset: int, size: int, header: bytes, irregular: str | None) -> None:
         if METADATA_NAME.match(name) or (parts := split_name(name)) is None:
+            return
+        if irregular is not None:
+            self.skipped[irregular] += 1
             return
         key, extension = parts[0], parts[1].lower()
         if key != self._key:
@@ -207,13 +214,15 @@ class _Samples:
         self._key, self._members, self._repeated = None, {}, False
 
 
-def _members(fd: int, end: int) -> Iterator[tuple[str, int, int, bytes]]:
-    """Name, data offset, data size and header (which ends where the data begin) of the regular files of a tar.
+def _members(fd: int, end: int) -> Iterator[tuple[str, int, int, bytes, str | None]]:
+    """Name, data offset, data size, header, and of what is no regular file its kind; directories are skipped.
 
-    Formats: ustar, GNU long names, pax. _Damage if the tar ends early or a header is not one.
+    Formats: ustar, GNU long names, pax. Names and places are those of Python's tarfile, which WebDataset reads with.
+    _Damage if the tar ends early, a header is not one, or something follows the end.
     """
     position = 0
-    extended: dict[bytes, bytes] = {}  # what the headers before a member say of it
+    shared: dict[bytes, bytes] = {}  # what pax headers say of all further members
+    extended: dict[bytes, bytes] = {}  # what the headers before a member say of it: of two the first counts
     while position < end or position == 0:
         header = os.pread(fd, _BLOCK, position)
         if position == 0 and (not header or header.startswith(_COMPRESSED)):
@@ -221,6 +230,10 @@ def _members(fd: int, end: int) -> Iterator[tuple[str, int, int, bytes]]:
         if len(header) < _BLOCK:
             raise _Damage("truncated shard" if position else "corrupt shard")
         if not header[0] and header.count(0) == _BLOCK:
+            if extended:
+                raise _Damage("corrupt shard")
+            if os.pread(fd, _PADDING, position).strip(b"\0"):
+                raise _Damage("data behind the end", "")
             return
         kind, size, name = _parse_header(header)
         data = position + _BLOCK
@@ -228,39 +241,51 @@ def _members(fd: int, end: int) -> Iterator[tuple[str, int, int, bytes]]:
             position = data + _padded(size)
             if position > end:
                 raise _Damage("truncated shard")
-            if kind in b"xXL" and size > _MAX_NAME_BYTES:
+            if size > _MAX_HEADER_BYTES:
                 raise _Damage("corrupt shard")
-            if kind in b"xX":
-                extended |= _pax_records(os.pread(fd, size, data))
-            elif kind == b"L":
-                extended[b"path"] = os.pread(fd, size, data).split(b"\0", 1)[0]
+            content = os.pread(fd, size, data)
+            if kind == b"L":
+                extended.setdefault(b"path", content.split(b"\0", 1)[0])
+            elif kind in b"xX":
+                extended = _pax_records(content) | extended
+            elif kind == b"g":
+                shared |= _pax_records(content)
+                if b"size" in shared:  # of every member: nobody writes that, and readers do not agree on it
+                    raise _Damage("corrupt shard")
             continue
-        name = extended.get(b"path", name)
-        size = _number(extended[b"size"], 10) if b"size" in extended else size
+        more = kind == b"S" and header[482]
+        while more:  # blocks of a map of holes
+            more = (os.pread(fd, _BLOCK, data) if data + _BLOCK <= end else b"").ljust(_BLOCK, b"\0")[504]
+            data += _BLOCK
+        about = shared | extended
         extended = {}
-        if kind in b"123456":  # links, devices, directories: no data
-            position = data
-            continue
-        text = name.decode("utf-8", "backslashreplace")
+        if any(key.startswith(b"GNU.sparse.") for key in about):
+            kind = b"S"
+        text = about.get(b"GNU.sparse.name", about.get(b"path", name)).decode("utf-8", "backslashreplace")
+        size = _number(about[b"size"], 10) if b"size" in about else size
+        size = 0 if kind in b"123456" else size  # links, devices, directories: no data, whatever the header says
         position = data + _padded(size)
         if data + size > end:
             raise _Damage("truncated shard", text)
-        if kind in b"0\x007" and not text.endswith("/"):
-            yield text, data, size, header
+        if kind != b"5":
+            yield text, data, size, header, None if kind in b"0\x007" else _IRREGULAR.get(kind, "unknown member")
     raise _Damage("truncated shard")  # a tar ends with a block of zeros
 
 
 def _parse_header(header: bytes) -> tuple[bytes, int, bytes]:
     """Type flag, size and name of a tar header; _Damage if the checksum or a number is wrong."""
     checksum = _number(header[148:156], 8)
-    if sum(header) - sum(header[148:156]) + 8 * 32 != checksum:
+    excess = sum(header) - sum(header[148:156]) + 8 * 32 - checksum
+    if excess and excess != 256 * sum(byte > 127 for byte in header[:148] + header[156:]):  # old tars added signed
         raise _Damage("corrupt shard")
     binary = header[124] == 0x80  # GNU: sizes from 8 GiB on
     size = int.from_bytes(header[125:136], "big") if binary else _number(header[124:136], 8)
-    name = header[:100].split(b"\0", 1)[0]
+    name, kind = header[:100].split(b"\0", 1)[0], header[156:157]
+    if kind == b"\0" and name.endswith(b"/"):  # a directory before there were types
+        kind = b"5"
     if header[345] and header[257:263] == b"ustar\0":
         name = header[345:500].split(b"\0", 1)[0] + b"/" + name
-    return header[156:157], size, name
+    return kind, size, name
 
 
 def _number(field: bytes, base: int) -> int:
@@ -276,11 +301,13 @@ def _number(field: bytes, base: int) -> int:
 def _pax_records(data: bytes) -> dict[bytes, bytes]:
     records = {}
     position = 0
-    while position < len(data) and (match := _PAX_RECORD.match(data, position)):
-        end = position + int(match[1])
-        if end <= match.end():
+    while data[position : position + 1].strip(b"\0"):
+        match = _PAX_RECORD.match(data, position)
+        end = position + int(match[1]) if match else 0
+        if match is None or end <= match.end():
             raise _Damage("corrupt shard")
-        records[match[2]] = data[match.end() : end - 1]
+        value = data[match.end() : end - 1]
+        records[match[2]] = value.rstrip(b"/") if match[2] == b"path" else value
         position = end
     return records
 
