@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from nxtp.errors import UserError, nearest, some_of
 from nxtp.model.hub import reason, require_source
-from nxtp.model.weights import MODEL_FILE, SafetensorsFiles, assign
+from nxtp.model.weights import MODEL_FILE, ComputesBuffers, SafetensorsFiles, assign
 
 if TYPE_CHECKING:
     from transformers import DynamicCache, PreTrainedConfig
@@ -47,7 +47,7 @@ class DecoderConfig:
     blocks: list[int] | None = None
 
 
-class Decoder(nn.Module):
+class Decoder(ComputesBuffers):
     """Embedding, blocks, final norm and output layer; takes embeddings, positions and a ready mask.
 
     A model with a source is built on the meta device and then filled from it; without one it starts at random.
@@ -86,12 +86,16 @@ class Decoder(nn.Module):
 
     def fill(self, device: torch.device, load_pretrained: bool = True) -> None:
         """Allocate a model on the meta device, sharded or not, and load its source's weights tensor by tensor."""
-        self.lm.to_empty(device=device)
-        with torch.device(device):  # its buffers are computed, not stored
-            self.lm.model.rotary_emb = type(self.lm.model.rotary_emb)(config=self.lm.config)
+        self.to_empty(device=device)
         self.lm.tie_weights()
         if load_pretrained and device.type != "meta" and self.config.source is not None:
             fill_blocks(self.lm, self.config.source, self.kept_blocks)
+
+    def compute_buffers(self) -> None:
+        """RoPE's frequencies: in bfloat16 they would turn a position of 300 into 299 or 301."""
+        rotary = self.lm.model.rotary_emb
+        with torch.device(rotary.inv_freq.device):
+            self.lm.model.rotary_emb = type(rotary)(config=self.lm.config)
 
     @property
     def width(self) -> int:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from nxtp.errors import UserError, nearest
-from nxtp.model.weights import MODEL_FILE, SafetensorsFiles
+from nxtp.model.weights import MODEL_FILE, ComputesBuffers, SafetensorsFiles
 
 PREFIX = "encoder.visual."  # of the tower's tensors in a model directory
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -41,7 +41,7 @@ class EncoderConfig:
     std: list[float] = field(default_factory=lambda: list(CLIP_STD))
 
 
-class Encoder(nn.Module):
+class Encoder(ComputesBuffers):
     """The tower without its pooling and output heads: images → its last layer's patch tokens, normalised.
 
     ``width`` is D_encoder, ``num_tokens`` is N. Parameters that the tokens do not depend on (pooling, projection to
@@ -68,8 +68,15 @@ class Encoder(nn.Module):
         for name in unused:
             owner, _, leaf = name.rpartition(".")
             setattr(self.visual.get_submodule(owner), leaf, None)
-        self.register_buffer("mean", torch.tensor(config.mean).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(config.std).view(3, 1, 1), persistent=False)
+        for name in ("mean", "std"):
+            self.register_buffer(name, torch.empty(3, 1, 1), persistent=False)
+        self.compute_buffers()
+
+    def compute_buffers(self) -> None:
+        """Mean and standard deviation [3, 1, 1]: pixels are rounded to the tower's type when they are normalised."""
+        for name in ("mean", "std"):
+            values, device = getattr(self.config, name), getattr(self, name).device
+            setattr(self, name, torch.tensor(values, dtype=torch.float32, device=device).view(3, 1, 1))
 
     def forward(self, images: Tensor) -> Tensor:
         """Patch tokens.
@@ -82,10 +89,11 @@ class Encoder(nn.Module):
             [B, N, D_encoder]. A frozen tower runs without autograd; in a partly frozen one autograd records nothing
             before the first trainable block.
         """
+        dtype = next(self.visual.parameters()).dtype
         if images.ndim == 3:
-            return images.to(self.mean.dtype)
+            return images.to(dtype)
         if images.dtype == torch.uint8:
-            images = (images.to(self.mean.dtype) / 255 - self.mean) / self.std
+            images = ((images.float() / 255 - self.mean) / self.std).to(dtype)
         if images.device.type == "cpu" and self.is_convolutional:
             images = images.contiguous(memory_format=torch.channels_last)
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.is_trained):

@@ -7,7 +7,7 @@ import struct
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -119,6 +119,19 @@ def write_module(path: Path | None, module: nn.Module, skip: Collection[str] = (
     state = {name: tensor for name, tensor in module.state_dict().items() if name not in skip}
     specs = {name: Spec.of(tensor) for name, tensor in state.items()}
     write_safetensors(path, specs, lambda name: full_tensor(state[name]))
+
+
+class ComputesBuffers(nn.Module):
+    """A module that computes its buffers again wherever it is moved or cast: they stay float32, and none is stored."""
+
+    def compute_buffers(self) -> None:
+        """Replace each computed buffer, on the device where it is."""
+        raise NotImplementedError
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> Self:  # what .to(), .bfloat16() and .to_empty() call
+        super()._apply(fn, recurse)
+        self.compute_buffers()
+        return self
 
 
 def full_tensor(tensor: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 from helpers import call_nxtp, tiny_config
+from lightning.pytorch.plugins.precision import HalfPrecision
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -432,6 +433,49 @@ def test_every_family_trains_and_samples(model_type):
     logits, cache = model.eval().prefill(random_images(2), PROMPT)
     assert logits.shape == (2, VOCABULARY)
     assert cache.get_seq_length() == model.num_image_tokens + 1 + len(PROMPT)
+
+
+ROPES = {
+    "LLaMA-2": {"rope_type": "default", "rope_theta": 1e4},
+    "Llama-3": {"rope_type": "default", "rope_theta": 5e5},
+    "Llama-3.1": {
+        "rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    },
+}  # fmt: skip
+
+
+def as_lightning_does(model: Model) -> Model:
+    """`trainer.precision=bf16-true`: built where bfloat16 is the default, then converted."""
+    plugin = HalfPrecision("bf16-true")
+    with plugin.module_init_context():
+        return plugin.convert_module(Model(model.config, VOCABULARY))
+
+
+CASTS = {
+    "to": lambda model: model.to(torch.bfloat16),
+    "to a device first": lambda model: model.to("meta").to_empty(device="cpu").bfloat16(),
+    "bf16-true": as_lightning_does,
+}
+
+
+@pytest.mark.parametrize("rope", ROPES.values(), ids=ROPES)
+@pytest.mark.parametrize("cast", CASTS.values(), ids=CASTS)
+def test_positions_and_pixels_are_float32_in_a_bfloat16_model(rope, cast):
+    """Frequencies in bfloat16 turn a position of 300 into 299 or 301."""
+    model = random_model(head_dim=128, max_position_embeddings=131072, rope_parameters=rope)
+    positions, images = torch.arange(301)[None], random_images(2)
+    seen = []
+    model.encoder.visual.conv1.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    expected = model.decoder.lm.model.rotary_emb(torch.ones(1), positions)
+    model.encode(images)
+    narrow = cast(model)
+    narrow.encoder.visual.conv1.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    assert {p.dtype for p in narrow.parameters()} == {torch.bfloat16}
+    for angles, exact in zip(narrow.decoder.lm.model.rotary_emb(torch.ones(1), positions), expected, strict=True):
+        torch.testing.assert_close(angles, exact, rtol=0, atol=1e-3)
+    narrow.encode(images)
+    assert torch.equal(seen[-1], seen[0].bfloat16())
 
 
 def test_a_larger_vocabulary_keeps_the_source_rows(tmp_path):
