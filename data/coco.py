@@ -1,6 +1,6 @@
 """COCO captions 2017 as shards, one set per split.
 
-    python data/coco.py /datasets/coco --out data/shards/coco
+    nxtp prepare coco /datasets/coco --out data/shards/coco
 
 The source is the unpacked download of https://cocodataset.org: annotations/captions_{train,val}2017.json beside the
 image folders train2017/ and val2017/.
@@ -70,7 +70,7 @@ def main(source: Path, out: Path, splits: str, separate: bool, options: WriterOp
     image folders train2017/ and val2017/.
 
     \b
-    python data/coco.py /datasets/coco --out data/shards/coco
+    nxtp prepare coco /datasets/coco --out data/shards/coco
     """
     names = [name.strip() for name in splits.split(",")]
     found = {name: coco_items(source, name, separate=separate) for name in names}  # all, before anything is written

@@ -1,7 +1,7 @@
 """A folder of your own images as shards: NAME.jpg with its caption in NAME.txt and/or {"labels": […]} in NAME.json.
 
-    python data/folder.py /datasets/mine --out data/shards/mine
-    python data/folder.py /datasets/mine --out data/shards/mine --classes    the folders' names are the labels
+    nxtp prepare folder /datasets/mine --out data/shards/mine
+    nxtp prepare folder /datasets/mine --out data/shards/mine --classes    the folders' names are the labels
 
 Any bitmap format, any depth of subfolders.
 """
@@ -110,7 +110,8 @@ def main(source: Path, out: Path, classes: bool, options: WriterOptions) -> None
     With --classes an image needs neither: its label is the name of the folder that it is in.
 
     \b
-    python data/folder.py /datasets/mine --out data/shards/mine
+    nxtp prepare folder /datasets/mine --out data/shards/mine
+    nxtp prepare folder /datasets/mine --classes --out data/shards/mine
     """
     items, skipped = folder_items(source, classes)
     made_by = {"script": "folder"} | ({"classes": True} if classes else {})

@@ -2,7 +2,7 @@
 
     img2dataset --url_list cc3m.tsv --input_format tsv --url_col url --caption_col caption \\
         --output_format webdataset --output_folder data/shards/cc3m/train --image_size 336 --resize_mode keep_ratio
-    python data/img2dataset.py data/shards/cc3m/train
+    nxtp prepare img2dataset data/shards/cc3m/train
 
 `nxtp train` reads its shards (00000.tar with 00000_stats.json) as they are. This script counts and hashes them, and
 counts what img2dataset could not download. Shards of a download that was killed have no _stats.json and are counted as
@@ -69,7 +69,7 @@ def main(directory: Path, workers: int) -> None:
     URLs and captions: Conceptual Captions, SBU, LAION, …
 
     \b
-    python data/img2dataset.py data/shards/cc3m/train
+    nxtp prepare img2dataset data/shards/cc3m/train
     """
     console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
     shards = sorted(directory.glob("*.tar"))

@@ -1,9 +1,9 @@
 """Open Images V7 as shards: localized narratives as captions, or the verified image-level labels.
 
-    python data/openimages.py --images /datasets/openimages/validation \\
+    nxtp prepare openimages --images /datasets/openimages/validation \\
         --narratives open_images_validation_localized_narratives.jsonl --out data/shards/openimages/val
 
-    python data/openimages.py --images /datasets/openimages/validation \\
+    nxtp prepare openimages --images /datasets/openimages/validation \\
         --labels oidv7-val-annotations-human-imagelabels.csv --classes oidv7-class-descriptions.csv --out …
 
 Images and files: https://storage.googleapis.com/openimages/web/download_v7.html (give each .jsonl part of the
@@ -83,7 +83,7 @@ def main(images: Path, stories, labels: Path | None, classes: Path | None, out: 
     part of the narratives with its own --narratives.
 
     \b
-    python data/openimages.py --images /datasets/openimages/validation \\
+    nxtp prepare openimages --images /datasets/openimages/validation \\
         --narratives open_images_validation_localized_narratives.jsonl --out data/shards/openimages/val
     """
     if not stories and not labels:

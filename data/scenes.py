@@ -1,6 +1,6 @@
 """The embedded data set: captioned scenes composed of real pictures, from pip packages alone.
 
-    python data/scenes.py --out data/shards/demo --concepts 100 --train 36000
+    nxtp prepare scenes --out data/shards/demo --concepts 100 --train 20800
 
 One to four pictures (Twemoji) on a muted background, and an English caption that names them. Three splits are
 written as WebDataset shards: ``train`` (captions only: labels come from the nouns in them), ``val`` (unseen
@@ -356,7 +356,7 @@ def main(out, train, val, val_style, shard_size, workers, overwrite, **options):
     """Compose captioned scenes of real pictures as WebDataset shards.
 
     \b
-    python data/scenes.py --out data/shards/demo --concepts 100 --train 36000
+    nxtp prepare scenes --out data/shards/demo --concepts 100 --train 20800
     """
     make_scenes(
         out,

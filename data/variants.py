@@ -1,6 +1,6 @@
 """Shifted variants of a set of shards: noise, blur or edges in its pictures; captions and labels stay the same.
 
-    python data/variants.py data/shards/classes/val --kind noise --out data/shards/classes/val_noise
+    nxtp prepare variants data/shards/classes/val --kind noise --out data/shards/classes/val_noise
 
 A variant is a function of the set, its kind, strength and seed: a second run does nothing.
 """
@@ -98,7 +98,7 @@ def main(source, kind, out, strength, seed, shard_size, workers, overwrite):
     """A shifted variant of the shards in SOURCE.
 
     \b
-    python data/variants.py data/shards/classes/val --kind blur --out data/shards/classes/val_blur
+    nxtp prepare variants data/shards/classes/val --kind blur --out data/shards/classes/val_blur
     """
     make_variant(source, out, kind, strength, seed, WriterOptions(shard_size, workers, overwrite=overwrite))
 

@@ -1,6 +1,6 @@
 """Visual Genome as shards: names of the objects as labels, or the region descriptions as one caption.
 
-    python data/visual_genome.py /datasets/visual_genome --out data/shards/visual_genome
+    nxtp prepare visual_genome /datasets/visual_genome --out data/shards/visual_genome
 
 The source is the unpacked download of https://homes.cs.washington.edu/~ranjay/visualgenome: image_data.json and
 objects.json or region_descriptions.json, beside the image folders VG_100K/ and VG_100K_2/.
@@ -73,7 +73,7 @@ def main(source: Path, out: Path, text: str, options: WriterOptions) -> None:
     objects.json or region_descriptions.json, beside the image folders VG_100K/ and VG_100K_2/.
 
     \b
-    python data/visual_genome.py /datasets/visual_genome --text objects
+    nxtp prepare visual_genome /datasets/visual_genome --text objects
     """
     items, skipped = visual_genome_items(source, text)
     write_items(out, items, made_by={"script": "visual_genome", "text": text}, skipped=skipped, options=options)

@@ -493,7 +493,7 @@ SCRIPTS = sorted(p.stem for p in DATA.glob("*.py"))
 def test_every_script_shows_an_example(script):
     result = CliRunner().invoke(importlib.import_module(script).main, ["--help"])
     assert result.exit_code == 0
-    assert f"python data/{script}.py" in result.output
+    assert f"nxtp prepare {script}" in result.output
     same = CliRunner().invoke(prepare, [script, "--help"]).output
     assert same.partition("\n")[2] == result.output.partition("\n")[2], "all but the usage"
 
