@@ -41,6 +41,7 @@ class DataConfig:
     ``stop_nouns``        nouns of captions that are no labels, singular: [person, people, view]
     ``given_labels``      all, or first: train on the first of the labels that a sample gives (a class's main name)
     ``max_labels``        labels per image at most; of more, a new random choice each epoch
+    ``max_image_pixels``  a larger image is skipped before it is decoded; with a fourth channel from ¾ of it on
     ``max_skip_fraction`` a larger share of skipped samples ends the run
     ``cache_dir``         where fetched remote shards are stored
     ``cache_gb``          size limit of it (10⁹ bytes): the least recently used shards are deleted
@@ -63,6 +64,7 @@ class DataConfig:
     stop_nouns: list[str] = field(default_factory=list)
     given_labels: str = "all"
     max_labels: int = 32
+    max_image_pixels: int = 100_000_000
     max_skip_fraction: float = 0.1
     cache_dir: str | None = None
     cache_gb: float | None = None
@@ -73,8 +75,11 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         lowests = {"batch_size": 1, "val_batch_size": 1, "num_workers": 0, "shuffle_window": 0, "max_labels": 1}
+        lowests["max_image_pixels"] = 1
         for name, lowest in lowests.items():
             at_least(f"data.{name}", getattr(self, name), lowest)
+        if self.cache_gb is not None:
+            at_least("data.cache_gb", self.cache_gb, 0)
         if not 0 <= self.max_skip_fraction <= 1:
             raise UserError(f"data.max_skip_fraction must be ≥ 0 and ≤ 1, got {self.max_skip_fraction}.")
         if not self.read_timeout > 0:

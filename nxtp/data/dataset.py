@@ -46,6 +46,9 @@ class Batch:
         return len(self.keys)
 
     def to(self, *args: Any, **kwargs: Any) -> Batch:
+        # Lightning copies only what is itself a tensor without waiting.
+        if any(torch.device(a).type == "cuda" for a in args if isinstance(a, (str, torch.device))):
+            kwargs.setdefault("non_blocking", True)
         return replace(self, images=self.images.to(*args, **kwargs), layout=self.layout.to(*args, **kwargs))
 
     def pin_memory(self) -> Batch:
@@ -131,7 +134,8 @@ class BatchDataset(Dataset):
             ImageError: the image cannot be decoded.
         """
         if self.features is None:
-            return to_pixels(load_image(raw.image, near=self.image_size), self.image_size)
+            size, most = self.image_size, self.config.max_image_pixels
+            return to_pixels(load_image(raw.image, near=size, max_pixels=most), size)
         try:
             features = self.features.read(raw.image)
         except KeyError:

@@ -18,7 +18,7 @@ from PIL.JpegImagePlugin import JpegImageFile
 
 from nxtp.errors import UserError, printable
 
-MAX_PIXELS = 178_000_000  # just below what Pillow itself refuses; 0.5 GB as RGB
+MAX_PIXELS = 100_000_000  # of an RGB image: about 1 GB while it is decoded
 _LARGE = 16_000_000  # pixels; such images are decoded one at a time: threads must not multiply their memory
 _LONGEST = 8  # times the short side
 SUFFIXES = frozenset(
@@ -84,8 +84,9 @@ def load_image(
         near: a JPEG may be decoded at 1/2, 1/4 or 1/8 of its size where that divides both sides and leaves them
             ≥ 2¼·near: two to five times faster from 1,000 pixels on, and after resizing to ``near`` hardly different
             (tested: < 1 of 255 levels on average).
-        max_pixels: larger images are refused before they are decoded; a baseline JPEG is instead decoded at the
-            largest of 1/2, 1/4, 1/8 that fits. For other formats Pillow's own limit applies too.
+        max_pixels: larger images are refused before they are decoded, with transparency or another fourth channel
+            from ¾ of it on; a baseline JPEG is instead decoded at the largest of 1/2, 1/4, 1/8 that fits. For other
+            formats Pillow's own limit applies too.
         name: of the image in error messages; its path by default.
 
     Raises:
@@ -171,8 +172,9 @@ def _opened(file: BinaryIO, near: int | None, max_pixels: int) -> Image.Image:
 
 def _check_size(image: Image.Image, max_pixels: int) -> None:
     width, height = image.size
-    if width * height > max_pixels:
-        raise _Refused(f"{width}×{height} pixels are too many (at most {max_pixels:,}); make it smaller first")
+    most = max_pixels * 3 // 4 if image.mode in ("CMYK", "I", "F") or image.has_transparency_data else max_pixels
+    if width * height > most:
+        raise _Refused(f"{width}×{height} pixels are too many (at most {most:,}); make it smaller first")
 
 
 def _upright_rgb(image: Image.Image) -> Image.Image:

@@ -1,5 +1,6 @@
 """Every sample once over ranks × workers × epochs; labels; what is skipped is counted; resuming mid-epoch."""
 
+import io
 import json
 import logging
 import tarfile
@@ -13,6 +14,7 @@ from helpers import jpeg, sample, write_shards
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
+from PIL import Image
 
 from nxtp.data.config import DataConfig, named_sources
 from nxtp.data.datamodule import WebDatasetDataModule
@@ -331,6 +333,7 @@ def test_given_labels_of_training(tmp_path, given):
         ("max_skip_fraction", 2, "must be ≥ 0 and ≤ 1, got 2."),
         ("max_skip_fraction", -0.1, "must be ≥ 0 and ≤ 1, got -0.1."),
         ("num_workers", -1, "must be ≥ 0, got -1."),
+        ("max_image_pixels", 0, "must be ≥ 1, got 0."),
         ("max_labels", 0, "must be ≥ 1, got 0."),
     ],
 )
@@ -338,6 +341,17 @@ def test_settings_out_of_range(setting, value, message):
     with pytest.raises(UserError) as error:
         DataConfig(**{setting: value})
     assert str(error.value) == f"data.{setting} {message}"
+
+
+def test_images_of_too_many_pixels_are_skipped(tmp_path):
+    picture = io.BytesIO()
+    Image.new("RGB", (50, 40)).save(picture, "PNG")
+    write_shard(
+        tmp_path / "a.tar", [{"__key__": f"{i}", "png": picture.getvalue(), "txt": "a lemon"} for i in range(4)]
+    )
+    for limit, skipped in ((2000, {}), (1999, {"bad image": 4})):
+        batch = next(iter(shard_data(max_image_pixels=limit).loader("train", str(tmp_path), training=True)))
+        assert batch.skipped == skipped
 
 
 def test_bad_samples_are_skipped_and_counted(tmp_path):

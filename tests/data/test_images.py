@@ -264,7 +264,7 @@ def test_large_jpeg_is_decoded_near_the_wanted_size():
     assert load_image(opened, near=100).size == (1600, 1200)
 
 
-@pytest.mark.parametrize("size", [(20_000, 10_000), (60_000, 50_000)])  # below and above Pillow's own check
+@pytest.mark.parametrize("size", [(13_300, 13_300), (60_000, 50_000)])  # below and above Pillow's own check
 def test_too_many_pixels_are_refused_before_decoding(tmp_path, size):
     path = tmp_path / "bomb.png"
     path.write_bytes(huge_png(*size))
@@ -285,6 +285,11 @@ def test_size_limit_and_reduction():
             load_image(data, max_pixels=7999, near=10)
     with pytest.raises(ImageError, match="pixels are too many"):
         load_image(jpeg, max_pixels=10)
+    four_channels = encoded(picture((100, 80)).convert("RGBA"), "PNG"), encoded(Image.new("F", (100, 80)), "TIFF")
+    for data in four_channels:
+        assert load_image(data, max_pixels=10_667).size == (100, 80)
+        with pytest.raises(ImageError, match="at most 7,999"):
+            load_image(data, max_pixels=10_666)
     with pytest.raises(ImageError, match="pixels are too many"):
         load_image(picture(), max_pixels=100)
 

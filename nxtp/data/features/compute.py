@@ -61,7 +61,7 @@ def extract(cfg: DictConfig) -> None:
     )
     writer.check_room(max(sampler.total - len(store), 0))
     loader = DataLoader(
-        Missing(shards, store, encoder.config.image_size),
+        Missing(shards, store, encoder.config.image_size, config.max_image_pixels),
         sampler=sampler,
         batch_size=None,
         num_workers=config.num_workers,
@@ -90,8 +90,8 @@ def extract(cfg: DictConfig) -> None:
 class Missing(Dataset):
     """Map-style over batches of positions: the images that the store lacks, decoded. Runs in loader workers."""
 
-    def __init__(self, shards: IndexedShards, store: FeatureStore, image_size: int):
-        self.shards, self.store, self.image_size = shards, store, image_size
+    def __init__(self, shards: IndexedShards, store: FeatureStore, image_size: int, max_pixels: int):
+        self.shards, self.store, self.image_size, self.max_pixels = shards, store, image_size, max_pixels
 
     def __getitem__(self, item: tuple[int, np.ndarray]) -> tuple[list[bytes], Tensor, np.ndarray]:
         """Keys [n], pixels uint8 [n, 3, S, S], and which could not be decoded, bool [n]."""
@@ -106,7 +106,8 @@ class Missing(Dataset):
             if key in found or key in self.store:
                 continue
             try:
-                found[key] = to_pixels(load_image(image, near=self.image_size), self.image_size)
+                picture = load_image(image, near=self.image_size, max_pixels=self.max_pixels)
+                found[key] = to_pixels(picture, self.image_size)
             except ImageError:
                 found[key] = None
         blank = torch.zeros(3, self.image_size, self.image_size, dtype=torch.uint8)
