@@ -37,8 +37,8 @@ _COMMON = (
     click.option("--json", "as_json", is_flag=True, help="Print one JSON object per image and line."),
     click.option("--stdin", is_flag=True, help="Read paths from standard input, one per line."),
     click.option("--null", is_flag=True, help="With --stdin: names end with a NUL byte (find -print0)."),
-    click.option("--grid", type=_FILE, help=f"Save a picture of the first {_GRID} images with their labels."),
-    click.option("--attention", type=_FILE, help=f"Save where each label is seen, in the first {_ATTENTION} images."),
+    click.option("--grid", type=_FILE, help=f"Save a picture of {_GRID} of the images with their labels."),
+    click.option("--attention", type=_FILE, help=f"Save where each label is seen, in {_ATTENTION} of the images."),
     click.option("--block", type=int, help="Attention of this decoder block. Default: the mean of all."),
     click.option("--head", type=int, help="Attention of this head. Default: the mean of all."),
     click.option("--batch-size", type=click.IntRange(min=1), default=32, show_default=True),
@@ -160,7 +160,9 @@ def _run(
         source = replace(source, items=writer.remaining(source.items))
     console, err = Console(), Console(stderr=True)
     failed = bool(writer and writer.failed)
-    shown: list[Prediction] = []
+    left = (source.count or 0) - (writer.count if writer else 0)
+    in_grid, in_attention = _spread(left, _GRID), _spread(left, _ATTENTION)
+    shown: dict[int, Prediction] = {}
     # Whoever writes a name on the pipe and waits for its labels gets them.
     ahead = batch_size if stdin else None
     predictions = stream(source, label, recognizer.transform, batch_size, workers or WORKERS, ahead)
@@ -169,13 +171,13 @@ def _run(
         disable=not (writer and err.is_terminal),
     )  # fmt: skip
     try:
-        for prediction in progress:
+        for position, prediction in enumerate(progress):
             name = printable(prediction.item.name)
             if prediction.labels is None:
                 failed = True
                 err.print(f"error: {name}: {prediction.error}", style="red", **_PLAIN)
-            elif len(shown) < max(_GRID, _ATTENTION):
-                shown.append(prediction)
+            elif position in in_grid or position in in_attention:
+                shown[position] = prediction
             if writer:
                 writer.write(prediction)
             elif as_json:
@@ -193,10 +195,16 @@ def _run(
         if writer:
             writer.close()
     if grid and shown:
-        _save_grid(grid, shown[:_GRID])
+        _save_grid(grid, [shown[position] for position in in_grid if position in shown])
     if attention and shown:
-        _save_attention(attention, shown[:_ATTENTION], recognizer, block, head)
+        chosen = [shown[position] for position in in_attention if position in shown]
+        _save_attention(attention, chosen, recognizer, block, head)
     sys.exit(1 if failed else 0)
+
+
+def _spread(count: int, pictures: int) -> list[int]:
+    """The positions to show, over all images: the first ones of class folders are all of one class."""
+    return [i * max(count, pictures) // pictures for i in range(pictures)]
 
 
 def _source(images: Sequence[str], stdin: bool, null: bool, cache_dir: str | None) -> ImageSource:

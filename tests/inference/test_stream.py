@@ -18,6 +18,7 @@ from helpers import COLOURS, call_nxtp, jpeg, nxtp_here, recognizer, write_shard
 from PIL import Image
 
 from nxtp.errors import UserError
+from nxtp.inference import predict
 from nxtp.inference.recognizer import Recognizer
 from nxtp.inference.streaming import ImageItem, ImageSource, Prediction, stream
 from nxtp.inference.writer import PredictionWriter
@@ -340,3 +341,14 @@ def test_bad_options_are_told_in_a_line(model, tmp_path, arguments, told):
     assert told in done.stderr
     assert len(done.stderr.splitlines()) == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_pictures_show_images_of_the_whole_folder(model, shards, tmp_path, monkeypatch):
+    drawn = {}
+    for option in ("grid", "attention"):
+        monkeypatch.setattr(predict, f"_save_{option}", lambda path, shown, *_: drawn.update({path.name: shown}))
+    monkeypatch.setattr(predict, "_GRID", 4)
+    monkeypatch.setattr(predict, "_ATTENTION", 2)
+    call_nxtp("predict", str(shards), "--model", str(model), "--grid", "g", "--attention", "a", cwd=tmp_path)
+    names = {name: [prediction.image for prediction in shown] for name, shown in drawn.items()}
+    assert names == {"g": ["000000", "000001", "000003", "000005"], "a": ["000000", "000003"]}
