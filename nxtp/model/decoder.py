@@ -178,14 +178,14 @@ def resolve(config: DecoderConfig, vocab_size: int | None = None) -> tuple[PreTr
         raise UserError("model.decoder needs 'source' (a directory or Hub name) or 'config' (to start at random).")
     elif config.blocks is not None:
         raise UserError("model.decoder.blocks chooses blocks of a source; without one set model.decoder.depth.")
-    elif config.depth is not None:
-        fields["num_hidden_layers"] = config.depth
     try:
         if config.source is not None and "model_type" not in fields:
             where = f"model.decoder.source: no usable model in '{config.source}'"
             full = AutoConfig.from_pretrained(config.source, trust_remote_code=False, **fields)
         else:
             where = "model.decoder.config"
+            if config.source is None and config.depth is not None:
+                fields["num_hidden_layers"] = max(config.depth, fields.get("num_hidden_layers", 0))
             full = AutoConfig.for_model(fields.pop("model_type", "llama"), **fields)
     except Exception as error:  # transformers raises many types
         raise UserError(f"{where}: {reason(error)}") from error
@@ -202,9 +202,9 @@ def resolve(config: DecoderConfig, vocab_size: int | None = None) -> tuple[PreTr
     if not kept or len(set(kept)) != len(kept) or not all(0 <= block < count for block in kept):
         raise UserError(f"model.decoder: blocks {kept} of '{config.source}', which has blocks 0 to {count - 1}.")
     full.num_hidden_layers = len(kept)
-    for name in ("layer_types", "no_rope_layers"):  # one entry per block
-        if getattr(full, name, None) is not None:
-            setattr(full, name, [getattr(full, name)[block] for block in kept])
+    for name, value in full.to_dict().items():
+        if isinstance(value, list | tuple) and len(value) == count:  # one entry per block, whatever it is called
+            setattr(full, name, [value[block] for block in kept])
     kinds = set(getattr(full, "layer_types", None) or ()) - {"full_attention"}
     if kinds:
         raise UserError(f"model.decoder: blocks with {', '.join(kinds)}; only full attention can follow the mask.")
