@@ -6,6 +6,8 @@ import socket
 
 from nxtp.errors import UserError
 
+LOOPBACK = ("localhost", "127.0.0.1", "::1")  # reached from this machine only
+
 
 def check_free(host: str, port: int) -> None:
     """

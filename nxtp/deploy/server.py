@@ -5,16 +5,24 @@
 import multiprocessing
 import os
 import signal
+import sys
 import threading
+import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 import click
 import litserve
+from fastapi.exceptions import RequestValidationError
+from litserve.utils import WorkerSetupStatus
 from pydantic import Base64Bytes, BaseModel, Field
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
 from starlette.responses import JSONResponse
 
+from nxtp.deploy.guard import TimedProtocol, trusted_hosts
 from nxtp.deploy.ports import check_free
+from nxtp.errors import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -51,15 +59,17 @@ class LabelAPI(litserve.LitAPI):
         self.source, self.classes = model, classes
 
     def setup(self, device: str) -> None:
-        """Load the model in the process that runs it. Ctrl-C is for the main process, which ends this one."""
+        """Load the model in the process that runs it; a mistake is one line, and ends the process."""
         from nxtp.inference.recognizer import Recognizer
         from nxtp.sampling.closed_vocabulary import read_classes
 
-        if multiprocessing.parent_process() is not None:
-            signal.signal(signal.SIGINT, signal.SIG_IGN)
-        self.recognizer = Recognizer.from_pretrained(self.source, device=device)
-        classes = None if self.classes is None else read_classes(self.classes)
-        self.prepared = self.recognizer.prepare_classes(classes) if classes else None
+        try:
+            self.recognizer = Recognizer.from_pretrained(self.source, device=device)
+            classes = None if self.classes is None else read_classes(self.classes)
+            self.prepared = self.recognizer.prepare_classes(classes) if classes else None
+        except UserError as error:
+            click.secho(f"error: {error}", fg="red", err=True)
+            sys.exit(1)
 
     def decode_request(self, request: PredictRequest):
         """Pixels and top_k; Refused instead of an exception, which would fail the whole batch."""
@@ -100,15 +110,62 @@ class LabelAPI(litserve.LitAPI):
 
 
 class Server(litserve.LitServer):
-    """Shuts down without a traceback of LitServe's monitor.
+    """LitServe's, with limits, and without tracebacks when it ends: by a signal at any moment, or with its worker.
 
-    That thread asks ``_shutdown_event`` of a manager process every two seconds, also while the manager is shut down.
+    Args:
+        host: where it will serve.
     """
 
-    def _perform_graceful_shutdown(self, *arguments: Any, **options: Any) -> None:
-        self._shutdown_event = threading.Event()  # of this process: from now on the monitor asks no manager
-        self._shutdown_event.set()
-        super()._perform_graceful_shutdown(*arguments, **options)
+    def __init__(self, *arguments: Any, host: str = "127.0.0.1", **options: Any):
+        super().__init__(*arguments, **options)
+        self.app.user_middleware.insert(0, trusted_hosts(host))
+        self.app.add_exception_handler(RequestValidationError, _invalid)
+        self.app.add_exception_handler(HTTPException, _refused)
+
+    def _init_manager(self, *arguments: Any) -> Any:
+        manager = super()._init_manager(*arguments)
+        # LitServe's belongs to the manager, a process, which its monitor would ask when it is gone.
+        self._shutdown_event, self._ending = threading.Event(), threading.Lock()
+        return manager
+
+    def launch_inference_worker(self, *arguments: Any) -> Any:
+        """Ctrl-C is for the main process: a worker ignores it from its first instruction on."""
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        try:
+            return super().launch_inference_worker(*arguments)
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+    def verify_worker_status(self) -> None:
+        """Wait for the model. LitServe would wait forever for a process that was killed."""
+        while WorkerSetupStatus.READY not in self.workers_setup_status.values():
+            ended = next((each.exitcode for each in self.inference_workers if not each.is_alive()), None)
+            if ended is not None:  # after a line of its own, unless it was killed
+                raise SystemExit(1) if ended >= 0 else UserError(_killed(ended))
+            time.sleep(0.05)
+
+    def _perform_graceful_shutdown(self, manager: Any, uvicorn_workers: Any, shutdown_reason: str = "normal") -> None:
+        """Once, by the monitor when a worker died, or by the main thread when a signal came; the other waits."""
+        with self._ending:
+            if not self._shutdown_event.is_set():
+                self.died = "died" in shutdown_reason
+                self._shutdown_event.set()
+                super()._perform_graceful_shutdown(manager, uvicorn_workers, shutdown_reason)
+
+
+async def _invalid(request: Request, error: RequestValidationError) -> JSONResponse:
+    """The first mistake, without the input, which FastAPI sends back and fails where it is no JSON."""
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"][1:2])
+    return JSONResponse({"error": f"{where}: {first['msg']}" if where else first["msg"]}, status_code=422)
+
+
+async def _refused(request: Request, error: HTTPException) -> JSONResponse:
+    return JSONResponse({"error": error.detail}, status_code=error.status_code)
+
+
+def _killed(code: int) -> str:
+    return f"The process that loads the model was killed ({signal.Signals(-code).name}): is there enough memory?"
 
 
 @click.command()
@@ -143,9 +200,17 @@ def serve(model, host, port, classes, batch_size, wait_ms, max_mb, device) -> No
 
         read_classes(classes)
     api = LabelAPI(model, classes, max_batch_size=batch_size, batch_timeout=wait_ms / 1000)
-    server = Server(api, accelerator=device, devices=1, max_payload_size=max_mb << 20)
+    server = Server(api, accelerator=device, devices=1, host=host, max_payload_size=max_mb << 20)
     _exit_on_sigterm()
-    server.run(host=host, port=port, num_api_servers=1, generate_client_file=False, log_level="warning")
+    try:
+        server.run(
+            host=host, port=port, num_api_servers=1, generate_client_file=False, log_level="warning", http=TimedProtocol
+        )
+    finally:  # if it ended before LitServe was ready to end them
+        for process in multiprocessing.active_children():
+            process.kill()
+    if server.died:
+        sys.exit(1)
 
 
 def _exit_on_sigterm() -> None:

@@ -4,10 +4,12 @@ import io
 import json
 import os
 import shutil
+import signal
 import socket
+import tempfile
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from functools import cache
 from html import unescape
 from pathlib import Path
@@ -15,15 +17,19 @@ from pathlib import Path
 import httpx
 import numpy as np
 import pytest
-from helpers import huge_png, jpeg, recognizer, reports_a_taken_port_and_a_missing_model, serving
+from helpers import call_nxtp, huge_png, jpeg, recognizer, reports_a_taken_port_and_a_missing_model, serving
 from PIL import Image
 
+from nxtp.deploy import guard
 from nxtp.deploy.ports import free_port
+from nxtp.inference.recognizer import Recognizer
 
 gradio = pytest.importorskip("gradio")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = pytest.mark.costly
 MAX_BYTES, KEPT = 1 << 20, 30
+# One for all requests: httpx.get reads the certificates of this machine each time.
+web = httpx.Client(verify=False, timeout=60, limits=httpx.Limits(max_connections=None, max_keepalive_connections=0))
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +62,7 @@ def address(model, place):
 
 
 def upload(address: str, content: bytes, name: str = "x.jpg") -> str:
-    found = httpx.post(f"{address}/gradio_api/upload", files={"files": (name, content)}, timeout=30)
+    found = web.post(f"{address}/gradio_api/upload", files={"files": (name, content)})
     assert found.status_code == 200, found.text
     return found.json()[0]
 
@@ -64,7 +70,7 @@ def upload(address: str, content: bytes, name: str = "x.jpg") -> str:
 @cache
 def asking(address: str) -> int:
     """The number of the page's function that gives labels: the one of four inputs."""
-    config = httpx.get(f"{address}/config").json()
+    config = web.get(f"{address}/config").json()
     return next(i for i, each in enumerate(config["dependencies"]) if len(each["inputs"]) == 4)
 
 
@@ -73,11 +79,11 @@ def ask(address: str, path: str | None, count: int = 5, mode: str = "Any label",
     session = os.urandom(5).hex()
     image = path and {"path": path, "meta": {"_type": "gradio.FileData"}}
     asked = {"data": [image, count, mode, typed], "fn_index": asking(address), "session_hash": session}
-    joined = httpx.post(f"{address}/gradio_api/queue/join", json=asked, timeout=60)
+    joined = web.post(f"{address}/gradio_api/queue/join", json=asked)
     if joined.status_code != 200:
         return f"FAILED: {joined.text}"
     url = f"{address}/gradio_api/queue/data"
-    with httpx.stream("GET", url, params={"session_hash": session}, timeout=60) as events:
+    with web.stream("GET", url, params={"session_hash": session}) as events:
         for line in events.iter_lines():
             event = json.loads(line.removeprefix("data:")) if line.startswith("data:") else {}
             if event.get("msg") == "process_completed":
@@ -155,22 +161,22 @@ def test_a_typed_vocabulary_is_classified_and_escaped(address, model):
 def test_no_file_of_the_machine_can_be_read(address, place):
     secret = str(place / "secret.jpg")
     inside = upload(address, jpeg((5, 5, 5)))
-    assert httpx.get(f"{address}/gradio_api/file={inside}").status_code == 200
+    assert web.get(f"{address}/gradio_api/file={inside}").status_code == 200
     climbing = f"{Path(inside).parent}/../../secret.jpg"
     for path in (secret, "/etc/passwd", climbing, climbing.replace("/", "%2f"), "pyproject.toml", "~/.bashrc"):
-        found = httpx.get(f"{address}/gradio_api/file={path}", follow_redirects=True)
+        found = web.get(f"{address}/gradio_api/file={path}", follow_redirects=True)
         assert found.status_code in (403, 404), path
     with serving(place) as (site, handler):
         for path in (secret, "/etc/passwd", climbing, f"{site}/secret.jpg"):
             assert ask(address, path).startswith("FAILED"), path
         assert handler.asked == [], "no address inside the network is fetched"
     for name in ("../../evil.jpg", "/tmp/evil.jpg", "..\\evil.jpg", "a\x00b.jpg"):
-        found = httpx.post(f"{address}/gradio_api/upload", files={"files": (name, b"x")})
+        found = web.post(f"{address}/gradio_api/upload", files={"files": (name, b"x")})
         assert all(Path(path).is_relative_to(place / "uploads") for path in (found.json() if found.is_success else []))
     for elsewhere in ("file=https://example.org/x.png", "file=HTTP:%2F%2F127.0.0.1:1/x", "proxy=https://example.org"):
-        assert httpx.get(f"{address}/gradio_api/{elsewhere}").status_code == 403, elsewhere
-    assert httpx.get(f"{address}/docs").status_code == 404
-    config = httpx.get(f"{address}/config").text
+        assert web.get(f"{address}/gradio_api/{elsewhere}").status_code == 403, elsewhere
+    assert web.get(f"{address}/docs").status_code == 404
+    config = web.get(f"{address}/config").text
     assert str(place / "examples") not in config
 
 
@@ -183,18 +189,70 @@ def test_uploads_are_limited_in_size_and_number(address, place):
     announced = {"content-length": str(1 << 30), "content-type": "multipart/form-data; boundary=x"}
     with socket.create_connection(("127.0.0.1", int(address.rsplit(":")[-1]))) as raw:
         head = "".join(f"{name}: {value}\r\n" for name, value in announced.items())
-        raw.sendall(f"POST /gradio_api/upload HTTP/1.1\r\nhost: x\r\n{head}\r\n".encode())
+        raw.sendall(f"POST /gradio_api/upload HTTP/1.1\r\nhost: localhost\r\n{head}\r\n".encode())
         assert b" 413 " in raw.recv(1000), "a gigabyte is refused before it is sent"
     kind = {"content-type": "multipart/form-data; boundary=x"}
     begin = b'--x\r\ncontent-disposition: form-data; name="files"; filename="x.jpg"\r\n\r\n'
     with suppress(httpx.TransportError):  # the connection may be closed while we are still sending
-        assert httpx.post(url, content=iter([begin, *pieces()]), headers=kind).status_code == 413
-    too_large = httpx.post(url, files={"files": ("x.jpg", bytes(MAX_BYTES + 5))})
+        assert web.post(url, content=iter([begin, *pieces()]), headers=kind).status_code == 413
+    too_large = web.post(url, files={"files": ("x.jpg", bytes(MAX_BYTES + 5))})
     assert too_large.status_code == 413
     for number in range(KEPT + 5):
         upload(address, f"{number}".encode())
     examples = 3
     assert len(list((place / "uploads").iterdir())) <= KEPT + examples
+
+
+def test_stalled_uploads_keep_nobody_out(address, monkeypatch):
+    monkeypatch.setattr(guard, "MAX_INCOMPLETE", 20)
+    head = b"POST /gradio_api/upload HTTP/1.1\r\nhost: localhost\r\ncontent-length: 100000\r\n"
+    form = b'--x\r\ncontent-disposition: form-data; name="files"; filename="x.jpg"\r\n\r\n'
+    half = head + b"content-type: multipart/form-data; boundary=x\r\n\r\n" + form
+    with ExitStack() as stack:
+        for _ in range(40):
+            raw = stack.enter_context(socket.create_connection(("127.0.0.1", int(address.rsplit(":")[-1]))))
+            raw.sendall(half)
+        assert Path(upload(address, jpeg((9, 9, 9)))).is_file()
+        monkeypatch.setattr(guard, "RECEIVE_SECONDS", 0.1)
+        raw = stack.enter_context(socket.create_connection(("127.0.0.1", int(address.rsplit(":")[-1])), timeout=20))
+        raw.sendall(half)
+        assert raw.recv(1000) == b"", "the page's server has the deadline"
+
+
+def test_other_bodies_are_limited_too(address):
+    asked = {"data": [None, 1, "Any label", "a" * (2 << 20)], "fn_index": asking(address), "session_hash": "x"}
+    assert web.post(f"{address}/gradio_api/queue/join", json=asked).status_code == 413
+
+
+def test_names_of_other_sites_are_refused_and_nothing_is_loaded_from_them(address):
+    assert web.get(address, headers={"host": "evil.example"}).status_code == 400
+    assert web.get(address, headers={"host": "localhost:80"}).status_code == 200
+    policy = web.get(address).headers["content-security-policy"]
+    assert policy.startswith("default-src 'self'; ")
+    assert "http" not in policy
+
+
+def test_sigterm_deletes_uploads(model, tmp_path, monkeypatch):
+    found = []
+
+    def end(page) -> None:
+        found.extend(tmp_path.glob("nxtp-app-*"))
+        signal.raise_signal(signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(Recognizer, "from_pretrained", lambda *_, **__: model)
+    monkeypatch.setattr(gradio.Blocks, "block_thread", end)
+    for name in ("GRADIO_TEMP_DIR", "GRADIO_ANALYTICS_ENABLED", "HF_HUB_DISABLE_TELEMETRY"):
+        monkeypatch.setenv(name, "")
+    try:
+        done = call_nxtp("app", "model", "--port", str(free_port()), cwd=tmp_path)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert done.returncode != 0
+    assert len(found) == 1
+    assert not found[0].exists()
+    assert "Traceback" not in done.stderr
 
 
 def test_a_hundred_requests_at_a_time_leave_it_serving(address):
@@ -236,6 +294,7 @@ def test_a_browser_shows_labels_and_where_they_look(address, browser, place, wid
     asked, problems = [], []
     page.on("request", lambda request: asked.append(request.url))
     page.on("pageerror", lambda error: problems.append(str(error)))
+    page.on("console", lambda said: problems.append(said.text) if "Content Security Policy" in said.text else None)
     page.goto(address)
     page.set_input_files("#image input[type=file]", place / "examples" / "0.jpg")
     rows = page.locator("#labels .row")

@@ -3,18 +3,19 @@
 import base64
 import json
 import os
+import shutil
 import signal
-import subprocess
-import sys
+import socket
 import threading
 import time
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 
+import psutil
 import pytest
-from helpers import COLOURS, jpeg, recognizer, reports_a_taken_port_and_a_missing_model
+from helpers import COLOURS, Command, jpeg, recognizer, reports_a_taken_port_and_a_missing_model, start_nxtp
 
 pytest.importorskip("litserve")
 
@@ -42,8 +43,8 @@ def body(image: bytes, **options) -> bytes:
     return json.dumps({"image": base64.b64encode(image).decode(), **options}).encode()
 
 
-def post(port: int, body: bytes) -> tuple[int, dict]:
-    request = urllib.request.Request(f"http://127.0.0.1:{port}/predict", body, {"content-type": "application/json"})
+def post(port: int, body: bytes, content_type: str = "application/json") -> tuple[int, dict]:
+    request = urllib.request.Request(f"http://127.0.0.1:{port}/predict", body, {"content-type": content_type})
     try:
         with urllib.request.urlopen(request, timeout=60) as response:
             return response.status, json.load(response)
@@ -51,31 +52,66 @@ def post(port: int, body: bytes) -> tuple[int, dict]:
         return error.code, json.load(error)
 
 
+# Imported by the servers of these tests: LitServe starts a worker as a new interpreter, which takes half a minute to
+# import what the fork server has imported. Its processes are a group, so that none is missed.
+QUICK = """
+import multiprocessing, os, time
+from nxtp.deploy import guard
+from nxtp.inference.recognizer import Recognizer
+
+os.setsid()
+usual = multiprocessing.get_context
+multiprocessing.get_context = lambda method=None: usual("fork")
+guard.MAX_INCOMPLETE = 30
+if "SLOW" in os.environ:
+    Recognizer.from_pretrained = lambda *_, **__: print("loading", flush=True) or time.sleep(100)
+"""
+
+
+def start_server(place, model="model", **environment) -> tuple[Command, int]:
+    (place / "quick.py").write_text(QUICK)
+    port = free_port()
+    options = ("--port", str(port), "--batch-size", "4", "--wait-ms", "300", "--max-mb", "1", "--device", "cpu")
+    return start_nxtp("serve", model, *options, cwd=place, NXTP_IMPORT="quick", **environment), port
+
+
+def wait_until(ready, seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not ready():
+        assert time.monotonic() < deadline, "too late"
+        time.sleep(0.02)
+
+
+def is_up(port: int) -> bool:
+    with suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5) as response:
+        return response.status == 200
+    return False
+
+
+def has_ended(command: Command) -> bool:
+    """Whether none of its processes is left."""
+    try:
+        os.killpg(command.ranks[0].pid, 0)
+    except ProcessLookupError:
+        return True
+    return False
+
+
 @pytest.fixture(scope="module")
-def port(place):
-    number = free_port()
-    options = ("--port", str(number), "--batch-size", "4", "--wait-ms", "300", "--max-mb", "1", "--device", "cpu")
-    quiet = os.environ | {"OMP_NUM_THREADS": "1"}
-    with open(place / "log", "w") as log:
-        command = [sys.executable, "-m", "nxtp", "serve", "model", *options]
-        process = subprocess.Popen(command, cwd=place, stdout=log, stderr=log, env=quiet, start_new_session=True)
-    deadline = time.monotonic() + 300
-    while time.monotonic() < deadline and process.poll() is None:
-        try:
-            urllib.request.urlopen(f"http://127.0.0.1:{number}/health", timeout=5).close()
-            break
-        except OSError:
-            time.sleep(0.2)
-    yield number
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(90) is not None
-    with suppress(ProcessLookupError):
-        for _ in range(100):
-            os.killpg(process.pid, 0)
-            time.sleep(0.1)
-        raise AssertionError("processes of the server are left")
-    assert sorted(path.name for path in place.iterdir()) == ["log", "model"]
-    assert "Traceback" not in (place / "log").read_text()
+def served(place):
+    command, port = start_server(place)
+    wait_until(lambda: is_up(port))
+    yield command, port
+    command.kill(signal.SIGTERM)
+    assert command.wait(90) == 0
+    wait_until(lambda: has_ended(command), 10)
+    assert {path.name for path in place.iterdir()} <= {"model", "quick.py", "__pycache__", command.log.name}
+    assert "Traceback" not in command.output
+
+
+@pytest.fixture(scope="module")
+def port(served):
+    return served[1]
 
 
 def test_labels_are_the_models_and_bad_requests_do_not_spoil_a_batch(port, model):
@@ -87,13 +123,88 @@ def test_labels_are_the_models_and_bad_requests_do_not_spoil_a_batch(port, model
         found = list(pool.map(lambda body: post(port, body), bodies))
     assert [code for code, _ in found] == [422 if i in (2, 5, 7) else 200 for i in range(len(bodies))]
     assert found[2][1] == {"error": "not an image in a known format"}
+    assert found[5][1] == {"error": "top_k: Input should be greater than or equal to 1"}
     for image, (code, labels) in zip(IMAGES, found, strict=True):
         if code == 200:
             expected = model.predict(image, top_k=3)
             assert [each["label"] for each in labels["labels"]] == [label for label, _ in expected]
             probabilities = [each["probability"] for each in labels["labels"]]
             assert probabilities == pytest.approx([probability for _, probability in expected], rel=1e-4)
-    assert post(port, body(bytes(2 << 20)))[0] == 413
+    assert post(port, body(bytes(2 << 20))) == (413, {"error": "Payload too large"})
+
+
+HOSTILE = {
+    "raw bytes": b"\xff\xd8\xff\xe0raw secret",
+    "NaN": b'{"image": NaN, "secret": NaN}',
+    "1e400": b'{"image": "", "top_k": 1e400, "secret": 1}',
+    "a lone surrogate": b'{"image": "\\ud800", "secret": "\\ud800"}',
+    "not base64": b'{"image": "secret*"}',
+    "deep": b"[" * 100_000,
+    "a long number": b'{"image": "", "top_k": ' + b"9" * 10_000 + b"}",
+    "nothing": b"",
+    "null": b"null",
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+@pytest.mark.parametrize("content_type", ["application/json", "application/octet-stream"])
+def test_a_request_that_is_none_gets_a_line_and_not_itself(port, kind, content_type):
+    code, found = post(port, HOSTILE[kind], content_type)
+    assert code in (400, 422)
+    assert list(found) == ["error"]
+    assert isinstance(found["error"], str)
+    assert "secret" not in found["error"]
+
+
+def test_other_paths_names_and_half_requests(port):
+    request = urllib.request.Request(f"http://127.0.0.1:{port}/elsewhere")
+    with pytest.raises(urllib.error.HTTPError) as error:
+        urllib.request.urlopen(request)
+    assert json.load(error.value) == {"error": "Not Found"}
+    request = urllib.request.Request(f"http://127.0.0.1:{port}/health", headers={"host": "evil.example"})
+    with pytest.raises(urllib.error.HTTPError, match="400"):
+        urllib.request.urlopen(request)
+    with ExitStack() as stack:
+        halves = [stack.enter_context(socket.create_connection(("127.0.0.1", port), timeout=20)) for _ in range(31)]
+        for half in halves[1:]:
+            half.sendall(b"POST /predict HTTP/1.1\r\nhost: localhost\r\ncontent-length: 9\r\n\r\n{")
+        assert halves[0].recv(100) == b"", "the oldest is closed"
+        assert post(port, body(IMAGES[0]))[0] == 200
+
+
+@pytest.mark.parametrize("group", [False, True])
+def test_a_signal_while_the_model_loads(place, group):
+    command, _ = start_server(place, SLOW="1")
+    wait_until(lambda: "loading" in command.output)
+    (os.killpg if group else os.kill)(command.ranks[0].pid, signal.SIGTERM)
+    assert command.wait(20) != 0
+    wait_until(lambda: has_ended(command), 5)
+    assert "Traceback" not in command.output
+    command.log.unlink()
+
+
+def test_a_model_that_cannot_be_loaded_is_one_line(place, model):
+    shutil.copytree(place / "model", place / "torn")
+    (place / "torn" / "model.safetensors").write_bytes(b"no weights")
+    command, _ = start_server(place, "torn")
+    assert command.wait(60) == 1
+    wait_until(lambda: has_ended(command), 5)
+    assert command.output.startswith("error: ")
+    assert command.output.count("\n") == 1
+    command.log.unlink()
+    shutil.rmtree(place / "torn")
+
+
+def test_a_worker_that_dies_ends_the_server(place):
+    command, port = start_server(place)
+    wait_until(lambda: is_up(port))
+    worker = max(psutil.Process(command.ranks[0].pid).children(), key=lambda each: each.memory_info().rss)
+    worker.kill()
+    assert command.wait(60) == 1
+    wait_until(lambda: has_ended(command), 5)
+    assert "died" in command.output
+    assert "Traceback" not in command.output
+    command.log.unlink()
 
 
 def test_requests_that_come_together_are_one_batch(place, model):
@@ -125,14 +236,19 @@ def test_a_closed_vocabulary(place, model):
     (place / "model" / "labels.txt").unlink()
 
 
-def test_the_monitor_ends_before_its_manager(monkeypatch):
-    """LitServe's monitor asks a manager process that is gone: a traceback, on a busy machine."""
+def test_it_shuts_down_once_and_its_monitor_asks_no_manager(monkeypatch):
+    """LitServe's monitor asks a manager process that may be gone: a traceback, on a busy machine."""
     asked = []
-    ends = lambda self, *_: asked.append((type(self._shutdown_event), self._shutdown_event.is_set()))  # noqa: E731
+    ends = lambda self, *_: asked.append(self._shutdown_event.is_set())  # noqa: E731
     monkeypatch.setattr(Server.__base__, "_perform_graceful_shutdown", ends)
+    monkeypatch.setattr(Server.__base__, "_init_manager", lambda *_: None)
     server = Server(LabelAPI("nowhere", max_batch_size=2), accelerator="cpu")
+    server._init_manager(1)
+    assert isinstance(server._shutdown_event, threading.Event)
     server._perform_graceful_shutdown(None, {}, "keyboard_interrupt")
-    assert asked == [(threading.Event, True)]
+    server._perform_graceful_shutdown(None, {}, "Worker inference-worker died")
+    assert asked == [True]
+    assert not server.died
 
 
 def test_a_taken_port_and_a_missing_model_are_reported_in_a_line(place):

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import signal
 import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 
 import click
 
-from nxtp.deploy.ports import check_free
+from nxtp.deploy.ports import LOOPBACK, check_free
 from nxtp.errors import UserError
 
 EXAMPLES = Path("data/shards/demo/examples")  # written by make demo
@@ -34,11 +35,12 @@ def app(model: str, host: str, port: int, examples: Path | None, max_mb: int, de
     if find_spec("gradio") is None:
         raise UserError("The page needs gradio: pip install 'nxtp[app]'.")
     check_free(host, port)
-    if host not in ("localhost", "127.0.0.1", "::1"):
+    if host not in LOOPBACK:
         click.secho(f"Anyone who reaches {host}:{port} over the network can use this page.", fg="yellow", err=True)
     from nxtp.inference.recognizer import Recognizer
 
     recognizer = Recognizer.from_pretrained(model, device=device)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: uploads are deleted
     with tempfile.TemporaryDirectory(prefix="nxtp-app-") as uploads:
         # Before gradio is imported, which reads its settings once: where uploads are, no telemetry.
         os.environ |= {"GRADIO_TEMP_DIR": uploads, "GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1"}

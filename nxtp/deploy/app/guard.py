@@ -1,69 +1,61 @@
-"""Limits that apply before gradio sees a request: size and number of uploads; gradio fetches no URL."""
+"""Limits that apply before gradio sees a request: size of a body, number of uploads; no URL is fetched for a client."""
 
 from __future__ import annotations
 
-import asyncio
 import re
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
+from starlette.datastructures import MutableHeaders
+from starlette.middleware.body_limit import RequestBodyLimitMiddleware
+from starlette.requests import ClientDisconnect
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 UPLOAD = "/gradio_api/upload"
 _ELSEWHERE = re.compile(r"/(file=\s*https?:|proxy=)", re.IGNORECASE)  # gradio would fetch it for any client
 _OVERHEAD = 1 << 16  # of a form around a file
+MAX_QUESTION = 1 << 20  # bytes of any other body: a list of classes is the largest
+HEADERS = {
+    # gradio's page has inline scripts and styles, and compiles click.js; nothing is loaded from or sent elsewhere.
+    "Content-Security-Policy": "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; "
+    "style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; font-src 'self' data:; "
+    "object-src 'none'; base-uri 'self'; form-action 'self'; frame-ancestors 'self'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "same-origin",
+}
 
 
-class UploadGuard:
+class PageGuard:
     """ASGI middleware.
 
     Args:
         directory: where gradio stores uploads, a directory each.
         max_bytes: size of an upload; a larger one is refused (413), by its announced or its actual length.
         kept: uploads that are kept; the oldest are deleted.
-        at_once: concurrent uploads; further ones are refused (429).
     """
 
-    def __init__(self, app: ASGIApp, directory: Path, max_bytes: int, kept: int, at_once: int = 16):
-        self.app, self.directory, self.max_bytes, self.kept = app, directory, max_bytes, kept
+    def __init__(self, app: ASGIApp, directory: Path, max_bytes: int, kept: int):
+        self.directory, self.kept = directory, kept
+        self.uploads = RequestBodyLimitMiddleware(app, max_bytes + _OVERHEAD)
+        self.others = RequestBodyLimitMiddleware(app, MAX_QUESTION)
         self._examples = set(directory.iterdir())
-        self._free = asyncio.Semaphore(at_once)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and _ELSEWHERE.search(scope["path"]):
-            return await _refusal(403, "nothing from elsewhere")(scope, receive, send)
-        if scope["type"] != "http" or not scope["path"].rstrip("/").endswith(UPLOAD):
-            return await self.app(scope, receive, send)
-        limit = self.max_bytes + _OVERHEAD
-        length = dict(scope["headers"]).get(b"content-length", b"0")
-        if not length.isdigit() or int(length) > limit:
-            return await _refusal(413, f"too large: at most {self.max_bytes >> 20} MB")(scope, receive, send)
-        if self._free.locked():
-            return await _refusal(429, "too many uploads at a time: try again")(scope, receive, send)
-        received, responded = 0, False
-
-        async def bounded() -> Message:
-            nonlocal received
-            message = await receive()
-            received += len(message.get("body", b""))
-            if received > limit:  # its length was not announced, or was wrong
-                return {"type": "http.disconnect"}
-            return message
-
-        async def noted(message: Message) -> None:
-            nonlocal responded
-            responded = True
+        async def send_with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message).update(HEADERS)
             await send(message)
 
-        async with self._free:
+        app: ASGIApp = self.others
+        if scope["type"] == "http" and _ELSEWHERE.search(scope["path"]):
+            app = PlainTextResponse("nothing from elsewhere", status_code=403)
+        elif scope["type"] == "http" and scope["path"].rstrip("/").endswith(UPLOAD):
+            app = self.uploads
             self._tidy()
-            try:
-                await self.app(scope, bounded, noted)
-            except Exception:
-                if received <= limit or responded:
-                    raise
-                await _refusal(413, f"too large: at most {self.max_bytes >> 20} MB")(scope, receive, send)
+        with suppress(ClientDisconnect):  # gradio would log a traceback
+            await app(scope, receive, send_with_headers)
 
     def _tidy(self) -> None:
         """Delete the oldest uploads: with the next one there are ``kept``."""
@@ -80,7 +72,3 @@ def _age(path: Path) -> float:
         return path.stat().st_mtime
     except FileNotFoundError:
         return 0.0
-
-
-def _refusal(status: int, why: str) -> PlainTextResponse:
-    return PlainTextResponse(why, status_code=status, headers={"connection": "close"})

@@ -10,10 +10,12 @@ from threading import Lock
 import gradio as gr
 from PIL import Image
 from starlette.middleware import Middleware
+from uvicorn.config import HTTP_PROTOCOLS
 
 from nxtp.data.images import find_images, load_image
 from nxtp.data.transforms import to_pixels
-from nxtp.deploy.app.guard import UploadGuard
+from nxtp.deploy.app.guard import PageGuard
+from nxtp.deploy.guard import trusted_hosts
 from nxtp.errors import UserError, counted
 from nxtp.inference.figures import overlay
 from nxtp.inference.recognizer import Recognizer
@@ -182,10 +184,11 @@ def launch(page: gr.Blocks, uploads: Path, host: str, port: int, max_bytes: int,
     Args:
         uploads: gradio's directory of files, GRADIO_TEMP_DIR; the last ``kept`` stay there.
     """
-    guard = Middleware(UploadGuard, directory=uploads, max_bytes=max_bytes, kept=kept)
+    guards = [trusted_hosts(host), Middleware(PageGuard, directory=uploads, max_bytes=max_bytes, kept=kept)]
     closed = {"docs_url": None, "redoc_url": None, "openapi_url": None}
+    HTTP_PROTOCOLS["auto"] = "nxtp.deploy.guard:TimedProtocol"  # gradio gives uvicorn no options of ours
     _, address, _ = page.launch(
-        server_name=host, server_port=port, max_file_size=max_bytes, app_kwargs={"middleware": [guard], **closed},
+        server_name=host, server_port=port, max_file_size=max_bytes, app_kwargs={"middleware": guards, **closed},
         quiet=True, prevent_thread_lock=True, share=False, inbrowser=False, ssr_mode=False, pwa=False, footer_links=[],
         run_history=False, enable_monitoring=False, mcp_server=False, css=(HERE / "page.css").read_text(),
         theme=gr.themes.Default(primary_hue="blue", font=["system-ui", "sans-serif"]),
