@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import cache
 from typing import Any
 
 from nxtp.errors import UserError
@@ -42,8 +43,12 @@ def _refuse(where: str, what: str = "") -> None:
     )
 
 
+@cache
 def has_key() -> bool:
-    """Whether W&B has a key: in the environment, its settings or .netrc. Nothing is prompted for or sent."""
+    """Whether W&B has a key: in the environment, its settings or .netrc. Nothing is prompted for or sent.
+
+    Asked once: after the start of a run the client always denies it.
+    """
     import wandb
 
     if os.environ.get("WANDB_MODE") == "offline":  # the client would only log that it cannot tell

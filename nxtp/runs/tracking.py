@@ -51,9 +51,10 @@ class Wandb(WandbLogger):
         known = json.loads(self._file.read_text()) if self._file.exists() else {}
         self._next_row = known.get("next_row", 0)
         if offline:
-            options["mode"] = "offline"  # Lightning sets an environment variable, too late for the client
+            options["mode"] = "offline"  # Lightning's `offline` sets a variable, too late for the client
         options["id"] = options.get("id") or known.get("id") or secrets.token_hex(4)
-        super().__init__(save_dir=save_dir, offline=offline, **options)
+        super().__init__(save_dir=save_dir, **options)
+        self._wandb_init.pop("anonymous", None)  # the client warns about it
 
     @property
     @rank_zero_experiment

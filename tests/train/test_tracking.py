@@ -98,7 +98,7 @@ def test_without_a_key_a_run_is_offline(tmp_path):
     command = ["train", "name=r", "data.train=train", *TINY_OVERRIDES, "data.num_workers=0", "trainer.max_steps=1"]
     nowhere = {"WANDB_MODE": "online", "NETRC": str(tmp_path / "netrc"), "HOME": str(tmp_path)}
     output = nxtp_runs(*command, "data.batch_size=8", "logger=wandb", cwd=tmp_path, **nowhere)
-    assert "deprecated" not in output
+    assert "wandb: WARNING" not in output
     (session,) = (tmp_path / "runs" / "r").glob("wandb/offline-run-*")
     assert summary(written(session))["status"] == "finished"
 
