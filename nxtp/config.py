@@ -151,6 +151,9 @@ def compose_and_run(
         flags += ["--config-dir", str(own)]
     for override in overrides:
         name = Path(override.removeprefix("name=").strip("'\""))
+        group, _, option = override.partition("=")
+        if option == "null" and (options := sorted(file.stem for file in (conf_dir() / group).glob("*.yaml"))):
+            raise UserError(f"{override}: a group has one of its options: {', '.join(options)}.")
         if override.startswith("name=") and (name.is_absolute() or ".." in name.parts):
             raise UserError(f"{override}: a run is written to runs/<name>, which must be inside runs/.")
     if os.getcwd() not in sys.path:  # for a `_target_` of one's own; last, so that it hides no library
@@ -162,6 +165,8 @@ def compose_and_run(
         try:
             refuse_secrets(OmegaConf.to_container(cfg, resolve=True))
             at_least("seed", cfg.seed, 0)
+            if cfg.seed >= 2**32:
+                raise UserError(f"seed must be ≤ {2**32 - 1}, got {cfg.seed}.")
             return (pkgutil.resolve_name(function) if isinstance(function, str) else function)(cfg)
         except UserError as error:  # raised at the end: Hydra would add lines of its own, and end a sweep here
             failed.append(error)
