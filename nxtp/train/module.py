@@ -223,7 +223,7 @@ class RecognitionModule(L.LightningModule):
         if found and name not in self._warned:
             self._warned.add(name)
             log.warning(
-                "%s says nothing: '%s' has %d different labels, all of which are predicted. Set validation.top_k=1.",
+                "Ignore %s: '%s' has %d different labels, all of which are predicted. Set validation.top_k=1.",
                 ", ".join(f"{name}/{value}" for value in found), name, labels,
             )  # fmt: skip
 
