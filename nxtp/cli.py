@@ -10,7 +10,8 @@ import sys
 import click
 
 import nxtp
-from nxtp.errors import UserError, nearest
+from nxtp.errors import NO_SPACE, UserError, nearest
+from nxtp.runs.processes import follow_parent, is_first_rank
 
 # name → (what it runs, its line in `nxtp --help`)
 COMMANDS = {
@@ -69,6 +70,14 @@ class Commands(click.Group):
             ctx.fail(f"No command '{name}'.{nearest(name, COMMANDS)}")
         return super().resolve_command(ctx, args)
 
+    def invoke(self, ctx: click.Context) -> object:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:  # click would exit with 1
+            if is_first_rank():
+                click.echo("\nStopped by Ctrl-C.", err=True)
+            ctx.exit(130)
+
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
             formatter.write_dl([(name, summary) for name, (_, summary) in COMMANDS.items()])
@@ -116,6 +125,7 @@ def import_own() -> None:
 
 def main() -> None:
     """Entry point: an error meant for the user is one line and exit code 1."""
+    follow_parent()
     arguments = sys.argv[1:]
     command = os.environ.get("NXTP_COMMAND")
     if command and "LOCAL_RANK" in os.environ and (not arguments or arguments[0] != command):
@@ -126,5 +136,10 @@ def main() -> None:
     except UserError as error:
         click.secho(f"error: {error}", fg="red", err=True)
         sys.exit(1)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    except OSError as error:
+        if error.errno not in NO_SPACE:
+            raise
+        where = f": '{error.filename}'" if error.filename else ""
+        text = f"error: {error.strerror}{where}. Free some space and run the same command again."
+        click.secho(text, fg="red", err=True)
+        sys.exit(1)

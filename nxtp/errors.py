@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from numbers import Real
 from pathlib import Path
 from typing import Any
 
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # numbers of an OSError that the user can mend
 _NAMED = 3  # names in a message, at most
 
 
@@ -28,10 +31,18 @@ def at_least(name: str, value: Any, lowest: float) -> None:
     """Check a setting.
 
     Raises:
-        UserError: ``value`` of the setting ``name`` is below ``lowest``, or no number.
+        UserError: ``value`` of the setting ``name`` is below ``lowest``, infinite, or no number.
     """
-    if not (isinstance(value, Real) and float(value) >= lowest):
+    if not (isinstance(value, Real) and lowest <= float(value) < math.inf):
         raise UserError(f"{name} must be ≥ {lowest}, got {value}.")
+
+
+def root_cause(error: BaseException) -> BaseException:
+    """The operating system's error from which ``error`` results, if there is one: libraries wrap it in other words."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, OSError):
+        cause = cause.__cause__ or cause.__context__
+    return cause or error
 
 
 def printable(name: str | Path) -> str:

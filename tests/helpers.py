@@ -121,6 +121,8 @@ def nxtp_here(arguments: list[str], cwd: str, out: str, error: str, environment:
     multiprocessing.set_start_method("fork", force=True)  # as in a user's process: loader workers import nothing
     os.chdir(cwd)
     os.environ.update(environment)
+    if "OWN_GROUP" in environment:
+        os.setpgrp()
     sys.argv = ["nxtp", *arguments]
     import nxtp.__main__
 

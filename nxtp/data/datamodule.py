@@ -20,6 +20,7 @@ from nxtp.data.mixture import OpenedSet, open_set
 from nxtp.data.sampler import ElasticBatchSampler
 from nxtp.model.layout import Objective
 from nxtp.model.tokenizer import LabelTokenizer
+from nxtp.runs.processes import deaf_children, end_with_parent
 
 
 class ResumableDataLoader(DataLoader):
@@ -39,7 +40,7 @@ class ResumableDataLoader(DataLoader):
             prefetch_factor=4 if num_workers else None,
             persistent_workers=False,
             pin_memory=pin_memory,
-            worker_init_fn=_quiet_tokenizers,
+            worker_init_fn=_start_worker,
         )
         self._position = (0, 0)  # epoch, and how many samples of it all ranks together have returned
         self._resume: tuple[int, int] | None = None
@@ -50,7 +51,8 @@ class ResumableDataLoader(DataLoader):
         sampler = self.sampler
         sampler.start = self._resume[1] if self._resume and self._resume[0] == sampler.epoch else 0
         self._resume = None
-        batches = super().__iter__()
+        with deaf_children():
+            batches = super().__iter__()
         for done in itertools.count(1):
             begin = time.perf_counter()
             batch = next(batches, None)
@@ -69,7 +71,8 @@ class ResumableDataLoader(DataLoader):
         self._resume = self._position = (state["epoch"], state["samples"])
 
 
-def _quiet_tokenizers(worker: int) -> None:
+def _start_worker(worker: int) -> None:
+    end_with_parent()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 

@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_map_only
 
-from nxtp.errors import UserError
+from nxtp.errors import UserError, root_cause
 from nxtp.model.weights import Spec, Weights, assign
 from nxtp.runs.atomic import recover, remove, replace
 
@@ -136,9 +136,16 @@ class _ShardWriter(dcp.FileSystemWriter):
         _part(self._final).mkdir(parents=True)
         return super().prepare_global_plan(plans)
 
+    def write_data(self, plan: Any, planner: Any) -> Any:
+        try:
+            return super().write_data(plan, planner)
+        except Exception as error:
+            raise root_cause(error) from None  # the first rank gets it without what caused it
+
     def finish(self, metadata: Metadata, results: list) -> None:
         """Called on the first rank, after all ranks have written."""
-        torch.save(self._rest, _part(self._final) / REST)
+        with (_part(self._final) / REST).open("wb") as file:
+            torch.save(self._rest, file)
         super().finish(metadata, results)
         replace(_part(self._final), self._final)
 
@@ -284,7 +291,10 @@ class _IndexUnpickler(pickle.Unpickler):
 
 
 def _reason(error: BaseException) -> str:
-    """One line; of several ranks' errors the first."""
+    """One line; of several ranks' errors the first. On a full disk PyTorch speaks of an unexpected position."""
     if isinstance(error, CheckpointException) and error.failures:
         error = next(iter(error.failures.values()))[0]
+    error = root_cause(error)
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
     return " ".join(str(error).split())[:300].rstrip(".")

@@ -11,7 +11,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
-from nxtp.errors import UserError
+from nxtp.errors import UserError, at_least
 from nxtp.model.model import Model
 
 _POLICIES = {  # by trainer.precision; stored weights, optimizer state and gradient sums are float32 in both
@@ -22,14 +22,19 @@ _POLICIES = {  # by trainer.precision; stored weights, optimizer state and gradi
 
 @dataclass
 class ParallelConfig:
-    """Switches that change how the same numbers are computed, under every strategy.
+    """How the same numbers are computed, under every strategy.
 
     ``activation_checkpointing``  recompute each block's activations in the backward pass instead of storing them
     ``compile``   torch.compile each block
+    ``start_timeout``   seconds that ranks wait for each other at the start
     """
 
     activation_checkpointing: bool = False
     compile: bool = False
+    start_timeout: float = 300.0
+
+    def __post_init__(self) -> None:
+        at_least("parallel.start_timeout", self.start_timeout, 1)
 
 
 def parallelize(

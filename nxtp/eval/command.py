@@ -30,6 +30,7 @@ from nxtp.eval.metrics import ExactMatch, SemanticMatch, meaningless, own_metric
 from nxtp.inference.figures import GridItem, save_grid
 from nxtp.inference.recognizer import Recognizer
 from nxtp.runs.atomic import write_json
+from nxtp.runs.lock import run_lock
 from nxtp.runs.record import FILE, RunRecord, read_record
 from nxtp.runs.tracking import configured_loggers, end_tracking, log_evaluation
 from nxtp.sampling.closed_vocabulary import read_classes
@@ -46,6 +47,12 @@ def evaluate(cfg: DictConfig) -> dict[str, float]:
     if OmegaConf.is_missing(cfg, "model_dir"):
         raise UserError("No model: add model=runs/NAME/model of a run, another model directory, or a hub name.")
     out, overrides = Path(HydraConfig.get().runtime.output_dir), list(HydraConfig.get().overrides.task)
+    with run_lock(out, ["nxtp", "evaluate", *overrides]):
+        return evaluate_into(out, cfg, overrides)
+
+
+def evaluate_into(out: Path, cfg: DictConfig, overrides: list[str]) -> dict[str, float]:
+    """:func:`evaluate` in a directory that no other command writes to."""
     config: dict = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
     record = RunRecord(cfg.name, config, overrides, cfg.seed, cfg.sweep, command="evaluate")
     earlier = read_record(out)

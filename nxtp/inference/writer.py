@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, Any
@@ -20,18 +22,19 @@ _ROW_GROUP = 10_000  # rows in memory while parquet is written
 
 
 def to_row(prediction: Prediction, score: str) -> dict[str, Any]:
-    """A prediction as a row: ``image``, ``shard`` if it has one, ``labels`` or ``error``."""
+    """A prediction as a row: ``image``, ``shard`` if it has one, ``labels`` or ``error``. Infinite scores are None."""
     row: dict[str, Any] = {"image": prediction.image}
     if prediction.shard is not None:
         row["shard"] = prediction.shard
     if prediction.labels is None:
         return row | {"error": prediction.error}
-    return row | {"labels": [{"label": label, score: value} for label, value in prediction.labels]}
+    finite = ((label, value if math.isfinite(value) else None) for label, value in prediction.labels)
+    return row | {"labels": [{"label": label, score: value} for label, value in finite]}
 
 
 def json_line(row: dict[str, Any]) -> str:
     """One line of JSON. Characters that UTF-8 cannot encode (a file name of other bytes) are written as escapes."""
-    return json.dumps(row, ensure_ascii=False).encode("utf-8", "backslashreplace").decode()
+    return json.dumps(row, ensure_ascii=False, allow_nan=False).encode("utf-8", "backslashreplace").decode()
 
 
 class PredictionWriter:
@@ -74,7 +77,7 @@ class PredictionWriter:
             if not self._file.tell():
                 self._append({"settings": settings})
         except BaseException as error:
-            self._file.close()
+            self.close()
             if isinstance(error, BlockingIOError):
                 raise UserError(f"'{self.partial}' is being written by another process.") from None
             raise
@@ -112,7 +115,8 @@ class PredictionWriter:
 
     def close(self) -> None:
         """Close the partial file, to be resumed later."""
-        self._file.close()
+        with suppress(OSError):  # the disk is full, as reported when the row was written
+            self._file.close()
 
     def summary(self) -> str:
         failed = f", {self.failed:,} of them could not be read" if self.failed else ""

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from nxtp.errors import UserError
 from nxtp.model.encoder import Encoder
 from nxtp.model.layout import Layout, lay_out
 from nxtp.model.model import Model, ModelConfig
@@ -20,9 +21,16 @@ from nxtp.model.trainable import TrainableConfig, choose_trainable
 
 
 def meta_model(config: ModelConfig, vocab_size: int | None, trainable: TrainableConfig | None = None) -> Model:
-    """The model's shapes without its weights, on the meta device, in well under a second."""
-    with torch.device("meta"):
-        model = Model(config, vocab_size, load_pretrained=False)
+    """The model's shapes without its weights, on the meta device, in well under a second.
+
+    Raises:
+        UserError: its numbers are impossible, as a width of 0.
+    """
+    try:
+        with torch.device("meta"):
+            model = Model(config, vocab_size, load_pretrained=False)
+    except (ArithmeticError, AssertionError, RuntimeError) as error:  # of open_clip, transformers and PyTorch
+        raise UserError(f"model cannot be built with these numbers: {' '.join(str(error).split())[:200]}.") from error
     if trainable is not None:
         choose_trainable(model, trainable)
     return model

@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nxtp.errors import UserError
+from nxtp.errors import UserError, at_least
 from nxtp.model.hub import reason, require_source
 
 if TYPE_CHECKING:
@@ -143,6 +143,7 @@ def train_tokenizer(labels: Iterable[str], *, vocab_size: int, prompts: Sequence
 
     Every distinct label counts once, so rare labels get tokens too. The result depends on the set of labels only.
     """
+    at_least("model.vocab_size", vocab_size, 1)
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 

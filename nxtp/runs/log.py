@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import shlex
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from nxtp.errors import UserError
@@ -17,11 +17,22 @@ to_file.propagate = False
 to_file.addHandler(logging.NullHandler())
 
 
+class _File(logging.FileHandler):
+    """Drops what a full disk does not take: what ends the run then is reported elsewhere."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        pass
+
+    def close(self) -> None:
+        with suppress(OSError):
+            super().close()
+
+
 @contextmanager
 def run_log(directory: Path, command: Sequence[str]) -> Iterator[None]:
     """Append all that is logged or warned to train.log: first the command, at the end an error that ends the run."""
     directory.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(directory / FILE, encoding="utf-8")
+    handler = _File(directory / FILE, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     loggers = logging.getLogger(), to_file
     for logger in loggers:

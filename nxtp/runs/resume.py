@@ -9,10 +9,12 @@ from nxtp.errors import UserError
 from nxtp.runs.atomic import recover
 from nxtp.runs.record import read_record
 
+# Settings of data that may differ between the machines of a run.
+PER_MACHINE = ("num_workers", "cache_dir", "cache_gb", "read_timeout", "index_dir")
 # Settings that may change when a run resumes: where it is computed, and what is logged.
 MAY_CHANGE = (
-    *("resume", "logger", "callbacks", "trainer", "parallel", "debug", "hydra"),
-    *(f"data.{key}" for key in ("num_workers", "cache_dir", "cache_gb", "read_timeout", "index_dir")),
+    *("resume", "lock_timeout", "logger", "callbacks", "trainer", "parallel", "debug", "hydra"),
+    *(f"data.{key}" for key in PER_MACHINE),
 )
 
 

@@ -13,6 +13,7 @@ import click
 from omegaconf import DictConfig, OmegaConf
 
 from nxtp.errors import UserError, nearest
+from nxtp.runs.lock import read_holder
 from nxtp.runs.record import FILE, is_alive, read_record
 from nxtp.sweep.sweep import Sweep
 
@@ -35,7 +36,13 @@ class RunState:
 def run_state(directory: Path) -> RunState:
     record = read_record(directory)
     if record is None:
-        return RunState(directory.name, "unreadable" if (directory / FILE).exists() else "planned")
+        if (directory / FILE).exists():
+            return RunState(directory.name, "unreadable")
+        if (holder := read_holder(directory)) is None:
+            return RunState(directory.name, "planned")
+        if is_alive(holder):
+            return RunState(directory.name, "running")
+        return RunState(directory.name, "failed", error="ended before its first record")
     is_killed = record["status"] == "running" and not is_alive(record)
     steps, monitor = record.get("steps"), record.get("monitor")
     return RunState(

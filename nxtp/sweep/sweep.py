@@ -25,6 +25,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 import nxtp.sweep.search.plugin  # noqa: F401  registers hydra/sweeper=optuna
 from nxtp.config import compose_and_run, composed, explained, parse_arguments, quoted
 from nxtp.errors import UserError
+from nxtp.runs.lock import announce
 from nxtp.runs.record import read_record
 from nxtp.runs.resume import is_finished
 from nxtp.runs.secrets import refuse_secrets
@@ -190,6 +191,7 @@ def run_in_process(command: str, cfg: DictConfig, runs: list[str]) -> float | No
     alone = _one_at_a_time()
     with nullcontext() if alone else (out / LOG).open("ab") as output:
         child = subprocess.Popen([sys.executable, "-m", "nxtp", command, *arguments], stdout=output, stderr=output)
+        announce(out, ["nxtp", command, *arguments], child.pid)
         with forwarding(child) as signals:
             code = child.wait()
     if signals and code != 0:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import subprocess
 import sys
 import warnings
-from contextlib import nullcontext
+import zlib
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,6 @@ import lightning as L
 import torch
 from hydra.core.hydra_config import HydraConfig
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, WeightAveraging
-from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
 from nxtp.config import instantiated, to_dataclass
@@ -26,18 +27,21 @@ from nxtp.data.shards.manifest import manifest_hash
 from nxtp.distributed.checkpoints import BackgroundCheckpoints
 from nxtp.distributed.fsdp2 import FSDP2Strategy
 from nxtp.distributed.parallelize import ParallelConfig
+from nxtp.distributed.start import StartTogether
 from nxtp.errors import UserError, at_least, by_kind, nearest
 from nxtp.eval.metrics import HIT_CUTS
 from nxtp.model.flops import count_parameters, meta_model
 from nxtp.model.model import ModelConfig
 from nxtp.model.tokenizer import LabelTokenizer, train_tokenizer
 from nxtp.runs.atomic import atomic_directory
+from nxtp.runs.lock import run_lock
 from nxtp.runs.log import run_log
+from nxtp.runs.processes import is_first_rank
 from nxtp.runs.record import RunRecord
-from nxtp.runs.resume import find_checkpoint, last_checkpoint
+from nxtp.runs.resume import PER_MACHINE, find_checkpoint, last_checkpoint
 from nxtp.runs.tracking import configured_loggers, end_tracking
 from nxtp.train.callbacks.averaging import keep_average
-from nxtp.train.callbacks.preemption import Preempted, PreemptionHandler, call_handler
+from nxtp.train.callbacks.preemption import PreemptionHandler, call_handler, preempted_by
 from nxtp.train.callbacks.run_record import RunRecordWriter
 from nxtp.train.module import RecognitionModule, ValidationConfig
 from nxtp.train.optim import OptimConfig
@@ -58,30 +62,29 @@ def train(cfg: DictConfig) -> float | None:
     filter_lightning_messages()
     run_dir = Path(HydraConfig.get().runtime.output_dir)
     resolved: Any = OmegaConf.to_container(cfg, resolve=True)
-    checkpoint = find_checkpoint(run_dir, resolved)
-    if checkpoint == "finished":
-        log.info("%s contains this run, finished: nothing to do. Choose another name to train again.", run_dir)
-        return None
     overrides = list(HydraConfig.get().overrides.task)
-    logged = run_log(run_dir, ["nxtp", "train", *overrides]) if rank_zero_only.rank == 0 else nullcontext()
-    with logged:
-        return train_from(checkpoint, cfg, run_dir, RunRecord(cfg.name, resolved, overrides, cfg.seed, cfg.sweep))
+    command, is_first = ["nxtp", "train", *overrides], is_first_rank()
+    with run_lock(run_dir, command, cfg.lock_timeout) if is_first else nullcontext():
+        checkpoint = find_checkpoint(run_dir, resolved)
+        if checkpoint == "finished":
+            log.info("%s contains this run, finished: nothing to do. Choose another name to train again.", run_dir)
+            return None
+        with run_log(run_dir, command) if is_first else nullcontext():
+            return train_from(checkpoint, cfg, run_dir, RunRecord(cfg.name, resolved, overrides, cfg.seed, cfg.sweep))
 
 
 def train_from(checkpoint: str | None, cfg: DictConfig, run_dir: Path, record: RunRecord) -> float | None:
     """:func:`train` from a checkpoint or from the start; ``record`` is filled in and written."""
-    at_least("seed", cfg.seed, 0)
-    require_accelerator(cfg.trainer.accelerator)
-    L.seed_everything(cfg.seed, workers=True, verbose=False)
-    if cfg.matmul_precision is not None:
-        torch.set_float32_matmul_precision(cfg.matmul_precision)
-
     try:
+        check_trainer(cfg)
+        L.seed_everything(cfg.seed, workers=True, verbose=False)
+        if cfg.matmul_precision is not None:
+            torch.set_float32_matmul_precision(cfg.matmul_precision)
         data, module = build(cfg, run_dir)
         trainer = build_trainer(cfg, data, run_dir)
         record.data = describe_data(data)
     except Exception as error:
-        if cfg.sweep is not None and rank_zero_only.rank == 0:  # for the sweep's status; otherwise nothing is written
+        if cfg.sweep is not None and is_first_rank():  # for the sweep's status; otherwise nothing is written
             record.fail(error)
             record.write(run_dir)
         raise
@@ -95,27 +98,41 @@ def train_from(checkpoint: str | None, cfg: DictConfig, run_dir: Path, record: R
     }
     for name, spec in {"train": data.config.train, **data.config.val}.items():
         warn_if_nouns_differ(name, spec, data.config.nouns, data.config.nouns)
-    trainer.callbacks.append(RunRecordWriter(run_dir, cfg, record))
+    opened = opened_by_rank(record, module, checkpoint, data)
+    start = StartTogether(trainer.strategy, module.parallel.start_timeout, opened)
+    trainer.callbacks += [start, RunRecordWriter(run_dir, cfg, record)]
+    ranks = getattr(trainer.strategy.launcher, "procs", [])  # those that this process starts
     preempted = None
     try:
-        trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+        with start.waiting():
+            trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
         finish(run_dir, cfg, trainer, module, data, record)
         record.status = "finished"
-    except Preempted as stop:
-        record.status, preempted = "interrupted", stop
     except BaseException as error:
-        record.fail(error)
-        raise
+        preempted = preempted_by(error)
+        if preempted is None:
+            if "`val_check_interval`" in str(error):  # more batches than an epoch has, which Lightning finds now
+                error = UserError(f"trainer.val_check_interval: {' '.join(str(error).split())}")
+            record.fail(error)
+            raise error
+        record.status = "interrupted"
     finally:
+        left = ranks[:]
+        ranks.clear()  # in Lightning's list, a rank that has ended would have this process killed
         counts = module.final_counts or module.own_counts()
         record.samples_seen, record.samples_read = counts["samples_seen"], counts["samples_read"]
         record.samples_skipped = counts["skipped"] | dict(data.shard_faults)
         if trainer.is_global_zero:
-            record.write(run_dir)
+            with suppress(OSError) if record.status == "failed" else nullcontext():  # the disk may be full
+                record.write(run_dir)
             end_tracking(trainer.loggers, run_dir)
+        for rank in left:  # they die with this process: each may report its own error
+            with suppress(subprocess.TimeoutExpired):
+                rank.wait(2)
     if preempted is not None:
         if trainer.is_global_zero:
-            log.warning("%s is saved, %s. The same command continues it.", run_dir, preempted)
+            state = "is saved" if last_checkpoint(run_dir).exists() else "has no checkpoint yet"
+            log.warning("%s %s, %s. The same command continues it.", run_dir, state, preempted)
         call_handler(preempted.number)
         sys.exit(preempted.exit_code)
     if record.samples_skipped:
@@ -142,16 +159,24 @@ def filter_lightning_messages() -> None:
     ):
         warnings.filterwarnings("ignore", message=message)
     noise = "Tip:", "GPU available: False", "TPU available: False", "`Trainer(val_check_interval", "Loading `train_data"
+    noise = (*noise, "Detected KeyboardInterrupt")
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
         logging.getLogger(name).addFilter(lambda record: not any(text in record.getMessage() for text in noise))
 
 
-def require_accelerator(accelerator: str) -> None:
+def check_trainer(cfg: DictConfig) -> None:
     """
     Raises:
-        UserError: the configuration needs a GPU and PyTorch finds none.
+        UserError: the configuration needs a GPU and PyTorch finds none; a number that Lightning takes is impossible.
     """
-    if accelerator == "gpu" and not (torch.cuda.is_available() or torch.backends.mps.is_available()):
+    for name in ("accumulate_grad_batches", "log_every_n_steps", "check_val_every_n_epoch"):
+        if (value := cfg.trainer.get(name)) is not None:
+            at_least(f"trainer.{name}", value, 1)
+    if cfg.trainer.get("val_check_interval") == 0:
+        raise UserError("trainer.val_check_interval must be > 0, got 0.")
+    if cfg.matmul_precision not in (None, "highest", "high", "medium"):
+        raise UserError(f"matmul_precision must be highest, high, medium or null, got {cfg.matmul_precision}.")
+    if cfg.trainer.accelerator == "gpu" and not (torch.cuda.is_available() or torch.backends.mps.is_available()):
         raise UserError(
             "trainer.accelerator is 'gpu' and PyTorch finds no GPU: use trainer=cpu or, to try another trainer, "
             "trainer.accelerator=cpu trainer.precision=32-true."
@@ -200,7 +225,7 @@ def find_tokenizer(model: ModelConfig, data: DataConfig, run_dir: Path, sets: di
     sets["train"] = open_set("train", data.train, data)
     labels = label_texts(sets["train"].shards, data)
     tokenizer = train_tokenizer(labels, vocab_size=model.vocab_size, prompts=[model.prompt])
-    if rank_zero_only.rank == 0:
+    if is_first_rank():
         with atomic_directory(trained) as directory:  # other ranks load all of it, or train the same one
             tokenizer.save(directory)
     return tokenizer
@@ -276,6 +301,20 @@ def describe_data(data: WebDatasetDataModule) -> dict[str, Any]:
         }
         described[name] = {**parts.get("", {"sources": parts}), "samples": len(data.open(name, spec))}
     return described
+
+
+def opened_by_rank(
+    record: RunRecord, module: RecognitionModule, checkpoint: str | None, data: WebDatasetDataModule
+) -> dict[str, Any]:
+    """What all ranks must have in common: :func:`nxtp.distributed.start.require_same`."""
+    config = {key: value for key, value in record.config.items() if key != "logger"}
+    config["data"] = {key: value for key, value in config["data"].items() if key not in PER_MACHINE}
+    shards = {
+        name: {url: f"{size} samples" for url, size in zip(opened.shards.urls, opened.shards.sizes, strict=True)}
+        for name, opened in data.sets.items()
+    }
+    tokenizer = zlib.crc32(module.tokenizer.files()["tokenizer.json"].encode())
+    return {"configuration": config, "checkpoint": checkpoint, "data": shards, "tokenizer": tokenizer}
 
 
 def finish(

@@ -45,6 +45,8 @@ class OptimConfig:
     def __post_init__(self) -> None:
         for name in ("lr", "eps", "weight_decay", "warmup", "final_lr"):
             at_least(f"optim.{name}", getattr(self, name), 0)
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise UserError(f"optim.betas must be two numbers ≥ 0 and < 1, got {self.betas}.")
 
 
 def build_optimizer(model: Model, config: OptimConfig, total_steps: int, fused: bool = True) -> tuple[Optimizer, Any]:

@@ -238,7 +238,7 @@ def test_status_tells_each_runs_state(stand_in):
     found = {run.name: (run.state, run.done, run.metric) for run in states(runs)}
     assert found == {
         "model.decoder.depth=1": ("finished", None, 0.1),
-        "model.decoder.depth=3": ("planned", None, None),
+        "model.decoder.depth=3": ("failed", None, None),
         "a": ("running", 0.5, None),
         "b": ("killed", 1 / 3, None),
         "c": ("unreadable", None, None),

@@ -1,6 +1,7 @@
 """Runs that are killed, stopped by a signal, or cannot write: they resume to the weights of an undisturbed run."""
 
 import json
+import os
 import random
 import signal
 import time
@@ -213,6 +214,70 @@ def test_a_signal_from_outside(root):
     assert "The same command continues it" in started.output
     run(root, "outside", "one")
     assert_same_run(root, undisturbed(root, "one"), "outside")
+
+
+WAIT = """
+import os, time
+import lightning as L
+
+class Wait(L.Callback):
+    # After the third step, once, until the test has done its part.
+
+    def __init__(self, name):
+        self.name = name
+
+    def on_train_batch_end(self, trainer, *_):
+        if trainer.global_step == 3 and not os.path.exists(f"{self.name}.reached"):
+            open(f"{self.name}.reached", "w").close()
+            while not os.path.exists(f"{self.name}.go"):
+                time.sleep(0.02)
+"""
+
+
+def start_and_wait(root, name: str, *overrides: str, **environment: str):
+    """The command, which waits after its third step until ``name``.go exists."""
+    (root / "waiting.py").write_text(WAIT)
+    arguments, _ = command(name, "one", "+callbacks.wait._target_=waiting.Wait", f"+callbacks.wait.name={name}")
+    started = start_nxtp(*arguments, *overrides, cwd=root, **environment)
+    wait_until(lambda: (root / f"{name}.reached").exists() or not started.ranks[0].is_alive())
+    return started
+
+
+def wait_until(condition) -> None:
+    end = time.monotonic() + 120
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_to_the_process_group(root, number):
+    """Also to the loader's workers, and to the run twice: `timeout` signals its command, then the group."""
+    name = f"group_{number}"
+    started = start_and_wait(root, name, "data.num_workers=2", OWN_GROUP="1")
+    started.kill_first(number)
+    time.sleep(0.05)
+    os.killpg(started.ranks[0].pid, number)
+    (root / f"{name}.go").touch()
+    assert started.wait() == 128 + number, started.output[-3000:]
+    assert "Traceback" not in started.output
+    assert started.output.count("The same command continues it") == 1
+    run(root, name)
+    assert_same_run(root, undisturbed(root, "one"), name)
+
+
+def test_two_commands_of_one_name(root):
+    """The second is refused, or waits until the first is gone: as the job that a scheduler starts again."""
+    first = start_and_wait(root, "twice")
+    refused = run(root, "twice", "one", "optim.lr=1", "lock_timeout=0", code=1)
+    assert "error: 'runs/twice' is in use by 'nxtp train name=twice" in refused.replace(f"{root}/", "")
+    arguments, _ = command("twice")
+    second = start_nxtp(*arguments, cwd=root)
+    wait_until(lambda: "waiting up to" in second.output or not second.ranks[0].is_alive())
+    first.kill(signal.SIGTERM)
+    (root / "twice.go").touch()
+    assert (first.wait(), second.wait()) == (128 + signal.SIGTERM, 0), second.output[-3000:]
+    assert_same_run(root, undisturbed(root, "one"), "twice")
 
 
 def test_a_signal_in_validation(root):

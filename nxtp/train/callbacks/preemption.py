@@ -4,26 +4,39 @@ from __future__ import annotations
 
 import math
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from nxtp.errors import at_least
+from nxtp.runs.processes import SIGNALS
 from nxtp.train.callbacks.averaging import swap_back
 from nxtp.train.module import RecognitionModule
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
+TWICE_S = 1.0  # seconds in which a second signal of the same kind is the first one, sent twice
 
 
 class Preempted(Exception):
-    """The run is saved and stops. ``exit_code``: 128 + the signal's number, as in a shell."""
+    """The run stops. ``exit_code``: 128 + the signal's number, as in a shell."""
 
     def __init__(self, number: int):
         super().__init__(f"stopped by {signal.Signals(number).name}")
         self.number, self.exit_code = number, 128 + number
+
+
+def preempted_by(error: BaseException) -> Preempted | None:
+    """What stopped the run, if a signal did; before the first step and after the last one Lightning handles signals."""
+    if isinstance(error, Preempted):
+        return error
+    if isinstance(error, SIGTERMException):
+        return Preempted(signal.SIGTERM)
+    is_ctrl_c = isinstance(error, KeyboardInterrupt) or isinstance(error.__context__, KeyboardInterrupt)
+    return Preempted(signal.SIGINT) if is_ctrl_c else None
 
 
 class LastCheckpoint(Checkpoint):
@@ -73,18 +86,22 @@ class PreemptionHandler(L.Callback):
     """After a signal to any rank, saves the checkpoint ``path`` and raises :class:`Preempted` on all ranks.
 
     The handler only stores the signal in the module, whose next step shares it with all ranks along with the loss. A
-    second signal of the same kind has its previous effect. A previous handler (submitit's requeues the job) is called
-    after the checkpoint is saved: :func:`call_handler`.
+    second signal of the same kind has its previous effect, if it comes later: a process group gets one twice, from its
+    scheduler and from its parent. A previous handler (submitit's requeues the job) is called after the checkpoint is
+    saved: :func:`call_handler`.
     """
 
     def __init__(self, path: Path):
         self.path = path
         self._previous: dict[int, Any] = {number: signal.getsignal(number) or signal.SIG_DFL for number in SIGNALS}
+        self._came: dict[int, float] = {}  # when the first signal of a kind came
 
     def on_train_start(self, trainer: L.Trainer, module: RecognitionModule) -> None:
         def store(number: int, frame: Any) -> None:
             module.stop_signal = number
-            signal.signal(number, self._previous[number])
+            if time.monotonic() - self._came.setdefault(number, time.monotonic()) > TWICE_S:
+                signal.signal(number, self._previous[number])
+                signal.raise_signal(number)
 
         for number in SIGNALS:  # instead of Lightning's handlers, which stop each rank at another step
             signal.signal(number, store)
@@ -107,6 +124,8 @@ class PreemptionHandler(L.Callback):
     def _stop(self, trainer: L.Trainer, module: RecognitionModule) -> None:
         trainer.save_checkpoint(self.path, weights_only=False)
         module.final_counts = module.counts()
+        trainer.strategy.checkpoint_io.wait()
+        trainer.strategy.barrier()  # a rank that leaves has the others killed by Lightning, while they still write
         raise Preempted(module.stop_signal or signal.SIGTERM)
 
     def on_exception(self, *_: Any) -> None:

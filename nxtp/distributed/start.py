@@ -1,0 +1,80 @@
+"""How ranks start: they wait for each other for a limited time, and train only if all of them opened the same."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import lightning as L
+import torch.distributed as dist
+
+from nxtp.errors import UserError
+
+_MISSING = "nothing"
+
+
+class StartTogether(L.Callback):
+    """Ends all ranks before the first step if one does not come, or has opened something else.
+
+    Args:
+        strategy: of the trainer. Its own time limit holds once the ranks have met.
+        timeout: seconds that a rank waits for the others.
+        opened: what this rank trains on and with: nested dictionaries of plain values.
+    """
+
+    def __init__(self, strategy: Any, timeout: float, opened: dict[str, Any]):
+        self.strategy, self.timeout, self.opened = strategy, timeout, opened
+        self.have_met = False
+        if hasattr(strategy, "_timeout"):  # of several ranks
+            self._later, strategy._timeout = strategy._timeout, timedelta(seconds=timeout)
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """
+        Raises:
+            UserError: in this block, the ranks have not met in time.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            environment = getattr(self.strategy, "cluster_environment", None)
+            if self.have_met or environment is None or isinstance(error, UserError):
+                raise
+            place = f"{environment.main_address}:{environment.main_port}"
+            raise UserError(
+                f"Rank {environment.global_rank()} waited {self.timeout:g} s (parallel.start_timeout) for "
+                f"{environment.world_size()} ranks to meet at {place}: {' '.join(str(error).split())[:200]}"
+            ) from error
+
+    def setup(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
+        if self.have_met or trainer.world_size == 1:
+            return
+        self.have_met = True
+        self.strategy._timeout = self._later
+        getattr(dist, "set_timeout", dist.distributed_c10d._set_pg_timeout)(self._later)
+        require_same(self.opened)
+
+
+def require_same(opened: dict[str, Any]) -> None:
+    """
+    Raises:
+        UserError: on all ranks, if ``opened`` of one differs from the first rank's; with what differs first.
+    """
+    first = [opened]
+    dist.broadcast_object_list(first)
+    every: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(every, difference(first[0], opened))
+    for rank, found in enumerate(every):
+        if found is not None:
+            raise UserError(f"Rank {rank} has opened something else than rank 0: {found}.")
+
+
+def difference(first: Any, other: Any, where: str = "") -> str | None:
+    """The first value in which nested dictionaries differ."""
+    if not (isinstance(first, dict) and isinstance(other, dict)):
+        return None if first == other else f"{where}: {other} instead of {first}"
+    pairs = ((key, first.get(key, _MISSING), other.get(key, _MISSING)) for key in {**first, **other})
+    found = (difference(one, two, f"{where}.{key}" if where else str(key)) for key, one, two in pairs)
+    return next(filter(None, found), None)

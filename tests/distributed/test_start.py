@@ -1,0 +1,53 @@
+"""How ranks start: one that does not come, or has opened something else, ends all of them in one line."""
+
+import pytest
+from helpers import TINY_OVERRIDES, run_nxtp, start_nxtp, write_shards
+
+from nxtp.deploy.ports import free_port
+from nxtp.distributed.start import difference
+
+pytestmark = pytest.mark.costly
+
+DDP = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.precision=32-true", "trainer.max_steps=2"]
+
+
+def command(name: str, *overrides: str) -> list[str]:
+    arguments = ["train", f"name={name}", "data.train=train", *TINY_OVERRIDES, "data.num_workers=0"]
+    return [*arguments, "data.batch_size=4", *DDP, *overrides]
+
+
+def test_the_first_difference_is_named():
+    one = {"configuration": {"seed": 0, "optim": {"lr": 1.0}}, "data": {"train": {"a.tar": "3 samples", "b.tar": "4"}}}
+    assert difference(one, one) is None
+    two = {"configuration": {"seed": 0, "optim": {"lr": 2.0}}, "data": {}}
+    assert difference(one, two) == "configuration.optim.lr: 2.0 instead of 1.0"
+    three = {**one, "data": {"train": {"a.tar": "3 samples", "c.tar": "4"}}}
+    assert difference(one, three) == "data.train.b.tar: nothing instead of 4"
+    assert difference(three, one) == "data.train.c.tar: nothing instead of 4"
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_a_rank_that_waits_in_vain_reports_for_what(tmp_path, rank):
+    write_shards(tmp_path / "train", [16], labels=True)
+    port = str(free_port())
+    cluster = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "NODE_RANK": "0"}
+    done = run_nxtp(*command("alone", "parallel.start_timeout=1"), cwd=tmp_path, LOCAL_RANK=rank, **cluster)
+    assert done.returncode == 1
+    last = done.stderr.splitlines()[-1]
+    start = f"error: Rank {rank} waited 1 s (parallel.start_timeout) for 2 ranks to meet at 127.0.0.1:{port}:"
+    assert last.startswith(start), done.stderr[-3000:]
+    assert "Traceback" not in done.stderr
+
+
+def test_ranks_with_other_data_train_nothing(tmp_path):
+    """Each on a machine of its own, on which the same path has other shards."""
+    write_shards(tmp_path / "node0" / "train", [16, 8], labels=True)
+    write_shards(tmp_path / "node1" / "train", [16, 9], labels=True)
+    (tmp_path / "node.py").write_text("import os\nos.chdir(f'node{os.environ[\"LOCAL_RANK\"]}')\n")
+    run_dir = f"hydra.run.dir={tmp_path}/run"
+    started = start_nxtp(*command("two", run_dir), cwd=tmp_path, ranks=2, NXTP_IMPORT="node")
+    assert started.wait() == 1
+    errors = {line for line in started.output.splitlines() if line.startswith("error")}
+    text = "error: Rank 1 has opened something else than rank 0: data.train.train/part-00001.tar: "
+    assert errors == {text + "9 samples instead of 8 samples."}, started.output
+    assert not (tmp_path / "run" / "checkpoints").exists()
