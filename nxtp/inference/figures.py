@@ -29,13 +29,14 @@ _IMAGE_TITLE: dict[str, Any] = {"color": "#333333", "pad": 3, "size": 9.5}
 
 
 class GridItem(NamedTuple):
-    """An image, its true labels (empty: unknown), its predictions as (label, probability), and the attention map
-    [rows, columns] of the first of them, if it is to be shown."""
+    """An image, its true labels (empty: unknown), its predictions as (label, probability), the attention map
+    [rows, columns] of the first of them, if it is to be shown, and the name to show in place of true labels."""
 
     image: Image.Image
     truth: Sequence[str]
     predictions: Sequence[tuple[str, float]]
     weights: np.ndarray | None = None
+    name: str = ""
 
 
 class AttentionItem(NamedTuple):
@@ -66,12 +67,13 @@ def save_grid(path: Path | str | BinaryIO, items: Sequence[GridItem], *, top: in
     grid = figure.add_gridspec(rows, columns, **margins, wspace=0.08, hspace=0.45 / side)
     for index, item in enumerate(items):
         cell = grid[index].subgridspec(1, len(panels), width_ratios=panels, wspace=0.04)
-        _draw_image(figure.add_subplot(cell[0]), item.image, _short(", ".join(item.truth), 30))
+        _draw_image(figure.add_subplot(cell[0]), item.image, _short(", ".join(item.truth) or item.name, 30))
         if item.weights is not None and item.predictions:
             seen = overlay(item.image, item.weights)
             _draw_image(figure.add_subplot(cell[1]), seen, _short(item.predictions[0][0], 30))
         _draw_bars(figure.add_subplot(cell[-1]), item, top)
-    title = f"Top-{top} predicted labels with their probabilities"
+    most = max((len(item.predictions) for item in items), default=top)
+    title = f"Top-{min(top, most)} predicted labels with their probabilities"
     figure.text(0.012, 1 - 0.3 / height, title, fontsize=15, weight="bold")
     legend = "blue: among the true labels · orange: not" if any(item.truth for item in items) else ""
     figure.text(0.985, 1 - 0.3 / height, legend, fontsize=11, color="#555555", ha="right")

@@ -255,7 +255,7 @@ def _save_grid(path: Path, predictions: Sequence[Prediction]) -> None:
     for prediction in predictions:
         image = load_image(prediction.item.read(), near=_GRID_PIXELS)
         image.thumbnail((2 * _GRID_PIXELS, 2 * _GRID_PIXELS))
-        items.append(GridItem(image, [], prediction.labels or []))
+        items.append(GridItem(image, [], prediction.labels or [], name=Path(prediction.image).name))
     save_grid(path, items)
     click.echo(f"Picture: {path}", err=True)
 
