@@ -40,6 +40,13 @@ class Deadline(asyncio.Protocol):
         self._stop()
         super().connection_lost(exc)
 
+    def shutdown(self) -> None:
+        """Of uvicorn, when it ends; it would wait for the rest."""
+        if self._timer:
+            self._end()
+        else:
+            super().shutdown()  # type: ignore[misc]
+
     def _start(self) -> None:
         incomplete = [each for each in self.connections if getattr(each, "_timer", None)]  # a web socket has none
         if len(incomplete) >= MAX_INCOMPLETE:

@@ -63,6 +63,8 @@ class LabelAPI(litserve.LitAPI):
         from nxtp.inference.recognizer import Recognizer
         from nxtp.sampling.closed_vocabulary import read_classes
 
+        if multiprocessing.parent_process() is not None:
+            signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # libraries delete their temporary files
         try:
             self.recognizer = Recognizer.from_pretrained(self.source, device=device)
             classes = None if self.classes is None else read_classes(self.classes)

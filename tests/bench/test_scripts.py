@@ -135,3 +135,15 @@ def test_serve_prints_a_table_and_one_object_last(trained):
     assert result["ratio"] > 0
     assert all(0 < row["p50"] <= row["p95"] for row in result["rows"].values())
     assert "one by one" in printed
+
+
+@pytest.mark.slow  # starts both servers, as a user does
+def test_soak_finds_no_errors_and_prints_one_object_last():
+    from soak import soak
+
+    result, printed = run(soak, "--minutes", "0.2", "--clients", "4")
+    for row in result["rows"].values():
+        assert row["errors"] == {}
+        assert row["requests"]["good"] > 0
+        assert (row["tracebacks"], row["left"]) == (0, [])
+    assert "nxtp app" in printed

@@ -36,13 +36,16 @@ def address(request):
     app = Starlette(routes=[Route("/", echo, methods=["POST"])])
     config = uvicorn.Config(app, port=free_port(), http=request.param, log_level="warning", timeout_keep_alive=60)
     server = uvicorn.Server(config)
-    thread = threading.Thread(target=server.run)
+    thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     while not server.started:
         time.sleep(0.01)
     yield "127.0.0.1", config.port
-    server.should_exit = True
-    thread.join()
+    with closing(connect(("127.0.0.1", config.port), HALVES["half a body"])):
+        time.sleep(0.1)
+        server.should_exit = True
+        thread.join(20)
+        assert not thread.is_alive(), "it waits for a half request when it ends"
 
 
 def connect(address, data: bytes) -> socket.socket:

@@ -4,16 +4,17 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import asdict
 
 import numpy as np
 import pytest
 import torch
-from helpers import COLOURS, call_nxtp, ending_recognizer, jpeg
+from helpers import COLOURS, call_nxtp, ending_recognizer, jpeg, recognizer
 from PIL import Image
 
 from nxtp.data.images import ImageError
-from nxtp.data.transforms import to_pixels
-from nxtp.deploy.onnx.export import quantize
+from nxtp.data.transforms import ImageTransform, to_pixels
+from nxtp.deploy.onnx.export import quantize, runner_config
 from nxtp.deploy.onnx.pixels import to_pixels as numpy_pixels
 from nxtp.deploy.onnx.runner import OnnxRecognizer
 from nxtp.errors import UserError
@@ -82,11 +83,27 @@ def test_one_weight_changed_is_seen(model, runner):
 
 
 @pytest.mark.parametrize("size", [(640, 427), (33, 500), (97, 96), (40, 30), (300, 2900), (1, 1), (64, 64), (5, 3000)])
-@pytest.mark.parametrize("side", [32, 64])
-def test_pixels_are_torchs_to_the_bit(size, side):
+@pytest.mark.parametrize("resize_mode", ["shortest", "longest", "squash"])
+@pytest.mark.parametrize(("side", "interpolation"), [(32, "bicubic"), (64, "bicubic"), (32, "bilinear")])
+def test_pixels_are_torchs_to_the_bit(size, side, interpolation, resize_mode):
     noise = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     image = Image.fromarray(noise)
-    assert np.array_equal(numpy_pixels(image, side), to_pixels(image, side).numpy())
+    how = (side, interpolation, resize_mode)
+    assert np.array_equal(numpy_pixels(image, *how), to_pixels(image, *how).numpy())
+
+
+def test_the_runner_prepares_images_as_the_model_does(graphs, tmp_path):
+    model = recognizer()
+    model.pixels = ImageTransform(32, "bilinear", "squash")
+    config = runner_config(model, "float32")
+    for name in ("encoder.onnx", "decoder.onnx", "encoder.onnx.data", "decoder.onnx.data", "tokenizer.json"):
+        (tmp_path / name).symlink_to(graphs / name)
+    (tmp_path / "config.json").write_text(json.dumps(asdict(config)))
+    image = Image.effect_noise((90, 40), 90).convert("RGB")
+    assert np.array_equal(OnnxRecognizer(tmp_path).transform(image), model.transform(image).numpy())
+    before = {k: v for k, v in asdict(config).items() if k not in ("interpolation", "resize_mode")}
+    (tmp_path / "config.json").write_text(json.dumps(before | {"format": 1}))
+    assert np.array_equal(OnnxRecognizer(tmp_path).transform(image), ImageTransform(32)(image).numpy())
 
 
 def test_int8_weights_are_smaller_and_nearly_the_same(graphs, place, runner):

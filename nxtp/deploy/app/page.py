@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from html import escape
 from pathlib import Path
 from threading import Lock
@@ -12,8 +13,7 @@ from PIL import Image
 from starlette.middleware import Middleware
 from uvicorn.config import HTTP_PROTOCOLS
 
-from nxtp.data.images import find_images, load_image
-from nxtp.data.transforms import to_pixels
+from nxtp.data.images import find_images
 from nxtp.deploy.app.guard import PageGuard
 from nxtp.deploy.guard import trusted_hosts
 from nxtp.errors import UserError, counted
@@ -73,7 +73,7 @@ class Predictor:
             if path is None or len(label) > MAX_LABEL:
                 raise UserError("There is no such label here.")
             with self._lock:
-                pixels = to_pixels(load_image(path, near=SHOWN_PIXELS), SHOWN_PIXELS)
+                pixels = replace(self.recognizer.pixels, size=SHOWN_PIXELS)(path)
                 weights = average(self.recognizer.relevance(path, label))
         except UserError as error:
             raise gr.Error(_reason(error), print_exception=False) from None

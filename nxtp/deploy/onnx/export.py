@@ -138,6 +138,8 @@ def runner_config(recognizer: Recognizer, weights: str) -> Config:
         width=model.decoder.width,
         weights=weights,
         provenance=recognizer.provenance,
+        interpolation=recognizer.pixels.interpolation,
+        resize_mode=recognizer.pixels.resize_mode,
     )
 
 

@@ -19,7 +19,7 @@ from nxtp.deploy.onnx.pixels import to_pixels
 from nxtp.errors import UserError
 from nxtp.model.hub import reason
 
-FORMAT = 1
+FORMAT = 2
 DECODER_INPUTS = ("image_tokens", "tokens", "positions", "mask", "rows", "keys", "values")
 CONFIG, ENCODER, DECODER, TOKENIZER = "config.json", "encoder.onnx", "decoder.onnx", "tokenizer.json"
 _UNSPACED = (" .", " ?", " !", " ,", " n't", " 'm", " 's", " 've", " 're")  # where a tokenizer cleans up its spaces
@@ -45,6 +45,8 @@ class Config:
     width: int  # D
     weights: str  # float32, or int8
     provenance: dict[str, Any]  # where the weights come from
+    interpolation: str = "bicubic"  # this and the next: as in EncoderConfig; format 1 has no others
+    resize_mode: str = "shortest"
     format: int = FORMAT
 
 
@@ -99,7 +101,8 @@ class OnnxRecognizer:
 
     def transform(self, image: ImageLike) -> np.ndarray:
         """One image → the model's input pixels, uint8 [3, S, S]."""
-        return to_pixels(load_image(image, near=self.config.image_size), self.config.image_size)
+        size, interpolation, resize_mode = self.config.image_size, self.config.interpolation, self.config.resize_mode
+        return to_pixels(load_image(image, near=size), size, interpolation, resize_mode)
 
     def predict_pixels(self, pixels: np.ndarray, top_k: int = 10) -> list[Labels]:
         """Labels of uint8 [B, 3, S, S]."""
@@ -203,8 +206,8 @@ def read_config(directory: Path) -> Config:
         raise UserError(f"'{directory}' is not a directory of ONNX graphs: it has no {CONFIG}; {advice}.") from None
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise UserError(f"'{path}' is not a configuration of ONNX graphs: {error}.") from error
-    if found.format != FORMAT:
-        raise UserError(f"'{path}' has format {found.format}; this nxtp reads {FORMAT}: export the model again.")
+    if found.format not in (1, FORMAT):
+        raise UserError(f"'{path}' has format {found.format}; this nxtp reads up to {FORMAT}: export the model again.")
     return found
 
 
