@@ -248,8 +248,10 @@ def test_report_yaml_is_checked(tmp_path, content, told):
 
 def test_any_directory_of_runs(study):
     directory = study.parent.parent / "runs" / "depth" / "laptop"
+    write(directory.parent.parent, record(), f"{record()['name']}/wandb/offline-run-1/files")
     done = CliRunner().invoke(report, [str(directory)])
     assert done.exit_code == 0
+    assert "note" not in done.stderr, "W&B's copy of a record is no second run"
     header = (directory / "results.csv").read_text().splitlines()[0]
     assert header.startswith("size,sweep,run,model.decoder.depth,model.decoder.blocks,seed,run.")
     assert (directory / "plot.svg").is_file()

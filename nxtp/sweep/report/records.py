@@ -89,8 +89,9 @@ def _is_path(value: Any) -> bool:
 
 
 def collect(directories: Iterable[Path]) -> list[Record]:
-    """Of the runs in ``directories`` and in all directories below."""
-    files = sorted({file for directory in directories for file in directory.glob(f"**/{FILE}")})
+    """Of the runs in ``directories`` and in all directories below; W&B's copies of records are skipped."""
+    found = {file for directory in directories for file in directory.glob(f"**/{FILE}")}
+    files = sorted(file for file in found if not file.match(f"wandb/*/files/{FILE}"))
     return unique(parsed(f.read_text(), f"{f.parent.parent.name}/{f.parent.name}/{FILE}") for f in files)
 
 
