@@ -30,14 +30,13 @@ from nxtp.bench.models import g3m
 from nxtp.bench.reporting import build_table, machine_description, machine_line, ratio
 from nxtp.data.config import DataConfig
 from nxtp.data.datamodule import WebDatasetDataModule
-from nxtp.data.images import load_image
 from nxtp.data.labels.from_samples import label_texts
 from nxtp.data.labels.nouns import noun_backend
 from nxtp.data.mixture import open_set
 from nxtp.data.shards.manifest import write_manifest
 from nxtp.data.shards.reader import IndexedShards
 from nxtp.data.shards.urls import expand_shards
-from nxtp.data.transforms import to_pixels
+from nxtp.data.transforms import ImageTransform
 from nxtp.errors import UserError
 from nxtp.model.flops import meta_model, peak_flops, training_flops
 from nxtp.model.tokenizer import train_tokenizer
@@ -125,7 +124,7 @@ def pixel_difference(shards: IndexedShards, size: int) -> float:
     differences = []
     for position in np.unique(np.linspace(0, len(shards) - 1, COMPARED, dtype=int)):
         encoded = shards.read(int(position)).image
-        ours = to_pixels(load_image(encoded, near=size), size).float()
+        ours = ImageTransform(size)(encoded).float()
         differences.append((ours - exact(Image.open(io.BytesIO(encoded)).convert("RGB"))).abs().mean().item())
     return sum(differences) / len(differences)
 
@@ -172,7 +171,7 @@ def _measure(shards: str, index_dir: str, size: int, batch_size: int, repeats: i
     if len(opened) < batch_size:
         raise UserError(f"{shards} has {len(opened)} samples, fewer than one batch of {batch_size}.")
     tokenizer = train_tokenizer(label_texts(opened, config), vocab_size=8192)
-    data = WebDatasetDataModule(config, tokenizer, image_size=size, num_image_tokens=256)
+    data = WebDatasetDataModule(config, tokenizer, transform=ImageTransform(size), num_image_tokens=256)
     urls = expand_shards(shards)
     ways: dict[str, Way] = {
         "ours": lambda: map(len, data.loader("train", config.train, training=True)),

@@ -18,6 +18,7 @@ from nxtp.data.config import DataConfig
 from nxtp.data.dataset import Batch, BatchDataset
 from nxtp.data.mixture import OpenedSet, open_set
 from nxtp.data.sampler import ElasticBatchSampler
+from nxtp.data.transforms import ImageTransform
 from nxtp.model.layout import Objective
 from nxtp.model.tokenizer import LabelTokenizer
 from nxtp.runs.processes import deaf_children, end_with_parent
@@ -87,7 +88,7 @@ class WebDatasetDataModule(L.LightningDataModule):
         config: DataConfig,
         tokenizer: LabelTokenizer,
         *,
-        image_size: int,
+        transform: ImageTransform,
         num_image_tokens: int,
         objective: Objective | str = Objective.MATCHED,
         prompts: Sequence[str] = (),
@@ -100,7 +101,7 @@ class WebDatasetDataModule(L.LightningDataModule):
             BatchDataset,
             tokenizer=tokenizer,
             config=config,
-            image_size=image_size,
+            transform=transform,
             num_image_tokens=num_image_tokens,
             objective=Objective(objective),
             prompts=list(prompts) or [tokenizer.prompt],

@@ -14,11 +14,11 @@ from torch.utils.data import Dataset
 
 from nxtp.data.config import DataConfig
 from nxtp.data.features.store import FeatureStore
-from nxtp.data.images import ImageError, load_image
+from nxtp.data.images import ImageError
 from nxtp.data.labels.from_samples import labels_of
 from nxtp.data.labels.nouns import noun_backend
 from nxtp.data.shards.reader import IndexedShards, RawSample, SampleError
-from nxtp.data.transforms import to_pixels
+from nxtp.data.transforms import ImageTransform
 from nxtp.model.layout import Layout, Objective, lay_out
 from nxtp.model.tokenizer import LabelTokenizer
 
@@ -64,14 +64,14 @@ class BatchDataset(Dataset):
         *,
         tokenizer: LabelTokenizer,
         config: DataConfig,
-        image_size: int,
+        transform: ImageTransform,
         num_image_tokens: int,
         objective: Objective,
         prompts: Sequence[str],
         training: bool,
     ):
         self.shards, self.tokenizer, self.config = shards, tokenizer, config
-        self.image_size, self.num_image_tokens, self.objective = image_size, num_image_tokens, objective
+        self.transform, self.num_image_tokens, self.objective = transform, num_image_tokens, objective
         self.prompts, self.training = list(prompts), training
         self.nouns = noun_backend(config.nouns, config.stop_nouns)
         self.features = FeatureStore(config.features) if training and config.features else None
@@ -118,7 +118,7 @@ class BatchDataset(Dataset):
     @property
     def _blank(self) -> Tensor:
         if self.features is None:
-            return torch.zeros(3, self.image_size, self.image_size, dtype=torch.uint8)
+            return self.transform.blank()
         meta = self.features.meta
         return torch.zeros(meta.tokens, meta.width, dtype=getattr(torch, meta.dtype))
 
@@ -134,8 +134,7 @@ class BatchDataset(Dataset):
             ImageError: the image cannot be decoded.
         """
         if self.features is None:
-            size, most = self.image_size, self.config.max_image_pixels
-            return to_pixels(load_image(raw.image, near=size, max_pixels=most), size)
+            return self.transform(raw.image, max_pixels=self.config.max_image_pixels)
         try:
             features = self.features.read(raw.image)
         except KeyError:

@@ -21,6 +21,7 @@ from nxtp.errors import UserError, printable
 MAX_PIXELS = 100_000_000  # of an RGB image: about 1 GB while it is decoded
 _LARGE = 16_000_000  # pixels; such images are decoded one at a time: threads must not multiply their memory
 _LONGEST = 8  # times the short side
+_MANY = 64  # times the side that it is resized to
 SUFFIXES = frozenset(
     f".{name}"
     for name in (
@@ -104,6 +105,27 @@ def load_image(
         raise ImageError(name, str(refused)) from None
     except Exception as error:  # on damaged files Pillow's decoders raise nearly any type
         raise ImageError(name, _reason(error)) from error
+
+
+def placed(image: Image.Image, size: int, resize_mode: str) -> tuple[Image.Image, tuple[int, int], tuple[int, int]]:
+    """How an image becomes square (``resize_mode`` of :class:`nxtp.model.encoder.EncoderConfig`), before it is resized.
+
+    Returns:
+        The image to be resized; its height and width after that; in these pixels the top and left of the square, which
+        is ``size`` wide: negative where it begins outside.
+    """
+    sides, short, long = (image.height, image.width), min(image.size), max(image.size)
+    if resize_mode == "shortest":
+        image = middle_of_strip(image)
+        height, width = (int(size * side / short) for side in (image.height, image.width))
+        return image, (height, width), (round((height - size) / 2), round((width - size) / 2))
+    # A side of millions would need gigabytes of weights.
+    across, down = (max(1, side // (_MANY * size)) for side in image.size)
+    image = image.reduce((across, down)) if (across, down) != (1, 1) else image
+    if resize_mode == "squash":
+        return image, (size, size), (0, 0)
+    height, width = (max(1, round(size * side / long)) for side in sides)
+    return image, (height, width), (-((size - height) // 2), -((size - width) // 2))
 
 
 def middle_of_strip(image: Image.Image) -> Image.Image:

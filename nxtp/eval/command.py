@@ -82,7 +82,7 @@ def evaluate_sets(cfg: DictConfig, out: Path, record: RunRecord) -> dict[str, fl
     data = WebDatasetDataModule(
         config,
         recognizer.tokenizer,
-        image_size=recognizer.image_size,
+        transform=recognizer.pixels,
         num_image_tokens=recognizer.model.num_image_tokens,
     )
     first = next(iter(config.val))

@@ -275,18 +275,16 @@ def attention_item(
     """The part of an image that the model sees, and where its first ``count`` labels are seen."""
     from PIL import Image
 
-    from nxtp.data.images import load_image
-    from nxtp.data.transforms import to_pixels
     from nxtp.inference.figures import AttentionItem
     from nxtp.model.attention_maps import average
 
-    image = load_image(prediction.item.read(), near=_GRID_PIXELS)
+    shown = replace(recognizer.pixels, size=_GRID_PIXELS)(prediction.item.read())
     pixels = recognizer.transform(prediction.item.read())
     maps = [
         (label, average(recognizer.relevance(pixels, label), block, head).numpy())
         for label, _ in (prediction.labels or [])[:count]
     ]
-    return AttentionItem(Image.fromarray(to_pixels(image, _GRID_PIXELS).permute(1, 2, 0).numpy()), maps)
+    return AttentionItem(Image.fromarray(shown.permute(1, 2, 0).numpy()), maps)
 
 
 def _check_attention(recognizer: Recognizer, block: int | None, head: int | None) -> None:

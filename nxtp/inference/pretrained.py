@@ -153,6 +153,7 @@ class Pretrained(  # type: ignore[call-arg]  # the mixin takes these; its types 
         if verify:
             model_dir.verify(directory, content.get("files") or {})
         config = to_dataclass(ModelConfig, content["model"], f"{directory / model_dir.CONFIG}: model")
+        config.encoder = config.encoder.filled({})  # of before: nothing else was possible
         tokenizer = LabelTokenizer.load(directory, config.prompt)
         with no_init_weights():  # every number comes from the file
             model = Model(config, load_pretrained=False)
@@ -182,7 +183,7 @@ def rebuildable(config: ModelConfig, model: Model) -> ModelConfig:
     architecture = {**plain_config(model.decoder.lm.config), "num_hidden_layers": len(model.decoder.blocks)}
     return replace(
         config,
-        encoder=replace(config.encoder, pretrained=None),
+        encoder=replace(model.encoder.config, pretrained=None),
         decoder=replace(config.decoder, source=None, config=architecture, depth=None, keep="first", blocks=None),
         tokenizer=None,
     )

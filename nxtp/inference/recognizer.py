@@ -12,8 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from nxtp.data.images import load_image
-from nxtp.data.transforms import to_pixels
+from nxtp.data.transforms import ImageTransform
 from nxtp.errors import UserError
 from nxtp.inference.pretrained import Pretrained
 from nxtp.inference.streaming import WORKERS, ImageSource, Prediction, batches, stream
@@ -42,6 +41,7 @@ class Recognizer(Pretrained):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
+        self.pixels = ImageTransform.of(self.model.encoder.config)
         self._clips: dict[str, ClipSimilarity] = {}
         self._warned = False
 
@@ -220,8 +220,7 @@ class Recognizer(Pretrained):
         found = self._map(images, batch_size, vectors)
         if isinstance(found, Tensor):
             return found
-        blank = torch.zeros(1, 3, self.image_size, self.image_size, dtype=torch.uint8)  # gives an empty list its shape
-        return torch.stack(found or vectors(blank))[: len(found)]
+        return torch.stack(found or vectors(self.pixels.blank()[None]))[: len(found)]  # an empty list has a shape too
 
     def attention(self, image: ImageLike, label: str) -> Tensor:
         """Attention of a label's tokens to the image: float32 [blocks, heads, tokens, rows, columns].
@@ -264,7 +263,7 @@ class Recognizer(Pretrained):
             image = image.permute(1, 2, 0).cpu().numpy()
         if isinstance(image, np.ndarray):
             image = Image.fromarray(np.ascontiguousarray(image))
-        return to_pixels(load_image(image, near=self.image_size), self.image_size)
+        return self.pixels(image)
 
     def _predictor(
         self, top_k: int, sampler: Sampler, ranking: Ranking, classes: Classes | Vocabulary | None

@@ -2,19 +2,35 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torch import Tensor, nn
 
 from nxtp.errors import UserError, nearest
+from nxtp.model.hub import reason
 from nxtp.model.weights import MODEL_FILE, ComputesBuffers, SafetensorsFiles
 
 PREFIX = "encoder.visual."  # of the tower's tensors in a model directory
+_probed: dict[str, tuple[list[str], int, int]] = {}  # of towers: a model directory's is built twice
+MAX_SIZE = 4096  # pixels per side of an image
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+# What applies where neither the configuration nor the weights say anything, as in open_clip.
+DEFAULTS = {
+    "quick_gelu": False,
+    "mean": CLIP_MEAN,
+    "std": CLIP_STD,
+    "interpolation": "bicubic",
+    "resize_mode": "shortest",
+}
+CHOICES = {"interpolation": ("bicubic", "bilinear"), "resize_mode": ("shortest", "longest", "squash")}
 
 
 @dataclass
@@ -26,19 +42,46 @@ class EncoderConfig:
     ``depth``       keep the tower's first blocks (a convolutional tower's stages) only; null keeps all
     ``pretrained``  open_clip weight tag or local weight file; or a model directory with an encoder of the same tower;
                     null starts from random weights
-    ``quick_gelu``  OpenAI's weights were trained with QuickGELU; it cannot be inferred from a file
-    ``image_size``  height and width in pixels, after resizing the short side (bicubic) and cropping the centre
-    ``mean, std``   channel statistics of the normalised input, RGB in [0, 1]
+    ``image_size``  height and width of the input in pixels
+
+    The rest is, where null, what the weights were trained with: as the model directory in ``pretrained`` stores it, as
+    open_clip has it for the tag (without one: for the first tag of ``name``), or timm for a tower of its own.
+
+    ``quick_gelu``     OpenAI's weights were trained with QuickGELU; it cannot be inferred from a file
+    ``mean, std``      channel statistics of the normalised input, RGB in [0, 1]
+    ``interpolation``  bicubic or bilinear, antialiased
+    ``resize_mode``    how an image becomes square: shortest (the short side is resized, the centre is cut out),
+                       longest (the long side; black beside the image), or squash (both sides)
     """
 
     name: str | None = None
     vision: dict[str, Any] | None = None
     depth: int | None = None
     pretrained: str | None = None
-    quick_gelu: bool = False
+    quick_gelu: bool | None = None
     image_size: int = 224
-    mean: list[float] = field(default_factory=lambda: list(CLIP_MEAN))
-    std: list[float] = field(default_factory=lambda: list(CLIP_STD))
+    mean: list[float] | None = None
+    std: list[float] | None = None
+    interpolation: str | None = None
+    resize_mode: str | None = None
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.image_size <= MAX_SIZE:
+            raise UserError(f"model.encoder.image_size must be ≥ 1 and ≤ {MAX_SIZE}, got {self.image_size}.")
+        mean, std = (CLIP_STD if values is None else values for values in (self.mean, self.std))
+        if not len(mean) == len(std) == 3 or not all(map(math.isfinite, [*mean, *std])) or min(std) <= 0:
+            raise UserError("model.encoder.mean and std must be three finite numbers each, those of std > 0.")
+        for name, known in CHOICES.items():
+            value = getattr(self, name)
+            if value is not None and value not in known:
+                near = nearest(str(value), known)
+                raise UserError(f"model.encoder.{name} must be one of {', '.join(known)}, got '{value}'.{near}")
+
+    def filled(self, found: Mapping[str, Any]) -> EncoderConfig:
+        """With ``found``, else the defaults, for every setting of the input that is null."""
+        null = [name for name in DEFAULTS if getattr(self, name) is None]
+        chosen: dict[str, Any] = {name: found.get(name, DEFAULTS[name]) for name in null}
+        return replace(self, **{n: list(value) if n in ("mean", "std") else value for n, value in chosen.items()})
 
 
 class Encoder(ComputesBuffers):
@@ -53,10 +96,13 @@ class Encoder(ComputesBuffers):
 
     def __init__(self, config: EncoderConfig, load_pretrained: bool = True):
         super().__init__()
-        tower = _tower_config(config)
-        self.config = config
-        with torch.device("meta"):
-            unused, self.num_tokens, self.width = _probe(_build_tower(tower, config.depth), config.image_size)
+        tower, self.config = _tower_config(config)
+        config = self.config
+        key = repr((tower, config.depth))
+        if key not in _probed:
+            with torch.device("meta"):
+                _probed[key] = _probe(_build_tower(tower, config.depth), config.image_size)
+        unused, self.num_tokens, self.width = _probed[key]
         self.visual = _build_tower(tower, config.depth)
         if config.pretrained is not None and load_pretrained:
             if is_model_dir(config.pretrained):
@@ -125,13 +171,13 @@ class Encoder(ComputesBuffers):
         return [owner.get_submodule(name) for name in names]
 
 
-def _tower_config(config: EncoderConfig) -> dict[str, Any]:
-    """embed_dim, vision_cfg and quick_gelu as open_clip spells them."""
+def _tower_config(config: EncoderConfig) -> tuple[dict[str, Any], EncoderConfig]:
+    """embed_dim, vision_cfg and quick_gelu as open_clip spells them; the configuration without null settings."""
     import open_clip
 
     if config.name is not None and config.vision is None:
-        known = open_clip.get_model_config(config.name)
-        if known is None:
+        known = open_clip.get_model_config(config.name) if config.name in open_clip.list_models() else None
+        if known is None:  # open_clip would also read directories and the hub, hf-hub:owner/name
             raise UserError(
                 f"open_clip has no model '{config.name}'.{nearest(config.name, open_clip.list_models())} "
                 "All names: python -c 'import open_clip; print(open_clip.list_models())'"
@@ -143,6 +189,9 @@ def _tower_config(config: EncoderConfig) -> dict[str, Any]:
                 f"model.encoder.pretrained is '{config.pretrained}': with model.encoder.vision it can only be a model "
                 "directory; open_clip's weights need model.encoder.name."
             )
+        timm_name = config.vision.get("timm_model_name", "")
+        if not re.fullmatch(r"[\w.-]*", str(timm_name)):
+            raise UserError(f"model.encoder.vision.timm_model_name must be a plain name of timm, got '{timm_name}'.")
         if "timm_model_name" in config.vision:
             known["vision_cfg"] = {"timm_pool": "", "timm_proj": "none", **config.vision}
     else:
@@ -150,8 +199,45 @@ def _tower_config(config: EncoderConfig) -> dict[str, Any]:
     vision = {**known["vision_cfg"], "image_size": config.image_size}
     if "timm_model_name" in vision:
         vision["timm_model_pretrained"] = False
-    quick_gelu = config.quick_gelu or known.get("quick_gelu", False)
-    return {"embed_dim": known["embed_dim"], "vision_cfg": vision, "quick_gelu": quick_gelu}
+    side, width = (vision.get(key) for key in ("patch_size", "width"))
+    if vision.get("pos_embed_type") == "sin_cos_2d" and not (
+        isinstance(side, int) and isinstance(width, int) and side > 0 and (config.image_size / side) ** 2 * width < 1e8
+    ):  # open_clip computes them at once, even on the meta device
+        raise UserError("model.encoder.vision: sin_cos_2d positions of this size are not computed.")
+    quick_gelu = True if known.get("quick_gelu") else config.quick_gelu
+    config = replace(config, quick_gelu=quick_gelu).filled(_trained_with(config, vision))
+    return {"embed_dim": known["embed_dim"], "vision_cfg": vision, "quick_gelu": config.quick_gelu}, config
+
+
+def _trained_with(config: EncoderConfig, vision: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The settings of :data:`DEFAULTS` that the weights, or those known for the tower, were trained with.
+
+    Raises:
+        UserError: the model directory of the weights has no usable configuration.
+    """
+    import open_clip
+
+    if config.pretrained is not None and is_model_dir(config.pretrained):
+        path = Path(config.pretrained, "config.yaml")
+        try:
+            stored = yaml.safe_load(path.read_text())["model"]["encoder"]
+            known = {name: stored[name] for name in DEFAULTS if stored.get(name) is not None}
+            return asdict(EncoderConfig(**known).filled({}))
+        except (OSError, yaml.YAMLError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"model.encoder.pretrained: '{path}' cannot be read: {reason(error)}.") from error
+    if config.name is not None and (tags := open_clip.list_pretrained_tags_by_model(config.name)):
+        if config.pretrained in tags:
+            return open_clip.get_pretrained_cfg(config.name, config.pretrained)
+        return {**open_clip.get_pretrained_cfg(config.name, tags[0]), "quick_gelu": False}
+    if "timm_model_name" in vision:
+        import timm
+
+        trained = timm.get_pretrained_cfg(vision["timm_model_name"])
+        if trained is not None and trained.has_weights:
+            data = timm.data.resolve_data_config(pretrained_cfg=trained.to_dict())
+            modes = {"center": "shortest", "border": "longest", "squash": "squash"}
+            return {**data, "resize_mode": modes.get(data["crop_mode"], "shortest")}
+    return {}
 
 
 def _build_tower(tower: dict[str, Any], depth: int | None) -> nn.Module:
@@ -225,7 +311,7 @@ def pretrained_tower(config: EncoderConfig) -> dict[str, Tensor]:
     model = open_clip.create_model(
         name,
         pretrained=source,
-        force_quick_gelu=config.quick_gelu,
+        force_quick_gelu=bool(config.quick_gelu),
         force_image_size=config.image_size,
         require_pretrained=True,
         weights_only=True,

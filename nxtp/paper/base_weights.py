@@ -20,7 +20,7 @@ from nxtp.paper.release_names import UNUSED, our_name
 from nxtp.paper.rope_order import halves_from_pairs, rotated_heads
 from nxtp.paper.weight_files import PickledFile, open_weights
 
-CLIP = EncoderConfig(name="ViT-L-14", quick_gelu=True, image_size=224)  # the published encoder
+CLIP = EncoderConfig(name="ViT-L-14", quick_gelu=True, image_size=224).filled({})  # the published encoder
 _HEAD_WIDTH = 64  # of every CLIP ViT by OpenAI; a weight file does not contain it
 
 

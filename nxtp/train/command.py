@@ -24,6 +24,7 @@ from nxtp.data.features.store import FeatureStore
 from nxtp.data.labels.from_samples import label_texts, warn_if_nouns_differ
 from nxtp.data.mixture import OpenedSet, open_set
 from nxtp.data.shards.manifest import manifest_hash
+from nxtp.data.transforms import ImageTransform
 from nxtp.distributed.checkpoints import BackgroundCheckpoints
 from nxtp.distributed.fsdp2 import FSDP2Strategy
 from nxtp.distributed.parallelize import ParallelConfig
@@ -193,7 +194,7 @@ def build(cfg: DictConfig, run_dir: Path) -> tuple[WebDatasetDataModule, Recogni
     data = WebDatasetDataModule(
         config,
         tokenizer,
-        image_size=model.encoder.image_size,
+        transform=ImageTransform.of(shape.encoder.config),
         num_image_tokens=shape.num_image_tokens,
         objective=cfg.objective.name,
         prompts=cfg.objective.prompts,

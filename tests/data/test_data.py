@@ -21,6 +21,7 @@ from nxtp.data.datamodule import WebDatasetDataModule
 from nxtp.data.labels.from_samples import label_texts, warn_if_nouns_differ
 from nxtp.data.mixture import MixtureSource
 from nxtp.data.sampler import ElasticBatchSampler, subset_counts
+from nxtp.data.transforms import ImageTransform
 from nxtp.errors import UserError
 from nxtp.model.tokenizer import train_tokenizer
 from nxtp.prepare.writer import write_shard
@@ -32,7 +33,7 @@ def shard_data(train=None, val=None, **settings) -> WebDatasetDataModule:
     config = DataConfig(
         train=train, val=val or {}, **{"batch_size": 4, "val_batch_size": 4, "num_workers": 0} | settings
     )
-    return WebDatasetDataModule(config, TOKENIZER, image_size=32, num_image_tokens=16)
+    return WebDatasetDataModule(config, TOKENIZER, transform=ImageTransform(32), num_image_tokens=16)
 
 
 def positions(plan: ElasticBatchSampler) -> list[int]:

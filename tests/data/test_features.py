@@ -101,6 +101,8 @@ def test_features_that_do_not_fit_are_refused(root):
     exact = "data.features=float32"
     assert "optim.trainable.encoder=none" in refused(root, exact, "optim.trainable.encoder=all")
     assert "another encoder" in refused(root, exact, "seed=1")
+    for given in ("resize_mode=squash", "interpolation=bilinear", "mean=[0,0,0]", "quick_gelu=true"):
+        assert "another encoder" in refused(root, exact, f"model.encoder.{given}")
     assert "16 tokens of width 32" in refused(root, exact, "model.encoder.image_size=64")
     assert "No features in 'nowhere'" in refused(root, "data.features=nowhere")
     assert "data.features is not set" in here(root, "features", *FROZEN, code=1)

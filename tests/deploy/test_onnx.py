@@ -152,6 +152,16 @@ def test_the_directory_is_whole_and_bad_options_are_told(graphs, place):
     assert "'--out'" in done.stderr
 
 
+def test_without_onnxruntime_the_error_says_what_to_install(tmp_path, monkeypatch):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "model.safetensors").touch()
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    for name in ("export", "runner"):
+        monkeypatch.delitem(sys.modules, f"nxtp.deploy.onnx.{name}")
+    done = call_nxtp("export", "model", "--format", "onnx", "--out", "x", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (1, "error: ONNX needs onnxruntime: pip install 'nxtp[onnx]'.\n")
+
+
 def test_bad_input_is_told_in_a_line(runner, graphs, tmp_path):
     (tmp_path / "x.jpg").write_text("x")
     with pytest.raises(ImageError, match=r"x\.jpg"):
@@ -164,7 +174,7 @@ def test_bad_input_is_told_in_a_line(runner, graphs, tmp_path):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(UserError, match="not a configuration"):
         OnnxRecognizer(tmp_path)
-    (tmp_path / "config.json").write_text((graphs / "config.json").read_text().replace('"format": 1', '"format": 9'))
+    (tmp_path / "config.json").write_text((graphs / "config.json").read_text().replace('"format": 2', '"format": 9'))
     with pytest.raises(UserError, match="format 9"):
         OnnxRecognizer(tmp_path)
     (tmp_path / "config.json").write_text((graphs / "config.json").read_text())

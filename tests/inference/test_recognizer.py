@@ -1,22 +1,27 @@
 """A model directory: the same predictions after saving; every kind of damage told in one line."""
 
 import shutil
+import tracemalloc
 
 import numpy as np
 import pytest
 import torch
 import yaml
-from helpers import COLOURS, WORDS, jpeg, recognizer
+from helpers import COLOURS, WORDS, jpeg, recognizer, tiny_config
+from open_clip.transform import image_transform
 from PIL import Image
-from torchvision.transforms import CenterCrop, Compose, InterpolationMode, PILToTensor, Resize
 
 import nxtp
 from nxtp.data.images import ImageError
-from nxtp.data.transforms import to_pixels
+from nxtp.data.transforms import ImageTransform, to_pixels
 from nxtp.errors import UserError
+from nxtp.inference.predict import attention_item
 from nxtp.inference.recognizer import Recognizer
+from nxtp.inference.streaming import ImageItem, Prediction
+from nxtp.model.encoder import EncoderConfig
 from nxtp.model.hub import is_path
 from nxtp.model.layout import lay_out
+from nxtp.model.model import Model
 from nxtp.model.tokenizer import train_tokenizer
 from nxtp.sampling.label_probability import Samples
 from nxtp.sampling.ranking import RankingConfig, rank
@@ -148,14 +153,54 @@ def test_pixels_are_the_short_side_and_centre():
     assert to_pixels(Image.new("RGB", (5000, 1)), 32).shape == (3, 32, 32)
 
 
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+@pytest.mark.parametrize("resize_mode", ["shortest", "longest", "squash"])
 @pytest.mark.parametrize("size", [(640, 427), (333, 500), (97, 96), (40, 30), (300, 1500)])
-def test_pixels_are_those_of_clips_preprocessing(size):
+def test_pixels_are_those_of_open_clips_preprocessing(size, resize_mode, interpolation):
     noise = np.random.default_rng(0).integers(0, 255, (size[1] // 4, size[0] // 4, 3), dtype=np.uint8)
     image = Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC)
-    usual = Compose([Resize(64, InterpolationMode.BICUBIC), CenterCrop(64), PILToTensor()])(image)
-    difference = (to_pixels(image, 64).int() - usual.int()).abs()
+    how = {"resize_mode": resize_mode, "interpolation": interpolation}
+    usual = 255 * image_transform(64, is_train=False, mean=(0, 0, 0), std=(1, 1, 1), **how)(image)
+    difference = (to_pixels(image, 64, **how) - usual).abs()
     assert difference.max() <= 3
-    assert difference.float().mean() < 0.25
+    assert difference.mean() < 0.25
+
+
+@pytest.mark.parametrize("resize_mode", ["longest", "squash"])
+def test_a_side_of_millions_is_resized_in_little_memory(resize_mode):
+    strip = Image.new("RGB", (3_000_000, 2), (9, 9, 9))
+    tracemalloc.start()
+    narrow = to_pixels(strip, 32, resize_mode=resize_mode)
+    assert tracemalloc.get_traced_memory()[1] < 1e6
+    tracemalloc.stop()
+    assert set(narrow.unique().tolist()) == {"longest": {0, 9}, "squash": {9}}[resize_mode]
+
+
+def test_a_model_directory_stores_how_its_images_are_prepared(tmp_path):
+    """Prediction and what is shown follow it; a directory of before has the settings of before."""
+    image = Image.effect_noise((90, 40), 90).convert("RGB")
+    expected = to_pixels(image, 32, "bilinear", "squash")
+    chosen = {"mean": [0.1] * 3, "quick_gelu": True, "resize_mode": "squash", "interpolation": "bilinear"}
+    config = tiny_config()
+    config.encoder = EncoderConfig(vision={"timm_model_name": "test_resnet"}, image_size=32, **chosen)
+    tokenizer = train_tokenizer(WORDS, vocab_size=400)
+    made = Recognizer(Model(config, len(tokenizer)), tokenizer, config)
+    made.save_pretrained(tmp_path / "m")
+    again = Recognizer.from_pretrained(tmp_path / "m", device="cpu")
+    stored = yaml.safe_load((tmp_path / "m" / "config.yaml").read_text())
+    assert stored["model"]["encoder"].items() >= chosen.items()
+    for model in (made, again):
+        assert torch.equal(model.transform(image), expected)
+        shown = attention_item(Prediction(ImageItem("x", lambda: image), [("rose", 0.5)]), model, 1).image
+        whole = ImageTransform(shown.width, "bilinear", "squash")(image)
+        assert np.array_equal(whole.permute(1, 2, 0).numpy(), np.array(shown))
+    assert again.predict(image) == made.predict(image)
+
+    for name in ("resize_mode", "interpolation"):
+        del stored["model"]["encoder"][name]
+    (tmp_path / "m" / "config.yaml").write_text(yaml.safe_dump(stored))
+    old = Recognizer.from_pretrained(tmp_path / "m", device="cpu")
+    assert old.pixels == ImageTransform(32, "bicubic", "shortest"), "timm says bilinear"
 
 
 def test_duplicates_are_merged_and_empty_labels_dropped():

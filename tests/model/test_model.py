@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+import yaml
 from by_definition import one_label_at_a_time
 from helpers import call_nxtp, tiny_config
 from lightning.pytorch.plugins.precision import HalfPrecision
@@ -294,6 +295,47 @@ def test_towers_give_patch_tokens_and_train_whole(vision, tokens):
     assert encoder.blocks()
 
 
+INCEPTION, IMAGENET = ([0.5] * 3, [0.5] * 3), ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+CLIP = (list(CLIP_MEAN), list(CLIP_STD))
+SIGLIP, TIMM = {"name": "ViT-B-16-SigLIP"}, {"vision": {"timm_model_name": "test_resnet"}}
+TRAINED_WITH = {
+    "a tag": ({**SIGLIP, "pretrained": "webli"}, (INCEPTION, "bicubic", "squash", False)),
+    "a file": ({**SIGLIP, "pretrained": "siglip.bin"}, (INCEPTION, "bicubic", "squash", False)),
+    "CLIPA": ({"name": "ViT-L-14-CLIPA", "pretrained": "datacomp1b"}, (IMAGENET, "bilinear", "squash", False)),
+    "OpenAI": ({"name": "ViT-B-32", "pretrained": "openai"}, (CLIP, "bicubic", "shortest", True)),
+    "not OpenAI": ({"name": "ViT-B-32", "pretrained": "laion2b_e16"}, (CLIP, "bicubic", "shortest", False)),
+    "no weights": ({"name": "ViT-B-32"}, (CLIP, "bicubic", "shortest", False)),
+    "QuickGELU": ({"name": "ViT-B-32-quickgelu"}, (CLIP, "bicubic", "shortest", True)),
+    "timm": (TIMM, (INCEPTION, "bilinear", "shortest", False)),
+    "given": (
+        {**TIMM, "mean": CLIP[0], "std": CLIP[1], "interpolation": "bicubic", "resize_mode": "longest"},
+        (CLIP, "bicubic", "longest", False),
+    ),
+    "given QuickGELU": (
+        {"name": "ViT-B-32", "pretrained": "openai", "quick_gelu": False}, (CLIP, "bicubic", "shortest", False),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("given", "expected"), TRAINED_WITH.values(), ids=TRAINED_WITH)
+def test_the_input_is_what_the_weights_were_trained_with(given, expected):
+    with torch.device("meta"):
+        encoder = Encoder(EncoderConfig(**given), load_pretrained=False)
+    used = encoder.config
+    assert ((used.mean, used.std), used.interpolation, used.resize_mode, used.quick_gelu) == expected
+    acts = {type(module).__name__ for module in encoder.visual.modules() if "GELU" in type(module).__name__}
+    assert "name" not in given or acts == {"QuickGELU" if used.quick_gelu else "GELU"}
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"resize_mode": "squosh"}, {"interpolation": "nearest"}, {"mean": []}, {"std": [1.0, 1.0, 0.0]}]
+)
+def test_settings_of_the_input_are_checked(wrong):
+    (name,) = wrong
+    with pytest.raises(UserError, match=rf"model\.encoder\.(mean and )?{name}"):
+        EncoderConfig(**wrong)
+
+
 CUT = {"ViT": 16, "ModifiedResNet": 64, "timm ResNet": 64, "timm ConvNeXt": 64, "timm ViT": 16}
 
 
@@ -333,6 +375,12 @@ def test_an_encoder_starts_from_that_of_a_model_directory(tmp_path, vision):
     taken = Encoder(EncoderConfig(vision=vision, image_size=64, pretrained=str(tmp_path / "m"))).eval()
     with torch.no_grad():
         assert torch.equal(taken(random_images(2, 64)), model.encoder(random_images(2, 64)))
+    stored = yaml.safe_load((tmp_path / "m" / "config.yaml").read_text())
+    stored["model"]["encoder"] |= {"resize_mode": "squash", "mean": [0.1, 0.2, 0.3], "quick_gelu": True}
+    (tmp_path / "m" / "config.yaml").write_text(yaml.safe_dump(stored))
+    used = Encoder(EncoderConfig(vision=vision, image_size=64, pretrained=str(tmp_path / "m"), std=[1.0] * 3)).config
+    assert (used.resize_mode, used.mean, used.std) == ("squash", [0.1, 0.2, 0.3], [1.0] * 3)
+    assert used.quick_gelu
     config.encoder.pretrained = str(tmp_path / "m")
     Recognizer(Model(config, len(tokenizer)), tokenizer, config).save_pretrained(tmp_path / "next")
     assert str(tmp_path) not in (tmp_path / "next" / "config.yaml").read_text(), "it loads without the first directory"

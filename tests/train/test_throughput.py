@@ -14,6 +14,7 @@ from lightning.pytorch.loggers import CSVLogger
 from nxtp.data.config import DataConfig
 from nxtp.data.datamodule import WebDatasetDataModule
 from nxtp.data.dataset import Batch
+from nxtp.data.transforms import ImageTransform
 from nxtp.model.flops import ModelFlops, meta_model
 from nxtp.model.layout import lay_out
 from nxtp.model.tokenizer import train_tokenizer
@@ -171,7 +172,7 @@ def test_a_real_run_logs_what_its_batches_held(tmp_path):
     data = WebDatasetDataModule(
         DataConfig(train=str(shards), val={"val": str(shards)}, batch_size=4, num_workers=0),
         tokenizer,
-        image_size=32,
+        transform=ImageTransform(32),
         num_image_tokens=16,
     )
     module = RecognitionModule(tiny_config(), tokenizer, OptimConfig(), val_names=["val"])

@@ -13,6 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from nxtp.data.config import DataConfig
 from nxtp.data.datamodule import WebDatasetDataModule
 from nxtp.data.dataset import Batch
+from nxtp.data.transforms import ImageTransform
 from nxtp.errors import UserError
 from nxtp.inference.recognizer import Recognizer
 from nxtp.model.layout import Objective, lay_out
@@ -36,7 +37,7 @@ def fit(tmp_path, shards, *, objective="matched", steps=20, trainable=None, **tr
     data = WebDatasetDataModule(
         DataConfig(train=str(shards), batch_size=8, num_workers=0),
         tokenizer,
-        image_size=32,
+        transform=ImageTransform(32),
         num_image_tokens=16,
         objective=objective,
     )

@@ -17,11 +17,11 @@ from torch.utils.data import DataLoader, Dataset
 from nxtp.config import to_dataclass
 from nxtp.data.config import DataConfig
 from nxtp.data.features.store import DTYPES, FeatureStore, FeatureWriter, Meta, Part, fingerprint, image_key, in_parts
-from nxtp.data.images import ImageError, load_image
+from nxtp.data.images import ImageError
 from nxtp.data.mixture import open_set
 from nxtp.data.sampler import ElasticBatchSampler
 from nxtp.data.shards.reader import IndexedShards, SampleError
-from nxtp.data.transforms import to_pixels
+from nxtp.data.transforms import ImageTransform
 from nxtp.errors import UserError, nearest
 from nxtp.model.encoder import Encoder
 from nxtp.model.model import ModelConfig
@@ -61,7 +61,7 @@ def extract(cfg: DictConfig) -> None:
     )
     writer.check_room(max(sampler.total - len(store), 0))
     loader = DataLoader(
-        Missing(shards, store, encoder.config.image_size, config.max_image_pixels),
+        Missing(shards, store, ImageTransform.of(encoder.config), config.max_image_pixels),
         sampler=sampler,
         batch_size=None,
         num_workers=config.num_workers,
@@ -90,8 +90,8 @@ def extract(cfg: DictConfig) -> None:
 class Missing(Dataset):
     """Map-style over batches of positions: the images that the store lacks, decoded. Runs in loader workers."""
 
-    def __init__(self, shards: IndexedShards, store: FeatureStore, image_size: int, max_pixels: int):
-        self.shards, self.store, self.image_size, self.max_pixels = shards, store, image_size, max_pixels
+    def __init__(self, shards: IndexedShards, store: FeatureStore, transform: ImageTransform, max_pixels: int):
+        self.shards, self.store, self.transform, self.max_pixels = shards, store, transform, max_pixels
 
     def __getitem__(self, item: tuple[int, np.ndarray]) -> tuple[list[bytes], Tensor, np.ndarray]:
         """Keys [n], pixels uint8 [n, 3, S, S], and which could not be decoded, bool [n]."""
@@ -106,10 +106,9 @@ class Missing(Dataset):
             if key in found or key in self.store:
                 continue
             try:
-                picture = load_image(image, near=self.image_size, max_pixels=self.max_pixels)
-                found[key] = to_pixels(picture, self.image_size)
+                found[key] = self.transform(image, max_pixels=self.max_pixels)
             except ImageError:
                 found[key] = None
-        blank = torch.zeros(3, self.image_size, self.image_size, dtype=torch.uint8)
+        blank = self.transform.blank()
         pixels = torch.stack([blank if p is None else p for p in found.values()]) if found else blank[None][:0]
         return list(found), pixels, np.array([p is None for p in found.values()], dtype=bool)

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
 from PIL import Image
 from tokenizers import Tokenizer
 
@@ -67,6 +66,8 @@ class OnnxRecognizer:
     """
 
     def __init__(self, directory: str | Path, threads: int = 0, providers: Sequence[str] = ("CPUExecutionProvider",)):
+        import onnxruntime  # here, so that the exporter can say that it is not installed
+
         directory = Path(directory)
         self.config = read_config(directory)
         options = onnxruntime.SessionOptions()
