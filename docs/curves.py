@@ -35,7 +35,7 @@ def curves(runs: tuple[Path, ...], metrics: str, out: Path) -> None:
 
     python docs/curves.py runs/depth/* --out curves.svg
     """
-    logged = {run.name: rows_of(run) for run in runs}
+    logged = {run.name: rows_of(run) for run in runs if not run.is_file()}  # multirun.yaml, in runs/depth/*
     known = {metric for rows in logged.values() for row in rows for metric in row}
     names = metrics.split(",")
     for name in names:

@@ -22,6 +22,7 @@ def runs(tmp_path):
         folder = tmp_path / name / "csv" / f"version_{version}"
         folder.mkdir(parents=True)
         (folder / "metrics.csv").write_text("\n".join(lines) + "\n")
+    (tmp_path / "multirun.yaml").touch()
     return [tmp_path / "deep", tmp_path / "flat"]
 
 
@@ -32,7 +33,8 @@ def run(*arguments):
 def test_curves_of_several_runs_share_their_panels(runs, tmp_path):
     assert [row["step"] for row in rows_of(runs[0])] == ["9", "19", "29", "29"]
     out = tmp_path / "new" / "curves.svg"
-    done = run(*runs, "--metrics", "train/loss,perf/images_per_s", "--out", out)
+    everything = sorted(tmp_path.glob("*"))  # runs/depth/*
+    done = run(*everything, "--metrics", "train/loss,perf/images_per_s", "--out", out)
     assert done.exception is None, done.exception
     first = out.read_bytes()
     for text in (">train/loss<", ">perf/images_per_s<", ">deep<", ">flat<"):
