@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -10,6 +12,7 @@ from typing import Any, Self
 import torch
 import yaml
 from huggingface_hub import ModelHubMixin
+from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers.initialization import no_init_weights
 
 from nxtp.config import to_dataclass
@@ -17,11 +20,13 @@ from nxtp.errors import UserError
 from nxtp.inference import model_directory as model_dir
 from nxtp.model import decoder
 from nxtp.model.decoder import plain_config
+from nxtp.model.flops import meta_model
 from nxtp.model.model import Model, ModelConfig
 from nxtp.model.tokenizer import LabelTokenizer
 from nxtp.model.weights import SafetensorsFiles, write_module
 
 EMBEDDING, HEAD = (f"decoder.lm.{name}" for name in (decoder.EMBEDDING, decoder.HEAD))
+_MAX_TENSORS = 3_000  # while a model is built: with its text tower, and the blocks that are cut
 PAPER = "https://arxiv.org/abs/2312.02142"
 CARD = """---
 {{ card_data }}
@@ -150,14 +155,22 @@ class Pretrained(  # type: ignore[call-arg]  # the mixin takes these; its types 
         device = usable_device(device)
         directory = model_dir.locate(source)
         content = model_dir.read_config(directory)
-        if verify:
-            model_dir.verify(directory, content.get("files") or {})
-        config = to_dataclass(ModelConfig, content["model"], f"{directory / model_dir.CONFIG}: model")
-        config.encoder = config.encoder.filled({})  # of before: nothing else was possible
-        tokenizer = LabelTokenizer.load(directory, config.prompt)
-        with no_init_weights():  # every number comes from the file
-            model = Model(config, load_pretrained=False)
-        load_weights(model, directory / model_dir.WEIGHTS)
+        files = content.get("files") or {}
+        with model_dir.explained(directory):
+            if verify:
+                model_dir.check_sizes(directory, files)
+            config = to_dataclass(ModelConfig, content["model"], f"{directory / model_dir.CONFIG}: model")
+            config.encoder = config.encoder.filled({})  # of before: nothing else was possible
+            weights = SafetensorsFiles([directory / model_dir.WEIGHTS])
+            rows, stored = fit(config, weights, directory)  # before anything is allocated or a large file is read
+            if verify:
+                model_dir.verify(directory, files)
+            tokenizer = model_dir.read_tokenizer(directory, config.prompt)
+            if max(tokenizer.tokenizer.get_vocab().values()) >= rows:
+                raise UserError(f"'{directory}': its tokenizer has tokens beyond the model's {rows:,}.")
+            with no_init_weights():  # every number comes from the file
+                model = Model(config, load_pretrained=False)
+            load_weights(model, weights, stored, directory)
         model.requires_grad_(False)
         return cls(model.to(device=device, dtype=dtype), tokenizer, config, content.get("provenance"))
 
@@ -189,23 +202,63 @@ def rebuildable(config: ModelConfig, model: Model) -> ModelConfig:
     )
 
 
-@torch.no_grad()
-def load_weights(model: Model, path: Path) -> None:
-    """Fill ``model`` from a safetensors file, one tensor at a time, each cast to its parameter's dtype.
+def fit(config: ModelConfig, weights: SafetensorsFiles, directory: Path) -> tuple[int, dict[str, str]]:
+    """How many tokens a model has, and the stored name of each of its tensors. Nothing is allocated.
 
     Raises:
-        UserError: the file is damaged, or its tensors are not the model's.
+        UserError: the configuration needs other sources, builds no model, or one of other tensors than the stored.
     """
-    weights = SafetensorsFiles([path])
-    parameters = model.state_dict()
+    where = f"'{directory / model_dir.CONFIG}'"
+    lm = config.decoder
+    if config.encoder.pretrained or lm.source or lm.blocks or lm.depth is not None or config.tokenizer:
+        raise UserError(f"{where} names a source beside its own files, or blocks of one.")
+    described = lm.config or {}
+    if any((described.get(key) or 0) > len(weights.specs) for key in ("num_hidden_layers", "num_labels")):
+        raise UserError(f"{where} describes more blocks than {directory / model_dir.WEIGHTS} has tensors.")
+    with _bounded():
+        model = meta_model(config, None)
+        with torch.device("meta"), torch.no_grad():  # widths that are right one by one may not fit together
+            mask = torch.ones(1, 1, 2, 2, dtype=torch.bool)
+            model.decoder(torch.empty(1, 2, model.decoder.width), torch.zeros(1, 2, dtype=torch.long), mask)
     stored = {name: name for name in weights.specs}
     if model.decoder.lm.config.tie_word_embeddings:  # a file may contain one of two tied tensors
         present = next((name for name in (HEAD, EMBEDDING) if name in stored), None)
         for name in (HEAD, EMBEDDING) if present else ():
             stored.setdefault(name, str(present))
-    expected = {name: tuple(tensor.shape) for name, tensor in parameters.items()}
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     difference = model_dir.mismatch(expected, {name: weights.specs[stored[name]].shape for name in stored})
     if difference:
-        raise UserError(f"'{path}' does not fit its config.yaml: {difference}.")
-    for name, tensor in parameters.items():
+        raise UserError(f"'{directory / model_dir.WEIGHTS}' does not fit its config.yaml: {difference}.")
+    return model.decoder.vocab_size, stored
+
+
+@contextmanager
+def _bounded() -> Iterator[None]:
+    """End the construction of a model of too many tensors."""
+    count = 0
+
+    def register(*_: Any) -> None:
+        nonlocal count
+        count += 1
+        if count > _MAX_TENSORS:
+            raise UserError(f"A model of more than {_MAX_TENSORS:,} tensors is not built.")
+
+    hook = register_module_parameter_registration_hook(register)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+@torch.no_grad()
+def load_weights(model: Model, weights: SafetensorsFiles, stored: dict[str, str], directory: Path) -> None:
+    """Fill ``model``, one tensor at a time, each cast to its parameter's dtype.
+
+    Raises:
+        UserError: a number is not finite.
+    """
+    for name, tensor in model.state_dict().items():
         tensor.copy_(weights.read(stored[name]))
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_floating_point() and not tensor.sum(dtype=torch.float32).isfinite():
+            raise UserError(f"'{directory}': {name} has numbers that are not finite; its weights are damaged.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -173,7 +174,9 @@ class Recognizer(Pretrained):
                 len(images),
             )
         clip = self._clip(order.clip) if order.name == "clip" else None
-        return rank(samples, self.tokenizer.decode_label, order, top_k, model=self.model, images=images, clip=clip)
+        return _numbers(
+            rank(samples, self.tokenizer.decode_label, order, top_k, model=self.model, images=images, clip=clip)
+        )
 
     def classify_pixels(self, images: Tensor, classes: Vocabulary, top_k: int | None = None) -> list[Labels]:
         """:meth:`classify` of uint8 [B, 3, S, S], S = ``image_size``, on any device."""
@@ -185,7 +188,7 @@ class Recognizer(Pretrained):
         best = log_probs_BC.sort(dim=1, descending=True, stable=True)
         names = [each[0] for each in classes.classes]
         rows = zip(best.values[:, :top_k].exp().tolist(), best.indices[:, :top_k].tolist(), strict=True)
-        return [[(names[c], p) for p, c in zip(*row, strict=True)] for row in rows]
+        return _numbers([[(names[c], p) for p, c in zip(*row, strict=True)] for row in rows])
 
     @torch.inference_mode()
     def embed(
@@ -290,3 +293,10 @@ class Recognizer(Pretrained):
         if source not in self._clips:
             self._clips[source] = ClipSimilarity(source, self.device)
         return self._clips[source]
+
+
+def _numbers(labels: list[Labels]) -> list[Labels]:
+    """The labels, or a UserError if a probability is NaN."""
+    if any(math.isnan(probability) for each in labels for _, probability in each):
+        raise UserError("The model's probabilities are no numbers (NaN): its weights or settings are damaged.")
+    return labels

@@ -29,6 +29,7 @@ _DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+_MAX_HEADER_BYTES = 1 << 23  # 60,000 tensors
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
@@ -64,6 +65,11 @@ class SafetensorsFiles(Weights):
         self.specs, self._file = {}, {}
         for path in paths:
             try:
+                if path.exists() and not path.is_file():
+                    raise UserError(f"'{path}' is not a regular file.")
+                with path.open("rb") as start:
+                    if int.from_bytes(start.read(8), "little") > _MAX_HEADER_BYTES:
+                        raise UserError(f"'{path}' cannot be read as safetensors: its header is too long.")
                 with safe_open(path, framework="pt") as file:
                     for name in file.keys():  # noqa: SIM118 (not a dict)
                         part = file.get_slice(name)

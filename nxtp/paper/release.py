@@ -18,8 +18,16 @@ from torch import Tensor
 
 from nxtp.config import to_dataclass
 from nxtp.errors import UserError
-from nxtp.inference.model_directory import CONFIG, WEIGHTS, mismatch, read_config, verify, write_model_dir
-from nxtp.inference.pretrained import EMBEDDING, HEAD
+from nxtp.inference.model_directory import (
+    CONFIG,
+    WEIGHTS,
+    mismatch,
+    read_config,
+    read_tokenizer,
+    verify,
+    write_model_dir,
+)
+from nxtp.inference.pretrained import EMBEDDING, HEAD, fit
 from nxtp.model.decoder import DecoderConfig
 from nxtp.model.flops import meta_model
 from nxtp.model.model import ModelConfig
@@ -200,6 +208,8 @@ def export_release(directory: Path, to: Path, everything: bool = False) -> int:
     content = read_config(directory)
     verify(directory, content.get("files") or {})
     config = to_dataclass(ModelConfig, content["model"], f"{directory / CONFIG}: model")
+    weights = SafetensorsFiles([directory / WEIGHTS])
+    fit(config, weights, directory)
     provenance = content.get("provenance") or {}
     selection = provenance.get("trainable") or provenance.get("trains")  # the second in directories saved earlier
     if everything:
@@ -210,14 +220,13 @@ def export_release(directory: Path, to: Path, everything: bool = False) -> int:
     if unknown or lm.model_type != "llama":
         what = f"it has {', '.join(unknown[:3])}" if unknown else f"its decoder is a {lm.model_type}"
         raise UserError(f"'{directory}' cannot be loaded by the published code: {what}.")
-    labels = LabelTokenizer.load(directory, config.prompt)
+    labels = read_tokenizer(directory, config.prompt)
     if meta.decoder.vocab_size != len(labels) + APPENDED or lm.tie_word_embeddings:
         raise UserError(
             f"'{directory}' has {meta.decoder.vocab_size} vocabulary rows, the published code needs {APPENDED} behind "
             f"the tokenizer's {len(labels)}, and an output layer of its own: train with "
             f"model.decoder.config.vocab_size={len(labels) + APPENDED} and tie_word_embeddings=false."
         )
-    weights = SafetensorsFiles([directory / WEIGHTS])
     state: dict[str, Tensor] = {}
     for name, parameter in meta.named_parameters():
         if name == "image_token" or not (parameter.requires_grad or name == EMBEDDING):
