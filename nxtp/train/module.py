@@ -15,6 +15,7 @@ import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torchmetrics import MeanMetric
 
 from nxtp.data.dataset import Batch
@@ -53,14 +54,38 @@ class ValidationConfig:
     metrics: dict[str, Any] = field(default_factory=dict)
 
 
+class Sums:
+    """Numbers of a batch on their way to the host; reading them waits for them alone, not for later work.
+
+    Args:
+        values: float32 [n], on the device.
+        step: the optimizer step that the batch is for.
+        keys: of its samples on this rank.
+    """
+
+    def __init__(self, values: Tensor, step: int, keys: list[str]):
+        self.step, self.keys = step, keys
+        self._host = torch.empty(values.shape, dtype=values.dtype, pin_memory=values.is_cuda)
+        self._host.copy_(values, non_blocking=values.is_cuda)
+        self._copied = torch.cuda.current_stream(values.device).record_event() if values.is_cuda else None
+
+    def read(self) -> list[float]:
+        if self._copied is not None:
+            self._copied.synchronize()
+        return self._host.tolist()
+
+
 class RecognitionModule(L.LightningModule):
     """Trains a :class:`nxtp.model.model.Model` on a :class:`nxtp.data.dataset.Batch` per step.
 
     The loss is the mean over all supervised tokens of a step, over all ranks and accumulated batches: not a mean of
     means. A loss that is not finite stops the run and names the batch's samples.
 
+    A step reads nothing back from the device, which would stop a GPU: what the host must know of a batch is copied
+    without waiting and read at the next one (:class:`Sums`).
+
     ``stop_signal``: this rank's signal to stop (:mod:`nxtp.train.callbacks.preemption`), which each step's all-reduce
-    shares; ``stop_agreed`` is true on all ranks after the same step.
+    shares; ``stop_agreed`` is true on all ranks after the same step, the one after the signal's.
     """
 
     def __init__(
@@ -85,7 +110,8 @@ class RecognitionModule(L.LightningModule):
         self.model: Any = None  # a Model, once it is configured
         self._gathered = ExitStack()  # the full weights, while validating
         self.stop_signal, self.stop_agreed = 0, False
-        self._step_tokens = self._divisor = 0.0  # supervised tokens of the step so far, and of its first batch
+        self._step_tokens = self._divisor = None  # supervised tokens of the step so far, and of its first batch
+        self._sums: Sums | None = None  # of the last batch, not read yet
         self._losses = nn.ModuleList(MeanMetric() for _ in self.val_names)
         k, semantic = self.validation.top_k, self.validation.semantic
         self._scores = nn.ModuleList(nn.ModuleDict({"exact": ExactMatch(top_k=k)}) for _ in self.val_names)
@@ -132,53 +158,69 @@ class RecognitionModule(L.LightningModule):
         torch.manual_seed(zlib.crc32(place.encode()))
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        self.check_last_batch()
         self._count(batch)
         loss = self(batch)
         usable = len(batch) > 0
         mine = loss.total.detach() * usable
-        total, tokens, stop = self._over_ranks(mine, loss.count * usable, self.stop_signal)
+        sums = self._over_ranks(mine, loss.count * usable, self.stop_signal)
+        self._sums = Sums(torch.cat([sums, mine[None]]), self.global_step, batch.keys)
+        tokens = sums[1].clamp(min=1)
+        self.log("train/loss", sums[0] / tokens)  # not prog_bar: Lightning reads such values at every step
+        # Ranks average their gradients: times world_size is the sum. All batches that are accumulated for one step are
+        # divided by the first one's tokens; on_before_optimizer_step corrects that.
+        if self._divisor is None:
+            self._divisor, self._step_tokens = tokens, torch.zeros_like(tokens)
+        self._step_tokens += sums[1]
+        return loss.total * usable * (self._world_size / self._divisor)
+
+    def check_last_batch(self) -> None:
+        """Read what the last batch has left: whether its loss is finite, and whether a rank has a signal to stop.
+
+        Raises:
+            UserError: the loss is not finite.
+        """
+        sums, self._sums = self._sums, None
+        if sums is None:
+            return
+        total, _, stop, mine = sums.read()
         if not math.isfinite(total):
-            keys = ", ".join(batch.keys) if not torch.isfinite(mine) else "see another rank's error"
+            keys = "see another rank's error" if math.isfinite(mine) else ", ".join(sums.keys)
             raise UserError(
-                f"The loss is {total} at step {self.global_step}. Samples of the batch: {keys}. "
+                f"The loss is {total} at step {sums.step}. Samples of the batch: {keys}. "
                 "Check these samples, lower optim.lr, or use a wider trainer.precision."
             )
         self.stop_agreed = stop > 0
-        self.log("train/loss", total / max(tokens, 1), prog_bar=True)
-        # Ranks average their gradients: times world_size is the sum. All batches that are accumulated for one step are
-        # divided by the first one's tokens; on_before_optimizer_step corrects that.
-        self._divisor = self._divisor or max(tokens, 1)
-        self._step_tokens += tokens
-        return loss.total * usable * (self._world_size / self._divisor)
+
+    def on_train_epoch_end(self) -> None:
+        self.check_last_batch()
 
     @property
     def between_steps(self) -> bool:
         """Whether no batch has been accumulated for the next step."""
-        return self._divisor == 0
+        return self._divisor is None
 
     def agree_to_stop(self) -> bool:
         """Whether any rank has a signal to stop; a collective call."""
-        return self._over_ranks(self.stop_signal)[0] > 0
+        return bool(self._over_ranks(self.stop_signal)[0] > 0)
 
     @property
     def _world_size(self) -> int:
         return 1 if self._trainer is None else self.trainer.world_size
 
-    def _over_ranks(self, *values: Any) -> list[float]:
-        """Each value summed over all ranks."""
-        stacked = torch.stack([torch.as_tensor(v, device=self.device, dtype=torch.float32) for v in values])
-        if self._world_size > 1:
-            stacked = self.trainer.strategy.reduce(stacked, reduce_op="sum")
-        return stacked.tolist()
+    def _over_ranks(self, *values: Any) -> Tensor:
+        """Each value summed over all ranks, float32 [number of values], on the device."""
+        kind = {"dtype": torch.float32, "device": self.device}
+        stacked = torch.stack([v.to(**kind) if isinstance(v, Tensor) else torch.full((), v, **kind) for v in values])
+        return self.trainer.strategy.reduce(stacked, reduce_op="sum") if self._world_size > 1 else stacked
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        # Lightning has divided each batch's loss by the number of batches per step.
-        scale = self.trainer.accumulate_grad_batches * self._divisor / max(self._step_tokens, 1)
-        if scale != 1:
-            for parameter in self.parameters():
-                if parameter.grad is not None:
-                    parameter.grad.mul_(scale)
-        self._step_tokens = self._divisor = 0
+        if self.trainer.accumulate_grad_batches > 1:
+            # Lightning has divided each batch's loss by the number of batches per step.
+            scale = self.trainer.accumulate_grad_batches * self._divisor / self._step_tokens.clamp(min=1)
+            gradients = [p.grad for p in self.parameters() if p.grad is not None]
+            torch._foreach_mul_([g.to_local() if isinstance(g, DTensor) else g for g in gradients], scale)
+        self._step_tokens = self._divisor = None
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any] | None:
         self._count(batch, training=False)
@@ -193,6 +235,7 @@ class RecognitionModule(L.LightningModule):
         return {"predictions": predictions}
 
     def on_validation_epoch_start(self) -> None:
+        self.check_last_batch()
         self._gathered.enter_context(unsharded(self.model))
 
     def end_validation(self) -> None:
@@ -299,6 +342,7 @@ class RecognitionModule(L.LightningModule):
         return total | {"skipped": dict(sum((Counter(counts["skipped"]) for counts in every), Counter()))}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.check_last_batch()
         checkpoint["counts"] = self.counts()
         checkpoint["recognizer"] = self._recognizer_without_weights
 

@@ -80,7 +80,7 @@ def test_the_progress_bar_has_the_steps_that_are_left_in_one_line(tmp_path, monk
     speed = Throughput(flops=object())
     speed.line = "312 images/s · 9,120 tokens/s · data wait 0.1% · padding 2.3% · 1.23 GB"
     monkeypatch.setattr(Throughput, "on_train_batch_end", lambda *_: None)
-    fit(tmp_path, Progress(), speed, Look(), max_epochs=3, max_steps=8)
+    fit(tmp_path, Progress(), speed, Look(), max_epochs=3, max_steps=8, log_every_n_steps=1)
     assert {len(lines) for lines in shown} == {1}
     assert "6/6" in shown[5][0]
     assert "2/2" in shown[-1][0]

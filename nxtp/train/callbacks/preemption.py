@@ -85,7 +85,8 @@ def _validation_follows(trainer: L.Trainer, batch: int) -> bool:
 class PreemptionHandler(L.Callback):
     """After a signal to any rank, saves the checkpoint ``path`` and raises :class:`Preempted` on all ranks.
 
-    The handler only stores the signal in the module, whose next step shares it with all ranks along with the loss. A
+    The handler only stores the signal in the module, whose next step shares it with all ranks along with the loss; the
+    run stops after the step that follows, or in the validation that comes first. A
     second signal of the same kind has its previous effect, if it comes later: a process group gets one twice, from its
     scheduler and from its parent. A previous handler (submitit's requeues the job) is called after the checkpoint is
     saved: :func:`call_handler`.
@@ -105,9 +106,13 @@ class PreemptionHandler(L.Callback):
 
         for number in SIGNALS:  # instead of Lightning's handlers, which stop each rank at another step
             signal.signal(number, store)
+        # They also broadcast at every step and wait for the device, for what the module's own all-reduce shares.
+        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
 
-    def on_train_batch_end(self, trainer: L.Trainer, module: RecognitionModule, *_: Any) -> None:
-        if module.stop_agreed and module.between_steps:
+    def on_train_batch_end(
+        self, trainer: L.Trainer, module: RecognitionModule, outputs: Any, batch: Any, n: int
+    ) -> None:
+        if module.stop_agreed and module.between_steps and not _validation_follows(trainer, n):
             self._stop(trainer, module)
 
     def on_validation_batch_start(self, trainer: L.Trainer, module: RecognitionModule, *_: Any) -> None:

@@ -154,8 +154,12 @@ class Progress(RichProgressBar):
         return [description, bar, batches, time_left, _Line(self)]
 
     def get_metrics(self, trainer, module) -> dict:
+        if trainer.training and trainer.global_step % max(trainer.log_every_n_steps, 1):
+            return {}  # reading the loss would wait for the device
         speed = next((c.line for c in trainer.callbacks if isinstance(c, Throughput)), "")
-        values = {key: value for key, value in super().get_metrics(trainer, module).items() if key != "v_num"}
+        loss = trainer.callback_metrics.get("train/loss")
+        values = {"train/loss": float(loss)} if loss is not None else {}
+        values |= {key: value for key, value in super().get_metrics(trainer, module).items() if key != "v_num"}
         shown = (
             f"{key} {value:.3f}" if isinstance(value, float) else f"{key} {value}" for key, value in values.items()
         )
