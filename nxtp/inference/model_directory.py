@@ -1,16 +1,13 @@
 """The format of a model directory: ``model.safetensors``, ``config.yaml`` and the tokenizer's files.
 
-A directory may be a stranger's. It is data: its text files are small, flat and plain, name no other source and are not
-interpolated; whatever else is wrong with it is one line (:func:`explained`).
+A directory may be a stranger's. It is data (:mod:`nxtp.model.untrusted`), and names no source beside its own files.
 """
 
 from __future__ import annotations
 
-import json
 import re
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,8 +16,9 @@ import yaml
 
 import nxtp
 from nxtp.data.shards.manifest import sha256_of
-from nxtp.errors import UserError, printable, some_of
+from nxtp.errors import UserError, some_of
 from nxtp.model.hub import is_path, reason
+from nxtp.model.untrusted import read_json, read_yaml, values
 from nxtp.runs.atomic import atomic_directory
 
 if TYPE_CHECKING:
@@ -31,14 +29,9 @@ FORMAT = 1
 CONFIG = "config.yaml"
 WEIGHTS = "model.safetensors"
 FILES = (WEIGHTS, "tokenizer.json", "tokenizer_config.json")  # those with a fingerprint in CONFIG
-_MAX_BYTES = {CONFIG: 1 << 16, "tokenizer.json": 1 << 25, "tokenizer_config.json": 1 << 20}  # Llama 3's: 17 MB, 55 kB
-_MAX_DEPTH = 20
-_MAX_TEXT = 4096  # characters of a value in CONFIG
-_MAX_PARTS = 3_000_000  # strings, lists and objects of a tokenizer; Llama 3's has a million
 _MAX_INSERTED = 16  # characters that all replacements of a normalizer insert: they multiply
 # A repeated group that repeats or chooses inside: time exponential in the text, as (a+)+ or (a|aa)*.
 _EXPONENTIAL = re.compile(r"((?<!\()[|+*?]|\{\d*,\d*\})[^(]*\)([+*]|\{\d)")
-_PLAIN_TYPES = ("null", "bool", "int", "float", "str", "seq", "map")
 
 
 def write_model_dir(
@@ -64,7 +57,13 @@ def write_model_dir(
             "provenance": provenance,
             "files": {name: _fingerprint(new / name) for name in FILES},
         }
-        (new / CONFIG).write_text(yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
+        text = yaml.dump(content, Dumper=_WithoutAliases, sort_keys=False, allow_unicode=True)
+        (new / CONFIG).write_text(text)
+
+
+class _WithoutAliases(yaml.SafeDumper):
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
 
 
 def locate(source: str | Path) -> Path:
@@ -86,19 +85,6 @@ def locate(source: str | Path) -> Path:
         raise UserError(f"No directory '{source}', and the hub has no such model: {reason(error)}.") from error
 
 
-@contextmanager
-def explained(directory: Path) -> Iterator[None]:
-    """Raise whatever a library says of the directory's contents as a UserError of one line."""
-    try:
-        yield
-    except BaseException as error:
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # of a library in Rust
-            raise
-        known = isinstance(error, UserError)
-        text = printable(str(error) if known else f"'{directory}' cannot be loaded: {reason(error)}.")
-        raise UserError(text if len(text) < 500 else f"{text[:500]} …") from error
-
-
 def read_config(directory: Path) -> dict[str, Any]:
     """The contents of ``config.yaml``: ``format``, ``model``, ``provenance``, ``files``.
 
@@ -108,78 +94,15 @@ def read_config(directory: Path) -> dict[str, Any]:
     path = directory / CONFIG
     if not path.is_file():
         raise UserError(f"'{directory}' is not a model directory: it has no {CONFIG}.")
-    with explained(directory):
-        try:
-            content = yaml.load(_text(path), _PlainYaml)
-        except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
-            raise UserError(f"'{path}' is damaged: {reason(error)}.") from error
-        if not isinstance(content, dict) or not isinstance(content.get("format"), int) or "model" not in content:
-            raise UserError(f"'{path}' is not a model's configuration: it lacks 'format' or 'model'.")
-        if not 1 <= content["format"] <= FORMAT:
-            format = content["format"]
-            raise UserError(f"'{directory}' has format {format}; this nxtp reads up to {FORMAT}: upgrade nxtp.")
-        for name in ("model", "provenance", "files"):
-            if not isinstance(content.get(name) or {}, dict):
-                raise UserError(f"'{path}': {name} must be a mapping.")
-        for value in _values(content):
-            if isinstance(value, str) and ("${" in value or len(value) > _MAX_TEXT):
-                raise UserError(f"'{path}': '{value[:40]}' is longer than {_MAX_TEXT:,} characters or contains '${{'.")
-            if isinstance(value, int | float) and not abs(value) < 1 << 63:
-                raise UserError(f"'{path}' contains a number that is not finite or above 2⁶³.")
+    content = read_yaml(path)
+    if not isinstance(content, dict) or not isinstance(content.get("format"), int) or "model" not in content:
+        raise UserError(f"'{path}' is not a model's configuration: it lacks 'format' or 'model'.")
+    if not 1 <= content["format"] <= FORMAT:
+        raise UserError(f"'{directory}' has format {content['format']}; this nxtp reads up to {FORMAT}: upgrade nxtp.")
+    for name in ("model", "provenance", "files"):
+        if not isinstance(content.get(name) or {}, dict):
+            raise UserError(f"'{path}': {name} must be a mapping.")
     return content
-
-
-class _PlainYaml(yaml.SafeLoader):
-    """YAML as JSON has it: no aliases, no other types, no key twice, not deep."""
-
-    yaml_constructors = {  # noqa: RUF012
-        tag: make
-        for tag, make in yaml.SafeLoader.yaml_constructors.items()
-        if tag is None or tag.rpartition(":")[2] in _PLAIN_TYPES
-    }
-    depth = 0
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        event: Any = self.peek_event()
-        if isinstance(event, yaml.AliasEvent) or event.anchor is not None or self.depth >= _MAX_DEPTH:
-            raise yaml.YAMLError(f"it has aliases, or more than {_MAX_DEPTH} levels")
-        self.depth += 1
-        node = super().compose_node(parent, index)
-        self.depth -= 1
-        return node
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
-        keys = [key.value for key, _ in node.value]
-        if len(set(keys)) < len(keys):
-            raise yaml.YAMLError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} comes twice")
-        return super().construct_mapping(node, deep)
-
-
-def _values(node: Any) -> Iterator[Any]:
-    """A nested structure's keys and values."""
-    if isinstance(node, dict):
-        yield node
-        for key, value in node.items():
-            yield key
-            yield from _values(value)
-    elif isinstance(node, list):
-        for value in node:
-            yield from _values(value)
-    else:
-        yield node
-
-
-def _text(path: Path) -> str:
-    """A text file's content.
-
-    Raises:
-        UserError: it is larger than a file of its name can be.
-    """
-    size, most = path.stat().st_size, _MAX_BYTES[path.name]
-    if size > most:
-        raise UserError(f"'{path}' has {size:,} bytes, at most {most:,} are read.")
-    with path.open("rb") as file:
-        return file.read(size).decode()
 
 
 def check_sizes(directory: Path, files: Mapping[str, Any]) -> None:
@@ -225,11 +148,11 @@ def read_tokenizer(directory: Path, prompt: str) -> LabelTokenizer:
     """
     from nxtp.model.tokenizer import LabelTokenizer
 
-    content, settings = (_json(directory / name) for name in FILES[1:])
+    content, settings = (read_json(directory / name) for name in FILES[1:])
     if foreign := [key for key in settings if key.endswith("_file") or key == "auto_map"]:
         raise UserError(f"'{directory / FILES[2]}' names other files: {some_of(foreign)}.")
     for part in ("normalizer", "pre_tokenizer", "decoder"):
-        steps = [value for value in _values(content.get(part)) if isinstance(value, dict)]
+        steps = [value for value in values(content.get(part)) if isinstance(value, dict)]
         if any(_EXPONENTIAL.search(str(step["Regex"])) for step in steps if "Regex" in step):
             raise UserError(f"'{directory / FILES[1]}': a pattern of its {part} repeats what repeats.")
         inserted = (step.get(key) for step in steps for key in ("content", "prepend") if step.get("type") != "Split")
@@ -242,19 +165,6 @@ def read_tokenizer(directory: Path, prompt: str) -> LabelTokenizer:
             return LabelTokenizer.load(alone, prompt)
         except UserError as error:
             raise UserError(str(error).replace(alone, str(directory))) from error
-
-
-def _json(path: Path) -> dict[str, Any]:
-    text = _text(path)
-    try:
-        if sum(map(text.count, '"[{')) > _MAX_PARTS:
-            raise ValueError("it has too many parts")
-        content = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"'{path}' is damaged: {reason(error)}.") from error
-    if not isinstance(content, dict):
-        raise UserError(f"'{path}' must contain an object.")
-    return content
 
 
 def mismatch(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> str:

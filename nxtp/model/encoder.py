@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor, nn
 
 from nxtp.errors import UserError, nearest
 from nxtp.model.hub import reason
+from nxtp.model.untrusted import read_yaml
 from nxtp.model.weights import MODEL_FILE, ComputesBuffers, SafetensorsFiles
 
 PREFIX = "encoder.visual."  # of the tower's tensors in a model directory
@@ -220,10 +220,10 @@ def _trained_with(config: EncoderConfig, vision: Mapping[str, Any]) -> Mapping[s
     if config.pretrained is not None and is_model_dir(config.pretrained):
         path = Path(config.pretrained, "config.yaml")
         try:
-            stored = yaml.safe_load(path.read_text())["model"]["encoder"]
+            stored = read_yaml(path)["model"]["encoder"]
             known = {name: stored[name] for name in DEFAULTS if stored.get(name) is not None}
             return asdict(EncoderConfig(**known).filled({}))
-        except (OSError, yaml.YAMLError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, AttributeError) as error:
             raise UserError(f"model.encoder.pretrained: '{path}' cannot be read: {reason(error)}.") from error
     if config.name is not None and (tags := open_clip.list_pretrained_tags_by_model(config.name)):
         if config.pretrained in tags:

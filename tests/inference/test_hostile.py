@@ -1,15 +1,17 @@
 """Model directories of strangers: each of many kinds is refused in one line, quickly and in little memory."""
 
 import math
+from dataclasses import replace
 
 import hostile_directories
 import pytest
-from helpers import call_nxtp, fork, jpeg, recognizer
+from helpers import call_nxtp, fork, jpeg, recognizer, tiny_config
 
 from nxtp.errors import UserError
 from nxtp.inference.recognizer import Recognizer
 from nxtp.inference.streaming import ImageItem, Prediction
 from nxtp.inference.writer import json_line, to_row
+from nxtp.model.encoder import Encoder
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +49,21 @@ def test_a_directory_is_loaded_without_the_files_beside_it(tmp_path):
         (made / name).unlink(missing_ok=True)
         (made / name).symlink_to("/dev/zero")
     assert Recognizer.from_pretrained(made, device="cpu").predict(jpeg((200, 40, 60)), top_k=3) == before
+
+
+def test_a_list_that_is_stored_twice_is_read_again(tmp_path):
+    model, shards = recognizer(), ["a", "b"]
+    model.provenance = {"train": shards, "val": shards}
+    assert (
+        Recognizer.from_pretrained(model.save_pretrained(tmp_path / "m"), device="cpu").provenance == model.provenance
+    )
+
+
+def test_weights_of_a_hostile_directory_are_refused_in_training_too(tmp_path):
+    made = recognizer().save_pretrained(tmp_path / "m")
+    hostile_directories.HOSTILE["aliases"](made)
+    with pytest.raises(UserError, match="has aliases"):
+        Encoder(replace(tiny_config().encoder, pretrained=str(made)))
 
 
 def test_probabilities_that_are_no_numbers_end_in_one_line(tmp_path):
