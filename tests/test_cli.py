@@ -1,14 +1,16 @@
 """The command as a user runs it."""
 
+import errno
 import json
 import os
+import pkgutil
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
 
 import pytest
-from helpers import jpeg, recognizer, run_nxtp, write_shards
+from helpers import call_nxtp, jpeg, recognizer, run_nxtp, write_shards
 from PIL import Image
 
 from nxtp.inference.recognizer import Recognizer
@@ -74,6 +76,47 @@ def test_predict_takes_names_that_are_not_text(place):
     done = run_nxtp("predict", "odd", "--model", "model", "--top-k", "2", cwd=place)
     assert done.returncode == 0, done.stderr
     assert r"odd/two\nlines.jpg" in done.stdout
+
+
+FULL = """
+import resource, signal
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (600, 600))
+"""
+
+
+def test_predict_to_a_full_disk_is_an_error_in_one_line(place):
+    (place / "full.py").write_text(FULL)
+    arguments = ["predict", "pictures", "--model", "model", "--batch-size", "1", "--out", "full.jsonl"]
+    done = run_nxtp(*arguments, cwd=place, NXTP_IMPORT="full")
+    assert (done.returncode, done.stderr) == (1, "error: 'full.jsonl.partial' cannot be written: File too large.\n")
+    done = run_nxtp(*arguments, cwd=place)
+    assert done.returncode == 0, done.stderr
+    assert len((place / "full.jsonl").read_text().splitlines()) == 4
+
+
+def stop_with(error: BaseException):
+    def resolve(name: str):
+        raise error
+
+    return resolve
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (KeyboardInterrupt(), 130, "\nStopped by Ctrl-C.\n"),
+        (
+            OSError(errno.ENOSPC, "No space left on device", "x"),
+            1,
+            "error: No space left on device: 'x'. Free some space and run the same command again.\n",
+        ),
+    ],
+)
+def test_what_ends_any_command_is_one_line(place, monkeypatch, error, code, line):
+    monkeypatch.setattr(pkgutil, "resolve_name", stop_with(error))
+    done = call_nxtp("describe", cwd=place)
+    assert (done.returncode, done.stderr) == (code, line)
 
 
 def test_predict_shows_bars_and_saves_a_grid(place):

@@ -24,7 +24,7 @@ def is_first_rank() -> bool:
 def follow_parent() -> None:
     """Of a process that another one of nxtp has started: a rank dies with it, a run of a sweep saves and stops."""
     parent, os.environ[PARENT] = os.environ.get(PARENT), str(os.getpid())
-    if parent is None:
+    if parent in (None, str(os.getpid())):
         return
     _signal_when_parent_dies(signal.SIGKILL if "LOCAL_RANK" in os.environ else signal.SIGTERM)
     if os.getppid() != int(parent):  # perhaps it died before; or there is a process in between

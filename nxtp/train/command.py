@@ -38,7 +38,7 @@ from nxtp.runs.atomic import atomic_directory
 from nxtp.runs.lock import run_lock
 from nxtp.runs.log import run_log
 from nxtp.runs.processes import is_first_rank
-from nxtp.runs.record import RunRecord
+from nxtp.runs.record import RunRecord, read_record
 from nxtp.runs.resume import PER_MACHINE, find_checkpoint, last_checkpoint
 from nxtp.runs.tracking import configured_loggers, end_tracking
 from nxtp.train.callbacks.averaging import keep_average
@@ -71,7 +71,9 @@ def train(cfg: DictConfig) -> float | None:
             log.info("%s contains this run, finished: nothing to do. Choose another name to train again.", run_dir)
             return None
         with run_log(run_dir, command) if is_first else nullcontext():
-            return train_from(checkpoint, cfg, run_dir, RunRecord(cfg.name, resolved, overrides, cfg.seed, cfg.sweep))
+            before = (read_record(run_dir) or {}).get("wall_time_s", 0.0) if checkpoint else 0.0
+            record = RunRecord(cfg.name, resolved, overrides, cfg.seed, cfg.sweep, wall_time_s=before)
+            return train_from(checkpoint, cfg, run_dir, record)
 
 
 def train_from(checkpoint: str | None, cfg: DictConfig, run_dir: Path, record: RunRecord) -> float | None:
@@ -159,8 +161,8 @@ def filter_lightning_messages() -> None:
         r"`ModelCheckpoint\(monitor=.*could not find the monitored key",
     ):
         warnings.filterwarnings("ignore", message=message)
-    noise = "Tip:", "GPU available: False", "TPU available: False", "`Trainer(val_check_interval", "Loading `train_data"
-    noise = (*noise, "Detected KeyboardInterrupt")
+    noise = ["Tip:", "GPU available: False", "TPU available: False", "`Trainer(val_check_interval"]
+    noise += ["Loading `train_data", "Detected KeyboardInterrupt"]
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
         logging.getLogger(name).addFilter(lambda record: not any(text in record.getMessage() for text in noise))
 
@@ -295,7 +297,7 @@ def describe_data(data: WebDatasetDataModule) -> dict[str, Any]:
         sources = {key: source.shards for key, source in named_sources(spec).items()}
         parts = {
             key: {
-                "shards": str(shards),
+                "shards": f"{shards!s:.2000}",  # thousands of names are no part of a model directory
                 "manifest": manifest_hash(Path(shards)) if isinstance(shards, str) and Path(shards).is_dir() else None,
             }
             for key, shards in sources.items()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import stat
 import subprocess
@@ -19,9 +20,10 @@ from omegaconf import OmegaConf
 
 from nxtp.config import compose_and_run, conf_dir
 from nxtp.errors import UserError
+from nxtp.runs.lock import announce
 from nxtp.runs.record import read_record
 from nxtp.sweep import sweep
-from nxtp.sweep.commands import states, status
+from nxtp.sweep.commands import run_state, states, status
 from nxtp.sweep.sweep import Sweep, run_or_sweep
 
 STUDY = """
@@ -225,8 +227,9 @@ def _wait_for(root: Path) -> None:
 
 def test_status_tells_each_runs_state(stand_in):
     with pytest.raises(UserError):
-        run_or_sweep(never, "train", ["-m", "name=deep", "model.decoder.depth=1,3"])
+        run_or_sweep(never, "train", ["-m", "name=deep", "model.decoder.depth=1,3,5,2"])
     runs = stand_in / "runs" / "deep"
+    shutil.rmtree(runs / "model.decoder.depth=2")
     gone = subprocess.Popen(["true"])
     gone.wait()
     for name, process, step in (("a", os.getpid(), 30), ("b", gone.pid, 20)):
@@ -238,17 +241,22 @@ def test_status_tells_each_runs_state(stand_in):
     found = {run.name: (run.state, run.done, run.metric) for run in states(runs)}
     assert found == {
         "model.decoder.depth=1": ("finished", None, 0.1),
-        "model.decoder.depth=3": ("failed", None, None),
+        "model.decoder.depth=3": ("failed", None, None),  # without a record
+        "model.decoder.depth=5": ("failed", None, None),  # killed before its first one
+        "model.decoder.depth=2": ("planned", None, None),
         "a": ("running", 0.5, None),
         "b": ("killed", 1 / 3, None),
         "c": ("unreadable", None, None),
     }
+    announce(runs / "model.decoder.depth=5", ["nxtp"], os.getpid())
+    assert run_state(runs / "model.decoder.depth=5").state == "running"
     printed = CliRunner().invoke(status, ["deep"])
     assert printed.exit_code == 1
     assert "50%" in printed.output
     printed = CliRunner().invoke(status, ["deep", "--json"])
     assert printed.exit_code == 1
     rows = json.loads(printed.stdout)["runs"]
+    found["model.decoder.depth=5"] = ("running", None, None)
     assert {row["name"]: (row["state"], row["done"], row["metric"]) for row in rows} == found
     with pytest.raises(UserError, match="Did you mean 'deep'"):
         states(stand_in / "runs" / "deap")
