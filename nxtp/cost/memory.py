@@ -168,7 +168,9 @@ def memory(
         if step.on_gpu and autocast_dtype is not None:
             stack.enter_context(_cuda_autocast())
         live = stack.enter_context(_LiveBytes([*model.parameters(), *model.buffers()]))
-        for _ in range(1 + step.accumulates):  # the gradients of the first exist during the second
+        for is_last in (False, True) if step.accumulates else (True,):  # the first's gradients exist in the second
+            if mesh is not None:
+                model.set_requires_gradient_sync(is_last)
             live.part = "activations"
             images = torch.empty(step.batch, *shape, dtype=dtype)
             with torch.autocast("cpu", autocast_dtype, enabled=autocast_dtype is not None):

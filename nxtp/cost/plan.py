@@ -73,20 +73,23 @@ def sent_bytes(model: Model, strategy: str, ranks: int) -> float:
 
 
 def _regathered(model: Model) -> int:
-    """Parameters gathered again for the backward pass: of the blocks that it reaches (from the first trained one on),
-    and of one block before them, which FSDP prefetches in vain.
+    """Parameters gathered again for the backward pass: of the units that it reaches (from the first trained one on),
+    and of one unit before them, which FSDP prefetches in vain.
 
-    Parameters outside the blocks stay gathered from the forward to the backward pass.
+    The units are blocks and an embedding of its own; other parameters stay gathered from forward to backward.
     """
-    blocks = [*model.encoder.blocks(), *model.decoder.blocks]
-    inside = {id(p) for block in blocks for p in block.parameters()}
+    lm = model.decoder.lm
+    embedding = [] if lm.config.tie_word_embeddings else [lm.model.embed_tokens]
+    before = [*model.encoder.blocks(), *embedding]
+    units = [*before, *model.decoder.blocks]
+    inside = {id(p) for unit in units for p in unit.parameters()}
     outside = [p for p in model.encoder.parameters() if id(p) not in inside]
-    inputs = [*outside, model.projection.weight, model.image_token, model.decoder.lm.model.embed_tokens.weight]
-    trainable = [any(p.requires_grad for p in block.parameters()) for block in blocks]
+    inputs = [*outside, model.projection.weight, model.image_token, lm.model.embed_tokens.weight]
+    trainable = [any(p.requires_grad for p in unit.parameters()) for unit in units]
     if any(p.requires_grad for p in inputs):
-        trainable[len(model.encoder.blocks())] = True
-    first = trainable.index(True) if True in trainable else len(blocks)
-    return sum(p.numel() for block in blocks[max(first - 1, 0) :] for p in block.parameters())
+        trainable[len(before)] = True
+    first = trainable.index(True) if True in trainable else len(units)
+    return sum(p.numel() for unit in units[max(first - 1, 0) :] for p in unit.parameters())
 
 
 def published_flops(model: Model) -> float:

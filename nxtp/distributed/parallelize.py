@@ -26,11 +26,14 @@ class ParallelConfig:
 
     ``activation_checkpointing``  recompute each block's activations in the backward pass instead of storing them
     ``compile``   torch.compile each block
+    ``reshard_after_forward``  trainer=fsdp: free a block's gathered weights until its backward pass; false is faster and
+                               keeps all of them
     ``start_timeout``   seconds that ranks wait for each other at the start
     """
 
     activation_checkpointing: bool = False
     compile: bool = False
+    reshard_after_forward: bool = True
     start_timeout: float = 300.0
 
     def __post_init__(self) -> None:
@@ -42,7 +45,8 @@ def parallelize(
 ) -> Model:
     """Apply ``config`` and, with a one-dimensional ``mesh``, shard all weights over it, frozen ones too.
 
-    A unit of all three is one block of the encoder or the decoder. Sharded parameters become DTensors; the model is
+    A unit of all three is one block of the encoder or the decoder; embedding and output layer are sharded as two more,
+    unless they share their weights. Sharded parameters become DTensors; the model is
     called as before.
 
     Args:
@@ -64,15 +68,18 @@ def parallelize(
         return model
     if precision not in _POLICIES:
         raise UserError(f"trainer=fsdp supports trainer.precision={' or '.join(_POLICIES)}, got {precision}.")
-    for unit in [*blocks, model]:
-        fully_shard(unit, mesh=mesh, mp_policy=_POLICIES[precision])
-    for method in ("prefill", "step"):  # what sampling calls instead of forward
+    lm = model.decoder.lm
+    ends = [] if lm.config.tie_word_embeddings else [lm.model.embed_tokens, lm.lm_head]
+    for unit in [*blocks, *ends, model]:
+        reshard = config.reshard_after_forward and unit not in (lm.lm_head, model)  # whose backward pass comes at once
+        fully_shard(unit, mesh=mesh, mp_policy=_POLICIES[precision], reshard_after_forward=reshard)
+    for method in ("prefill", "step", "evaluate"):  # what validation and sampling call instead of forward
         register_fsdp_forward_method(model, method)
     return model
 
 
 @contextmanager
-def unsharded(model: nn.Module) -> Iterator[None]:
+def unsharded(model: Model, reshard_after_forward: bool = True) -> Iterator[None]:
     """Gather the full weights on every rank, so that each may call the model as often as it needs (sampling)."""
     units = [module for module in model.modules() if isinstance(module, FSDPModule)]
     for unit in units:
@@ -83,4 +90,4 @@ def unsharded(model: nn.Module) -> Iterator[None]:
     finally:
         for unit in units:
             unit.reshard()
-            unit.set_reshard_after_forward(unit is not model)
+            unit.set_reshard_after_forward(reshard_after_forward and unit not in (model.decoder.lm.lm_head, model))

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from nxtp.model.attention_rule import attention_mask
 from nxtp.model.decoder import Decoder, DecoderConfig
@@ -17,6 +18,9 @@ from nxtp.model.tokenizer import PROMPT
 
 if TYPE_CHECKING:
     from transformers import DynamicCache
+
+
+LOGITS = 2**28  # float32, 1 GiB: a loss of more logits is computed in parts, which the backward pass recomputes
 
 
 @dataclass
@@ -90,10 +94,40 @@ class Model(nn.Module):
             images: uint8 [B, 3, S, S], or normalised floating point.
             layout: the batch's sequences. Only its supervised positions go through the output layer.
         """
-        hidden_BTD = self.hidden(images, layout)
-        logits = self.decoder.logits(hidden_BTD.flatten(0, 1)[layout.sources])
-        log_z = logits.logsumexp(dim=-1)
-        return Loss(log_z[layout.pairs_S] - logits[layout.pairs_S, layout.targets_S])
+        return self._loss(self.hidden(images, layout), layout)
+
+    def _loss(self, hidden_BTD: Tensor, layout: Layout) -> Loss:
+        hidden_RD = hidden_BTD.flatten(0, 1)[layout.sources]
+        rows = max(LOGITS // self.decoder.vocab_size, 1)
+        if len(hidden_RD) <= rows:
+            return Loss(self._nll(hidden_RD, layout.pairs_S, layout.targets_S))
+        nll_S = torch.zeros(len(layout.pairs_S), device=hidden_RD.device)
+        for start in range(0, len(hidden_RD), rows):
+            arguments = hidden_RD[start : start + rows], layout.pairs_S - start, layout.targets_S
+            nll_S = nll_S + checkpoint(self._nll, *arguments, use_reentrant=False, preserve_rng_state=False)
+        return Loss(nll_S)
+
+    def _nll(self, hidden_RD: Tensor, pairs_S: Tensor, targets_S: Tensor) -> Tensor:
+        """Of the pairs whose row is one of ``hidden_RD``'s, the negative log-likelihood; of the others 0. float32 [S]."""
+        logits = self.decoder.logits(hidden_RD)
+        rows_S = pairs_S.clamp(0, len(hidden_RD) - 1)
+        return (logits.logsumexp(dim=-1)[rows_S] - logits[rows_S, targets_S]).where(rows_S == pairs_S, 0.0)
+
+    def evaluate(
+        self, images: Tensor, layout: Layout, prompt: Sequence[int]
+    ) -> tuple[Loss, tuple[Tensor, DynamicCache]]:
+        """The loss, and what :meth:`prefill` returns, of a layout with this prompt: the prefix is computed once."""
+        from transformers import DynamicCache
+
+        embeddings, positions, mask = self._prefix(images, prompt)
+        length, cache = embeddings.shape[1], DynamicCache(config=self.decoder.lm.config)
+        hidden_BPD = self.decoder(embeddings, positions, mask, cache)
+        labels_BL, after = layout.tokens_BU[:, len(prompt) :], slice(length, None)
+        arguments = layout.positions_BT[:, after], layout.mask()[:, :, after], cache
+        hidden_BLD = self.decoder(self.decoder.embed(labels_BL), *arguments)
+        cache.crop(-labels_BL.shape[1])
+        loss = self._loss(torch.cat([hidden_BPD, hidden_BLD], dim=1), layout)
+        return loss, (self.decoder.logits(hidden_BPD[:, -1]), cache)
 
     def hidden(self, images: Tensor, layout: Layout) -> Tensor:
         """Hidden states of whole sequences, [B, T, D]."""

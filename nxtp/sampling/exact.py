@@ -94,7 +94,7 @@ class _Search:
         # Of each expanded label the best continuation not taken yet: (-probability, tie breaker, index, continuation).
         self.open: list[tuple[float, int, int, int]] = []
         self._ties = itertools.count()
-        self._add(_Label(1.0, (), (), -1), probs_V)
+        self._add([_Label(1.0, (), (), -1)], probs_V[None])
 
     def run(self) -> list[tuple[Sequence[int], Sequence[float]]]:
         while self._undecided():
@@ -117,11 +117,13 @@ class _Search:
         if len(self.finished) > self.top_k:
             heapq.heappop(self.finished)
 
-    def _add(self, label: _Label, probs_V: Tensor) -> None:
-        """An expanded label. Continuations beyond those that can still be expanded or returned are not needed."""
-        values, ids = probs_V.topk(min(len(probs_V), self.remaining + self.top_k + 1))
-        self.expanded.append((label, values.tolist(), ids.tolist()))
-        self._offer(len(self.expanded) - 1, 0)
+    def _add(self, labels: list[_Label], probs_NV: Tensor) -> None:
+        """Expanded labels. Continuations beyond those that can still be expanded or returned are not needed."""
+        best = probs_NV.topk(min(probs_NV.shape[1], self.remaining + self.top_k + 1))
+        packed = torch.stack([best.values.view(torch.int32), best.indices.int()]).cpu()  # one read from the device
+        for label, values, ids in zip(labels, packed[0].view(torch.float32).tolist(), packed[1].tolist(), strict=True):
+            self.expanded.append((label, values, ids))
+            self._offer(len(self.expanded) - 1, 0)
 
     def _offer(self, index: int, continuation: int) -> None:
         label, values, _ = self.expanded[index]
@@ -161,5 +163,4 @@ class _Search:
         hidden = decoder(decoder.embed(tokens), positions, mask, self.cache)
         probs_NV = (decoder.logits(hidden)[0] / self.config.temperature).softmax(dim=-1)
         self.remaining -= new
-        for label, probs_V in zip(labels, probs_NV, strict=True):
-            self._add(label, probs_V)
+        self._add(labels, probs_NV)

@@ -63,6 +63,7 @@ def one_shot(
     never_first: Sequence[int] = (),
     temperature: float = 1.0,
     classes: Vocabulary | None = None,
+    prefilled: tuple[Tensor, DynamicCache] | None = None,
 ) -> Samples:
     """The ``top_k`` likeliest first tokens, each continued greedily until its delimiter.
 
@@ -79,8 +80,9 @@ def one_shot(
         never_first: ids that no label may start with.
         temperature: logits are divided by it.
         classes: the only labels that may result, of any length. Probabilities stay those among all tokens.
+        prefilled: what ``model.prefill`` returned for these images.
     """
-    logits_BV, cache = model.prefill(images, prompt)
+    logits_BV, cache = prefilled or model.prefill(images, prompt)
     prefix = model.num_image_tokens + 1 + len(prompt)
     if classes is not None:
         max_tokens = classes.longest + 1

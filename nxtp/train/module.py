@@ -226,8 +226,9 @@ class RecognitionModule(L.LightningModule):
         self._count(batch, training=False)
         if len(batch) == 0:
             return None
-        loss = self(batch)
-        predictions = self.predict_labels(batch.images)
+        with torch.compiler.set_stance("force_eager"):  # each cache length, and each block with a cache, would compile
+            loss, prefilled = self.model.evaluate(batch.images, batch.layout, self.tokenizer.prompt_ids)
+            predictions = self.predict_labels(batch.images, prefilled)
         labels = [[label for label, _ in image] for image in predictions]
         for scores in (*self._scores[dataloader_idx].values(), *self._own[dataloader_idx].values()):
             scores.update(labels, batch.labels)
@@ -236,7 +237,7 @@ class RecognitionModule(L.LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         self.check_last_batch()
-        self._gathered.enter_context(unsharded(self.model))
+        self._gathered.enter_context(unsharded(self.model, self.parallel.reshard_after_forward))
 
     def end_validation(self) -> None:
         """Free the weights that were gathered for it."""
@@ -270,8 +271,13 @@ class RecognitionModule(L.LightningModule):
                 ", ".join(f"{name}/{value}" for value in found), name, labels,
             )  # fmt: skip
 
-    def predict_labels(self, images: Tensor) -> list[list[tuple[str, float]]]:
-        """Labels with their probabilities per image, most probable first. ``images``: uint8 [B, 3, H, W]."""
+    def predict_labels(self, images: Tensor, prefilled: Any = None) -> list[list[tuple[str, float]]]:
+        """Labels with their probabilities per image, most probable first.
+
+        Args:
+            images: uint8 [B, 3, H, W].
+            prefilled: what ``model.prefill`` returned for them; None computes it.
+        """
         samples = one_shot(
             self.model,
             images,
@@ -279,6 +285,7 @@ class RecognitionModule(L.LightningModule):
             delimiter=self.tokenizer.delimiter_id,
             top_k=self.validation.top_k,
             never_first=never_first(self.model, self.tokenizer),
+            prefilled=prefilled,
         )
         return rank(samples, self.tokenizer.decode_label, RankingConfig(), self.validation.top_k)
 
@@ -286,7 +293,8 @@ class RecognitionModule(L.LightningModule):
         total = self.trainer.estimated_stepping_batches
         if total == float("inf"):
             raise UserError("The learning-rate schedule needs an end: set trainer.max_steps or trainer.max_epochs.")
-        optimizer, schedule = build_optimizer(self.model, self.optim_config, int(total), fused=not self._scales_loss)
+        fused = not (self._scales_loss and self.trainer.gradient_clip_val)  # which Lightning refuses
+        optimizer, schedule = build_optimizer(self.model, self.optim_config, int(total), fused=fused)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     @property

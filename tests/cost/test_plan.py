@@ -2,6 +2,9 @@
 
 import io
 import json
+from collections import Counter
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -25,6 +28,7 @@ from nxtp.cost.plan import (
     sent_bytes,
 )
 from nxtp.data.config import DataConfig
+from nxtp.distributed.fsdp2 import FSDP2Strategy
 from nxtp.distributed.parallelize import ParallelConfig, parallelize
 from nxtp.errors import UserError
 from nxtp.model.layout import lay_out
@@ -43,12 +47,13 @@ class Sent(TorchDispatchMode):
 
     def __init__(self, ranks: int):
         super().__init__()
-        self.ranks, self.bytes = ranks, 0
+        self.ranks, self.bytes, self.of = ranks, 0, Counter()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
         name = function._schema.name
         if name.startswith("c10d::"):
+            self.of[name.split("::")[1]] += 1
             whole = {"_allgather_base_": args[0], "_reduce_scatter_base_": args[1]}[name.split("::")[1]]
             self.bytes += whole.numel() * whole.element_size() * (self.ranks - 1) / self.ranks
         return result
@@ -73,6 +78,21 @@ def test_bytes_are_what_fsdp_sends(trainable):
             sharded(torch.zeros(1, 3, 32, 32, dtype=torch.uint8), layout).total.backward()
     assert not dist.is_initialized()
     assert sent.bytes == pytest.approx(expected, rel=0.02)  # vectors are padded to a multiple of four
+
+
+def test_fsdp_reduces_gradients_with_the_last_accumulated_batch_only():
+    with _fake_mesh(Step("fsdp", ranks=4)) as mesh:
+        sharded = parallelize(model(), ParallelConfig(), mesh)
+        layout = lay_out([[(5, 6)]], prompt=[1, 2], delimiter=4, num_image_tokens=sharded.num_image_tokens)
+        strategy = FSDP2Strategy()
+        strategy._lightning_module = SimpleNamespace(model=sharded)
+        batches = []
+        for syncs in (strategy.block_backward_sync, nullcontext):
+            with syncs(), Sent(4) as sent:
+                sharded(torch.zeros(1, 3, 32, 32, dtype=torch.uint8), layout).total.backward()
+            batches.append(sent.of)
+    units = 2 + 2 + 2 + 1  # blocks of encoder and decoder, embedding and output layer, and the rest
+    assert [of["_reduce_scatter_base_"] for of in batches] == [0, units]
 
 
 def test_ddp_sends_its_gradients_twice_around_the_ring():

@@ -67,6 +67,32 @@ def gradients(model: Model, loss: torch.Tensor) -> dict[str, torch.Tensor]:
 # ---- the loss
 
 
+@pytest.mark.parametrize("objective", list(Objective))
+@pytest.mark.parametrize("rows", [1, 4])
+def test_a_loss_in_parts_is_the_whole_loss(model, monkeypatch, objective, rows):
+    layout, images = layout_of(model, LABELS, objective), random_images(4)
+    whole = model(images, layout)
+    expected = gradients(model, whole.total)
+    assert rows < len(layout.sources)
+    monkeypatch.setattr("nxtp.model.model.LOGITS", rows * VOCABULARY)
+    parts = model(images, layout)
+    torch.testing.assert_close(parts.nll_S, whole.nll_S, rtol=0, atol=1e-6)
+    torch.testing.assert_close(gradients(model, parts.total), expected, rtol=1e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("objective", list(Objective))
+def test_loss_and_labels_of_one_prefix_are_those_of_two(model, objective):
+    layout, images = layout_of(model, LABELS, objective), random_images(4)
+    settings = {"prompt": PROMPT, "delimiter": DELIMITER, "top_k": 5}
+    with torch.inference_mode():
+        loss, prefilled = model.evaluate(images, layout, PROMPT)
+        expected = model(images, layout)
+    torch.testing.assert_close(loss.nll_S, expected.nll_S, rtol=0, atol=1e-5)
+    apart, together = (one_shot(model, images, prefilled=p, **settings) for p in (None, prefilled))
+    assert torch.equal(apart.tokens_BKL, together.tokens_BKL)
+    torch.testing.assert_close(apart.probs_BKL, together.probs_BKL, rtol=1e-5, atol=1e-7)
+
+
 def log_probs_behind(model: Model, image: torch.Tensor, label: list[int], shift: int) -> torch.Tensor:
     """One label alone behind its prefix, its positions moved on by ``shift``: log-probabilities [T, V]."""
     count = model.num_image_tokens
@@ -363,7 +389,7 @@ def test_a_tower_cut_after_its_first_blocks(tower, tokens):
 
 
 @pytest.mark.parametrize("vision", [VIT, *(TOWERS[t][0] for t in ("CoCa's ViT", "timm ResNet"))])
-def test_an_encoder_starts_from_that_of_a_model_directory(tmp_path, vision):
+def test_an_encoder_starts_from_that_of_a_model_directory(tmp_path, vision, caplog):
     config = tiny_config(64)
     config.encoder = EncoderConfig(vision=vision, image_size=64)
     tokenizer = train_tokenizer(["rose"], vocab_size=400)
@@ -378,9 +404,12 @@ def test_an_encoder_starts_from_that_of_a_model_directory(tmp_path, vision):
     stored = yaml.safe_load((tmp_path / "m" / "config.yaml").read_text())
     stored["model"]["encoder"] |= {"resize_mode": "squash", "mean": [0.1, 0.2, 0.3], "quick_gelu": True}
     (tmp_path / "m" / "config.yaml").write_text(yaml.safe_dump(stored))
+    assert not caplog.messages
     used = Encoder(EncoderConfig(vision=vision, image_size=64, pretrained=str(tmp_path / "m"), std=[1.0] * 3)).config
     assert (used.resize_mode, used.mean, used.std) == ("squash", [0.1, 0.2, 0.3], [1.0] * 3)
     assert used.quick_gelu
+    (warning,) = caplog.messages
+    assert warning.startswith("model.encoder.std is [1.0, 1.0, 1.0]; ")
     config.encoder.pretrained = str(tmp_path / "m")
     Recognizer(Model(config, len(tokenizer)), tokenizer, config).save_pretrained(tmp_path / "next")
     assert str(tmp_path) not in (tmp_path / "next" / "config.yaml").read_text(), "it loads without the first directory"
@@ -475,7 +504,7 @@ class Eager(nn.Module):
 
     def __init__(self, lm: nn.Module):
         super().__init__()
-        self.lm = lm
+        self.lm, self.vocab_size = lm, lm.config.vocab_size
 
     def embed(self, tokens):
         return self.lm.model.embed_tokens(tokens)

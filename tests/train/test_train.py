@@ -117,8 +117,9 @@ def test_a_loss_that_is_not_finite_stops_with_the_keys(shards):
     module.log = lambda *a, **k: None
     with torch.no_grad():
         module.model.projection.weight.fill_(float("nan"))
+    module.training_step(batch_of(), 0)
     with pytest.raises(UserError, match=r"nan.*key0, key1"):
-        module.training_step(batch_of(), 0)
+        module.training_step(batch_of(), 1)
 
 
 def test_too_many_bad_samples_end_the_run():
