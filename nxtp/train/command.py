@@ -161,8 +161,8 @@ def filter_lightning_messages() -> None:
         r"`ModelCheckpoint\(monitor=.*could not find the monitored key",
     ):
         warnings.filterwarnings("ignore", message=message)
-    noise = ["Tip:", "GPU available: False", "TPU available: False", "`Trainer(val_check_interval"]
-    noise += ["Loading `train_data", "Detected KeyboardInterrupt"]
+    noise = "Tip:", "GPU available: False", "TPU available: False", "`Trainer(val_check_interval", "Loading `train_data"
+    noise = (*noise, "Detected KeyboardInterrupt")
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
         logging.getLogger(name).addFilter(lambda record: not any(text in record.getMessage() for text in noise))
 
@@ -297,7 +297,7 @@ def describe_data(data: WebDatasetDataModule) -> dict[str, Any]:
         sources = {key: source.shards for key, source in named_sources(spec).items()}
         parts = {
             key: {
-                "shards": f"{shards!s:.2000}",  # thousands of names are no part of a model directory
+                "shards": str(shards),
                 "manifest": manifest_hash(Path(shards)) if isinstance(shards, str) and Path(shards).is_dir() else None,
             }
             for key, shards in sources.items()

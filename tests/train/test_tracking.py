@@ -2,6 +2,7 @@
 
 import csv
 import json
+from datetime import datetime
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -86,11 +87,14 @@ def tracked(tmp_path_factory):
         "        if trainer.global_step == 4: os.kill(os.getpid(), signal.SIGTERM)\n"
     )
     outputs = [nxtp_runs(*command, stop, cwd=root, code=143, WANDB_API_KEY=KEY)]
+    stopped_after = json.loads((root / "runs/r/run.json").read_text())["wall_time_s"]
     outputs.append(nxtp_runs(*command, cwd=root, WANDB_API_KEY=KEY))
     run = root / "runs" / "r"
     sessions = sorted(run.glob("wandb/offline-run-*"))
     record = json.loads((run / "run.json").read_text())
-    return SimpleNamespace(run=run, record=record, sessions=sessions, outputs=outputs, root=root)
+    return SimpleNamespace(
+        run=run, record=record, sessions=sessions, outputs=outputs, root=root, stopped_after=stopped_after
+    )
 
 
 def test_without_a_key_a_run_is_offline(tmp_path):
@@ -111,6 +115,11 @@ def test_a_run_is_grouped_named_and_described(tracked):
         assert logged[key] == tracked.record["config"][key]
     assert logged["record"]["code"] == tracked.record["code"]
     assert logged["record"]["overrides"] == tracked.record["overrides"]
+
+
+def test_the_time_of_a_continued_run_is_that_of_all_its_starts(tracked):
+    started, updated = (datetime.fromisoformat(tracked.record[key]) for key in ("started", "updated"))
+    assert tracked.record["wall_time_s"] > tracked.stopped_after + (updated - started).total_seconds() - 1.5
 
 
 def test_a_continued_run_is_the_same_run(tracked):
