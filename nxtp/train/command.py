@@ -15,6 +15,7 @@ import lightning as L
 import torch
 from hydra.core.hydra_config import HydraConfig
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, WeightAveraging
+from lightning.pytorch.strategies import DDPStrategy
 from omegaconf import DictConfig, OmegaConf
 
 from nxtp.config import instantiated, to_dataclass
@@ -161,8 +162,8 @@ def filter_lightning_messages() -> None:
         r"`ModelCheckpoint\(monitor=.*could not find the monitored key",
     ):
         warnings.filterwarnings("ignore", message=message)
-    noise = "Tip:", "GPU available: False", "TPU available: False", "`Trainer(val_check_interval", "Loading `train_data"
-    noise = (*noise, "Detected KeyboardInterrupt")
+    noise = ["Tip:", "GPU available: False", "TPU available: False", "`Trainer(val_check_interval"]
+    noise += ["Loading `train_data", "Detected KeyboardInterrupt"]
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
         logging.getLogger(name).addFilter(lambda record: not any(text in record.getMessage() for text in noise))
 
@@ -251,6 +252,8 @@ def build_trainer(cfg: DictConfig, data: WebDatasetDataModule, run_dir: Path) ->
     if isinstance(trainer.strategy, FSDP2Strategy) and any(isinstance(c, WeightAveraging) for c in callbacks):
         raise UserError("callbacks: WeightAveraging averages whole weights: use trainer=ddp, or no averaging.")
     trainer.strategy.checkpoint_io = BackgroundCheckpoints()
+    if isinstance(trainer.strategy, DDPStrategy):
+        trainer.strategy._ddp_kwargs.setdefault("gradient_as_bucket_view", True)  # no second copy of all gradients
     return trainer
 
 
@@ -297,7 +300,7 @@ def describe_data(data: WebDatasetDataModule) -> dict[str, Any]:
         sources = {key: source.shards for key, source in named_sources(spec).items()}
         parts = {
             key: {
-                "shards": str(shards),
+                "shards": f"{shards!s:.2000}",  # thousands of names are no part of a model directory
                 "manifest": manifest_hash(Path(shards)) if isinstance(shards, str) and Path(shards).is_dir() else None,
             }
             for key, shards in sources.items()
