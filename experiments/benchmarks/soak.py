@@ -184,7 +184,8 @@ SERVERS = {"serve": ("/health", to_serve), "app": ("/config", to_app)}
 def running(command: str, model: str, port: int, place: Path, *options: str) -> Iterator[psutil.Process]:
     """A server's process, once it responds; its output is in ``place``/log, its temporary files in ``place``/tmp."""
     (place / "tmp").mkdir()
-    environment = os.environ | {"TMPDIR": str(place / "tmp")}
+    # One thread: several that wait for each other would take seconds for an operation on cores that are shared.
+    environment = os.environ | {"TMPDIR": str(place / "tmp"), "OMP_NUM_THREADS": "1"}
     call = [sys.executable, "-m", "nxtp", command, model, "--port", str(port), "--device", "cpu", *options]
     with open(place / "log", "w") as log:
         process = subprocess.Popen(call, stdout=log, stderr=log, env=environment)
