@@ -218,7 +218,9 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         return Image.fromarray(_unknown_range_to_8_bits(np.asarray(image))).convert("RGB")
     if not image.has_transparency_data:
         return image.convert("RGB")
-    rgba = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
+    rgba = image  # not a copy of it: four bytes per pixel
+    if image.mode != "RGBA":
+        rgba = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
     white = Image.new("RGB", image.size, "white")
     white.paste(rgba, mask=rgba.getchannel("A"))
     return white
