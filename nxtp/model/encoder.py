@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 from collections.abc import Mapping
@@ -16,6 +17,8 @@ from nxtp.errors import UserError, nearest
 from nxtp.model.hub import reason
 from nxtp.model.untrusted import read_yaml
 from nxtp.model.weights import MODEL_FILE, ComputesBuffers, SafetensorsFiles
+
+log = logging.getLogger("nxtp")
 
 PREFIX = "encoder.visual."  # of the tower's tensors in a model directory
 _probed: dict[str, tuple[list[str], int, int]] = {}  # of towers: a model directory's is built twice
@@ -96,8 +99,8 @@ class Encoder(ComputesBuffers):
 
     def __init__(self, config: EncoderConfig, load_pretrained: bool = True):
         super().__init__()
-        tower, self.config = _tower_config(config)
-        config = self.config
+        tower, trained = _tower_config(config)
+        self.config = config = config.filled(trained)
         key = repr((tower, config.depth))
         if key not in _probed:
             with torch.device("meta"):
@@ -105,6 +108,13 @@ class Encoder(ComputesBuffers):
         unused, self.num_tokens, self.width = _probed[key]
         self.visual = _build_tower(tower, config.depth)
         if config.pretrained is not None and load_pretrained:
+            null: dict[str, Any] = dict.fromkeys(DEFAULTS)
+            usual = replace(config, **null).filled(trained)
+            for name in (
+                name for name in DEFAULTS if getattr(config, name) != getattr(usual, name) and name in trained
+            ):
+                given, right = getattr(config, name), getattr(usual, name)
+                log.warning("model.encoder.%s is %s; '%s' was trained with %s.", name, given, config.pretrained, right)
             if is_model_dir(config.pretrained):
                 fill_from_model_dir(self.visual, Path(config.pretrained), without=unused)
             else:
@@ -171,8 +181,8 @@ class Encoder(ComputesBuffers):
         return [owner.get_submodule(name) for name in names]
 
 
-def _tower_config(config: EncoderConfig) -> tuple[dict[str, Any], EncoderConfig]:
-    """embed_dim, vision_cfg and quick_gelu as open_clip spells them; the configuration without null settings."""
+def _tower_config(config: EncoderConfig) -> tuple[dict[str, Any], Mapping[str, Any]]:
+    """embed_dim, vision_cfg and quick_gelu as open_clip spells them; the settings that its weights had in training."""
     import open_clip
 
     if config.name is not None and config.vision is None:
@@ -204,12 +214,12 @@ def _tower_config(config: EncoderConfig) -> tuple[dict[str, Any], EncoderConfig]
         isinstance(side, int) and isinstance(width, int) and side > 0 and (config.image_size / side) ** 2 * width < 1e8
     ):  # open_clip computes them at once, even on the meta device
         raise UserError("model.encoder.vision: sin_cos_2d positions of this size are not computed.")
-    quick_gelu = True if known.get("quick_gelu") else config.quick_gelu
-    config = replace(config, quick_gelu=quick_gelu).filled(_trained_with(config, vision))
-    return {"embed_dim": known["embed_dim"], "vision_cfg": vision, "quick_gelu": config.quick_gelu}, config
+    trained = _trained_with(config, vision) | ({"quick_gelu": True} if known.get("quick_gelu") else {})
+    quick_gelu = known.get("quick_gelu") or config.filled(trained).quick_gelu
+    return {"embed_dim": known["embed_dim"], "vision_cfg": vision, "quick_gelu": quick_gelu}, trained
 
 
-def _trained_with(config: EncoderConfig, vision: Mapping[str, Any]) -> Mapping[str, Any]:
+def _trained_with(config: EncoderConfig, vision: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of :data:`DEFAULTS` that the weights, or those known for the tower, were trained with.
 
     Raises:
@@ -227,8 +237,9 @@ def _trained_with(config: EncoderConfig, vision: Mapping[str, Any]) -> Mapping[s
             raise UserError(f"model.encoder.pretrained: '{path}' cannot be read: {reason(error)}.") from error
     if config.name is not None and (tags := open_clip.list_pretrained_tags_by_model(config.name)):
         if config.pretrained in tags:
-            return open_clip.get_pretrained_cfg(config.name, config.pretrained)
-        return {**open_clip.get_pretrained_cfg(config.name, tags[0]), "quick_gelu": False}
+            return {"quick_gelu": False, **open_clip.get_pretrained_cfg(config.name, config.pretrained)}
+        known = open_clip.get_pretrained_cfg(config.name, tags[0])
+        return {name: value for name, value in known.items() if name != "quick_gelu"}  # tags differ in it
     if "timm_model_name" in vision:
         import timm
 
