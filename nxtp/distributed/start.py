@@ -40,7 +40,7 @@ class StartTogether(L.Callback):
             yield
         except RuntimeError as error:
             environment = getattr(self.strategy, "cluster_environment", None)
-            if self.have_met or environment is None or isinstance(error, UserError):
+            if self.have_met or environment is None:
                 raise
             place = f"{environment.main_address}:{environment.main_port}"
             raise UserError(
@@ -49,12 +49,12 @@ class StartTogether(L.Callback):
             ) from error
 
     def setup(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
-        if self.have_met or trainer.world_size == 1:
-            return
+        if not self.have_met and trainer.world_size > 1:
+            self.strategy._timeout = self._later
+            set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout  # older PyTorch
+            set_timeout(self._later)
+            require_same(self.opened)
         self.have_met = True
-        self.strategy._timeout = self._later
-        getattr(dist, "set_timeout", dist.distributed_c10d._set_pg_timeout)(self._later)
-        require_same(self.opened)
 
 
 def require_same(opened: dict[str, Any]) -> None:

@@ -1,10 +1,14 @@
 """How ranks start: one that does not come, or has opened something else, ends all of them in one line."""
 
+from datetime import timedelta
+from types import SimpleNamespace
+
 import pytest
 from helpers import TINY_OVERRIDES, run_nxtp, start_nxtp, write_shards
+from lightning.pytorch.plugins.environments import LightningEnvironment
 
 from nxtp.deploy.ports import free_port
-from nxtp.distributed.start import difference
+from nxtp.distributed.start import StartTogether, difference
 
 pytestmark = pytest.mark.costly
 
@@ -24,6 +28,15 @@ def test_the_first_difference_is_named():
     three = {**one, "data": {"train": {"a.tar": "3 samples", "c.tar": "4"}}}
     assert difference(one, three) == "data.train.b.tar: nothing instead of 4"
     assert difference(three, one) == "data.train.c.tar: nothing instead of 4"
+
+
+def test_an_error_of_the_training_is_not_one_of_the_start():
+    strategy = SimpleNamespace(cluster_environment=LightningEnvironment(), _timeout=timedelta(minutes=30))
+    start = StartTogether(strategy, 5, {})
+    assert strategy._timeout == timedelta(seconds=5)
+    start.setup(SimpleNamespace(world_size=1), None, "fit")
+    with pytest.raises(RuntimeError, match="of the training"), start.waiting():
+        raise RuntimeError("of the training")
 
 
 @pytest.mark.parametrize("rank", ["0", "1"])
