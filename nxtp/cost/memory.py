@@ -1,7 +1,7 @@
 """Memory per rank before a run: a training step runs on fake tensors in a fake process group, its allocations counted.
 
-Optimiser state and DDP's buckets are added by formula. Not counted: the CUDA context and the buffers of cuBLAS and NCCL
-(1 to 2 GB), fragmentation, validation.
+Optimiser state is added by formula; DDP's gradients are views into its buckets. Not counted: the CUDA context and the
+buffers of cuBLAS and NCCL (1 to 2 GB), fragmentation, validation.
 """
 
 from __future__ import annotations
@@ -330,10 +330,8 @@ def _sum_up(live: _LiveBytes, model: Model, optim: OptimConfig, step: Step, save
     """Add what exists all the time, and check whether the optimiser's update needs more than the step."""
     trained = [p for p in model.parameters() if p.requires_grad]
     gradients = _bytes(trained)
-    buckets = gradients if step.strategy == "ddp" else 0
     always = {
         "weights": _bytes([*model.parameters(), *model.buffers()]),
-        "gradients": buckets,
         "optimizer": 2 * (gradients if optim.state_bits == 32 else sum(map(_bytes_of_8_bit_moment, trained))),
     }
     # Fused AdamW and torchao's AdamW work in place. With a loss scaler AdamW is not fused: on a GPU the roots of all
@@ -345,7 +343,7 @@ def _sum_up(live: _LiveBytes, model: Model, optim: OptimConfig, step: Step, save
     totals = [{part: moment.get(part, 0) + always.get(part, 0) for part in PARTS} for moment in moments]
     most = {
         "weights": always["weights"] + live.most_gathered,
-        "gradients": gradients + buckets,
+        "gradients": gradients,
         "optimizer": always["optimizer"],
         "activations": saved,
     }

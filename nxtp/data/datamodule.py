@@ -11,7 +11,6 @@ from functools import partial
 from typing import Any
 
 import lightning as L
-import torch
 from torch.utils.data import DataLoader
 
 from nxtp.data.config import DataConfig
@@ -170,5 +169,6 @@ class WebDatasetDataModule(L.LightningDataModule):
         )
         if shards.cache is not None:
             sampler.prefetch = shards.prefetch
-        batches = self._batches(shards, training=training)
-        return ResumableDataLoader(batches, sampler, config.num_workers, pin_memory=torch.cuda.is_available())
+        on_gpu = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
+        batches = self._batches(shards, training=training, multiple=8 if on_gpu else 1)
+        return ResumableDataLoader(batches, sampler, config.num_workers, pin_memory=on_gpu)

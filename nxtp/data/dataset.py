@@ -69,10 +69,11 @@ class BatchDataset(Dataset):
         objective: Objective,
         prompts: Sequence[str],
         training: bool,
+        multiple: int = 1,
     ):
         self.shards, self.tokenizer, self.config = shards, tokenizer, config
         self.transform, self.num_image_tokens, self.objective = transform, num_image_tokens, objective
-        self.prompts, self.training = list(prompts), training
+        self.prompts, self.training, self.multiple = list(prompts), training, multiple
         self.nouns = noun_backend(config.nouns, config.stop_nouns)
         self.features = FeatureStore(config.features) if training and config.features else None
 
@@ -110,6 +111,7 @@ class BatchDataset(Dataset):
             delimiter=self.tokenizer.delimiter_id,
             num_image_tokens=self.num_image_tokens,
             objective=self.objective,
+            multiple=self.multiple,
         )
         return Batch(
             torch.stack(images) if images else self._blank[None][:0], layout, keys, texts, len(positions), skipped

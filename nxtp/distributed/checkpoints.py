@@ -10,6 +10,7 @@ import copy
 import io
 import os
 import pickle
+import time
 import warnings
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -25,7 +26,6 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.tensor import DTensor
-from torch.utils._pytree import tree_map_only
 
 from nxtp.errors import UserError, root_cause
 from nxtp.model.weights import Spec, Weights, assign
@@ -41,29 +41,32 @@ class BackgroundCheckpoints(TorchCheckpointIO):
 
     It is written beside ``path`` and takes its place when it is complete. One is written at a time: the next save or
     load waits for it and raises its error.
+
+    ``pause_s``  seconds that saving has held up the training, so far
     """
 
     def __init__(self) -> None:
+        self.pause_s = 0.0
+        gpu = torch.cuda.is_available()  # then copied to pinned memory, which is kept for the next
+        self._stager = DefaultStager(StagingOptions(gpu, False, False, gpu))
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: tuple[Path, Future] | None = None
-        self._stager: DefaultStager | None = None
         self._group: dist.ProcessGroup | None = None  # of its own: training's collectives go on meanwhile
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
         """A collective call if weights are sharded."""
+        begin = time.perf_counter()
         self.wait()
         path = Path(path)
         if any(isinstance(tensor, DTensor) for tensor in checkpoint["state_dict"].values()):
             future = self._save_shards(checkpoint, path)
         else:
-            copied = tree_map_only(Tensor, lambda tensor: tensor.detach().to("cpu", copy=True), checkpoint)
-            future = self._pool.submit(_write_file, copied, path)
+            future = self._pool.submit(_write_file, self._stager.stage(checkpoint), path)
         self._pending = path, future
+        self.pause_s += time.perf_counter() - begin
 
     def _save_shards(self, checkpoint: dict[str, Any], path: Path) -> Future:
-        if self._stager is None:
-            gpu = torch.cuda.is_available()
-            self._stager = DefaultStager(StagingOptions(gpu, False, False, gpu))
+        if self._group is None:
             self._group = dist.new_group(backend="gloo")
         states = [state | {"state": {}} for state in checkpoint.get("optimizer_states", [])]
         rest = checkpoint | {"state_dict": {}, "optimizer_states": states}

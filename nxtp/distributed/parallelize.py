@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
@@ -26,8 +25,8 @@ class ParallelConfig:
 
     ``activation_checkpointing``  recompute each block's activations in the backward pass instead of storing them
     ``compile``   torch.compile each block
-    ``reshard_after_forward``  trainer=fsdp: free a block's gathered weights until its backward pass; false is faster and
-                               keeps all of them
+    ``reshard_after_forward``  trainer=fsdp: free a block's gathered weights until its backward pass; false is faster
+                               and keeps all of them
     ``start_timeout``   seconds that ranks wait for each other at the start
     """
 

@@ -80,12 +80,14 @@ def lay_out(
     delimiter: int,
     num_image_tokens: int,
     objective: Objective | str = Objective.MATCHED,
+    multiple: int = 1,
 ) -> Layout:
     """Put all labels of each image behind its prefix.
 
     Args:
         labels: the labels of each image, each a non-empty sequence of token ids without the delimiter.
         prompt: BOS and prompt token ids, at least one.
+        multiple: T is padded to one; a GPU's matrix products want 8.
 
     Returns:
         A :class:`Layout` as long as its longest sequence.
@@ -116,6 +118,7 @@ def lay_out(
     column = prefix + within_image
 
     length = prefix + int(tokens_per_image.max(initial=0))
+    length += -length % multiple
     ids = np.zeros((batch, length), dtype=np.int64)
     segments = np.full((batch, length), -1, dtype=np.int64)
     positions = np.tile(np.arange(length), (batch, 1))

@@ -108,7 +108,7 @@ class Model(nn.Module):
         return Loss(nll_S)
 
     def _nll(self, hidden_RD: Tensor, pairs_S: Tensor, targets_S: Tensor) -> Tensor:
-        """Of the pairs whose row is one of ``hidden_RD``'s, the negative log-likelihood; of the others 0. float32 [S]."""
+        """Negative log-likelihood of the pairs whose row is one of ``hidden_RD``'s, 0 of the others; float32 [S]."""
         logits = self.decoder.logits(hidden_RD)
         rows_S = pairs_S.clamp(0, len(hidden_RD) - 1)
         return (logits.logsumexp(dim=-1)[rows_S] - logits[rows_S, targets_S]).where(rows_S == pairs_S, 0.0)

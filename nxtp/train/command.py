@@ -249,8 +249,11 @@ def build_trainer(cfg: DictConfig, data: WebDatasetDataModule, run_dir: Path) ->
     callbacks.append(PreemptionHandler(last_checkpoint(run_dir)))
     options = {"_convert_": "all", "logger": loggers or False, "callbacks": callbacks, "default_root_dir": None}
     trainer = instantiated(cfg.trainer, "trainer", **options)
-    if isinstance(trainer.strategy, FSDP2Strategy) and any(isinstance(c, WeightAveraging) for c in callbacks):
-        raise UserError("callbacks: WeightAveraging averages whole weights: use trainer=ddp, or no averaging.")
+    if any(isinstance(callback, WeightAveraging) for callback in callbacks):
+        if isinstance(trainer.strategy, FSDP2Strategy):
+            raise UserError("callbacks: WeightAveraging averages whole weights: use trainer=ddp, or no averaging.")
+        for saver in (c for c in callbacks if isinstance(c, ModelCheckpoint)):
+            saver.save_weights_only = False  # such a checkpoint of Lightning has the weights that are not averaged
     trainer.strategy.checkpoint_io = BackgroundCheckpoints()
     if isinstance(trainer.strategy, DDPStrategy):
         trainer.strategy._ddp_kwargs.setdefault("gradient_as_bucket_view", True)  # no second copy of all gradients

@@ -52,6 +52,22 @@ def test_layout_is_the_plain_construction(labels, prompt, num_image_tokens, obje
         assert sorted(zip(columns[mine].tolist(), layout.targets_S[mine].tolist(), strict=True)) == pairs
 
 
+@settings(max_examples=30, deadline=None)
+@given(batch_of_labels, prompts, st.integers(1, 6), st.sampled_from(list(Objective)))
+def test_a_length_of_a_multiple_adds_padding_only(labels, prompt, num_image_tokens, objective):
+    fields = {"prompt": prompt, "num_image_tokens": num_image_tokens, "objective": objective}
+    exact, padded = (lay_out(labels, delimiter=DELIMITER, multiple=n, **fields) for n in (1, 8))
+    length = exact.segments_BT.shape[1]
+    assert padded.segments_BT.shape[1] == -(-length // 8) * 8
+    assert (padded.segments_BT[:, length:] == -1).all()
+    for name in ("segments_BT", "positions_BT", "tokens_BU"):
+        own, short = getattr(padded, name), getattr(exact, name)
+        assert torch.equal(own[:, : short.shape[1]], short)
+    assert torch.equal(padded.targets_S, exact.targets_S)
+    rows, columns = padded.sources // padded.segments_BT.shape[1], padded.sources % padded.segments_BT.shape[1]
+    assert torch.equal((rows * length + columns)[padded.pairs_S], exact.sources[exact.pairs_S])
+
+
 @settings(max_examples=150, deadline=None)
 @given(batch_of_labels, st.integers(1, 6), st.sampled_from(list(Objective)))
 def test_mask_is_the_definition(labels, num_image_tokens, objective):

@@ -46,7 +46,10 @@ class Run:
             global_step=0,
             log_every_n_steps=every,
             train_dataloader=SimpleNamespace(waited=0.0),
-            strategy=SimpleNamespace(all_gather=lambda mine: torch.stack([mine, *(mine * o for o in others)])),
+            strategy=SimpleNamespace(
+                all_gather=lambda mine: torch.stack([mine, *(mine * o for o in others)]),
+                checkpoint_io=SimpleNamespace(pause_s=0.0),
+            ),
             world_size=1 + len(others),
             is_global_zero=True,
             precision="bf16-mixed",
@@ -116,6 +119,14 @@ def test_accumulated_batches_are_one_step(monkeypatch):
         run.step()
         assert len(run.logged) == number // 6
     assert run.logged[1]["perf/images_per_s"] == pytest.approx(12 / 2.4)
+
+
+def test_the_pause_of_a_save_is_logged_once(monkeypatch):
+    run = Run(monkeypatch)
+    for number in range(6):
+        run.trainer.strategy.checkpoint_io.pause_s += 1.5 * (number == 2)
+        run.step()
+    assert [values.get("perf/checkpoint_s") for values in run.logged] == [None, 1.5, None]
 
 
 def test_ranks_add_up_and_the_worst_is_logged(monkeypatch):

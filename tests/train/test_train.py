@@ -14,6 +14,7 @@ from nxtp.data.config import DataConfig
 from nxtp.data.datamodule import WebDatasetDataModule
 from nxtp.data.dataset import Batch
 from nxtp.data.transforms import ImageTransform
+from nxtp.distributed.checkpoints import read_file
 from nxtp.errors import UserError
 from nxtp.inference.recognizer import Recognizer
 from nxtp.model.layout import Objective, lay_out
@@ -178,6 +179,8 @@ def test_a_run_directory_holds_everything(workplace):
     assert record["parameters"]["total"] == record["parameters"]["total_trained"] > 0
     assert {"config.yaml", "checkpoints", "model", "tokenizer"} <= {p.name for p in run.iterdir()}
     assert {"best.ckpt", "last.ckpt"} <= {p.name for p in (run / "checkpoints").iterdir()}
+    stored = {name: read_file(run / "checkpoints" / f"{name}.ckpt") for name in ("best", "last")}
+    assert [bool(stored[name].get("optimizer_states")) for name in ("best", "last")] == [False, True]
     assert "Skipped" in done.stderr
     for path in (run / "checkpoints").iterdir():
         torch.load(path, weights_only=True)

@@ -28,6 +28,7 @@ class Throughput(L.Callback):
         perf/padding          share of the decoder's positions that are padding
         perf/tflops           model TFLOP/s per device: by formula, without padding and recomputation
         perf/mfu              the same as a share of the device's peak; missing if that is unknown
+        perf/checkpoint_s     seconds that saving checkpoints held up the training, if one was saved
         perf/peak_memory_gb   since the start, on the rank that needs most; allocated on a GPU, resident on a CPU
 
     Validation and the start of an epoch are excluded. The GPU is synchronised only at a log and before a validation.
@@ -37,7 +38,7 @@ class Throughput(L.Callback):
         self.flops = flops
         self.line = ""  # the last log, as text
         self._mark: tuple[float, float] | None = None  # clock, and seconds waited for the loader until then
-        self._step = 0
+        self._step, self._saving_s = 0, 0.0
         self._reset()
 
     def _reset(self) -> None:
@@ -92,6 +93,9 @@ class Throughput(L.Callback):
         values = self._together(trainer, module.device)
         self._reset()
         self._resume(trainer)
+        saving_s = getattr(trainer.strategy.checkpoint_io, "pause_s", 0.0)
+        if saving_s > self._saving_s:
+            values["perf/checkpoint_s"], self._saving_s = saving_s - self._saving_s, saving_s
         module.log_dict(values)
         self.line = speed_line(values)
         if trainer.is_global_zero and not get_console().is_terminal:  # a progress bar is not visible
