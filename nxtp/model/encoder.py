@@ -110,11 +110,10 @@ class Encoder(ComputesBuffers):
         if config.pretrained is not None and load_pretrained:
             null: dict[str, Any] = dict.fromkeys(DEFAULTS)
             usual = replace(config, **null).filled(trained)
-            for name in (
-                name for name in DEFAULTS if getattr(config, name) != getattr(usual, name) and name in trained
-            ):
-                given, right = getattr(config, name), getattr(usual, name)
-                log.warning("model.encoder.%s is %s; '%s' was trained with %s.", name, given, config.pretrained, right)
+            for name, right in asdict(usual).items():
+                if name in trained and getattr(config, name) != right:
+                    given, where = getattr(config, name), config.pretrained
+                    log.warning("model.encoder.%s is %s; '%s' was trained with %s.", name, given, where, right)
             if is_model_dir(config.pretrained):
                 fill_from_model_dir(self.visual, Path(config.pretrained), without=unused)
             else:
