@@ -143,15 +143,13 @@ def run(*arguments: str):
 
 def test_the_command_prints_one_object_or_tables_of_it(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    done = run("experiment=g3m", *SMALL, "--gpus", "2,16", "--global-batch", "64", "--json")
+    done = run("experiment=g3m", *SMALL, "--gpus", "2", "--global-batch", "64", "--json")
     assert done.exit_code == 0, done.output
-    assert "planning fsdp on 16 GPUs" in done.stderr
+    assert "planning fsdp on 2 GPUs" in done.stderr
     result = json.loads(done.stdout)
     assert [(row["gpus"], row["strategy"], row["images_per_gpu"]) for row in result["rows"]] == [
         (2, "ddp", 32),
         (2, "fsdp", 32),
-        (16, "ddp", 4),
-        (16, "fsdp", 4),
     ]
     first = result["rows"][0]
     assert first["hours"] == pytest.approx(3_645_221 * 3 / 64 * first["step_s"] / 3600)

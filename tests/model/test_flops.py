@@ -56,7 +56,7 @@ def published(depth: int) -> Model:
     return meta_model(config, None, to_dataclass(OptimConfig, recipe.optim, "optim").trainable)
 
 
-@pytest.mark.parametrize("depth", [1, 6, 32])
+@pytest.mark.parametrize("depth", [1, 6, pytest.param(32, marks=pytest.mark.slow)])  # formula and counter are linear
 def test_published_model_costs_what_the_counter_counts(depth):
     model = published(depth)
     formula, counter = by_formula(model), counted(model)

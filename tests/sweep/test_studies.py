@@ -41,7 +41,11 @@ def test_there_are_these_studies():
     assert set(SWEEPS) == set(study_names())
 
 
-@pytest.mark.parametrize("sweep", SWEEPS)
+# The full studies have the same axes and more values: a second for each.
+OFTEN = [pytest.param(s, marks=[pytest.mark.slow] if s.endswith("/full") else []) for s in SWEEPS]
+
+
+@pytest.mark.parametrize("sweep", OFTEN)
 def test_every_value_of_the_grid_composes(sweep):
     """In the first point that has it: what a value changes does not depend on the other values."""
     cfg = shared(sweep)

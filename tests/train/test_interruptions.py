@@ -287,6 +287,7 @@ def test_a_signal_in_validation(root):
     assert_same_run(root, undisturbed(root, "one"), "validating")
 
 
+@pytest.mark.slow  # 8 s; as the one above, between accumulated batches
 def test_a_signal_in_validation_within_a_step(root):
     """Accumulated batches are not lost: the run stops after a step, the one after the signal was shared."""
     within = ["data.batch_size=4", "trainer.accumulate_grad_batches=2", "trainer.val_check_interval=5"]
