@@ -1,6 +1,7 @@
 # Everything starts from a bare clone and needs nothing by hand.
 #   make demo       install, draw scenes, train, evaluate, predict: the whole system in ten minutes on a laptop CPU
 #   make test       install what tests need, lint, test         make test-all   the slow tests too
+#   make drills     kills, damage and hostile files, for up to an hour
 #   make docs       the documentation as a site, in site/
 #   make scenes     the larger recipe: 550 concepts, up to an hour on two cores
 
@@ -11,7 +12,7 @@ DEMO   := $(VENV)/.demo
 READY  := $(VENV)/.ready
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo scenes test test-all lint docs install clean
+.PHONY: demo scenes test test-all drills lint docs install clean
 .DEFAULT_GOAL := test
 
 install: $(READY)
@@ -46,6 +47,10 @@ test: lint
 
 test-all: lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m ''
+
+# Kills, damage, hostile files and requests: up to an hour; its table is in docs/reliability.md.
+drills: $(READY)
+	$(BIN)/python experiments/drills.py
 
 demo: $(DEMO)
 	$(BIN)/nxtp prepare scenes --out data/shards/demo --concepts 100 --train 20800 --val 1000 --val-style 1000

@@ -25,13 +25,16 @@ def refusals(tmp_path_factory):
     return hostile_directories.read_refusals(root / "refusals.jsonl")
 
 
-def test_hostile_directories_are_refused_in_one_line(refusals):
+def test_hostile_directories_are_refused_in_one_line(refusals, record_property):
+    record_property("directories refused in one line", len(refusals))
     assert len(refusals) == len(hostile_directories.HOSTILE) >= 48
     assert {row.kind: (row.error, row.message) for row in refusals if row.error != "UserError"} == {}
     assert [row.message for row in refusals if "\n" in row.message or len(row.message) > 600] == []
 
 
-def test_hostile_directories_take_little_memory_and_time(refusals):
+def test_hostile_directories_take_little_memory_and_time(refusals, record_property):
+    record_property("s at most for one", f"{max(row.seconds for row in refusals):.1f}")
+    record_property("MB at most for one", f"{max(row.megabytes for row in refusals):.0f}")
     # The drill prints the seconds; here the machine may be busy.
     assert {row.kind: row.megabytes for row in refusals if row.megabytes >= hostile_directories.MEGABYTES} == {}
     assert {row.kind: row.seconds for row in refusals if row.seconds >= 5 * hostile_directories.SECONDS} == {}

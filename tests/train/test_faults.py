@@ -137,8 +137,9 @@ def damaged(tmp_path):
     return local, remote, sound, counts
 
 
-def test_training_sees_exactly_the_undamaged_samples(tmp_path, damaged):
+def test_training_sees_exactly_the_undamaged_samples(tmp_path, damaged, record_property):
     _, remote, sound, counts = damaged
+    record_property("damaged samples and shards, each counted", sum(counts.values()))
     (tmp_path / "watch.py").write_text(WATCH)
     with serving(remote, stall=("stall.tar",)) as (url, _):
         done = run_nxtp(

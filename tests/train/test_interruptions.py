@@ -114,9 +114,10 @@ def test_killed_runs_reach_the_same_weights(root, strategy):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", list(STRATEGIES))
-def test_killed_at_twenty_random_points(root, strategy):
+def test_killed_at_twenty_random_points(root, strategy, record_property):
     names, longer = [f"killed20_{strategy}_{i}" for i in range(5)], "trainer.max_epochs=4"
     struck = sum(kill_again_and_again(root, name, strategy, 4, 10 + i, longer) for i, name in enumerate(names))
+    record_property("kills, weights equal to the bit", struck)
     assert struck >= 16
     for name in names:
         assert_same_run(root, undisturbed(root, strategy, longer), name, epochs=4)
