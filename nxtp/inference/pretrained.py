@@ -216,7 +216,7 @@ def fit(config: ModelConfig, weights: SafetensorsFiles, directory: Path) -> tupl
     described = lm.config or {}
     if any((described.get(key) or 0) > len(weights.specs) for key in ("num_hidden_layers", "num_labels")):
         raise UserError(f"{where} describes more blocks than {directory / model_dir.WEIGHTS} has tensors.")
-    with _bounded():
+    with _bounded(min(_MAX_TENSORS, 1_000 + 4 * len(weights.specs))):
         model = meta_model(config, None)
         with torch.device("meta"), torch.no_grad():  # widths that are right one by one may not fit together
             mask = torch.ones(1, 1, 2, 2, dtype=torch.bool)
@@ -234,15 +234,15 @@ def fit(config: ModelConfig, weights: SafetensorsFiles, directory: Path) -> tupl
 
 
 @contextmanager
-def _bounded() -> Iterator[None]:
-    """End the construction of a model of too many tensors."""
+def _bounded(most: int) -> Iterator[None]:
+    """End the construction of a model of more than ``most`` tensors."""
     count = 0
 
     def register(*_: Any) -> None:
         nonlocal count
         count += 1
-        if count > _MAX_TENSORS:
-            raise UserError(f"A model of more than {_MAX_TENSORS:,} tensors is not built.")
+        if count > most:
+            raise UserError(f"Its config.yaml builds a model of more than {most:,} tensors: it is not the file's.")
 
     hook = register_module_parameter_registration_hook(register)
     try:
