@@ -160,6 +160,8 @@ def test_evaluate_of_a_closed_vocabulary(place):
     right = [labels[0] in row["labels"] for labels, row in zip(ranked, rows, strict=True)]
     assert metrics["v/hit@1"] == pytest.approx(sum(right) / 6)
     assert metrics["v/hit@5"] == 1
+    assert call_nxtp("evaluate", *arguments, "data.max_samples=4", "out=part", cwd=place).returncode == 0
+    assert json.loads((place / "part" / "metrics.json").read_text())["v/images"] == 4
 
 
 @pytest.mark.parametrize(

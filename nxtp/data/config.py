@@ -33,8 +33,9 @@ class DataConfig:
     ``val``               name → shards, each evaluated and logged under its name
     ``batch_size``        images per rank and step
     ``num_workers``       loader processes per rank
-    ``max_samples``       use only so many training samples: a fixed, nested choice (more samples contain fewer)
-    ``fraction``          the same as a share of all training samples
+    ``max_samples``       use only so many training samples; with nxtp evaluate so many of each set. A fixed, nested
+                          choice (more samples contain fewer)
+    ``fraction``          the same as a share of all samples
     ``subset_seed``       seed of that choice; the training seed does not change it
     ``shuffle_window``    shuffle samples within windows of this many, over shuffled shards; 0 shuffles shards only
     ``nouns``             backend that finds the nouns of a caption, for samples without labels of their own

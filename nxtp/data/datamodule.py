@@ -148,8 +148,13 @@ class WebDatasetDataModule(L.LightningDataModule):
     def val_dataloader(self) -> list[ResumableDataLoader]:
         return [self.loader(name, spec, training=False) for name, spec in self.config.val.items()]
 
-    def loader(self, name: str, spec: Any, *, training: bool) -> ResumableDataLoader:
-        """Batches of one set: shuffled and in whole steps for training, each sample once otherwise."""
+    def loader(self, name: str, spec: Any, *, training: bool, whole: bool | None = None) -> ResumableDataLoader:
+        """Batches of one set: shuffled and in whole steps for training, each sample once otherwise.
+
+        Args:
+            whole: ignore data.max_samples and data.fraction, which bound the training set.
+        """
+        whole = not training if whole is None else whole
         opened = self.open(name, spec)
         shards = opened.shards
         rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
@@ -163,8 +168,8 @@ class WebDatasetDataModule(L.LightningDataModule):
             shuffle_window=config.shuffle_window,
             rank=rank,
             world=world,
-            max_samples=config.max_samples if training else None,
-            fraction=config.fraction if training else None,
+            max_samples=None if whole else config.max_samples,
+            fraction=None if whole else config.fraction,
             subset_seed=config.subset_seed,
         )
         if shards.cache is not None:

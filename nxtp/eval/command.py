@@ -105,7 +105,7 @@ def evaluate_sets(cfg: DictConfig, out: Path, record: RunRecord) -> dict[str, fl
     predictions = out / ".predictions.jsonl.part"
     with predictions.open("w") as file:
         for name, spec in config.val.items():
-            loader = data.loader(name, spec, training=False)
+            loader = data.loader(name, spec, training=False, whole=False)
             warn_if_nouns_differ(name, spec, config.nouns, recognizer.provenance.get("nouns"))
             exact = ExactMatch(top_k=cfg.top_k)
             scores: dict[str, Metric] = {"": exact}
