@@ -110,7 +110,9 @@ class RecognitionModule(L.LightningModule):
         self.model: Any = None  # a Model, once it is configured
         self._gathered = ExitStack()  # the full weights, while validating
         self.stop_signal, self.stop_agreed = 0, False
-        self._step_tokens = self._divisor = None  # supervised tokens of the step so far, and of its first batch
+        # Supervised tokens of the step so far, and of its first batch: tensors on the device, None between steps.
+        self._step_tokens: Any = None
+        self._divisor: Any = None
         self._sums: Sums | None = None  # of the last batch, not read yet
         self._losses = nn.ModuleList(MeanMetric() for _ in self.val_names)
         k, semantic = self.validation.top_k, self.validation.semantic
