@@ -1,7 +1,7 @@
 """Every shipped configuration composes and instantiates; a wrong key names the nearest right one."""
 
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, fields
 
 import pytest
 from helpers import composed, write_shards
@@ -14,12 +14,14 @@ from nxtp import config
 from nxtp.config import compose_and_run, conf_dir, help_text, to_dataclass
 from nxtp.data.config import DataConfig
 from nxtp.errors import UserError
+from nxtp.model.encoder import EncoderConfig
 from nxtp.model.flops import count_parameters, meta_model
 from nxtp.model.layout import Objective
 from nxtp.model.model import ModelConfig
 from nxtp.model.trainable import TrainableConfig
 from nxtp.sampling.ranking import RANKINGS, RankingConfig, ranking_config
 from nxtp.sampling.samplers import sampler_config
+from nxtp.train.command import SECTIONS
 from nxtp.train.module import ValidationConfig
 from nxtp.train.optim import OptimConfig
 
@@ -220,6 +222,14 @@ def test_the_precision_is_the_trainers(tmp_path, experiment):
     for trainer in ("gpu", "ddp", "fsdp"):
         assert composed(tmp_path, f"experiment={experiment}", f"trainer={trainer}").trainer.precision == "bf16-mixed"
     assert composed(tmp_path, f"experiment={experiment}", "trainer=cpu").trainer.precision == "32-true"
+
+
+def test_every_setting_is_a_key_that_can_be_given_without_a_plus(tmp_path):
+    cfg = composed(tmp_path)
+    keys = {name: cfg[name].keys() for name in SECTIONS}
+    assert {(name, f.name) for name, kind in SECTIONS.items() for f in fields(kind) if f.name not in keys[name]} == set()
+    for path in (conf_dir() / "model" / "encoder").iterdir():
+        assert OmegaConf.load(path).keys() == {f.name for f in fields(EncoderConfig)}, path
 
 
 def test_documented_options_of_wandb_exist(tmp_path):
