@@ -323,7 +323,45 @@ def instantiated(node: Any, where: str, **arguments: Any) -> Any:
     except InstantiationException as error:
         if isinstance(error.__cause__, UserError):
             raise error.__cause__ from error
-        raise UserError(f"{where} cannot be instantiated: {error.__cause__ or error}") from error
+        reason = " ".join(str(error.__cause__ or error).split())
+        raise UserError(f"{where} cannot be instantiated: {reason}") from error
+
+
+def rank_count(trainer: Any) -> int:
+    """Ranks of a node ``trainer``. Lightning's ``devices`` is a number, a list, "0,1", or auto: all of this machine."""
+    devices = trainer["devices"]
+    if isinstance(devices, str) and "," in devices:
+        devices = [part for part in devices.split(",") if part.strip()]
+    if OmegaConf.is_list(devices) or isinstance(devices, list):
+        devices = len(devices)
+    if devices in ("auto", -1, "-1"):
+        import torch
+
+        devices = 1 if trainer["accelerator"] == "cpu" else max(torch.cuda.device_count(), 1)
+    return int(devices) * int(trainer["num_nodes"])
+
+
+def _accumulate(*, _parent_: Any, _root_: Any) -> int:
+    """Batches per step of a node ``trainer``, so that a step has ``global_batch`` images."""
+    if _root_.get("global_batch") is None:
+        return 1
+    return max(int(_root_.global_batch) // max(_root_.data.batch_size * rank_count(_parent_), 1), 1)
+
+
+def _accelerator() -> str:
+    import torch
+
+    return "gpu" if torch.cuda.is_available() else "cpu"
+
+
+def _precision(accelerator: str, on_cpu: str) -> str:
+    """bf16-mixed on a GPU, unless the one of this machine has no bfloat16."""
+    import torch
+
+    if accelerator != "gpu":
+        return on_cpu
+    lacks = torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False)
+    return "32-true" if lacks else "bf16-mixed"
 
 
 def _cpu_precision() -> str:
@@ -337,4 +375,7 @@ def _cpu_precision() -> str:
 # At import, since the processes of a launcher compose a run's configuration again.
 # Without a W&B key a run is logged to disk, to be synchronised later.
 OmegaConf.register_new_resolver("nxtp.wandb_offline", lambda: not has_key(), replace=True)
+OmegaConf.register_new_resolver("nxtp.accumulate", _accumulate, replace=True)
+OmegaConf.register_new_resolver("nxtp.accelerator", _accelerator, replace=True)
+OmegaConf.register_new_resolver("nxtp.precision", _precision, replace=True)
 OmegaConf.register_new_resolver("nxtp.cpu_precision", _cpu_precision, replace=True)

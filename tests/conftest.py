@@ -3,6 +3,7 @@
 import os
 import tempfile
 
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # the default trainer would use a GPU
 _cache = tempfile.TemporaryDirectory(prefix="nxtp-tests-")
 os.environ["XDG_CACHE_HOME"] = _cache.name
 

@@ -4,6 +4,7 @@ import sys
 from dataclasses import asdict, fields
 
 import pytest
+import torch
 from helpers import composed, write_shards
 from hydra._internal.utils import get_args_parser
 from hydra.utils import instantiate
@@ -119,7 +120,7 @@ def test_experiments_are_short_and_say_their_command(experiment):
     [
         (["experiment=dmo"], "^No option 'experiment=dmo'. Did you mean 'experiment=demo'. Known: demo, g3m, "),
         (["name=x", "logger=null"], r"^logger=null: a group has one of its options: csv, tensorboard, wandb\.$"),
-        (["name=x", "trainer=cup"], r"^No option 'trainer=cup'\. Did you mean 'trainer=cpu'\? Known: cpu, .*, gpu\.$"),
+        (["name=x", "trainer=cup"], r"^No option 'trainer=cup'\. Did you mean 'trainer=cpu'\? Known: auto, .*, gpu\.$"),
         (
             ["optim.ler=3", "name=x"],
             r"'optim.ler'\. Did you mean 'optim.lr'\? Known keys: .*\. To add a key: \+optim.ler=3",
@@ -224,10 +225,30 @@ def test_the_precision_is_the_trainers(tmp_path, experiment):
     assert composed(tmp_path, f"experiment={experiment}", "trainer=cpu").trainer.precision == "32-true"
 
 
+@pytest.mark.parametrize("recipe", [[], ["experiment=demo"], ["experiment=scenes"], ["experiment=laptop"]])
+def test_a_gpu_is_used_where_there_is_one(tmp_path, monkeypatch, recipe):
+    def chosen(*overrides):
+        trainer = composed(tmp_path, *recipe, *overrides).trainer
+        return trainer.accelerator, trainer.precision
+
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+    on_cpu = "bf16-mixed" if recipe in (["experiment=demo"], ["experiment=scenes"]) else "32-true"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert chosen() == ("cpu", on_cpu)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for able, on_gpu in ((True, "bf16-mixed"), (False, "32-true")):  # an older GPU computes bfloat16 slowly
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: able)  # noqa: B023
+        assert chosen() == chosen("trainer=gpu") == ("gpu", on_gpu)
+        assert chosen("trainer.accelerator=cpu") == ("cpu", on_cpu)
+        assert chosen("trainer=cpu") == ("cpu", "32-true")
+
+
 def test_every_setting_is_a_key_that_can_be_given_without_a_plus(tmp_path):
     cfg = composed(tmp_path)
     keys = {name: cfg[name].keys() for name in SECTIONS}
-    assert {(name, f.name) for name, kind in SECTIONS.items() for f in fields(kind) if f.name not in keys[name]} == set()
+    assert {
+        (name, f.name) for name, kind in SECTIONS.items() for f in fields(kind) if f.name not in keys[name]
+    } == set()
     for path in (conf_dir() / "model" / "encoder").iterdir():
         assert OmegaConf.load(path).keys() == {f.name for f in fields(EncoderConfig)}, path
 

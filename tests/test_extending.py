@@ -22,13 +22,15 @@ SECTIONS = {
     title: re.findall(r'^```(\w+)(?: title="([^"]+)")?\n(.*?)^```$', text, re.M | re.S)
     for title, text in re.findall(r"^## (.+?)\n(.*?)(?=^## |\Z)", PAGE, re.M | re.S)
 }
+RUNS = Path("runs/debug/smoke")
 # What an example must have left behind, beyond a run that ends.
 RESULTS = {
-    "Metric": lambda cwd: 0 <= read_record(cwd / "runs/phrases")["metrics"]["val/phrases"] <= 1,
+    "Metric": lambda cwd: 0 <= read_record(cwd / RUNS / "phrases")["metrics"]["val/phrases"] <= 1,
     "Callback": lambda cwd: any(
-        row.get("train/projection_norm") for row in csv.DictReader((cwd / "runs/norm/csv/version_0/metrics.csv").open())
+        row.get("train/projection_norm")
+        for row in csv.DictReader((cwd / RUNS / "norm/csv/version_0/metrics.csv").open())
     ),
-    "Dataset": lambda cwd: read_record(cwd / "runs/birds")["data"]["train"]["samples"] == 16,
+    "Dataset": lambda cwd: read_record(cwd / RUNS / "birds")["data"]["train"]["samples"] == 16,
 }
 
 

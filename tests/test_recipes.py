@@ -8,11 +8,14 @@ from helpers import TINY_OVERRIDES, composed, write_shards
 from omegaconf import OmegaConf
 
 from nxtp.config import to_dataclass
+from nxtp.cost.describe import description
+from nxtp.cost.memory import step_of
 from nxtp.data.config import DataConfig
 from nxtp.data.mixture import open_set
 from nxtp.errors import UserError
 from nxtp.model.flops import count_parameters, meta_model
 from nxtp.model.model import ModelConfig
+from nxtp.train.checks import check_settings
 from nxtp.train.command import build
 from nxtp.train.optim import OptimConfig, build_optimizer
 
@@ -44,13 +47,41 @@ def test_g3m_is_the_published_recipe(tmp_path):
     assert cfg["model"]["prompt"] == "The objects in the image are"
 
 
+@pytest.mark.parametrize(
+    ("machines", "batches"),
+    [
+        (["trainer.num_nodes=1"], 4),
+        (["trainer.num_nodes=2", "data.batch_size=8"], 4),
+        (["trainer=fsdp", "trainer.num_nodes=1", "trainer.devices='0,1'", "trainer.precision=bf16-mixed"], 16),
+        (["trainer=auto", "trainer.num_nodes=1", "trainer.devices=1", "trainer.precision=32-true"], 32),
+        (["trainer.num_nodes=1", "global_batch=null"], 1),
+        (["trainer.num_nodes=1", "global_batch=256"], 2),
+        (["trainer.num_nodes=1", "trainer.accumulate_grad_batches=4"], 4),
+    ],
+)
+def test_a_recipe_keeps_its_images_per_step(tmp_path, machines, batches):
+    cfg = composed(tmp_path, "experiment=g3m", *machines)
+    assert cfg.trainer.accumulate_grad_batches == batches
+    check_settings(cfg)
+    assert step_of(cfg).accumulates == (batches > 1)
+
+
+@pytest.mark.parametrize(
+    "machines", [["trainer.devices=3"], ["trainer.num_nodes=64"], ["trainer.accumulate_grad_batches=2"]]
+)
+def test_other_images_per_step_are_refused(tmp_path, machines):
+    for refuses in (check_settings, description):
+        with pytest.raises(UserError, match=r"^global_batch=512 is not data.batch_size=16 × \d+ ranks × .* = \d+: "):
+            refuses(composed(tmp_path, "experiment=g3m", *machines))
+
+
 def test_the_other_recipes_differ_from_g3m_as_published(tmp_path):
     g3m, g70m, in1k = (recipe(tmp_path, name) for name in RECIPES)
     assert sum(source["expected_samples"] for source in g70m["data"]["train"].values()) == 70_679_389
     for cfg in (g70m, in1k):
         assert all(cfg[part] == g3m[part] for part in ("model", "optim", "objective"))
     assert g70m["trainer"] == g3m["trainer"]
-    assert (in1k["data"]["batch_size"], in1k["trainer"]["max_epochs"]) == (4, 5)
+    assert (in1k["data"]["batch_size"], in1k["global_batch"], in1k["trainer"]["max_epochs"]) == (4, 128, 5)
 
 
 @pytest.mark.parametrize(("depth", "millions"), [(6, 1783.84), (1, 771.93), (32, 7045.81)])

@@ -28,7 +28,6 @@ def _numbers(context: click.Context, parameter: click.Parameter, value: str) -> 
 @click.option("--gpus", default="8,32,256", show_default=True, callback=_numbers, help="H100s, eight per node.")
 @click.option("--mfu", type=click.FloatRange(0, 1, min_open=True), default=0.45, show_default=True, help="Assumed.")
 @click.option("--images", type=click.IntRange(1), help="Of the whole run; default: the recipe's samples and epochs.")
-@click.option("--global-batch", type=click.IntRange(1), help="Images per step; default: the recipe's images per GPU.")
 @click.option("--inside", type=float, default=450.0, show_default=True, help="GB/s per GPU in a node.")
 @click.option("--between", type=float, default=50.0, show_default=True, help="GB/s per GPU between nodes.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of tables.")

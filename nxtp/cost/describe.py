@@ -13,6 +13,7 @@ from rich.table import Table
 
 from nxtp.cost.memory import LABEL_TOKENS, LABELS, PROMPT_TOKENS, memory, sections, step_of
 from nxtp.model.flops import count_parameters, meta_model, training_flops
+from nxtp.train.checks import check_settings
 
 GPU_SIZES_GB = (16, 24, 40, 48, 80, 141)
 RESERVED_GB = 2  # CUDA's context, buffers of NCCL and cuBLAS
@@ -23,8 +24,9 @@ def description(cfg: DictConfig) -> dict[str, Any]:
     """What the composed configuration would train, as ``nxtp describe --json`` prints it.
 
     Raises:
-        UserError: the memory of its strategy and precision is not known.
+        UserError: its settings contradict each other, or the memory of its strategy is not known.
     """
+    check_settings(cfg)
     config, vocabulary, optim, parallel = sections(cfg)
     step = step_of(cfg)
     needed = memory(config, vocabulary, optim, step, parallel)

@@ -17,7 +17,7 @@ from unittest.mock import patch
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.distributed.device_mesh import DeviceMesh
@@ -25,25 +25,17 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from nxtp.config import to_dataclass
+from nxtp.config import rank_count, to_dataclass
 from nxtp.distributed.parallelize import ParallelConfig, parallelize
-from nxtp.errors import UserError, nearest
+from nxtp.errors import UserError
 from nxtp.model.flops import meta_model
 from nxtp.model.layout import lay_out
 from nxtp.model.model import Model, ModelConfig
+from nxtp.train.checks import PRECISIONS, full_precision, strategy_name
 from nxtp.train.optim import OptimConfig
 
 LABELS, LABEL_TOKENS, PROMPT_TOKENS = 8, 2, 7  # a typical caption
 PARTS = ("weights", "gradients", "optimizer", "activations", "working")
-_PRECISIONS = {  # by trainer.precision: dtype of the weights, and of autocast
-    "32-true": (torch.float32, None),
-    "64-true": (torch.float64, None),
-    "bf16-true": (torch.bfloat16, None),
-    "16-true": (torch.float16, None),
-    "bf16-mixed": (torch.float32, torch.bfloat16),
-    "16-mixed": (torch.float32, torch.float16),
-}
-_SHORT = {"32": "32-true", "64": "64-true", "16": "16-mixed", "bf16": "bf16-mixed"}
 
 
 @dataclass(frozen=True)
@@ -87,10 +79,7 @@ def step_of(cfg: DictConfig) -> Step:
     Raises:
         UserError: the memory of the strategy is not known.
     """
-    trainer: Any = OmegaConf.to_container(cfg.trainer, resolve=True)
-    ranks = _devices(trainer["devices"]) * int(trainer["num_nodes"])
-    strategy = trainer["strategy"]
-    name = str(strategy["_target_"] if isinstance(strategy, dict) else strategy).rpartition(".")[2]
+    trainer, ranks, name = cfg.trainer, rank_count(cfg.trainer), strategy_name(cfg.trainer)
     if name == "FSDP2Strategy":
         strategy = "fsdp"
     elif name.lower().startswith("ddp"):
@@ -111,17 +100,6 @@ def step_of(cfg: DictConfig) -> Step:
         on_gpu=trainer["accelerator"] != "cpu",
         features=bool(cfg.data.get("features")),
     )
-
-
-def _devices(value: Any) -> int:
-    """Number of Lightning's ``devices``: a number, a list, "0,1", or auto: all of this machine."""
-    if isinstance(value, str) and "," in value:
-        value = [part for part in value.split(",") if part.strip()]
-    if isinstance(value, list):
-        return len(value)
-    if value in ("auto", -1, "-1"):
-        return max(torch.cuda.device_count(), 1)
-    return int(value)
 
 
 def sections(cfg: DictConfig) -> tuple[ModelConfig, int | None, OptimConfig, ParallelConfig]:
@@ -146,10 +124,8 @@ def memory(
     Raises:
         UserError: an unknown precision, or one that the strategy does not support.
     """
-    precision = _SHORT.get(step.precision, step.precision)
-    if precision not in _PRECISIONS:
-        raise UserError(f"trainer.precision is '{precision}'.{nearest(precision, _PRECISIONS)}")
-    weights_dtype, autocast_dtype = _PRECISIONS[precision]
+    precision = full_precision(step.precision)
+    weights_dtype, autocast_dtype = PRECISIONS[precision]
     model = meta_model(config, vocab_size, optim.trainable)
     layout = lay_out(
         [[(0,) * LABEL_TOKENS] * LABELS] * step.batch,

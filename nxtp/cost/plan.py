@@ -62,14 +62,14 @@ PUBLISHED = {  # pairs, seconds per step (median), hours
 }
 
 
-def sent_bytes(model: Model, strategy: str, ranks: int) -> float:
-    """Bytes that each rank sends per micro-batch under bf16-mixed, without the few numbers of the loss."""
+def sent_bytes(model: Model, strategy: str, ranks: int, batches: int = 1) -> float:
+    """Bytes that each rank sends per step of ``batches`` under bf16-mixed, without the few numbers of the loss."""
     gradients = 4 * sum(p.numel() for p in model.parameters() if p.requires_grad)
     share = (ranks - 1) / ranks
     if strategy == "ddp":
         return 2 * share * gradients
     weights = 2 * sum(p.numel() for p in model.parameters())
-    return share * (weights + 2 * _regathered(model) + gradients)
+    return share * (batches * (weights + 2 * _regathered(model)) + gradients)
 
 
 def _regathered(model: Model) -> int:
@@ -117,17 +117,14 @@ def images_of(cfg: DictConfig) -> float:
     return each * int(cfg.trainer.max_epochs)
 
 
-def plan(
-    cfg: DictConfig, gpus: Sequence[int], *, mfu: float, images: int | None, global_batch: int | None, cluster: Cluster
-) -> dict[str, Any]:
+def plan(cfg: DictConfig, gpus: Sequence[int], *, mfu: float, images: int | None, cluster: Cluster) -> dict[str, Any]:
     """One row per number of GPUs and strategy, and what they have in common.
 
     Args:
         images: of the whole run; None: the recipe's.
-        global_batch: images per step on all GPUs; None: the recipe's images per GPU.
 
     Raises:
-        UserError: ``global_batch`` is no multiple of a number of GPUs, or the recipe's images are not known.
+        UserError: the recipe's ``global_batch`` cannot be divided among a number of GPUs, or its images are not known.
     """
     config, vocabulary, optim, parallel = sections(cfg)
     model = meta_model(config, vocabulary, optim.trainable)
@@ -136,28 +133,33 @@ def plan(
     needed = cache(lambda step: memory(config, vocabulary, optim, step, parallel).total)
     rows = []
     for ranks in gpus:
-        batch = int(cfg.data.batch_size) if global_batch is None else global_batch // ranks
-        if global_batch is not None and (batch == 0 or global_batch % ranks):
-            raise UserError(f"--global-batch must be a multiple of {ranks} GPUs, got {global_batch}.")
+        batch = int(cfg.data.batch_size)
+        per_gpu, rest = divmod(cfg.global_batch or batch * ranks, ranks)
+        batch = min(batch, per_gpu)
+        if rest or batch == 0 or per_gpu % batch:
+            among = f"{ranks} GPUs with data.batch_size={cfg.data.batch_size}"
+            raise UserError(f"global_batch={cfg.global_batch} cannot be divided among {among}.")
+        batches = per_gpu // batch
         for strategy in ("ddp", "fsdp"):
             click.echo(f"planning {strategy} on {ranks} GPUs …", err=True)
-            sent = sent_bytes(model, strategy, ranks)
-            computing, sending, seconds = cluster.step_seconds(flops * batch, sent, ranks, mfu)
+            sent = sent_bytes(model, strategy, ranks, batches)
+            computing, sending, seconds = cluster.step_seconds(flops * per_gpu, sent, ranks, mfu)
             sharers = ranks if strategy == "fsdp" else 2  # DDP needs the same on any number of ranks
-            step = Step(strategy, sharers, batch=batch, precision="bf16-mixed", on_gpu=True)
+            step = Step(strategy, sharers, batch=batch, accumulates=batches > 1, precision="bf16-mixed", on_gpu=True)
             rows.append(
                 {
                     "gpus": ranks,
                     "strategy": strategy,
                     "images_per_gpu": batch,
-                    "global_batch": batch * ranks,
+                    "batches": batches,
+                    "global_batch": per_gpu * ranks,
                     "memory_gb": needed(step) / 1e9,
-                    "tflop_per_step": flops * batch / 1e12,
+                    "tflop_per_step": flops * per_gpu / 1e12,
                     "sent_gb_per_step": sent / 1e9,
                     "computing_s": computing,
                     "sending_s": sending,
                     "step_s": seconds,
-                    "hours": total / (batch * ranks) * seconds / 3600,
+                    "hours": total / (per_gpu * ranks) * seconds / 3600,
                 }
             )
     tokens = model.num_image_tokens + 1 + PROMPT_TOKENS + LABELS * (LABEL_TOKENS + 1)
@@ -221,7 +223,7 @@ def plan_table(result: dict[str, Any]) -> Group:
     columns = {
         "GPUs": "{gpus}",
         "": "{strategy}",
-        "images": "{images_per_gpu}",
+        "images": "{images_per_gpu} × {batches}",
         "of all": "{global_batch:,}",
         "memory": "{memory_gb:.1f}",
         "sent": "{sent_gb_per_step:.2f}",
@@ -234,7 +236,7 @@ def plan_table(result: dict[str, Any]) -> Group:
         f"{result['recipe']}: {result['images'] / 1e6:,.1f} M images, {result['tokens'] / 1e9:,.1f} G tokens, "
         f"{result['flops'] / 1e18:,.1f} EFLOP\n{result['gpu']}, MFU {result['mfu']:.0%} (assumed); links of "
         f"{result['inside_gb_s']:g} GB/s in a node, {result['between_gb_s']:g} GB/s per GPU between nodes\n"
-        "Per GPU and step: images, GB at the peak, GB sent, seconds"
+        "Per GPU and step: images × batches, GB at the peak, GB sent, seconds"
     )
     plans = _table(title, columns, result["rows"])
     columns = {

@@ -39,6 +39,17 @@ class ParallelConfig:
         at_least("parallel.start_timeout", self.start_timeout, 1)
 
 
+def mixed_precision(precision: str) -> MixedPrecisionPolicy:
+    """What FSDP2 gathers, computes and reduces in under ``trainer.precision``.
+
+    Raises:
+        UserError: a precision that is not supported here.
+    """
+    if precision not in _POLICIES:
+        raise UserError(f"trainer=fsdp supports trainer.precision={' or '.join(_POLICIES)}, got {precision}.")
+    return _POLICIES[precision]
+
+
 def parallelize(
     model: Model, config: ParallelConfig, mesh: DeviceMesh | None = None, precision: str = "32-true"
 ) -> Model:
@@ -65,13 +76,11 @@ def parallelize(
             block.compile()
     if mesh is None:
         return model
-    if precision not in _POLICIES:
-        raise UserError(f"trainer=fsdp supports trainer.precision={' or '.join(_POLICIES)}, got {precision}.")
-    lm = model.decoder.lm
+    policy, lm = mixed_precision(precision), model.decoder.lm
     ends = [] if lm.config.tie_word_embeddings else [lm.model.embed_tokens, lm.lm_head]
     for unit in [*blocks, *ends, model]:
         reshard = config.reshard_after_forward and unit not in (lm.lm_head, model)  # whose backward pass comes at once
-        fully_shard(unit, mesh=mesh, mp_policy=_POLICIES[precision], reshard_after_forward=reshard)
+        fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
     for method in ("prefill", "step", "evaluate"):  # what validation and sampling call instead of forward
         register_fsdp_forward_method(model, method)
     return model

@@ -2,49 +2,65 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 from nxtp.errors import UserError
 from nxtp.runs.atomic import recover
-from nxtp.runs.record import read_record
+from nxtp.runs.record import FILE, read_record
 
 # Settings of data that may differ between the machines of a run.
 PER_MACHINE = ("num_workers", "cache_dir", "cache_gb", "read_timeout", "index_dir")
-# Settings that may change when a run resumes: where it is computed, and what is logged.
+# Settings that may differ between two commands of one run: where it is computed, and what is logged.
 MAY_CHANGE = (
-    *("resume", "lock_timeout", "logger", "callbacks", "trainer", "parallel", "debug", "hydra"),
+    *("resume", "lock_timeout", "logger", "callbacks", "parallel", "debug", "hydra"),
     *(f"data.{key}" for key in PER_MACHINE),
+    *(f"trainer.{key}" for key in ("accelerator", "devices", "num_nodes", "strategy", "inference_mode", "benchmark")),
+    *(f"trainer.{key}" for key in ("log_every_n_steps", "profiler", "detect_anomaly", "num_sanity_val_steps")),
+    *(f"trainer.enable_{key}" for key in ("checkpointing", "model_summary", "progress_bar")),
 )
+WRITTEN = ("checkpoints", "csv", "tensorboard", "wandb", "model")  # directories that a new start would add to, or keep
 
 
 def find_checkpoint(run_dir: Path, resolved: dict[str, Any]) -> str | None:
     """Where a killed run resumes: the checkpoint's path, None to start from scratch, or "finished".
 
     Args:
-        resolved: the configuration of the run that starts; ``resume`` is auto, never or a checkpoint's path.
+        resolved: the configuration of the run that starts; ``resume`` is auto, never, restart or a checkpoint's path.
 
     Raises:
         UserError: the directory contains another run, or any run with ``resume=never``; no such checkpoint.
     """
     resume = resolved["resume"]
-    if resume not in ("auto", "never"):
+    if resume not in ("auto", "never", "restart"):
         if not Path(resume).exists():
-            raise UserError(f"resume={resume}: no such checkpoint. Use auto, never, or the path of a checkpoint.")
+            known = "auto, never, restart, or the path of a checkpoint"
+            raise UserError(f"resume={resume}: no such checkpoint. Use {known}.")
         return str(resume)
     previous = read_record(run_dir)
     if previous is None:
         return None
     if resume == "never":
         raise UserError(f"'{run_dir}' already contains a run and resume=never: choose another name, or delete it.")
+    if resume == "restart":
+        if previous["config"].get("resume") != "restart":
+            raise UserError(f"'{run_dir}' contains a run without resume=restart: choose another name, or delete it.")
+        return None
     last = recover(last_checkpoint(run_dir))
-    changed = differences(previous["config"], resolved)
+    finished = previous["status"] == "finished"
+    changed = differences(previous["config"], resolved, may_change_trainer=not finished)
+    if finished and changed and all(key.startswith("trainer.") for key in changed):
+        raise UserError(
+            f"'{run_dir}' contains this run, finished with another {', '.join(changed)}. To train it longer: "
+            f"resume={last_checkpoint(run_dir)}; to train it again: another name."
+        )
     if changed and not (previous["status"] == "failed" and last is None):  # then there is nothing to lose
         changes = ", ".join(changed[:6])
         raise UserError(
             f"'{run_dir}' contains a run with other settings ({changes}): choose another name, or delete it."
         )
-    if previous["status"] == "finished":
+    if finished:
         return "finished"
     return str(last) if last else None
 
@@ -53,14 +69,25 @@ def last_checkpoint(run_dir: Path) -> Path:
     return run_dir / "checkpoints" / "last.ckpt"
 
 
-def differences(old: Any, new: Any, prefix: str = "") -> list[str]:
-    """Dotted keys in which two configurations differ, without those in ``MAY_CHANGE``."""
-    if prefix in MAY_CHANGE:
-        return []
-    if not (isinstance(old, dict) and isinstance(new, dict)):
-        return [] if old == new else [prefix]
-    keys = dict.fromkeys([*old, *new])
-    return [d for k in keys for d in differences(old.get(k), new.get(k), f"{prefix}.{k}" if prefix else k)]
+def differences(old: dict[str, Any], new: dict[str, Any], *, may_change_trainer: bool = True) -> list[str]:
+    """Dotted keys in which two configurations differ, without those in ``MAY_CHANGE``.
+
+    Args:
+        may_change_trainer: ignore all of ``trainer``, as for a run that is not finished.
+    """
+    ignored = {*MAY_CHANGE, *(["trainer"] if may_change_trainer else [])}
+    if new.get("global_batch"):  # then another number of ranks accumulates another number of batches
+        ignored.add("trainer.accumulate_grad_batches")
+
+    def differ(old: Any, new: Any, prefix: str) -> list[str]:
+        if prefix in ignored:
+            return []
+        if not (isinstance(old, dict) and isinstance(new, dict)):
+            return [] if old == new else [prefix]
+        keys = dict.fromkeys([*old, *new])
+        return [d for k in keys for d in differ(old.get(k), new.get(k), f"{prefix}.{k}" if prefix else k)]
+
+    return differ(old, new, "")
 
 
 def is_finished(run_dir: Path, resolved: dict[str, Any]) -> bool:
@@ -68,4 +95,11 @@ def is_finished(run_dir: Path, resolved: dict[str, Any]) -> bool:
     previous = read_record(run_dir)
     if previous is None or previous["status"] != "finished" or resolved.get("resume", "auto") != "auto":
         return False
-    return not differences(previous["config"], resolved)
+    return not differences(previous["config"], resolved, may_change_trainer=False)
+
+
+def clear(run_dir: Path) -> None:
+    """Delete the run that a directory contains; its logs remain, and are appended to."""
+    (run_dir / FILE).unlink(missing_ok=True)
+    for name in WRITTEN:
+        shutil.rmtree(run_dir / name, ignore_errors=True)

@@ -30,7 +30,7 @@ from nxtp.distributed.checkpoints import BackgroundCheckpoints
 from nxtp.distributed.fsdp2 import FSDP2Strategy
 from nxtp.distributed.parallelize import ParallelConfig
 from nxtp.distributed.start import StartTogether
-from nxtp.errors import UserError, at_least, by_kind, nearest
+from nxtp.errors import UserError, by_kind, nearest
 from nxtp.eval.metrics import HIT_CUTS
 from nxtp.model.flops import count_parameters, meta_model
 from nxtp.model.model import ModelConfig
@@ -40,11 +40,12 @@ from nxtp.runs.lock import run_lock
 from nxtp.runs.log import run_log
 from nxtp.runs.processes import is_first_rank
 from nxtp.runs.record import RunRecord, read_record
-from nxtp.runs.resume import PER_MACHINE, find_checkpoint, last_checkpoint
+from nxtp.runs.resume import PER_MACHINE, clear, find_checkpoint, last_checkpoint
 from nxtp.runs.tracking import configured_loggers, end_tracking
 from nxtp.train.callbacks.averaging import keep_average
 from nxtp.train.callbacks.preemption import PreemptionHandler, call_handler, preempted_by
 from nxtp.train.callbacks.run_record import RunRecordWriter
+from nxtp.train.checks import check_machine, check_settings
 from nxtp.train.module import RecognitionModule, ValidationConfig
 from nxtp.train.optim import OptimConfig
 
@@ -71,6 +72,8 @@ def train(cfg: DictConfig) -> float | None:
         if checkpoint == "finished":
             log.info("%s contains this run, finished: nothing to do. Choose another name to train again.", run_dir)
             return None
+        if cfg.resume == "restart" and is_first:
+            clear(run_dir)
         with run_log(run_dir, command) if is_first else nullcontext():
             before = (read_record(run_dir) or {}).get("wall_time_s", 0.0) if checkpoint else 0.0
             record = RunRecord(cfg.name, resolved, overrides, cfg.seed, cfg.sweep, wall_time_s=before)
@@ -80,7 +83,8 @@ def train(cfg: DictConfig) -> float | None:
 def train_from(checkpoint: str | None, cfg: DictConfig, run_dir: Path, record: RunRecord) -> float | None:
     """:func:`train` from a checkpoint or from the start; ``record`` is filled in and written."""
     try:
-        check_trainer(cfg)
+        check_settings(cfg)
+        check_machine(cfg)
         L.seed_everything(cfg.seed, workers=True, verbose=False)
         if cfg.matmul_precision is not None:
             torch.set_float32_matmul_precision(cfg.matmul_precision)
@@ -168,31 +172,12 @@ def filter_lightning_messages() -> None:
         logging.getLogger(name).addFilter(lambda record: not any(text in record.getMessage() for text in noise))
 
 
-def check_trainer(cfg: DictConfig) -> None:
-    """
-    Raises:
-        UserError: the configuration needs a GPU and PyTorch finds none; a number that Lightning takes is impossible.
-    """
-    for name in ("accumulate_grad_batches", "log_every_n_steps", "check_val_every_n_epoch"):
-        if (value := cfg.trainer.get(name)) is not None:
-            at_least(f"trainer.{name}", value, 1)
-    if cfg.trainer.get("val_check_interval") == 0:
-        raise UserError("trainer.val_check_interval must be > 0, got 0.")
-    if cfg.matmul_precision not in (None, "highest", "high", "medium"):
-        raise UserError(f"matmul_precision must be highest, high, medium or null, got {cfg.matmul_precision}.")
-    if cfg.trainer.accelerator == "gpu" and not (torch.cuda.is_available() or torch.backends.mps.is_available()):
-        raise UserError(
-            "trainer.accelerator is 'gpu' and PyTorch finds no GPU: use trainer=cpu or, to try another trainer, "
-            "trainer.accelerator=cpu trainer.precision=32-true."
-        )
-
-
 def build(cfg: DictConfig, run_dir: Path) -> tuple[WebDatasetDataModule, RecognitionModule]:
     """Tokenizer, data and module of a composed configuration."""
     sections: dict[str, Any] = {name: to_dataclass(kind, cfg[name], name) for name, kind in SECTIONS.items()}
     model, config, optim = sections["model"], sections["data"], sections["optim"]
     sets: dict[str, OpenedSet] = {}
-    tokenizer = find_tokenizer(model, config, run_dir, sets)
+    tokenizer = find_tokenizer(model, config, run_dir, sets, reuse=cfg.resume != "restart")
     shape = meta_model(model, len(tokenizer), optim.trainable)
     data = WebDatasetDataModule(
         config,
@@ -217,13 +202,18 @@ def build(cfg: DictConfig, run_dir: Path) -> tuple[WebDatasetDataModule, Recogni
     return data, module
 
 
-def find_tokenizer(model: ModelConfig, data: DataConfig, run_dir: Path, sets: dict[str, OpenedSet]) -> LabelTokenizer:
+def find_tokenizer(
+    model: ModelConfig, data: DataConfig, run_dir: Path, sets: dict[str, OpenedSet], reuse: bool = True
+) -> LabelTokenizer:
     """The tokenizer that the configuration names, the decoder's own, or one trained on the training labels.
 
     Training it opens the training set and adds it to ``sets``: opened again, it would warn again.
+
+    Args:
+        reuse: take the one that this run has trained before.
     """
     trained = run_dir / "tokenizer"
-    source = model.tokenizer or model.decoder.source or (trained if trained.is_dir() else None)
+    source = model.tokenizer or model.decoder.source or (trained if reuse and trained.is_dir() else None)
     if source is not None:
         return LabelTokenizer.load(source, model.prompt)
     sets["train"] = open_set("train", data.train, data)

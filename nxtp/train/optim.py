@@ -50,30 +50,37 @@ class OptimConfig:
 
 
 def build_optimizer(model: Model, config: OptimConfig, total_steps: int, fused: bool = True) -> tuple[Optimizer, Any]:
-    """The optimizer of what trains, and its schedule over ``total_steps``.
-
-    Raises:
-        UserError: no such optimizer; ``state_bits`` is neither 32 nor 8, or needs a package that is not installed.
-    """
+    """The optimizer of what trains, and its schedule over ``total_steps``."""
     also = list(model.decoder.lm.model.norm.parameters()) if config.decay_final_norm else []
     groups = parameter_groups(model, config.weight_decay, also)
+    sharded = any(isinstance(parameter, DTensor) for parameter in model.parameters())
+    optimizer = create_optimizer(groups, config, fused=fused, sharded=sharded)
+    return optimizer, build_schedule(optimizer, total_steps, config.warmup, config.final_lr)
+
+
+def create_optimizer(
+    groups: list[dict[str, Any]], config: OptimConfig, *, fused: bool = False, sharded: bool = False
+) -> Optimizer:
+    """The optimizer of these groups, without a schedule.
+
+    Raises:
+        UserError: no such optimizer, or it refuses its arguments; ``state_bits`` is neither 32 nor 8, needs a package
+            that is not installed, or does not go together with ``sharded`` weights.
+    """
     settings: dict[str, Any] = {"lr": config.lr, "betas": tuple(config.betas), "eps": config.eps}
-    optimizer: Optimizer
     if config.optimizer is not None:
-        optimizer = instantiated(config.optimizer, "optim.optimizer", params=groups, lr=config.lr, _convert_="all")
-    elif config.state_bits == 32:
-        optimizer = torch.optim.AdamW(groups, **settings, fused=fused)
-    elif config.state_bits == 8:
-        if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        return instantiated(config.optimizer, "optim.optimizer", params=groups, lr=config.lr, _convert_="all")
+    if config.state_bits == 32:
+        return torch.optim.AdamW(groups, **settings, fused=fused)
+    if config.state_bits == 8:
+        if sharded:
             raise UserError("optim.state_bits=8 does not support sharded weights, whose state is sharded too: use 32.")
         try:
             from torchao.optim import AdamW8bit
         except ImportError:
             raise UserError("optim.state_bits=8 needs torchao: pip install 'nxtp[8bit]'.") from None
-        optimizer = AdamW8bit(groups, **settings)
-    else:
-        raise UserError(f"optim.state_bits must be 32 or 8, got {config.state_bits}.")
-    return optimizer, build_schedule(optimizer, total_steps, config.warmup, config.final_lr)
+        return AdamW8bit(groups, **settings)
+    raise UserError(f"optim.state_bits must be 32 or 8, got {config.state_bits}.")
 
 
 def parameter_groups(model: nn.Module, weight_decay: float, also: Sequence[nn.Parameter] = ()) -> list[dict[str, Any]]:

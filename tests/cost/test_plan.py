@@ -93,6 +93,11 @@ def test_fsdp_reduces_gradients_with_the_last_accumulated_batch_only():
             batches.append(sent.of)
     units = 2 + 2 + 2 + 1  # blocks of encoder and decoder, embedding and output layer, and the rest
     assert [of["_reduce_scatter_base_"] for of in batches] == [0, units]
+    whole = model()
+    one, two = (sent_bytes(whole, "fsdp", 4, batches) for batches in (1, 2))
+    gradients = 3 / 4 * 4 * sum(p.numel() for p in whole.parameters())
+    assert two == 2 * one - gradients
+    assert sent_bytes(whole, "ddp", 4, 2) == sent_bytes(whole, "ddp", 4) == 2 * gradients
 
 
 def test_ddp_sends_its_gradients_twice_around_the_ring():
@@ -143,20 +148,35 @@ def run(*arguments: str):
 
 def test_the_command_prints_one_object_or_tables_of_it(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    done = run("experiment=g3m", *SMALL, "--gpus", "2", "--global-batch", "64", "--json")
+    done = run("experiment=g3m", *SMALL, "--gpus", "2", "global_batch=64", "--json")
     assert done.exit_code == 0, done.output
     assert "planning fsdp on 2 GPUs" in done.stderr
     result = json.loads(done.stdout)
-    assert [(row["gpus"], row["strategy"], row["images_per_gpu"]) for row in result["rows"]] == [
-        (2, "ddp", 32),
-        (2, "fsdp", 32),
-    ]
+    assert batches(result) == [(2, "ddp", 16, 2, 64), (2, "fsdp", 16, 2, 64)], "as `nxtp train` accumulates"
     first = result["rows"][0]
     assert first["hours"] == pytest.approx(3_645_221 * 3 / 64 * first["step_s"] / 3600)
     console = Console(width=80, file=io.StringIO())
     console.print(plan_table(result))
     assert "The published runs" in console.file.getvalue()
     assert "…" not in console.file.getvalue()
+
+
+def batches(result) -> list[tuple]:
+    numbers = ("gpus", "strategy", "images_per_gpu", "batches", "global_batch")
+    return [tuple(row[key] for key in numbers) for row in result["rows"]]
+
+
+def test_the_recipes_images_per_step_are_planned(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    steps = []
+    monkeypatch.setattr("nxtp.cost.plan.memory", lambda *a: steps.append(a[3]) or SimpleNamespace(total=0))
+
+    def ddp(*arguments):
+        return batches(json.loads(run("experiment=g3m", *arguments, *SMALL, "--json").stdout))[::2]
+
+    assert ddp() == [(8, "ddp", 16, 4, 512), (32, "ddp", 16, 1, 512), (256, "ddp", 2, 1, 512)]
+    assert [step.accumulates for step in steps] == [True, True, False, False, False, False]
+    assert ddp("global_batch=null", "--gpus", "256") == [(256, "ddp", 16, 1, 4096)]
 
 
 def test_what_cannot_be_planned_is_an_error(tmp_path, monkeypatch):
@@ -166,9 +186,10 @@ def test_what_cannot_be_planned_is_an_error(tmp_path, monkeypatch):
     alone = CliRunner().invoke(describe, ["experiment=g3m", "--mfu", "0.5"])
     assert alone.exit_code == 2
     assert "--mfu needs --plan" in alone.output
-    uneven = run("experiment=g3m", "--gpus", "3", "--global-batch", "64").exception
-    assert isinstance(uneven, UserError)
-    assert "3 GPUs" in str(uneven)
+    for gpus, batch in ((3, 16), (2, 24), (1024, 16)):
+        uneven = run("experiment=g3m", "--gpus", str(gpus), f"data.batch_size={batch}").exception
+        assert isinstance(uneven, UserError)
+        assert str(uneven).startswith(f"global_batch=512 cannot be divided among {gpus} GPUs with data.batch_size=")
     unknown = run("experiment=g70").exception
     assert isinstance(unknown, UserError)
     assert "g70m" in str(unknown)

@@ -270,7 +270,7 @@ def test_a_search_with_other_settings_is_refused():
     for other, changed in [
         (dict(lr=1), "lr"),
         (dict(lr=0, direction="minimize"), "direction"),
-        (dict(lr=0, trainer={"max_steps": 5}), "its trainer.max_steps"),
+        (dict(lr=0, trainer={"max_steps": 5}), "trainer.max_steps"),
     ]:
         with pytest.raises(UserError, match=rf"contains a search with other settings \({changed}\)"):
             make("x=interval(0,1)", **other)

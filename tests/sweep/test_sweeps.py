@@ -18,7 +18,7 @@ from helpers import TINY_OVERRIDES, nxtp_runs, write_shards
 from hydra._internal.utils import get_args_parser
 from omegaconf import OmegaConf
 
-from nxtp.config import compose_and_run, conf_dir
+from nxtp.config import compose_and_run, composed, conf_dir
 from nxtp.errors import UserError
 from nxtp.runs.lock import announce
 from nxtp.runs.record import read_record
@@ -104,6 +104,16 @@ def test_a_study_names_its_runs_by_what_differs(here):
         "model.decoder.depth=3,model.encoder=resnet10t,seed=1",
     }
     assert len(part.runs) == 4
+
+
+def test_a_study_can_be_tried_with_debug(here):
+    tried = Sweep.of_command("train", ["study=small/laptop", "debug=smoke"])
+    assert tried.directory == Path("runs/debug/smoke/small/laptop")
+    assert tried.runs == Sweep.of_command("train", ["study=small/laptop"]).runs
+    cfg = composed("train", ["study=small/laptop", "debug=smoke"])
+    assert (cfg.trainer.max_steps, cfg.resume, cfg.name) == (4, "restart", "small/laptop")
+    alone = composed("train", ["experiment=g3m", "debug=smoke"])
+    assert alone.hydra.run.dir == "runs/debug/smoke/g3m"
 
 
 def test_one_run_is_no_sweep(here):

@@ -3,7 +3,11 @@
 import shutil
 
 import pytest
-from helpers import TINY_OVERRIDES, call_nxtp, write_shards
+import torch
+from helpers import TINY_OVERRIDES, call_nxtp, composed, write_shards
+
+from nxtp.errors import UserError
+from nxtp.train.checks import check_settings
 
 
 @pytest.fixture(scope="module")
@@ -30,6 +34,14 @@ def root(tmp_path_factory):
         ("trainer.val_check_interval=0", "trainer.val_check_interval must be > 0, got 0."),
         ("trainer.val_check_interval=100", "trainer.val_check_interval: `val_check_interval` (100) must be less than"),
         ("matmul_precision=5", "matmul_precision must be highest, high, medium or null, got 5."),
+        ("trainer.precision=bf61-mixed", "trainer.precision=bf61-mixed is unknown. Did you mean 'bf16-mixed'? Known: "),
+        ("trainer.precision=16-mixed", "trainer.precision=16-mixed needs a GPU: on a CPU use bf16-mixed or 32-true."),
+        ("trainer.precision=16-true", "trainer.precision=16-true needs a GPU: on a CPU use bf16-mixed or 32-true."),
+        ("optim.state_bits=4", "optim.state_bits must be 32 or 8, got 4."),
+        ("optim.optimizer={_target_: torch.optim.Rprop, fused: true}", "optim.optimizer cannot be instantiated: Rprop"),
+        ("optim.optimizer={_target_: torch.optim.SDG}", "optim.optimizer cannot be instantiated: "),
+        ("global_batch=0", "global_batch must be ≥ 1, got 0."),
+        ("global_batch=20", "global_batch=20 is not data.batch_size=8 × 1 ranks × "),
         ("model.vocab_size=-1", "model.vocab_size must be ≥ 1, got -1."),
         ("model.encoder.image_size=-32", "model.encoder.image_size must be ≥ 1"),
         ("model.encoder.vision.width=0", "model cannot be built with these numbers: "),
@@ -45,3 +57,33 @@ def test_an_impossible_number_is_one_line(root, override, message):
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].startswith(f"error: {message}")
     assert not (root / "runs" / "x" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["trainer.precision=bf61-mixed"], "is unknown"),
+        (["trainer.accelerator=auto", "trainer.precision=16-mixed"], "needs a GPU"),
+        (["optim.optimizer={_target_: torch.optim.Rprop, fused: true}"], "'fused'"),
+        (["trainer=fsdp", "trainer.accelerator=cpu", "trainer.precision=64-true"], "trainer=fsdp supports"),
+        (["trainer=fsdp", "trainer.accelerator=cpu", "trainer.precision=32-true", "optim.state_bits=8"], "use 32"),
+    ],
+)
+def test_nothing_is_built_of_what_cannot_work(tmp_path, monkeypatch, overrides, message):
+    """Not even data is looked for: this one does not exist."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    done = call_nxtp("train", "name=x", "data.train=nowhere", *overrides, cwd=tmp_path)
+    assert done.returncode == 1
+    assert message in done.stderr.splitlines()[-1]
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_fused_optimizer_of_ones_own_cannot_clip_under_float16(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+    half = ["trainer=gpu", "trainer.precision=16-mixed"]
+    check_settings(composed(tmp_path, *half))
+    fused = "optim.optimizer={_target_: torch.optim.Adam, fused: true}"
+    check_settings(composed(tmp_path, fused, *half, "trainer.gradient_clip_val=null"))
+    with pytest.raises(UserError, match=r"^optim.optimizer is fused, and trainer.precision=16-mixed cannot clip"):
+        check_settings(composed(tmp_path, fused, *half))

@@ -3,11 +3,12 @@
 import csv
 import json
 from collections import Counter
+from functools import partial
 
 import lightning as L
 import pytest
 import torch
-from helpers import PERF, TINY_OVERRIDES, jpeg, run_nxtp, sample, tiny_config, write_shards
+from helpers import PERF, TINY_OVERRIDES, curve, jpeg, run_nxtp, sample, tiny_config, write_shards
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from nxtp.data.config import DataConfig
@@ -21,7 +22,7 @@ from nxtp.model.layout import Objective, lay_out
 from nxtp.model.tokenizer import train_tokenizer
 from nxtp.model.trainable import TrainableConfig
 from nxtp.prepare.writer import write_shard
-from nxtp.runs.resume import differences
+from nxtp.runs.resume import differences, find_checkpoint, is_finished
 from nxtp.train.module import RecognitionModule
 from nxtp.train.optim import OptimConfig
 
@@ -140,6 +141,65 @@ def test_differences_names_dotted_keys():
     new = {"optim": {"lr": 2, "betas": [1, 2]}, "trainer": {"max_steps": 8}, "name": "a"}
     old["data"], new["data"] = {"seed": 1, "num_workers": 1}, {"seed": 1, "num_workers": 3}
     assert differences(old, new) == ["optim.lr"]
+    assert differences(old, new, may_change_trainer=False) == ["optim.lr", "trainer.max_steps"]
+
+
+NEUTRAL = {
+    "accelerator": "gpu",
+    "devices": 8,
+    "num_nodes": 2,
+    "strategy": {"_target_": "x"},
+    "inference_mode": False,
+    "log_every_n_steps": 7,
+    "profiler": "simple",
+    "num_sanity_val_steps": 2,
+}
+
+
+def finished_run(directory, status="finished", **changes):
+    trainer = {"accelerator": "cpu", "devices": 1, "precision": "32-true", "max_steps": 4, "accumulate_grad_batches": 4}
+    config = {"resume": "auto", "optim": {"lr": 1}, "global_batch": None, "trainer": trainer, **changes}
+    directory.mkdir(exist_ok=True)
+    (directory / "run.json").write_text(json.dumps({"format": 3, "status": status, "config": config}))
+    return config
+
+
+def test_a_finished_run_of_other_trainer_settings_is_not_skipped(tmp_path):
+    config = finished_run(tmp_path)
+    run_again = partial(find_checkpoint, tmp_path)
+    elsewhere = config | {"trainer": config["trainer"] | NEUTRAL}
+    assert run_again(config) == run_again(elsewhere) == "finished"
+    assert is_finished(tmp_path, elsewhere)
+    for key, value in {"max_steps": 8, "precision": "bf16-mixed", "accumulate_grad_batches": 2, "plugins": "x"}.items():
+        other = config | {"trainer": config["trainer"] | {key: value}}
+        longer = f"To train it longer: resume={tmp_path}/checkpoints/last.ckpt; to train it again: another name."
+        with pytest.raises(UserError, match=f"finished with another trainer.{key}. {longer}"):
+            run_again(other)
+        assert not is_finished(tmp_path, other)
+        finished_run(tmp_path, "interrupted")
+        assert run_again(other) is None, "it resumes; here without a checkpoint"
+        finished_run(tmp_path)
+    with pytest.raises(UserError, match=r"contains a run with other settings \(optim.lr, trainer.max_steps\)"):
+        run_again(config | {"optim": {"lr": 2}, "trainer": config["trainer"] | {"max_steps": 8}})
+
+
+def test_a_finished_run_with_its_global_batch_on_other_ranks_is_the_same(tmp_path):
+    config = finished_run(tmp_path, global_batch=64)
+    assert (
+        find_checkpoint(
+            tmp_path, config | {"trainer": config["trainer"] | {"devices": 4, "accumulate_grad_batches": 1}}
+        )
+        == "finished"
+    )
+
+
+def test_a_run_is_replaced_only_by_those_that_may_be(tmp_path):
+    config = finished_run(tmp_path)
+    with pytest.raises(UserError, match="contains a run without resume=restart"):
+        find_checkpoint(tmp_path, config | {"resume": "restart"})
+    config = finished_run(tmp_path, resume="restart")
+    assert find_checkpoint(tmp_path, config) is None
+    assert not is_finished(tmp_path, config)
 
 
 def test_a_checkpoint_of_an_older_version_is_refused():
@@ -345,10 +405,14 @@ def test_other_loggers_write_what_csv_writes(workplace, logger):
 def test_debug_modes_run(workplace, debug):
     root, command, _ = workplace
     short = [a for a in command if not a.startswith(("name=", "trainer."))]
-    done = run_nxtp(*short, f"name={debug}", f"debug={debug}", "trainer.max_steps=4", cwd=root)
-    assert done.returncode == 0, done.stderr[-3000:]
-    run = root / "runs" / debug
-    assert json.loads((run / "run.json").read_text())["status"] == "finished"
+    run = root / "runs" / "debug" / debug / "x"
+    for lr in (0.1, 0.2) if debug == "smoke" else (0.1,):  # again, with other settings
+        done = run_nxtp(*short, "name=x", f"debug={debug}", "trainer.max_steps=4", f"optim.lr={lr}", cwd=root)
+        assert done.returncode == 0, done.stderr[-3000:]
+        record = json.loads((run / "run.json").read_text())
+        assert (record["status"], record["config"]["optim"]["lr"]) == ("finished", lr)
+        assert len(curve(run)) == 4 if debug == "smoke" else True
+    assert not (root / "runs" / "x").exists()
     if debug == "profile":
         assert list(run.glob("*.json*"))
         assert list(run.glob("fit-profile*.txt"))

@@ -108,8 +108,8 @@ class Search:
             return
         before = json.loads((self.directory / FILE).read_text())
         now = json.loads(json.dumps({"settings": self.settings, "config": self.config}))
-        changed = differences(before["settings"], now["settings"]) + differences(before["config"], now["config"])
-        changed += differences(before["config"].get("trainer"), now["config"].get("trainer"), "its trainer")
+        changed = differences(before["settings"], now["settings"])
+        changed += differences(before["config"], now["config"], may_change_trainer=False)
         if changed:
             raise UserError(
                 f"'{self.directory}' contains a search with other settings ({', '.join(changed[:6])}): "
