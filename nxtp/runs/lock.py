@@ -84,7 +84,7 @@ def read_holder(directory: Path) -> dict[str, Any] | None:
     """The command that holds ``directory``, will hold it or was the last to; None if there was none."""
     try:
         return json.loads((directory / FILE).read_text())
-    except (FileNotFoundError, json.JSONDecodeError):
+    except (FileNotFoundError, ValueError):
         return None
 
 

@@ -40,6 +40,12 @@ def test_a_second_command_waits_until_the_first_has_died(tmp_path, holder, caplo
     assert caplog.text.count("waiting up to 30 s") == 1
 
 
+def test_a_holder_that_cannot_be_read_is_another_command(tmp_path, holder):
+    (tmp_path / ".lock").write_bytes(b'{"command": "nxtp train name=\xc3')  # cut within a character: the disk was full
+    with pytest.raises(UserError, match="in use by another command"), run_lock(tmp_path, ["nxtp", "train"], 0):
+        pass
+
+
 def test_forked_children_do_not_hold_it_on(tmp_path):
     with run_lock(tmp_path, ["nxtp"], 0):
         if (child := os.fork()) == 0:
