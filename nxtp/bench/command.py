@@ -58,8 +58,9 @@ def bench() -> None:
 @bench.command(short_help="Training steps per second, MFU and peak memory.")
 @of_a_model
 @number("--batch-size", 8, "Images per step.")
+@click.option("--profile", metavar="DIR", help="Also a few of our steps with PyTorch's profiler: table and trace.")
 def train(**options: Any) -> None:
-    """Training steps per second, MFU and peak memory, ours and published."""
+    """Training images per second, MFU and peak memory: ours as `nxtp train` does it, and published."""
     run("train", **options)
 
 
@@ -70,6 +71,23 @@ def train(**options: Any) -> None:
 def predict(**options: Any) -> None:
     """Seconds per image for 1, 20 and 100 labels, ours and published; our images/s in batches."""
     run("predict", **options)
+
+
+@bench.command(short_help="All that wants a GPU, in nine minutes.")
+@seed
+@click.option("--device", type=click.Choice(("cuda", "cpu")), default="cuda", show_default=True, help="cpu: to try it.")
+@choice("--size", SIZES[::-1], "Of the model; g3m is the published one, 1.78 B parameters.")
+@number("--batch-size", 16, "Images per training step.")
+@number("--budget", 540, "Seconds in all.")
+def gpu(**options: Any) -> None:
+    """Training, prediction, static shapes and the memory forecast: a Markdown table, then one JSON object."""
+    import json
+
+    from nxtp.bench.gpu import markdown, measure_gpu
+
+    result = measure_gpu(**options)
+    click.echo(markdown(result))
+    click.echo(json.dumps(result))
 
 
 @bench.command(short_help="Images per second and core of three loaders.")

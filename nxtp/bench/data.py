@@ -52,15 +52,20 @@ OPEN_CLIP = "open_clip get_wds_dataset"
 Way = Callable[[], Iterable[int]]  # one epoch: the number of images of each batch
 
 
-def write_photos(directory: Path, images: int, width: int, height: int, seed: int) -> None:
-    """Shards of JPEGs of quality 88 with the amplitude spectrum of photographs (1/f), each with a caption."""
+def write_photos(directory: Path, images: int, width: int, height: int, seed: int, *, labelled: bool = False) -> None:
+    """Shards of JPEGs of quality 88 with the amplitude spectrum of photographs (1/f), each with a caption.
+
+    Args:
+        labelled: 6 to 10 labels of 1 to 3 words in place of the caption.
+    """
     generator = np.random.default_rng(seed)
     photos = [_photo(generator, width, height) for _ in range(min(PHOTOS, images))]
     bounds = np.linspace(0, images, min(SHARDS, images) + 1).astype(int)
     rows = []
     for number, (first, end) in enumerate(pairwise(bounds)):
         samples = (
-            {"__key__": f"{i:06d}", "jpg": photos[i % len(photos)], "txt": _caption(generator)}
+            {"__key__": f"{i:06d}", "jpg": photos[i % len(photos)]}
+            | ({"json": {"labels": _labels(generator)}} if labelled else {"txt": _caption(generator)})
             for i in range(first, end)
         )
         rows.append(write_shard(directory / f"{number:05d}.tar", samples))
@@ -87,6 +92,10 @@ def _photo(generator: np.random.Generator, width: int, height: int) -> bytes:
 def _caption(generator: np.random.Generator) -> str:
     first, second, third = generator.choice(WORDS, 3, replace=False)
     return f"a {first} near the old {second}, seen from a {third} in the morning"
+
+
+def _labels(generator: np.random.Generator) -> list[str]:
+    return [" ".join(generator.choice(WORDS, generator.integers(1, 4))) for _ in range(generator.integers(6, 11))]
 
 
 def plain_batches(urls: Sequence[str], size: int, batch_size: int) -> Way:
@@ -193,7 +202,7 @@ def _measure(shards: str, index_dir: str, size: int, batch_size: int, repeats: i
                 raise UserError(f"{name} read {count} of {len(opened)} images: the ways cannot be compared.")
     rows = {name: {"images_per_s": 1 / median(wall[name]), "cpu_ms": 1000 * median(cpu[name])} for name in ways}
     recipe = g3m()
-    flops = training_flops(meta_model(recipe.config, None, recipe.trainable)).total
+    flops = training_flops(meta_model(recipe.config, None, recipe.optim.trainable)).total
     peak = peak_flops(H100, torch.bfloat16)
     assert peak is not None
     h100_images_per_s = peak * MFU / flops

@@ -3,37 +3,60 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from statistics import median
 from typing import Any
 
 import numpy as np
 import torch
+from lightning.pytorch.profilers import PyTorchProfiler
+from omegaconf import DictConfig
 
-from nxtp.config import composed, to_dataclass
+from nxtp.config import composed, instantiated, to_dataclass
+from nxtp.data.config import DataConfig
+from nxtp.data.datamodule import WebDatasetDataModule
+from nxtp.data.labels.from_samples import label_texts
+from nxtp.data.mixture import open_set
+from nxtp.data.transforms import ImageTransform
 from nxtp.model.decoder import DecoderConfig
 from nxtp.model.encoder import EncoderConfig
 from nxtp.model.flops import ModelFlops
 from nxtp.model.layout import PUBLISHED_LENGTH, Layout, Objective, lay_out
 from nxtp.model.model import Model, ModelConfig
-from nxtp.model.trainable import TrainableConfig, choose_trainable
+from nxtp.model.tokenizer import train_tokenizer
+from nxtp.model.trainable import choose_trainable
 from nxtp.paper.reference import published_loss, published_one_shot
 from nxtp.sampling.label_probability import Samples
 from nxtp.sampling.one_shot import one_shot
+from nxtp.train.callbacks.throughput import Throughput
+from nxtp.train.command import filter_lightning_messages
+from nxtp.train.module import RecognitionModule
 from nxtp.train.optim import OptimConfig
 
 COMPARED_IMAGES = 8  # at most, of a training step
 DELIMITER, PROMPT_TOKENS = 4, 7  # BOS and the six tokens of the evaluation prompt in LLaMA's vocabulary
+STEPS = {"cpu": 1, "cuda": 10}  # of training, per measurement
+MEASURED_S = 1.0  # a short prediction is repeated within this time
 
 
 @dataclass(frozen=True)
 class Size:
-    """A model with random weights, the parts of it that train, and the length to which the published way pads."""
+    """A model with random weights, the length to which the published way pads, and the overrides of its recipe."""
 
     config: ModelConfig
     pad_to: int = PUBLISHED_LENGTH
-    trainable: TrainableConfig = field(default_factory=TrainableConfig)  # everything
+    overrides: tuple[str, ...] = ()
+
+    @cached_property
+    def recipe(self) -> DictConfig:
+        return composed("train", ["name=bench", *self.overrides])
+
+    @property
+    def optim(self) -> OptimConfig:
+        return to_dataclass(OptimConfig, self.recipe.optim, "optim")
 
 
 def full() -> Size:
@@ -45,7 +68,7 @@ def full() -> Size:
 
 def tiny() -> Size:
     vision = {"layers": 2, "width": 32, "head_width": 16, "patch_size": 8}
-    return Size(_config(32, vision, 32, 4, 2, 64, 400), pad_to=80)
+    return Size(_config(32, vision, 32, 4, 2, 64, 512), pad_to=160, overrides=("data.num_workers=0",))
 
 
 def _config(
@@ -69,10 +92,10 @@ def _config(
 
 def g3m() -> Size:
     """The published recipe, ``experiment=g3m``: 1.78 B parameters, of which the published parts train."""
-    cfg = composed("train", ["experiment=g3m"])
-    config = to_dataclass(ModelConfig, cfg.model, "model")
+    overrides = ("experiment=g3m",)
+    config = to_dataclass(ModelConfig, composed("train", overrides).model, "model")
     config.encoder.pretrained = config.decoder.source = None
-    return Size(config, trainable=to_dataclass(OptimConfig, cfg.optim, "optim").trainable)
+    return Size(config, overrides=overrides)
 
 
 SIZES: dict[str, Callable[[], Size]] = {"full": full, "tiny": tiny, "g3m": g3m}
@@ -82,15 +105,6 @@ def random_images(image_size: int, batch: int, seed: int) -> torch.Tensor:
     """uint8 [batch, 3, image_size, image_size]"""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(0, 256, (batch, 3, image_size, image_size), dtype=torch.uint8, generator=generator)
-
-
-def random_labels(batch: int, vocab: int, seed: int) -> list[list[list[int]]]:
-    """6 to 10 labels per image of 1 to 3 tokens each, without the delimiter: like the nouns of captions."""
-    generator = np.random.default_rng(seed)
-    return [
-        [generator.integers(5, vocab, generator.integers(1, 4)).tolist() for _ in range(generator.integers(6, 11))]
-        for _ in range(batch)
-    ]
 
 
 class Worker:
@@ -119,7 +133,6 @@ class Worker:
         self.size = SIZES[size]()
         with self.device:
             self.model = Model(self.size.config)
-        choose_trainable(self.model, self.size.trainable)
         self.vocab = self.model.decoder.vocab_size
         self.images = random_images(self.size.config.encoder.image_size, batch_size, seed).to(self.device)
         self.prompt = np.random.default_rng(seed).integers(5, self.vocab, PROMPT_TOKENS).tolist()
@@ -145,39 +158,58 @@ class Worker:
 
 
 class Trainer(Worker):
-    """Forward, backward and AdamW step of one way on one batch."""
+    """Training steps on ``shards``: ours as `nxtp train` makes them, the published way on the first batch alone.
 
-    def __init__(self, way: str, *, batch_size: int, seed: int = 0, **options: Any):
+    Ours is Lightning's loop with the recipe's trainer, optimizer and loader, of which only the number of devices and
+    steps differs. The published way is a bare loop, without a loader and without copies to the device.
+    """
+
+    def __init__(self, way: str, *, shards: str, batch_size: int, seed: int = 0, **options: Any):
         super().__init__(way, batch_size=batch_size, seed=seed, **options)
-        self.model.train()
-        self.labels = random_labels(batch_size, self.vocab, seed)
+        filter_lightning_messages()
+        warnings.filterwarnings("ignore", message="Found .* module.* in eval mode")  # those without weights
+        choose_trainable(self.model.train(), self.size.optim.trainable)
+        workers, index = self.size.recipe.data.num_workers, f"{shards}.{way}"
+        self.config = DataConfig(train=shards, batch_size=batch_size, num_workers=workers, index_dir=index, seed=seed)
+        self.shards = open_set("train", shards, self.config)
+        self.tokenizer = train_tokenizer(label_texts(self.shards.shards, self.config), vocab_size=self.vocab)
+        self.prompt, self.delimiter = self.tokenizer.prompt_ids, self.tokenizer.delimiter_id
+        batch = next(iter(self.data(Objective.PUBLISHED).loader("train", shards, training=True)))
+        self.images = batch.images.to(self.device)
+        self.labels = [self.tokenizer.encode_labels(labels) for labels in batch.labels]
         self.optimizer: torch.optim.Optimizer | None = None
 
-    def layout(self, objective: str, images: int | None = None) -> Layout:
+    def data(self, objective: str) -> WebDatasetDataModule:
+        return WebDatasetDataModule(
+            self.config,
+            self.tokenizer,
+            transform=ImageTransform.of(self.model.encoder.config),
+            num_image_tokens=self.model.num_image_tokens,
+            objective=objective,
+            sets={"train": self.shards},
+        )
+
+    def layout(self, images: int | None = None) -> Layout:
         return lay_out(
             self.labels[:images],
             prompt=self.prompt,
-            delimiter=DELIMITER,
+            delimiter=self.delimiter,
             num_image_tokens=self.model.num_image_tokens,
-            objective=objective,
+            objective=Objective.PUBLISHED,
         )
 
-    def loss(self, objective: str, images: int | None = None) -> torch.Tensor:
+    def loss(self, images: int | None = None) -> torch.Tensor:
         """Of the first ``images``, by default of all."""
         pixels, labels = self.images[:images], self.labels[:images]
         with self.autocast():
             if self.is_published:
-                options = {"prompt": self.prompt, "delimiter": DELIMITER, "pad_to": self.size.pad_to}
+                options = {"prompt": self.prompt, "delimiter": self.delimiter, "pad_to": self.size.pad_to}
                 return published_loss(self.model, pixels, labels, **options)
-            return self.model(pixels, self.layout(objective, images).to(self.device)).mean
-
-    def flops(self, objective: str) -> float:
-        """Model FLOPs of the real tokens of a step; the same for both ways."""
-        return ModelFlops(self.model).of(self.layout(objective)).total
+            return self.model(pixels, self.layout(images).to(self.device)).mean
 
     def result(self) -> dict[str, np.ndarray]:
         """Loss and the gradients of parameters from the first to the last layer, at the initial weights, in float32."""
-        loss = self.loss(Objective.PUBLISHED, COMPARED_IMAGES)
+        loss = self.loss(COMPARED_IMAGES)
         loss.backward()
         blocks, tower = self.model.decoder.blocks, self.model.encoder.visual.transformer.resblocks
         parameters = {
@@ -195,16 +227,57 @@ class Trainer(Worker):
             torch.cuda.empty_cache()  # for the process of the other way
         return {"loss": loss.detach().cpu().numpy()} | gradients
 
-    def measure(self, objective: str) -> float:
-        """Seconds of one training step."""
+    def measure(self, objective: str, profile: str | None = None) -> dict[str, float]:
+        """Images per second, model TFLOP/s of real tokens and, of ours, the share of the time that waits for data.
+
+        Args:
+            profile: a directory for the table and the trace of PyTorch's profiler, which slows our steps down.
+        """
+        steps = STEPS[self.device.type]
+        if self.is_published:
+            return self._measure_published(steps)
+        module = RecognitionModule(self.size.config, self.tokenizer, self.size.optim)
+        module.model = self.model
+        profiler = profile and PyTorchProfiler(profile, "train", export_to_chrome=True)
+        trainer = instantiated(
+            self.size.recipe.trainer,
+            "trainer",
+            accelerator=self.device.type,
+            devices=1,
+            num_nodes=1,
+            strategy="auto",
+            precision=self.precision,
+            accumulate_grad_batches=1,
+            max_steps=2 * steps,  # the first half allocates the optimizer's state, and does not count
+            max_epochs=-1,
+            log_every_n_steps=steps,
+            callbacks=[Throughput(ModelFlops(self.model))],
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            profiler=profiler or None,
+        )
+        trainer.fit(module, datamodule=self.data(objective))
+        return {
+            name: float(trainer.callback_metrics[f"perf/{name}"]) for name in ("images_per_s", "tflops", "data_wait")
+        }
+
+    def _measure_published(self, steps: int) -> dict[str, float]:
         if self.optimizer is None:
             trained = [p for p in self.model.parameters() if p.requires_grad]
             self.optimizer = torch.optim.AdamW(trained, lr=1e-5, betas=(0.9, 0.98), eps=1e-6, fused=True)
+            self._measure_published(1)  # allocates its state
         start = self.clock()
+        for _ in range(steps):
+            self.optimizer.zero_grad()
+            self.loss().backward()
+            self.optimizer.step()
+        seconds = (self.clock() - start) / steps
         self.optimizer.zero_grad()
-        self.loss(objective).backward()
-        self.optimizer.step()
-        return self.clock() - start
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        flops = ModelFlops(self.model).of(self.layout()).total
+        return {"images_per_s": len(self.images) / seconds, "tflops": flops / seconds / 1e12}
 
 
 class Predictor(Worker):
@@ -218,7 +291,7 @@ class Predictor(Worker):
     def measure(self, top_k: int, tokens: int, images: int = 1) -> tuple[float, dict[str, np.ndarray]]:
         """Seconds from uint8 images to sampled labels (the median of up to five runs in a second), and the labels."""
         seconds: list[float] = []
-        while not seconds or (len(seconds) < 5 and sum(seconds) < 1):
+        while not seconds or (len(seconds) < 5 and sum(seconds) < MEASURED_S):
             start = self.clock()
             samples = self.run(top_k, tokens, images)
             seconds.append(self.clock() - start)

@@ -1,0 +1,146 @@
+"""`nxtp bench gpu`: all that wants a GPU, each part a command of its own, in bounded time."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import click
+
+from nxtp.bench.models import SIZES
+from nxtp.bench.predict import COUNTS
+from nxtp.bench.reporting import choose_device, machine_description, machine_line
+from nxtp.config import EXPERIMENTS
+from nxtp.cost.memory import Step, memory
+
+STATIC = EXPERIMENTS / "benchmarks" / "static_shapes.py"
+NEEDS_GPU = "needs a GPU"
+ROW = "| {} | {} | {} | {} | {} |"
+
+
+def commands(size: str, device: str, batch_size: int, seed: int) -> dict[str, list[str]]:
+    common = [f"--size={size}", f"--device={device}", f"--seed={seed}", "--json"]
+    nxtp, single = [sys.executable, "-m", "nxtp", "bench"], ["--precision=bf16-true", *common]
+    return {
+        "train": [*nxtp, "train", f"--batch-size={batch_size}", "--precision=bf16-mixed", "--repeats=2", *common],
+        "predict": [*nxtp, "predict", f"--batch-size={4 * batch_size}", *single],
+        "static": [sys.executable, str(STATIC), "--ends=0", "--tokens=4", *single],
+    }
+
+
+def bounded(command: list[str], seconds: float) -> dict[str, Any]:
+    """The object on the last line that the command prints, or ``error``. Its processes end with it."""
+    with (
+        TemporaryDirectory() as temporary,
+        subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+            env=os.environ | {"TMPDIR": temporary},
+        ) as process,
+    ):
+        try:
+            out, error = process.communicate(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            return {"error": f"not finished in {seconds:.0f} s"}
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+    if process.returncode:
+        return {"error": (error.strip().splitlines() or [f"exit code {process.returncode}"])[-1]}
+    return json.loads(out.splitlines()[-1])
+
+
+def measure_gpu(*, size: str, device: str, batch_size: int, budget: int, seed: int) -> dict[str, Any]:
+    """Memory forecast, training, prediction and static shapes at one size.
+
+    Args:
+        batch_size: images per training step; prediction in batches takes four times as many.
+        budget: seconds. Each part gets an equal share of what the ones before it have left.
+
+    Returns:
+        ``forecast_bytes``; ``train``, ``predict`` and ``static``: what their commands print, or ``error``; the machine.
+
+    Raises:
+        UserError: there is no such device.
+    """
+    deadline, device = time.monotonic() + budget, choose_device(device)
+    model = SIZES[size]()
+    step = Step(batch=batch_size, precision="bf16-mixed", on_gpu=device == "cuda")
+    result: dict[str, Any] = {"size": size, "device": device, "batch_size": batch_size}
+    result["forecast_bytes"] = memory(model.config, None, model.optim, step).total
+    parts = commands(size, device, batch_size, seed)
+    for left, (name, command) in zip(range(len(parts), 0, -1), parts.items(), strict=True):
+        seconds = (deadline - time.monotonic()) / left
+        if name == "static" and device == "cpu":
+            result[name] = {"error": NEEDS_GPU}  # for CUDA graphs
+        elif not Path(command[1]).is_file() and command[1] != "-m":
+            result[name] = {"error": f"needs a checkout: {Path(command[1]).name}"}
+        else:
+            click.echo(f"{name}: {seconds:.0f} s at most", err=True)
+            result[name] = bounded(command, max(seconds, 1))
+    machines = (result[name].get("machine") for name in parts)
+    result["machine"] = next(filter(None, machines), None) or machine_description()
+    return result
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """A table for docs/performance.md."""
+    rows = [*train_rows(result), *predict_rows(result["predict"]), *static_rows(result["static"])]
+    line = f"{result['size']}, {result['batch_size']} images per step; {machine_line(result['machine'])}"
+    head = ROW.format("", "ours", "published way", "ratio", "aim"), "| --- | ---: | ---: | ---: | ---: |"
+    return "\n".join([line, "", *head, *(ROW.format(*row) for row in rows)])
+
+
+def train_rows(result: dict[str, Any]) -> list[tuple[str, ...]]:
+    train, forecast = result["train"], result["forecast_bytes"] / 1e9
+    predicted = "memory forecast GB", f"{forecast:.2f}", ""
+    if "error" in train:
+        return [("training", train["error"], "", "", ""), (*predicted, "", "")]
+    ways = [train["rows"][way] for way in ("ours", "published")]
+    mfu = (NEEDS_GPU if way["mfu"] is None else f"{way['mfu']:.1%}" for way in ways)
+    peaks: tuple[str, ...] = NEEDS_GPU, NEEDS_GPU, ""
+    fits = NEEDS_GPU
+    if result["device"] == "cuda":
+        peaks = *(f"{way['peak_bytes'] / 1e9:.2f}" for way in ways), f"{train['peak_memory_ratio']:.2f}×"
+        fits = f"{forecast * 1e9 / ways[0]['peak_bytes']:.2f}× measured"
+    images = (f"{way['images_per_s']:.1f}" for way in ways)
+    return [
+        ("training, images/s", *images, f"{train['images_per_s_ratio']:.1f}×", "≥ 3.5×"),
+        ("MFU", *mfu, "", "≥ 45 %"),
+        ("data wait", f"{ways[0]['data_wait']:.1%}", "", "", ""),
+        ("peak memory GB", *peaks, ""),
+        (*predicted, fits, ""),
+    ]
+
+
+def predict_rows(predict: dict[str, Any]) -> list[tuple[str, ...]]:
+    if "error" in predict:
+        return [("prediction", predict["error"], "", "", "")]
+    rows = []
+    for k in COUNTS:
+        ours, published = (predict["rows"][f"{way}@{k}"]["seconds"] for way in ("ours", "published"))
+        aim = "≤ 15 for 10 labels" if k == 20 else ""
+        rows.append((f"{k} labels, ms", f"{1e3 * ours:.1f}", f"{1e3 * published:.1f}", f"{published / ours:.1f}×", aim))
+    for k in COUNTS:
+        speed = f"{predict['rows'][f'ours@{k}']['images_per_s']:.1f}"
+        rows.append((f"{k} labels, batches of {predict['batch_size']}, images/s", speed, "", "", ""))
+    return [*rows, ("time of 100 labels / of 1", f"{predict['top100_over_top1']:.2f}×", "", "", "≤ 2×")]
+
+
+def static_rows(static: dict[str, Any]) -> list[tuple[str, ...]]:
+    if "error" in static:
+        return [("static shapes with CUDA graphs", static["error"], "", "", "")]
+    of_k = ((k, static["rows"][f"compiled@{k}"]) for k in COUNTS)
+    name = "static shapes with CUDA graphs, {} labels, ms"
+    return [(name.format(k), f"{1e3 * r['seconds']:.1f}", "", f"{r['ratio']:.2f}× as it is", "") for k, r in of_k]
