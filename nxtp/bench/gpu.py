@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
-from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -80,15 +79,13 @@ def measure_gpu(*, size: str, device: str, batch_size: int, budget: int, seed: i
     result: dict[str, Any] = {"size": size, "device": device, "batch_size": batch_size}
     result["forecast_bytes"] = memory(model.config, None, model.optim, step).total
     parts = commands(size, device, batch_size, seed)
+    if device == "cpu" or not STATIC.is_file():
+        del parts["static"]
+        result["static"] = {"error": NEEDS_GPU if device == "cpu" else f"needs a checkout, for {STATIC.name}"}
     for left, (name, command) in zip(range(len(parts), 0, -1), parts.items(), strict=True):
-        seconds = (deadline - time.monotonic()) / left
-        if name == "static" and device == "cpu":
-            result[name] = {"error": NEEDS_GPU}  # for CUDA graphs
-        elif not Path(command[1]).is_file() and command[1] != "-m":
-            result[name] = {"error": f"needs a checkout: {Path(command[1]).name}"}
-        else:
-            click.echo(f"{name}: {seconds:.0f} s at most", err=True)
-            result[name] = bounded(command, max(seconds, 1))
+        seconds = max((deadline - time.monotonic()) / left, 1)
+        click.echo(f"{name}: {seconds:.0f} s at most", err=True)
+        result[name] = bounded(command, seconds)
     machines = (result[name].get("machine") for name in parts)
     result["machine"] = next(filter(None, machines), None) or machine_description()
     return result

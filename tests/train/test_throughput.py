@@ -113,6 +113,17 @@ def test_validation_and_a_new_epoch_are_pauses(monkeypatch):
     assert run.logged[1]["perf/data_wait"] == pytest.approx(0.1 / 0.7)
 
 
+def test_an_epoch_that_ends_between_logs_counts(monkeypatch):
+    run = Run(monkeypatch)
+    run.step()
+    run.hook("on_train_epoch_end")
+    run.now += 50
+    run.hook("on_train_epoch_start")
+    run.step(wait=30)  # the workers start
+    assert run.logged[0]["perf/images_per_s"] == pytest.approx(4 / 0.6), "both batches' work"
+    assert run.logged[0]["perf/data_wait"] == pytest.approx(0)
+
+
 def test_accumulated_batches_are_one_step(monkeypatch):
     run = Run(monkeypatch, accumulate=3)
     for number in range(1, 13):

@@ -31,7 +31,8 @@ class Throughput(L.Callback):
         perf/checkpoint_s     seconds that saving checkpoints held up the training, if one was saved
         perf/peak_memory_gb   since the start, on the rank that needs most; allocated on a GPU, resident on a CPU
 
-    Validation and the start of an epoch are excluded. The GPU is synchronised only at a log and before a validation.
+    Validation and the start of an epoch are excluded. The GPU is synchronised only at a log, before a validation and at
+    the end of an epoch.
     """
 
     def __init__(self, flops: ModelFlops | None = None):
@@ -68,6 +69,9 @@ class Throughput(L.Callback):
 
     def on_train_epoch_start(self, trainer, module) -> None:
         self._mark, self._step = None, trainer.global_step
+
+    def on_train_epoch_end(self, trainer, module) -> None:
+        self._pause(trainer, module.device)
 
     def on_validation_start(self, trainer, module) -> None:
         self._pause(trainer, module.device)
