@@ -39,7 +39,7 @@ def description(cfg: DictConfig) -> dict[str, Any]:
         "image_tokens": model.num_image_tokens,
         "flops_per_image": {"forward": forward, "backward": backward},
         "step": asdict(step),
-        "memory_bytes": {"most": needed.most, "peak": needed.peak, "total": needed.total},
+        "memory_bytes": {"most": needed.most, "peak": needed.peak, "when": needed.when, "total": needed.total},
     }
 
 
@@ -75,9 +75,9 @@ def print_description(cfg: DictConfig, as_json: bool = False) -> None:
 
 
 def memory_table(memory: dict[str, Any], step: dict[str, Any]) -> Table:
-    """What a rank stores, and the peak of a training step; both as in :func:`description`."""
+    """What a rank stores, and the peak of training and validation; both as in :func:`description`."""
     ranks = f"{step['ranks']} rank{'s' * (step['ranks'] > 1)}"
-    caption = f"{ranks}, {step['strategy']}, {step['batch']} images each, {step['precision']}"
+    caption = f"{ranks}, {step['strategy']}, {step['batch']} images each, {step['precision']}; peak in {memory['when']}"
     table = Table(title="Memory per rank (GB)", caption=caption)
     for column in ("part", "at most", "at the peak"):
         table.add_column(column, justify="left" if column == "part" else "right")

@@ -1,7 +1,8 @@
-"""Memory per rank before a run: a training step runs on fake tensors in a fake process group, its allocations counted.
+"""Memory per rank before a run: a training step and a batch of validation run on fake tensors in a fake process group,
+their allocations counted.
 
 Optimiser state is added by formula; DDP's gradients are views into its buckets. Not counted: the CUDA context and the
-buffers of cuBLAS and NCCL (1 to 2 GB), fragmentation, validation.
+buffers of cuBLAS and NCCL (1 to 2 GB), fragmentation, the encoder of semantic metrics.
 """
 
 from __future__ import annotations
@@ -26,11 +27,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from nxtp.config import rank_count, to_dataclass
-from nxtp.distributed.parallelize import ParallelConfig, parallelize
+from nxtp.distributed.parallelize import ParallelConfig, parallelize, unsharded
 from nxtp.errors import UserError
+from nxtp.model.attention_rule import branch_mask
 from nxtp.model.flops import meta_model
-from nxtp.model.layout import lay_out
+from nxtp.model.layout import Layout, lay_out
 from nxtp.model.model import Model, ModelConfig
+from nxtp.sampling.one_shot import first_tokens, likeliest_
 from nxtp.train.checks import PRECISIONS, full_precision, strategy_name
 from nxtp.train.optim import OptimConfig
 
@@ -46,6 +49,7 @@ class Step:
     ``batch``        images per rank and micro-batch
     ``accumulates``  whether an optimiser step has several micro-batches
     ``features``     whether a frozen encoder's features are read instead of images
+    ``val_batch``    images per rank and batch of validation, of which ``top_k`` labels are predicted; 0: none
     """
 
     strategy: str = "single"
@@ -55,6 +59,8 @@ class Step:
     precision: str = "32-true"
     on_gpu: bool = False
     features: bool = False
+    val_batch: int = 0
+    top_k: int = 10
 
 
 @dataclass(frozen=True)
@@ -63,10 +69,12 @@ class Memory:
 
     ``most``  the maximum of each part
     ``peak``  the parts at the moment when their sum is largest
+    ``when``  that is: forward, backward, update or validation
     """
 
     most: dict[str, int]
     peak: dict[str, int]
+    when: str
 
     @property
     def total(self) -> int:
@@ -99,6 +107,8 @@ def step_of(cfg: DictConfig) -> Step:
         precision=str(trainer["precision"]),
         on_gpu=trainer["accelerator"] != "cpu",
         features=bool(cfg.data.get("features")),
+        val_batch=int(cfg.data.val_batch_size) if cfg.data.val and trainer.get("limit_val_batches") != 0 else 0,
+        top_k=int(cfg.validation.top_k),
     )
 
 
@@ -117,7 +127,7 @@ def memory(
     step: Step,
     parallel: ParallelConfig | None = None,
 ) -> Memory:
-    """Memory of a training step that is not the first: the optimiser's state exists.
+    """Memory of a training step that is not the first, so that the optimiser's state exists, and of a validation.
 
     The step is not compiled: compilation keeps no more than is kept without it.
 
@@ -127,12 +137,12 @@ def memory(
     precision = full_precision(step.precision)
     weights_dtype, autocast_dtype = PRECISIONS[precision]
     model = meta_model(config, vocab_size, optim.trainable)
-    layout = lay_out(
-        [[(0,) * LABEL_TOKENS] * LABELS] * step.batch,
-        prompt=[0] * PROMPT_TOKENS,
-        delimiter=0,
-        num_image_tokens=model.num_image_tokens,
-    )
+    prompt = [0] * PROMPT_TOKENS
+
+    def layout(batch: int) -> Layout:
+        labels = [[(0,) * LABEL_TOKENS] * LABELS] * batch
+        return lay_out(labels, prompt=prompt, delimiter=0, num_image_tokens=model.num_image_tokens)
+
     side, tokens = config.encoder.image_size, (model.num_image_tokens, model.encoder.width)
     shape, dtype = (tokens, torch.float16) if step.features else ((3, side, side), torch.uint8)
     with ExitStack() as stack:
@@ -140,23 +150,46 @@ def memory(
         mesh = stack.enter_context(_fake_mesh(step)) if step.strategy == "fsdp" else None
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         _allocate(model, weights_dtype)
-        model = parallelize(model, replace(parallel or ParallelConfig(), compile=False), mesh, precision)
+        parallel = replace(parallel or ParallelConfig(), compile=False)
+        model = parallelize(model, parallel, mesh, precision)
         if step.on_gpu and autocast_dtype is not None:
             stack.enter_context(_cuda_autocast())
         live = stack.enter_context(_LiveBytes([*model.parameters(), *model.buffers()]))
+        gradients = _bytes(p for p in model.parameters() if p.requires_grad)
+        moments: dict[str, dict[str, int]] = {}
         for is_last in (False, True) if step.accumulates else (True,):  # the first's gradients exist in the second
             if mesh is not None:
                 model.set_requires_gradient_sync(is_last)
             live.part = "activations"
             images = torch.empty(step.batch, *shape, dtype=dtype)
             with torch.autocast("cpu", autocast_dtype, enabled=autocast_dtype is not None):
-                loss = model(images, layout).total
+                loss = model(images, layout(step.batch)).total
             live.mark(model.parameters(), "weights")  # gathered and not yet freed
             saved = live.bytes["activations"]
+            # Lightning frees the last step's gradients after the forward pass.
+            moments.setdefault("forward", live.peak | {"gradients": gradients})
             live.part = "working"
             loss.backward()
         live.mark((p.grad for p in model.parameters() if p.grad is not None), "gradients")
-        return _sum_up(live, model, optim, step, saved, scales_loss=precision == "16-mixed")
+        moments["backward"] = live.peak
+        if step.val_batch:  # the last step's gradients still exist
+            del images, loss
+            live.restart()
+            with unsharded(model, parallel.reshard_after_forward), torch.no_grad():
+                images = torch.empty(step.val_batch, *shape, dtype=dtype)
+                with torch.autocast("cpu", autocast_dtype, enabled=autocast_dtype is not None):
+                    _validate(model, images, layout(step.val_batch), prompt, step.top_k)
+            moments["validation"] = live.peak
+        return _sum_up(live, moments, model, optim, step, saved, scales_loss=precision == "16-mixed")
+
+
+def _validate(model: Model, images: Tensor, layout: Layout, prompt: list[int], top_k: int) -> None:
+    """The loss, and labels of typical length as :func:`nxtp.sampling.one_shot.one_shot` predicts them."""
+    _, (logits_BV, cache) = model.evaluate(images, layout, prompt)
+    prefix = model.num_image_tokens + 1 + len(prompt)
+    tokens = first_tokens(logits_BV, top_k)[1]
+    for step in range(1, LABEL_TOKENS + 1):
+        likeliest_(model.step(tokens, prefix + step - 1, branch_mask(prefix, tokens.shape[1], step), cache))
 
 
 def _allocate(model: nn.Module, dtype: torch.dtype) -> None:
@@ -247,6 +280,10 @@ class _LiveBytes(TorchDispatchMode):
                 self._part_of[number] = part
         self.most_gathered = max(self.most_gathered, self.bytes["weights"])
 
+    def restart(self) -> None:
+        """Begin a new peak."""
+        self._peak_bytes = 0
+
     def __enter__(self) -> _LiveBytes:
         resize = torch.UntypedStorage.resize_
 
@@ -267,6 +304,8 @@ class _LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if DTensor in types:
             return NotImplemented  # called again with this rank's tensors
+        if function is torch.ops.aten.logsumexp.default:  # it keeps exp(x - max) until it ends
+            self._follow(torch.empty_like(args[0]).untyped_storage(), "working")
         result = function(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor) and not isinstance(tensor, DTensor):
@@ -302,8 +341,16 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
     return sum(local.numel() * local.element_size() for local in map(_local, tensors))
 
 
-def _sum_up(live: _LiveBytes, model: Model, optim: OptimConfig, step: Step, saved: int, scales_loss: bool) -> Memory:
-    """Add what exists all the time, and check whether the optimiser's update needs more than the step."""
+def _sum_up(
+    live: _LiveBytes,
+    moments: dict[str, dict[str, int]],
+    model: Model,
+    optim: OptimConfig,
+    step: Step,
+    saved: int,
+    scales_loss: bool,
+) -> Memory:
+    """Add what exists all the time, and check whether the optimiser's update needs more than the other ``moments``."""
     trained = [p for p in model.parameters() if p.requires_grad]
     gradients = _bytes(trained)
     always = {
@@ -315,15 +362,18 @@ def _sum_up(live: _LiveBytes, model: Model, optim: OptimConfig, step: Step, save
     roots = 0
     if scales_loss and optim.state_bits == 32:
         roots = gradients if step.on_gpu else max(_bytes([p]) for p in trained)
-    moments = [live.peak, {"gradients": gradients, "working": roots}]
-    totals = [{part: moment.get(part, 0) + always.get(part, 0) for part in PARTS} for moment in moments]
+    moments = {**moments, "update": {"gradients": gradients, "working": roots}}
+    totals = {
+        when: {part: moment.get(part, 0) + always.get(part, 0) for part in PARTS} for when, moment in moments.items()
+    }
+    when = max(totals, key=lambda name: sum(totals[name].values()))
     most = {
         "weights": always["weights"] + live.most_gathered,
         "gradients": gradients,
         "optimizer": always["optimizer"],
         "activations": saved,
     }
-    return Memory(most, max(totals, key=lambda parts: sum(parts.values())))
+    return Memory(most, totals[when], when)
 
 
 def _bytes_of_8_bit_moment(parameter: Tensor) -> int:

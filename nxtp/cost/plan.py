@@ -24,7 +24,7 @@ from rich.console import Console, Group
 from rich.table import Table
 
 from nxtp.config import composed, to_dataclass
-from nxtp.cost.memory import LABEL_TOKENS, LABELS, PROMPT_TOKENS, Step, memory, sections
+from nxtp.cost.memory import LABEL_TOKENS, LABELS, PROMPT_TOKENS, memory, sections, step_of
 from nxtp.data.config import DataConfig, named_sources
 from nxtp.errors import UserError
 from nxtp.model.flops import Flops, ModelFlops, meta_model, peak_flops, training_flops
@@ -131,7 +131,7 @@ def plan(cfg: DictConfig, gpus: Sequence[int], *, mfu: float, images: int | None
     total = float(images) if images is not None else images_of(cfg)
     flops = sum(training_flops(model, prompt_tokens=PROMPT_TOKENS, labels=LABELS, label_tokens=LABEL_TOKENS))
     needed = cache(lambda step: memory(config, vocabulary, optim, step, parallel).total)
-    rows = []
+    planned, rows = replace(step_of(cfg), precision="bf16-mixed", on_gpu=True), []
     for ranks in gpus:
         batch = int(cfg.data.batch_size)
         per_gpu, rest = divmod(cfg.global_batch or batch * ranks, ranks)
@@ -145,7 +145,7 @@ def plan(cfg: DictConfig, gpus: Sequence[int], *, mfu: float, images: int | None
             sent = sent_bytes(model, strategy, ranks, batches)
             computing, sending, seconds = cluster.step_seconds(flops * per_gpu, sent, ranks, mfu)
             sharers = ranks if strategy == "fsdp" else 2  # DDP needs the same on any number of ranks
-            step = Step(strategy, sharers, batch=batch, accumulates=batches > 1, precision="bf16-mixed", on_gpu=True)
+            step = replace(planned, strategy=strategy, ranks=sharers, batch=batch, accumulates=batches > 1)
             rows.append(
                 {
                     "gpus": ranks,

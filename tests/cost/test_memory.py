@@ -1,6 +1,7 @@
 """Memory before a run, against PyTorch's account of real training steps and against arithmetic."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,13 +17,14 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from nxtp.cost.command import describe
 from nxtp.cost.memory import Memory, Step, memory, step_of
-from nxtp.distributed.parallelize import ParallelConfig, parallelize
+from nxtp.distributed.parallelize import ParallelConfig, parallelize, unsharded
 from nxtp.errors import UserError
 from nxtp.model.decoder import DecoderConfig
 from nxtp.model.encoder import EncoderConfig
 from nxtp.model.layout import lay_out
 from nxtp.model.model import Model, ModelConfig
 from nxtp.model.trainable import TrainableConfig, choose_trainable
+from nxtp.sampling.one_shot import one_shot
 from nxtp.train.optim import OptimConfig, build_optimizer
 
 pytestmark = pytest.mark.costly
@@ -61,12 +63,23 @@ def measured_peak(optim: OptimConfig, step: Step, parallel: ParallelConfig, mesh
         called = DistributedDataParallel(model, gradient_as_bucket_view=True) if step.strategy == "ddp" else model
         with record_function("steps"):
             for _ in range(2):
-                for _ in range(1 + step.accumulates):
+                for is_first in (True, False) if step.accumulates else (True,):
                     with torch.autocast("cpu", torch.bfloat16, enabled=step.precision == "bf16-mixed"):
                         loss = called(images, layout).total
+                    if is_first:
+                        optimizer.zero_grad()  # where Lightning does
                     loss.backward()
+                    del loss
                 optimizer.step()
-                optimizer.zero_grad()
+            if step.val_batch:  # as RecognitionModule validates
+                validated, prompt = torch.zeros(step.val_batch, 3, SIDE, SIDE, dtype=torch.uint8), [1] * 7
+                layout = lay_out(
+                    [[(5, 6)] * 8] * step.val_batch, prompt=prompt, delimiter=4, num_image_tokens=model.num_image_tokens
+                )
+                dtype = torch.bfloat16 if step.precision == "bf16-mixed" else None
+                with unsharded(model), torch.no_grad(), torch.autocast("cpu", dtype, enabled=dtype is not None):
+                    _, prefilled = model.eval().evaluate(validated, layout, prompt)
+                    one_shot(model, validated, prompt=prompt, delimiter=4, top_k=10, max_tokens=3, prefilled=prefilled)
     events = sorted(profiler.profiler.kineto_results.events(), key=lambda event: event.start_ns())
     begun = next(event.start_ns() for event in events if event.name() == "steps")
     alive = peak = 0
@@ -92,6 +105,22 @@ def test_prediction_is_what_a_real_step_allocates(trainable, checkpointing, accu
     step = Step(batch=4, precision=precision, accumulates=accumulates)
     predicted = memory(config(), None, optim, step, parallel).total
     assert predicted == pytest.approx(measured_peak(optim, step, parallel), rel=0.02)
+
+
+@pytest.mark.parametrize("precision", ["32-true", pytest.param("bf16-mixed", marks=pytest.mark.slow)])
+def test_prediction_is_what_a_real_validation_allocates(precision):
+    optim, step = OptimConfig(trainable=PUBLISHED_LIKE), Step(batch=1, precision=precision, val_batch=32)
+    predicted = memory(config(), None, optim, step)
+    assert predicted.when == "validation"
+    assert predicted.total > 1.2 * of(replace(step, val_batch=0)).total
+    assert predicted.total == pytest.approx(measured_peak(optim, step, ParallelConfig()), rel=0.02)
+
+
+def test_validation_gathers_all_weights():
+    weights = of(Step()).peak["weights"]
+    sharded = of(Step("fsdp", ranks=8, batch=1, val_batch=4))
+    assert sharded.when == "validation"
+    assert sharded.peak["weights"] == pytest.approx(weights * (1 + 1 / 8), rel=0.02)
 
 
 def _rank(rank: int, step: Step, directory: str) -> None:
@@ -170,7 +199,7 @@ def test_cuda_stores_the_inputs_of_norms_in_float32_under_autocast():
     assert cuda - cpu == pytest.approx((2 * 1 + 1) * of_a_norm * 2, rel=0.03)
 
 
-def trainer(**changes):
+def trainer(val=None, **changes):
     fields = {
         "accelerator": "gpu",
         "devices": 8,
@@ -179,12 +208,15 @@ def trainer(**changes):
         "precision": "bf16-mixed",
         "accumulate_grad_batches": 1,
     }
-    return OmegaConf.create({"trainer": fields | changes, "data": {"batch_size": 16}})
+    data = {"batch_size": 16, "val": val, "val_batch_size": 128}
+    return OmegaConf.create({"trainer": fields | changes, "data": data, "validation": {"top_k": 5}})
 
 
 def test_the_strategy_is_read_from_the_trainer():
     sharded = {"_target_": "nxtp.distributed.fsdp2.FSDP2Strategy"}
-    assert step_of(trainer(num_nodes=4)) == Step("ddp", 32, batch=16, precision="bf16-mixed", on_gpu=True)
+    expected = Step("ddp", 32, batch=16, precision="bf16-mixed", on_gpu=True, top_k=5)
+    assert step_of(trainer(num_nodes=4)) == step_of(trainer({"val": "x"}, num_nodes=4, limit_val_batches=0)) == expected
+    assert step_of(trainer({"val": "x"}, num_nodes=4, limit_val_batches=None)) == replace(expected, val_batch=128)
     found = step_of(trainer(strategy=sharded, devices="0,1,2,3", accumulate_grad_batches=2))
     assert (found.strategy, found.ranks, found.accumulates) == ("fsdp", 4, True)
     assert step_of(trainer(strategy="auto", devices=1, accelerator="cpu")).strategy == "single"
