@@ -51,7 +51,8 @@ def run_tests(arguments: list[str]) -> str:
     assert suite is not None
     wrong = int(suite.get("failures", 0)) + int(suite.get("errors", 0))
     passed = int(suite.get("tests", 0)) - wrong - int(suite.get("skipped", 0))
-    counted = [f"{item.get('value')} {item.get('name')}" for item in suite.iter("property")]
+    found = [(item.get("name", ""), item.get("value")) for item in suite.iter("property")]
+    counted = [f"{value} {name}" for name, value in found if not name.startswith("hypothesis-")]
     return "; ".join([f"{passed} passed" + f", **{wrong} failed**" * bool(wrong), *counted])
 
 
