@@ -1,18 +1,22 @@
 """Features of a frozen encoder: the same training as from images, and a store that cannot be mistaken for another."""
 
+import hashlib
 import json
 import os
 import resource
 import shutil
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from helpers import TINY_OVERRIDES, call_nxtp, curve, jpeg, nxtp_runs, sample, write_shards
+from torch import nn
 
-from nxtp.data.features.store import LOCK, META, FeatureStore, FeatureWriter, Meta, image_key
+from nxtp.data.features.store import LOCK, META, FeatureStore, FeatureWriter, Meta, fingerprint, image_key
 from nxtp.errors import UserError
+from nxtp.model.encoder import EncoderConfig
 from nxtp.prepare.writer import write_shard
 
 pytestmark = pytest.mark.costly
@@ -148,6 +152,16 @@ def test_a_store_is_read_by_the_bytes_of_an_image(tmp_path):
     assert np.array_equal(store.read(images[4]), values[4])
     with pytest.raises(KeyError):
         store.read(b"another")
+
+
+def test_a_store_of_before_resize_modes_has_the_same_encoder():
+    statistics = {"quick_gelu": False, "image_size": 32, "mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}
+    before = {"name": None, "vision": {"layers": 2}, "depth": None, **statistics}
+    config = EncoderConfig(**before, interpolation="bicubic", resize_mode="shortest")
+    encoder = SimpleNamespace(config=config, visual=nn.Identity())
+    assert fingerprint(encoder) == hashlib.sha256(json.dumps(before, sort_keys=True).encode()).hexdigest()
+    config.resize_mode = "squash"
+    assert fingerprint(encoder) != hashlib.sha256(json.dumps(before, sort_keys=True).encode()).hexdigest()
 
 
 def test_features_that_will_not_fit_are_not_begun(tmp_path):

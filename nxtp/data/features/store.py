@@ -37,11 +37,8 @@ def image_key(image: bytes) -> bytes:
 
 def fingerprint(encoder: Encoder) -> str:
     """A hash of the encoder's architecture, input and weights. A collective call if the weights are sharded."""
-    unsaid = {
-        "interpolation": "bicubic",
-        "resize_mode": "shortest",
-    }  # in the stores of before
-    config = {k: v for k, v in asdict(encoder.config).items() if k != "pretrained" and unsaid.get(k) != v}
+    unsaid = {"interpolation": "bicubic", "resize_mode": "shortest"}.items()  # in the stores of before
+    config = {k: v for k, v in asdict(encoder.config).items() if k != "pretrained" and (k, v) not in unsaid}
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
     for name, tensor in sorted(encoder.visual.state_dict().items()):
         digest.update(name.encode())
