@@ -84,7 +84,8 @@ class EncoderConfig:
         """With ``found``, else the defaults, for every setting of the input that is null."""
         null = [name for name in DEFAULTS if getattr(self, name) is None]
         chosen: dict[str, Any] = {name: found.get(name, DEFAULTS[name]) for name in null}
-        return replace(self, **{n: list(value) if n in ("mean", "std") else value for n, value in chosen.items()})
+        lists: dict[str, Any] = {name: list(chosen[name]) for name in ("mean", "std") if name in chosen}
+        return replace(self, **chosen | lists)
 
 
 class Encoder(ComputesBuffers):
