@@ -328,6 +328,13 @@ HOSTILE: dict[str, Damage] = {
     "a tokenizer of ten million lists": text(TOKENIZER, '{"model": [' + "[]," * 10_000_000 + "[]]}"),
     "a tokenizer of another library": tokenizer(model={"type": "Evil"}),
     "an exponential pattern": tokenizer(pre_tokenizer=split("(a+)+$")),
+    "100,000 added tokens": tokenizer(
+        added_tokens=[
+            dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
+            | {"id": 400 + n, "content": f"<added {n}>"}
+            for n in range(100_000)
+        ]
+    ),
     "an exponential choice": tokenizer(
         normalizer={"type": "Replace", "pattern": {"Regex": "(e|ee)+$"}, "content": "x"}
     ),

@@ -29,6 +29,7 @@ FORMAT = 1
 CONFIG = "config.yaml"
 WEIGHTS = "model.safetensors"
 FILES = (WEIGHTS, "tokenizer.json", "tokenizer_config.json")  # those with a fingerprint in CONFIG
+_MAX_ADDED = 20_000  # tokens beside the vocabulary, built one by one; Gemma's tokenizer has 6,400
 _MAX_INSERTED = 16  # characters that all replacements of a normalizer insert: they multiply
 # A repeated group that repeats or chooses inside: time exponential in the text, as (a+)+ or (a|aa)*.
 _EXPONENTIAL = re.compile(r"((?<!\()[|+*?]|\{\d*,\d*\})[^(]*\)([+*]|\{\d)")
@@ -151,6 +152,9 @@ def read_tokenizer(directory: Path, prompt: str) -> LabelTokenizer:
     content, settings = (read_json(directory / name) for name in FILES[1:])
     if foreign := [key for key in settings if key.endswith("_file") or key == "auto_map"]:
         raise UserError(f"'{directory / FILES[2]}' names other files: {some_of(foreign)}.")
+    added = content.get("added_tokens")
+    if isinstance(added, list) and len(added) > _MAX_ADDED:
+        raise UserError(f"'{directory / FILES[1]}' adds {len(added):,} tokens, at most {_MAX_ADDED:,} are read.")
     for part in ("normalizer", "pre_tokenizer", "decoder"):
         steps = [value for value in values(content.get(part)) if isinstance(value, dict)]
         if any(_EXPONENTIAL.search(str(step["Regex"])) for step in steps if "Regex" in step):
