@@ -363,6 +363,8 @@ def _sum_up(
     if scales_loss and optim.state_bits == 32:
         roots = gradients if step.on_gpu else max(_bytes([p]) for p in trained)
     moments = {**moments, "update": {"gradients": gradients, "working": roots}}
+    if step.strategy == "ddp":  # its buckets, of which the gradients are views, are never freed
+        moments = {when: moment | {"gradients": gradients} for when, moment in moments.items()}
     totals = {
         when: {part: moment.get(part, 0) + always.get(part, 0) for part in PARTS} for when, moment in moments.items()
     }

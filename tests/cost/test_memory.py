@@ -138,7 +138,7 @@ def _rank(rank: int, step: Step, directory: str) -> None:
 @pytest.mark.parametrize(("strategy", "within"), [("ddp", 0.02), ("fsdp", 0.15)])  # gloo needs room of its own
 def test_prediction_is_what_each_of_two_processes_allocates(strategy, within, tmp_path):
     step = Step(strategy, ranks=2, batch=4)
-    mp.spawn(_rank, (step, str(tmp_path)), nprocs=2)
+    mp.start_processes(_rank, (step, str(tmp_path)), nprocs=2, start_method="fork")  # by name it is not importable
     for rank in range(2):
         measured = int((tmp_path / str(rank)).read_text())
         assert of(step, blocks=2).total == pytest.approx(measured, rel=within)
