@@ -23,7 +23,7 @@ from nxtp.model.decoder import plain_config
 from nxtp.model.flops import meta_model
 from nxtp.model.model import Model, ModelConfig
 from nxtp.model.tokenizer import LabelTokenizer
-from nxtp.model.untrusted import explained
+from nxtp.model.untrusted import in_one_line
 from nxtp.model.weights import SafetensorsFiles, write_module
 
 EMBEDDING, HEAD = (f"decoder.lm.{name}" for name in (decoder.EMBEDDING, decoder.HEAD))
@@ -157,7 +157,7 @@ class Pretrained(  # type: ignore[call-arg]  # the mixin takes these; its types 
         directory = model_dir.locate(source)
         content = model_dir.read_config(directory)
         files = content.get("files") or {}
-        with explained(directory):
+        with in_one_line(directory):
             if verify:
                 model_dir.check_sizes(directory, files)
             config = to_dataclass(ModelConfig, content["model"], f"{directory / model_dir.CONFIG}: model")

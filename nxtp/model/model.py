@@ -116,13 +116,18 @@ class Model(nn.Module):
     def evaluate(
         self, images: Tensor, layout: Layout, prompt: Sequence[int]
     ) -> tuple[Loss, tuple[Tensor, DynamicCache]]:
-        """The loss, and what :meth:`prefill` returns, of a layout with this prompt: the prefix is computed once."""
-        from transformers import DynamicCache
+        """Loss and prefix of a batch, its prefix computed once.
 
-        embeddings, positions, mask = self._prefix(images, prompt)
-        length, cache = embeddings.shape[1], DynamicCache(config=self.decoder.lm.config)
-        hidden_BPD = self.decoder(embeddings, positions, mask, cache)
-        labels_BL, after = layout.tokens_BU[:, len(prompt) :], slice(length, None)
+        Args:
+            images: as in :meth:`forward`.
+            layout: the batch's sequences, each with this prompt.
+            prompt: BOS and prompt token ids.
+
+        Returns:
+            what :meth:`forward` returns, and what :meth:`prefill` returns.
+        """
+        hidden_BPD, cache = self._run_prefix(images, prompt)
+        labels_BL, after = layout.tokens_BU[:, len(prompt) :], slice(hidden_BPD.shape[1], None)
         arguments = layout.positions_BT[:, after], layout.mask()[:, :, after], cache
         hidden_BLD = self.decoder(self.decoder.embed(labels_BL), *arguments)
         cache.crop(-labels_BL.shape[1])
@@ -157,12 +162,15 @@ class Model(nn.Module):
         Returns:
             logits of the first token of a label, float32 [B, V], and the prefix's keys and values.
         """
+        hidden_BPD, cache = self._run_prefix(images, prompt)
+        return self.decoder.logits(hidden_BPD[:, -1]), cache
+
+    def _run_prefix(self, images: Tensor, prompt: Sequence[int]) -> tuple[Tensor, DynamicCache]:
+        """Hidden states of the prefix, [B, P, D], and its keys and values."""
         from transformers import DynamicCache
 
-        embeddings, positions, mask = self._prefix(images, prompt)
         cache = DynamicCache(config=self.decoder.lm.config)
-        hidden = self.decoder(embeddings, positions, mask, cache)
-        return self.decoder.logits(hidden[:, -1]), cache
+        return self.decoder(*self._prefix(images, prompt), cache), cache
 
     def prefix_attention(self, images: Tensor, prompt: Sequence[int]) -> list[Tensor]:
         """Attention weights of every decoder block in the prefix, each [B, H, P, P]; arguments: :meth:`prefill`."""

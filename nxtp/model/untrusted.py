@@ -1,4 +1,4 @@
-"""Text files of strangers, read as data: small, flat and plain; nothing in them is run, interpolated or looked up."""
+"""Untrusted text files, read as data: small, flat and plain; nothing in them is run, interpolated or looked up."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _PLAIN_TYPES = ("null", "bool", "int", "float", "str", "seq", "map")
 
 
 @contextmanager
-def explained(directory: Path) -> Iterator[None]:
+def in_one_line(directory: Path) -> Iterator[None]:
     """Raise whatever a library says of the directory's contents as a UserError of one line."""
     try:
         yield
@@ -39,7 +39,7 @@ def read_yaml(path: Path) -> Any:
     Raises:
         UserError: it is something else, too large, or cannot be read.
     """
-    with explained(path.parent):
+    with in_one_line(path.parent):
         try:
             content = yaml.load(_text(path), _PlainYaml)
         except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
