@@ -1,6 +1,6 @@
 """The format of a model directory: ``model.safetensors``, ``config.yaml`` and the tokenizer's files.
 
-A directory may be a stranger's. It is data (:mod:`nxtp.model.untrusted`), and names no source beside its own files.
+A directory may be untrusted. It is data (:mod:`nxtp.model.untrusted`), and names no source beside its own files.
 """
 
 from __future__ import annotations

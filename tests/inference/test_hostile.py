@@ -1,4 +1,4 @@
-"""Model directories of strangers: each of many kinds is refused in one line, quickly and in little memory."""
+"""Untrusted model directories: each of many kinds is refused in one line, quickly and in little memory."""
 
 import math
 from dataclasses import replace
