@@ -145,7 +145,7 @@ def compose_and_run(
     import hydra
 
     parsed, flags = parse_arguments(argv)
-    overrides = parsed.overrides + ([] if multirun else ["hydra.mode=RUN"])
+    overrides = replacing(parsed.overrides) + ([] if multirun else ["hydra.mode=RUN"])
     if parsed.config_dir is None and (own := _own_conf()):
         _refuse_hidden_options(overrides)
         flags += ["--config-dir", str(own)]
@@ -230,6 +230,15 @@ def quoted(text: str) -> str:
     return f"'{escaped}'"
 
 
+def replacing(overrides: Sequence[str]) -> list[str]:
+    """With ``key=null`` before an override ``key={_target_: …}``: Hydra would add another class's arguments to it."""
+    listed: list[str] = []
+    for override in overrides:
+        whole = re.match(r"([\w.]+)=\{ *_target_", override)
+        listed += [f"{whole[1]}=null", override] if whole else [override]
+    return listed
+
+
 def composed(config_name: str, overrides: Sequence[str], config_dir: str | Path | None = None) -> DictConfig:
     """The configuration of one run, with its node ``hydra``; nothing is run.
 
@@ -241,7 +250,7 @@ def composed(config_name: str, overrides: Sequence[str], config_dir: str | Path 
     """
     import hydra
 
-    overrides = list(overrides)
+    overrides = replacing(overrides)
     if own := config_dir or _own_conf():
         overrides.append(f"hydra.searchpath=[{quoted(f'file://{os.path.abspath(own)}')}]")
     with explained(config_name), hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):

@@ -25,14 +25,13 @@ from pathlib import Path
 from unittest import mock
 
 import torch
-from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import open_dict
 from PIL import Image
 from small_shards import COLOURS, jpeg, sample, write_shards  # noqa: F401  for the tests that import them from here
 
+from nxtp import config
 from nxtp.cli import main
-from nxtp.config import conf_dir
 from nxtp.deploy.ports import free_port
 from nxtp.inference.recognizer import Recognizer
 from nxtp.model.decoder import DecoderConfig
@@ -298,8 +297,7 @@ def huge_png(width: int, height: int) -> bytes:
 
 
 def composed(tmp_path, *overrides):
-    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        cfg = compose("train", ["name=test", f"hydra.run.dir={tmp_path}", *overrides], return_hydra_config=True)
+    cfg = config.composed("train", ["name=test", f"hydra.run.dir={tmp_path}", *overrides])
     with open_dict(cfg):
         cfg.hydra.runtime.output_dir = str(tmp_path)
     HydraConfig.instance().set_config(cfg)

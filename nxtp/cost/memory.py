@@ -35,7 +35,7 @@ from nxtp.model.layout import Layout, lay_out
 from nxtp.model.model import Model, ModelConfig
 from nxtp.sampling.one_shot import first_tokens, likeliest_
 from nxtp.train.checks import PRECISIONS, full_precision, strategy_name
-from nxtp.train.optim import OptimConfig
+from nxtp.train.optim import OptimConfig, create_optimizer, groups_of
 
 LABELS, LABEL_TOKENS, PROMPT_TOKENS = 8, 2, 7  # a typical caption
 PARTS = ("weights", "gradients", "optimizer", "activations", "working")
@@ -180,7 +180,7 @@ def memory(
                 with torch.autocast("cpu", autocast_dtype, enabled=autocast_dtype is not None):
                     _validate(model, images, layout(step.val_batch), prompt, step.top_k)
             moments["validation"] = live.peak
-        return _sum_up(live, moments, model, optim, step, saved, scales_loss=precision == "16-mixed")
+    return _sum_up(live, moments, model, optim, step, saved, scales_loss=precision == "16-mixed")
 
 
 def _validate(model: Model, images: Tensor, layout: Layout, prompt: list[int], top_k: int) -> None:
@@ -355,12 +355,12 @@ def _sum_up(
     gradients = _bytes(trained)
     always = {
         "weights": _bytes([*model.parameters(), *model.buffers()]),
-        "optimizer": 2 * (gradients if optim.state_bits == 32 else sum(map(_bytes_of_8_bit_moment, trained))),
+        "optimizer": _state_bytes(model, optim),
     }
     # Fused AdamW and torchao's AdamW work in place. With a loss scaler AdamW is not fused: on a GPU the roots of all
     # second moments exist at once, on a CPU those of one parameter.
     roots = 0
-    if scales_loss and optim.state_bits == 32:
+    if scales_loss and optim.optimizer["_target_"] == "torch.optim.AdamW":
         roots = gradients if step.on_gpu else max(_bytes([p]) for p in trained)
     moments = {**moments, "update": {"gradients": gradients, "working": roots}}
     if step.strategy == "ddp":  # its buckets, of which the gradients are views, are never freed
@@ -376,6 +376,27 @@ def _sum_up(
         "activations": saved,
     }
     return Memory(most, totals[when], when)
+
+
+def _state_bytes(model: Model, optim: OptimConfig) -> int:
+    """Of the optimizer's state: that of small parameters after a step, in proportion."""
+    groups = groups_of(model, optim)
+    if optim.optimizer["_target_"].startswith("torchao."):
+        return 2 * sum(_bytes_of_8_bit_moment(p) for group in groups for p in group["params"])
+    smalls = [[nn.Parameter(torch.zeros((8,) * p.ndim, dtype=p.dtype)) for p in group["params"]] for group in groups]
+    optimizer = create_optimizer([group | {"params": s} for group, s in zip(groups, smalls, strict=True)], optim)
+    for small in (s for group in smalls for s in group):
+        small.grad = torch.zeros_like(small)
+    optimizer.step()
+
+    def bytes_per_number(small: nn.Parameter) -> float:
+        state = optimizer.state[small]
+        return _bytes(t for name, t in state.items() if isinstance(t, Tensor) and name != "step") / small.numel()
+
+    pairs = (
+        (p, s) for group, few in zip(groups, smalls, strict=True) for p, s in zip(group["params"], few, strict=True)
+    )
+    return round(sum(_local(p).numel() * bytes_per_number(s) for p, s in pairs))
 
 
 def _bytes_of_8_bit_moment(parameter: Tensor) -> int:

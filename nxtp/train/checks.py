@@ -11,7 +11,7 @@ from torch import nn
 from nxtp.config import rank_count, to_dataclass
 from nxtp.distributed.parallelize import mixed_precision
 from nxtp.errors import UserError, at_least, nearest
-from nxtp.train.optim import OptimConfig, create_optimizer
+from nxtp.train.optim import OptimConfig, create_optimizer, create_schedule
 
 PRECISIONS: dict[str, tuple[torch.dtype, torch.dtype | None]] = {  # dtype of the weights, and of autocast
     "32-true": (torch.float32, None),
@@ -67,8 +67,9 @@ def check_settings(cfg: DictConfig) -> None:
     optim = to_dataclass(OptimConfig, cfg.optim, "optim")
     parameters = [nn.Parameter(torch.zeros(1, 1)), nn.Parameter(torch.zeros(1))]
     optimizer = create_optimizer([{"params": parameters}], optim, sharded=is_sharded)
+    create_schedule(optimizer, optim, total_steps=10)
     unscales = getattr(optimizer, "_step_supports_amp_scaling", False)
-    if optim.optimizer is not None and unscales and precision == "16-mixed" and trainer.gradient_clip_val:
+    if unscales and precision == "16-mixed" and trainer.gradient_clip_val:
         raise UserError(
             "optim.optimizer is fused, and trainer.precision=16-mixed cannot clip its gradients: "
             "set optim.optimizer.fused=false, trainer.gradient_clip_val=null or trainer.precision=bf16-mixed."

@@ -1,13 +1,15 @@
-"""The optimizer: parameter groups, AdamW, and the learning-rate schedule."""
+"""The optimizer, its parameter groups, and the learning-rate schedule."""
 
 from __future__ import annotations
 
+import inspect
 import math
+import pkgutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from typing import Any
 
-import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
@@ -18,44 +20,52 @@ from nxtp.errors import UserError, at_least
 from nxtp.model.model import Model
 from nxtp.model.trainable import TrainableConfig
 
+MUON = "timm.optim.muon.Muon"
+
 
 @dataclass
 class OptimConfig:
-    """AdamW, or another optimizer, with linear warm-up and cosine decay.
+    """The optimizer, its learning-rate schedule, and what trains.
 
-    ``warmup``    steps; a value below 1 is a share of all steps
-    ``final_lr``  learning rate at the last step, as a share of ``lr``
-    ``weight_decay``      of matrices; vectors, norms and embeddings have none
+    ``lr``            the highest learning rate
+    ``weight_decay``  of matrices; vectors, norms and embeddings have none
     ``decay_final_norm``  of the decoder's final norm too, as published
-    ``state_bits``  32, or 8: both moments in blocks of 8-bit numbers (torchao), a quarter of the memory
-    ``optimizer``   another one: its ``_target_`` and arguments; ``betas``, ``eps`` and ``state_bits`` are AdamW's only
+    ``optimizer``     a class of an optimizer as its ``_target_`` and arguments; it gets ``lr`` and the parameters
+    ``schedule``      a function or class as its ``_target_`` and arguments; it gets the optimizer and the number of
+                      steps, and returns one of torch's schedulers
     """
 
     lr: float = 1e-3
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.98])
-    eps: float = 1e-6
     weight_decay: float = 0.1
     decay_final_norm: bool = False
-    warmup: float = 0.05
-    final_lr: float = 0.0
-    state_bits: int = 32
-    optimizer: dict[str, Any] | None = None
+    optimizer: dict[str, Any] = field(default_factory=dict)
+    schedule: dict[str, Any] = field(default_factory=dict)
     trainable: TrainableConfig = field(default_factory=TrainableConfig)
 
     def __post_init__(self) -> None:
-        for name in ("lr", "eps", "weight_decay", "warmup", "final_lr"):
+        for name in ("lr", "weight_decay"):
             at_least(f"optim.{name}", getattr(self, name), 0)
-        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
-            raise UserError(f"optim.betas must be two numbers ≥ 0 and < 1, got {self.betas}.")
+        # Not as defaults of the fields, which would be merged into another class's arguments.
+        self.optimizer = self.optimizer or {"_target_": "torch.optim.AdamW", "betas": [0.9, 0.98], "eps": 1e-6}
+        self.schedule = self.schedule or {"_target_": "nxtp.train.optim.warmup_cosine"}
 
 
 def build_optimizer(model: Model, config: OptimConfig, total_steps: int, fused: bool = True) -> tuple[Optimizer, Any]:
-    """The optimizer of what trains, and its schedule over ``total_steps``."""
-    also = list(model.decoder.lm.model.norm.parameters()) if config.decay_final_norm else []
-    groups = parameter_groups(model, config.weight_decay, also)
+    """The optimizer of what trains, and its schedule over ``total_steps``.
+
+    Raises:
+        UserError: as :func:`create_optimizer`; the schedule is not found, or refuses its arguments.
+    """
     sharded = any(isinstance(parameter, DTensor) for parameter in model.parameters())
-    optimizer = create_optimizer(groups, config, fused=fused, sharded=sharded)
-    return optimizer, build_schedule(optimizer, total_steps, config.warmup, config.final_lr)
+    optimizer = create_optimizer(groups_of(model, config), config, fused=fused, sharded=sharded)
+    return optimizer, create_schedule(optimizer, config, total_steps)
+
+
+def groups_of(model: Model, config: OptimConfig) -> list[dict[str, Any]]:
+    """What trains, in groups for :func:`create_optimizer`."""
+    also = list(model.decoder.lm.model.norm.parameters()) if config.decay_final_norm else []
+    apart = [model.decoder.lm.lm_head.weight] if config.optimizer["_target_"] == MUON else []
+    return parameter_groups(model, config.weight_decay, also, apart)
 
 
 def create_optimizer(
@@ -63,57 +73,90 @@ def create_optimizer(
 ) -> Optimizer:
     """The optimizer of these groups, without a schedule.
 
+    Args:
+        fused: where the optimizer has a fused implementation, and its arguments do not say which.
+
     Raises:
-        UserError: no such optimizer, or it refuses its arguments; ``state_bits`` is neither 32 nor 8, needs a package
-            that is not installed, or does not go together with ``sharded`` weights.
+        UserError: no such optimizer, or it refuses its arguments; it needs a package that is not installed, or cannot
+            update ``sharded`` weights.
     """
-    settings: dict[str, Any] = {"lr": config.lr, "betas": tuple(config.betas), "eps": config.eps}
-    if config.optimizer is not None:
-        return instantiated(config.optimizer, "optim.optimizer", params=groups, lr=config.lr, _convert_="all")
-    if config.state_bits == 32:
-        return torch.optim.AdamW(groups, **settings, fused=fused)
-    if config.state_bits == 8:
+    target = str(config.optimizer.get("_target_"))
+    package = target.partition(".")[0]
+    if package == "torchao":
         if sharded:
-            raise UserError("optim.state_bits=8 does not support sharded weights, whose state is sharded too: use 32.")
-        try:
-            from torchao.optim import AdamW8bit
-        except ImportError:
-            raise UserError("optim.state_bits=8 needs torchao: pip install 'nxtp[8bit]'.") from None
-        return AdamW8bit(groups, **settings)
-    raise UserError(f"optim.state_bits must be 32 or 8, got {config.state_bits}.")
+            raise UserError("optim=adamw8bit does not support sharded weights, whose state is sharded too: use adamw.")
+        if find_spec(package) is None:
+            raise UserError("optim=adamw8bit needs torchao: pip install 'nxtp[8bit]'.")
+    settings: dict[str, Any] = {"lr": config.lr, "_convert_": "all"}
+    if fused and package == "torch" and "fused" not in config.optimizer:
+        settings |= {"fused": True} if _takes(target, "fused") else {}
+    return instantiated(config.optimizer, "optim.optimizer", params=groups, **settings)
 
 
-def parameter_groups(model: nn.Module, weight_decay: float, also: Sequence[nn.Parameter] = ()) -> list[dict[str, Any]]:
-    """What trains, in two groups: matrices with weight decay, vectors and embeddings without.
+def create_schedule(optimizer: Optimizer, config: OptimConfig, total_steps: int) -> Any:
+    """The schedule, told the number of steps by the name that it has for it."""
+    target = str(config.schedule.get("_target_"))
+    steps = {name: total_steps for name in ("total_steps", "num_training_steps", "T_max") if _takes(target, name)}
+    return instantiated(config.schedule, "optim.schedule", optimizer=optimizer, **steps, _convert_="all")
+
+
+def _takes(target: str, argument: str) -> bool:
+    """Whether what a ``_target_`` names has this argument."""
+    try:
+        return argument in inspect.signature(pkgutil.resolve_name(target)).parameters
+    except (ImportError, AttributeError, ValueError, TypeError):
+        return False  # instantiating it says what is wrong
+
+
+def parameter_groups(
+    model: nn.Module, weight_decay: float, also: Sequence[nn.Parameter] = (), fallback: Sequence[nn.Parameter] = ()
+) -> list[dict[str, Any]]:
+    """What trains, in groups: matrices with weight decay, vectors and embeddings without.
 
     timm's ``param_groups_weight_decay`` has no way to add a vector to the first group.
 
     Args:
         also: vectors that decay too.
+        fallback: matrices in a group of their own, which Muon leaves to AdamW, as it then does embeddings and vectors.
     """
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     decaying: list[nn.Parameter] = []
+    apart: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
     for p in model.parameters():
         if p.requires_grad:
             decays = (p.ndim >= 2 and id(p) not in embeddings) or any(p is vector for vector in also)
-            (decaying if decays else others).append(p)
-    groups = [{"params": decaying, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+            (apart if any(p is matrix for matrix in fallback) else decaying if decays else others).append(p)
+    mark = {"use_fallback": True} if fallback else {}
+    groups = [
+        {"params": decaying, "weight_decay": weight_decay},
+        {"params": apart, "weight_decay": weight_decay} | mark,
+        {"params": others, "weight_decay": 0.0} | mark,
+    ]
     return [group for group in groups if group["params"]]
 
 
-def build_schedule(optimizer: Optimizer, total_steps: int, warmup: float, final: float) -> LambdaLR:
-    """The learning rate at each step, as a share of the optimizer's: linear warm-up, then cosine to ``final``.
+def warmup_cosine(optimizer: Optimizer, total_steps: int, warmup: float = 0.05, final_lr: float = 0.0) -> LambdaLR:
+    """Linear warm-up, then cosine, as shares of the optimizer's learning rate.
 
     Unlike transformers' ``get_cosine_with_min_lr_schedule_with_warmup`` the first step has a rate above 0, the warm-up
-    may be a share of all steps, and the rate stays at ``final`` after the last step.
+    may be a share of all steps, and the rate stays at ``final_lr`` after the last step.
+
+    Args:
+        warmup: steps; below 1: a share of ``total_steps``.
+        final_lr: at the last step.
+
+    Raises:
+        UserError: a negative number.
     """
+    at_least("optim.schedule.warmup", warmup, 0)
+    at_least("optim.schedule.final_lr", final_lr, 0)
     warmup_steps = warmup * total_steps if warmup < 1 else warmup
 
     def share(step: int) -> float:
         if step < warmup_steps:
             return (step + 1) / (warmup_steps + 1)
         progress = min((step - warmup_steps) / max(total_steps - warmup_steps, 1), 1.0)
-        return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * progress))
+        return final_lr + (1 - final_lr) * 0.5 * (1 + math.cos(math.pi * progress))
 
     return LambdaLR(optimizer, share)

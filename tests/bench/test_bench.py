@@ -171,7 +171,7 @@ def test_g3m_is_the_published_recipe():
     assert model.config.encoder.image_size == 224
     assert size.config.encoder.pretrained is None
     assert size.recipe.trainer.gradient_clip_val is None, "as published"
-    assert size.optim.warmup == 2000
+    assert size.optim.schedule["warmup"] == 2000
     assert size.pad_to == 512
     assert 0 < counts["encoder_trained"] < counts["encoder"] / 3
     assert not model.decoder.lm.model.embed_tokens.weight.requires_grad

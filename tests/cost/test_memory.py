@@ -25,7 +25,7 @@ from nxtp.model.layout import lay_out
 from nxtp.model.model import Model, ModelConfig
 from nxtp.model.trainable import TrainableConfig, choose_trainable
 from nxtp.sampling.one_shot import one_shot
-from nxtp.train.optim import OptimConfig, build_optimizer
+from nxtp.train.optim import MUON, OptimConfig, build_optimizer
 
 pytestmark = pytest.mark.costly
 
@@ -175,8 +175,14 @@ def test_parts_equal_arithmetic():
     assert scaled.total == single.most["weights"] + 3 * trained + trained  # the update's square roots
     assert scaled.peak["working"] == trained
 
-    eight_bits = memory(config(), None, OptimConfig(trainable=PUBLISHED_LIKE, state_bits=8), Step(batch=2))
-    assert eight_bits.most["optimizer"] == pytest.approx(2 * trained / 4 * (1 + 1 / 64), rel=0.02)
+    def optimizer_bytes(target: str) -> int:
+        optim = OptimConfig(trainable=PUBLISHED_LIKE, optimizer={"_target_": target})
+        return memory(config(), None, optim, Step(batch=2)).most["optimizer"]
+
+    assert optimizer_bytes("torchao.optim.AdamW8bit") == pytest.approx(2 * trained / 4 * (1 + 1 / 64), rel=0.02)
+    assert optimizer_bytes("torch.optim.SGD") == 0
+    head = 4 * 4000 * 192  # Muon leaves it to AdamW
+    assert optimizer_bytes(MUON) == pytest.approx(trained + head, rel=0.02)
 
 
 def test_frozen_leading_blocks_store_nothing_and_checkpoints_little():

@@ -149,7 +149,7 @@ def test_switches_train(root, way):
 @pytest.mark.slow
 def test_8_bit_state_trains(root):
     pytest.importorskip("torchao")  # not among the development requirements: transformers would import it always
-    run = train(root, "eight", "one", "optim.state_bits=8", "optim.lr=1e-2")
+    run = train(root, "eight", "one", "optim=adamw8bit", "optim.lr=1e-2")
     losses = curve(run)
     assert losses[-1] < 0.8 * losses[0]
     state = read_file(run / "checkpoints" / "last.ckpt")["optimizer_states"][0]["state"]

@@ -7,7 +7,7 @@ from helpers import tiny_config
 from nxtp.errors import UserError
 from nxtp.model.model import Model
 from nxtp.model.trainable import TrainableConfig, choose_trainable
-from nxtp.train.optim import OptimConfig, build_optimizer, build_schedule, parameter_groups
+from nxtp.train.optim import MUON, OptimConfig, build_optimizer, parameter_groups, warmup_cosine
 
 
 def trained(trainable: TrainableConfig, **decoder) -> set[str]:
@@ -89,7 +89,7 @@ def test_the_final_norm_decays_if_asked():
 
 def shares(*arguments: float):
     """The schedule as a function of the step."""
-    return build_schedule(torch.optim.SGD([torch.zeros(1)], lr=1.0), *arguments).lr_lambdas[0]
+    return warmup_cosine(torch.optim.SGD([torch.zeros(1)], lr=1.0), *arguments).lr_lambdas[0]
 
 
 def test_schedule_warms_up_and_decays():
@@ -103,9 +103,34 @@ def test_schedule_warms_up_and_decays():
     assert shares(100, 0.1, 0.2)(500) == pytest.approx(0.2)
 
 
-def test_state_of_4_bits_is_an_error():
-    with pytest.raises(UserError, match=r"optim\.state_bits must be 32 or 8, got 4"):
-        build_optimizer(Model(tiny_config(), 60), OptimConfig(state_bits=4), 10)
+@pytest.mark.parametrize(
+    ("schedule", "first", "last"),
+    [
+        ({"_target_": "torch.optim.lr_scheduler.OneCycleLR", "max_lr": 1.0, "div_factor": 10}, 0.1, 0.0),
+        ({"_target_": "torch.optim.lr_scheduler.CosineAnnealingLR", "eta_min": 0.1}, 1.0, 0.1),
+        ({"_target_": "transformers.get_linear_schedule_with_warmup", "num_warmup_steps": 0}, 1.0, 0.0),
+        ({"_target_": "torch.optim.lr_scheduler.ConstantLR", "factor": 0.5}, 0.5, 1.0),
+    ],
+)
+def test_a_schedule_of_others_is_told_the_number_of_steps(schedule, first, last):
+    model = Model(tiny_config(), 60)
+    optimizer, scheduler = build_optimizer(model, OptimConfig(lr=1.0, schedule=schedule), 10)
+    assert scheduler.get_last_lr()[0] == pytest.approx(first)
+    for _ in range(9 if "OneCycle" in schedule["_target_"] else 10):
+        optimizer.step()
+        scheduler.step()
+    assert scheduler.get_last_lr()[0] == pytest.approx(last, abs=1e-4)
+
+
+def test_muon_updates_matrices_between_hidden_states_and_adamw_the_rest():
+    model = Model(tiny_config(), 60)
+    optimizer, _ = build_optimizer(model, OptimConfig(optimizer={"_target_": MUON}), 10)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn(parameter.shape)
+    optimizer.step()
+    adamw = {n for n, p in model.named_parameters() if not optimizer.state[p]["use_muon"]}
+    vectors = {n for n, p in model.named_parameters() if p.ndim < 2}
+    assert adamw == vectors | {"decoder.lm.model.embed_tokens.weight", "decoder.lm.lm_head.weight"}
 
 
 def test_optimizer_steps_only_what_trains():
