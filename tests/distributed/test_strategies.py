@@ -147,6 +147,13 @@ def test_switches_train(root, way):
 
 
 @pytest.mark.slow
+def test_muon_orthogonalises_whole_matrices_of_shards(root):
+    short = ["optim=muon", "trainer.max_steps=4"]
+    runs = [train(root, f"muon_{way}", way, *short) for way in ("one", "fsdp")]
+    assert curve(runs[1]) == pytest.approx(curve(runs[0]), rel=1e-4)
+
+
+@pytest.mark.slow
 def test_8_bit_state_trains(root):
     pytest.importorskip("torchao")  # not among the development requirements: transformers would import it always
     run = train(root, "eight", "one", "optim=adamw8bit", "optim.lr=1e-2")
