@@ -26,6 +26,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.tensor import DTensor
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from nxtp.errors import UserError, root_cause
 from nxtp.model.weights import Spec, Weights, assign
@@ -61,9 +62,16 @@ class BackgroundCheckpoints(TorchCheckpointIO):
         if any(isinstance(tensor, DTensor) for tensor in checkpoint["state_dict"].values()):
             future = self._save_shards(checkpoint, path)
         else:
-            future = self._pool.submit(_write_file, self._stager.stage(checkpoint), path)
+            future = self._pool.submit(_write_file, self._on_host(checkpoint), path)
         self._pending = path, future
         self.pause_s += time.perf_counter() - begin
+
+    def _on_host(self, checkpoint: dict[str, Any]) -> dict[str, Any]:
+        """A copy. PyTorch's stager, which pins memory, cannot copy the 8-bit blocks of torchao's optimizers."""
+        tensors = (leaf for leaf in tree_leaves(checkpoint.get("optimizer_states")) if isinstance(leaf, Tensor))
+        if all(type(tensor) is Tensor for tensor in tensors):
+            return self._stager.stage(checkpoint)
+        return tree_map_only(Tensor, lambda tensor: tensor.detach().to("cpu", copy=True), checkpoint)
 
     def _save_shards(self, checkpoint: dict[str, Any], path: Path) -> Future:
         if self._group is None:
