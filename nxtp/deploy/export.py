@@ -73,6 +73,8 @@ def export_checkpoint(checkpoint: Path, out: Path, track: Callable = iter) -> in
     from nxtp.distributed.checkpoints import StoredCheckpoint
     from nxtp.inference.model_directory import write_model_dir
     from nxtp.inference.pretrained import HEAD
+    from nxtp.model.decoder import DecoderConfig
+    from nxtp.model.lora import merged
     from nxtp.model.model import ModelConfig
     from nxtp.model.tokenizer import FILES, LabelTokenizer
     from nxtp.model.weights import write_safetensors
@@ -84,6 +86,8 @@ def export_checkpoint(checkpoint: Path, out: Path, track: Callable = iter) -> in
     config = to_dataclass(ModelConfig, saved["config"], f"{checkpoint}: model")
     prefix = "state_dict/model."
     specs = {name.removeprefix(prefix): spec for name, spec in weights.specs.items() if name.startswith(prefix)}
+    lora = to_dataclass(DecoderConfig, {"lora": saved.get("lora")}, f"{checkpoint}: decoder").lora
+    specs, read = merged(specs, lambda name: weights.read(prefix + name), lora)
     if (config.decoder.config or {}).get("tie_word_embeddings"):
         specs.pop(HEAD, None)
     with tempfile.TemporaryDirectory() as directory:
@@ -92,7 +96,7 @@ def export_checkpoint(checkpoint: Path, out: Path, track: Callable = iter) -> in
         tokenizer = LabelTokenizer.load(directory, config.prompt)
 
     def write(path: Path) -> None:
-        write_safetensors(path, specs, lambda name: weights.read(prefix + name), track)
+        write_safetensors(path, specs, read, track)
 
     write_model_dir(out, write, tokenizer, config, saved["provenance"])
     return len(specs)

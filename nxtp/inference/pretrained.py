@@ -19,12 +19,13 @@ from nxtp.config import to_dataclass
 from nxtp.errors import UserError
 from nxtp.inference import model_directory as model_dir
 from nxtp.model import decoder
-from nxtp.model.decoder import plain_config
+from nxtp.model.decoder import DecoderConfig, plain_config
 from nxtp.model.flops import meta_model
+from nxtp.model.lora import merged
 from nxtp.model.model import Model, ModelConfig
 from nxtp.model.tokenizer import LabelTokenizer
 from nxtp.model.untrusted import in_one_line
-from nxtp.model.weights import SafetensorsFiles, write_module
+from nxtp.model.weights import SafetensorsFiles, Spec, full_tensor, write_safetensors
 
 EMBEDDING, HEAD = (f"decoder.lm.{name}" for name in (decoder.EMBEDDING, decoder.HEAD))
 _MAX_TENSORS = 3_000  # while a model is built: with its text tower, and the blocks that are cut
@@ -122,11 +123,15 @@ class Pretrained(  # type: ignore[call-arg]  # the mixin takes these; its types 
         if self._is_int8:
             raise UserError("A model with int8 weights cannot be saved: save the model it was made from.")
         directory = Path(directory)
-        skipped = [HEAD] if self.model.decoder.lm.config.tie_word_embeddings else []
+        state = self.model.state_dict()
+        if self.model.decoder.lm.config.tie_word_embeddings:
+            del state[HEAD]
+        specs = {name: Spec.of(tensor) for name, tensor in state.items()}
+        specs, read = merged(specs, lambda name: full_tensor(state[name]), self.config.decoder.lora)
+        weights = partial(write_safetensors, specs=specs, read=read)
         if not writes:
-            write_module(None, self.model, skipped)
+            weights(None)
             return directory
-        weights = partial(write_module, module=self.model, skip=skipped)
         rebuilt = rebuildable(self.config, self.model)
         model_dir.write_model_dir(directory, weights, self.tokenizer, rebuilt, self.provenance)
         if model_card_kwargs is not None:
@@ -198,7 +203,7 @@ def rebuildable(config: ModelConfig, model: Model) -> ModelConfig:
     return replace(
         config,
         encoder=replace(model.encoder.config, pretrained=None),
-        decoder=replace(config.decoder, source=None, config=architecture, depth=None, keep="first", blocks=None),
+        decoder=DecoderConfig(config=architecture),
         tokenizer=None,
     )
 
@@ -211,7 +216,7 @@ def fit(config: ModelConfig, weights: SafetensorsFiles, directory: Path) -> tupl
     """
     where = f"'{directory / model_dir.CONFIG}'"
     lm = config.decoder
-    if config.encoder.pretrained or lm.source or lm.blocks or lm.depth is not None or config.tokenizer:
+    if config.encoder.pretrained or lm.source or lm.blocks or lm.lora or lm.depth is not None or config.tokenizer:
         raise UserError(f"{where} names a source beside its own files, or blocks of one.")
     described = lm.config or {}
     if any((described.get(key) or 0) > len(weights.specs) for key in ("num_hidden_layers", "num_labels")):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from nxtp.errors import UserError, nearest, some_of
 from nxtp.model.hub import reason, require_source
+from nxtp.model.lora import LoraConfig, add_adapters, is_adapter, start_adapters, without_adapters
 from nxtp.model.weights import MODEL_FILE, ComputesBuffers, SafetensorsFiles, assign
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ class DecoderConfig:
     ``depth``        keep this many blocks (of a random model: its number of blocks); null keeps all
     ``keep``         which: first, last, ends (half from either end), or even (every n/depth-th from the first on)
     ``blocks``       keep exactly these blocks of the source, e.g. [0, 1, 2, 31]; instead of ``depth``
+    ``lora``         adapters, which train in place of the blocks' weights; null: none
     """
 
     source: str | None = None
@@ -45,6 +47,7 @@ class DecoderConfig:
     depth: int | None = None
     keep: str = "first"
     blocks: list[int] | None = None
+    lora: LoraConfig | None = None
 
 
 class Decoder(ComputesBuffers):
@@ -57,7 +60,7 @@ class Decoder(ComputesBuffers):
         deferred: leave a model with a source on the meta device: its caller shards it and then calls :meth:`fill`.
 
     Raises:
-        UserError: not a LLaMA-family model, blocks that it does not have, missing weights.
+        UserError: not a LLaMA-family model, blocks or linear layers that it does not have, missing weights.
     """
 
     def __init__(
@@ -76,6 +79,8 @@ class Decoder(ComputesBuffers):
         with torch.device("meta") if from_source else nullcontext():
             self.lm = AutoModelForCausalLM.from_config(architecture)
         self.lm.config.use_cache = False
+        if config.lora is not None:
+            add_adapters(self.lm.model.layers, config.lora)
         # Tied parameters must not leave the meta device in shards: they would no longer be tied.
         if from_source and not (deferred and not architecture.tie_word_embeddings):
             self.fill(torch.get_default_device(), load_pretrained)
@@ -90,6 +95,7 @@ class Decoder(ComputesBuffers):
         self.lm.tie_weights()
         if load_pretrained and device.type != "meta" and self.config.source is not None:
             fill_blocks(self.lm, self.config.source, self.kept_blocks)
+            start_adapters(self.lm)
 
     def compute_buffers(self) -> None:
         """RoPE's frequencies: in bfloat16 they would turn a position of 300 into 299 or 301."""
@@ -247,7 +253,7 @@ def fill_blocks(lm: nn.Module, source: str, kept: list[int]) -> None:
         UserError: the source lacks weights, or has them in another shape.
     """
     weights = SafetensorsFiles(weight_files(source))
-    own = lm.state_dict()
+    own = {without_adapters(name): tensor for name, tensor in lm.state_dict().items() if not is_adapter(name)}
     stored = {name: re.sub(r"^(model\.layers\.)(\d+)", lambda m: f"{m[1]}{kept[int(m[2])]}", name) for name in own}
     if lm.config.tie_word_embeddings and stored[HEAD] not in weights.specs:
         stored[HEAD] = EMBEDDING

@@ -63,9 +63,10 @@ class ModelFlops:
 
         encoder       B · (2·N·3p²·w + L·(2·(N+1)·(4w² + 2wm) + 4·(N+1)²·w))   ViT: patch p, width w, L blocks, MLP m
         projection    B · 2·N·w·D
-        decoder       B·T · L · 2·(2·D·H·h + 2·D·G·h + 3·D·I)                  H heads of width h, G of keys, SwiGLU I
-        attention     B·T² · L · 4·H·h           scores and their sum over values, of all T² pairs whatever the mask;
-                                                 backward twice that, without the recomputation of fused kernels
+        decoder       B·T · 2·mk of each linear layer, adapters too
+        attention     B·T² · L · 4·H·h           L blocks, H heads of width h: scores and their sum over values, of all
+                                                 T² pairs whatever the mask; backward twice that, without the
+                                                 recomputation of fused kernels
         output layer  S · 2·D·V                  only supervised positions
 
     Other towers (convolutional, or from timm) are counted operator by operator, once, on the meta device.
@@ -80,8 +81,6 @@ class ModelFlops:
         config, count = model.decoder.lm.config, model.num_image_tokens
         width, heads = config.hidden_size, config.num_attention_heads
         head = getattr(config, "head_dim", None) or width // heads
-        inner, keys = heads * head, config.num_key_value_heads * head
-        of_block = 2 * (2 * width * inner + 2 * width * keys + 3 * width * config.intermediate_size)
 
         vit = isinstance(model.encoder.visual, VisionTransformer)
         self.encoder = _vit(model.encoder) if vit else _counted(model.encoder)  # per image, as the next
@@ -92,8 +91,8 @@ class ModelFlops:
         for block in model.decoder.blocks:
             trainable = _trains(block)
             below = below or trainable  # a block begins with its norm
-            linear.append(_product(of_block, trainable, below))
-            attention.append(_product(4 * inner, below, below))
+            linear += [_product(2 * m.weight.numel(), m.weight.requires_grad, below) for m in _linear(block)]
+            attention.append(_product(4 * heads * head, below, below))
         self.decoder, self.attention = Flops.sum(linear), Flops.sum(attention)  # per position; per pair
         below = below or _trains(model.decoder.lm.model.norm)
         self.output = _product(2 * width * config.vocab_size, _trains(model.decoder.lm.lm_head), below)  # per source
@@ -131,6 +130,10 @@ def training_flops(model: Model, *, prompt_tokens: int = 7, labels: int = 8, lab
         num_image_tokens=model.num_image_tokens,
     )
     return ModelFlops(model).step(1, layout.segments_BT.shape[1], layout.sources.shape[0])
+
+
+def _linear(module: nn.Module) -> list[nn.Linear]:
+    return [part for part in module.modules() if isinstance(part, nn.Linear)]
 
 
 def _trains(*parts: nn.Module | nn.Parameter) -> bool:
@@ -178,7 +181,7 @@ _PEAKS = (
     (r"GH200", 989.4, 989.4, 494.7, 66.9),
     (r"H[12]00 NVL", 835.5, 835.5, 417.7, 60),
     (r"H200", 989.4, 989.4, 494.7, 66.9),
-    (r"H100 PCIe|H100 .*HBM2e", 756, 756, 378, 51.2),
+    (r"H100 .*HBM2e|H100 PCIe", 756, 756, 378, 51.2),
     (r"H100 .*HBM3|H100 SXM", 989.4, 989.4, 494.7, 66.9),
     (r"A100", 312, 312, 156, 19.5),
     (r"L40S", 362, 362, 183, 91.6),
@@ -195,6 +198,11 @@ _PEAKS = (
     (r"T4$", 65, None, None, 8.1),
     (r"MI300X", 1307.4, 1307.4, 653.7, 163.4),
 )
+
+
+def known_gpus() -> list[str]:
+    """Names that :func:`peak_flops` takes, of those with bfloat16."""
+    return [row[0].split("|")[-1].removesuffix("$").replace("[12]", "1") for row in _PEAKS if row[2]]
 
 
 def peak_flops(device_name: str, dtype: torch.dtype | None) -> float | None:

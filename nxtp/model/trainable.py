@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from nxtp.errors import UserError
+from nxtp.model.lora import is_adapter
 from nxtp.model.model import Model
 
 
@@ -20,7 +21,7 @@ class TrainableConfig:
     ``projection``   encoder width → decoder width
     ``image_token``  the embedding of ``<|image|>``
     ``embedding``    the vocabulary's embedding (with tied weights also the output layer)
-    ``decoder``      all, none, or a number of last blocks
+    ``decoder``      all, none, or a number of last blocks; with LoRA their adapters, and none of their weights
     ``head``         the decoder's final norm and output layer
     """
 
@@ -48,6 +49,13 @@ def choose_trainable(model: Model, trainable: TrainableConfig) -> None:
         *_last_blocks("decoder", trainable.decoder, layers, lambda: list(layers)),
     ):
         part.requires_grad_(True)
+    if model.decoder.config.lora is not None:
+        for name, parameter in layers.named_parameters():
+            parameter.requires_grad_(parameter.requires_grad and is_adapter(name))
+        if trainable.decoder in ("none", 0):
+            raise UserError(
+                "optim.trainable.decoder=none trains no adapter: set it to all, or model.decoder.lora=null."
+            )
     model.projection.requires_grad_(trainable.projection)
     model.image_token.requires_grad_(trainable.image_token)
     lm.model.norm.requires_grad_(trainable.head)

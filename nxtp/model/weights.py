@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import struct
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -118,13 +118,6 @@ def write_safetensors(
                 raise ValueError(f"{name}: announced {specs[name]}, got {Spec.of(tensor)}")
             if tensor.numel():
                 file.write(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
-
-
-def write_module(path: Path | None, module: nn.Module, skip: Collection[str] = ()) -> None:
-    """Write a module's state, sharded or not; ``skip`` names tensors that are tied to another one."""
-    state = {name: tensor for name, tensor in module.state_dict().items() if name not in skip}
-    specs = {name: Spec.of(tensor) for name, tensor in state.items()}
-    write_safetensors(path, specs, lambda name: full_tensor(state[name]))
 
 
 class ComputesBuffers(nn.Module):

@@ -176,9 +176,9 @@ def build(cfg: DictConfig, run_dir: Path) -> tuple[WebDatasetDataModule, Recogni
     """Tokenizer, data and module of a composed configuration."""
     sections: dict[str, Any] = {name: to_dataclass(kind, cfg[name], name) for name, kind in SECTIONS.items()}
     model, config, optim = sections["model"], sections["data"], sections["optim"]
+    shape = meta_model(model, None, optim.trainable)  # which finds what is wrong, before data is opened
     sets: dict[str, OpenedSet] = {}
     tokenizer = find_tokenizer(model, config, run_dir, sets, reuse=cfg.resume != "restart")
-    shape = meta_model(model, len(tokenizer), optim.trainable)
     data = WebDatasetDataModule(
         config,
         tokenizer,

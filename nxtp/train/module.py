@@ -321,6 +321,7 @@ class RecognitionModule(L.LightningModule):
         """What a model directory contains besides weights, as plain values: see :mod:`nxtp.deploy.export`."""
         return {
             "config": asdict(rebuildable(self.model_config, self.model)),
+            "lora": asdict(self.model_config.decoder)["lora"],
             "tokenizer": self.tokenizer.files(),
             "provenance": self.provenance,
         }

@@ -1,6 +1,7 @@
 """FLOPs by formula against PyTorch's operator counter, the peaks of GPUs, and what frozen blocks keep for autograd."""
 
 import copy
+from dataclasses import replace
 from functools import cache
 
 import numpy as np
@@ -16,6 +17,7 @@ from nxtp.model.decoder import DecoderConfig
 from nxtp.model.encoder import EncoderConfig
 from nxtp.model.flops import Flops, ModelFlops, compute_dtype, meta_model, peak_flops, training_flops
 from nxtp.model.layout import lay_out
+from nxtp.model.lora import LoraConfig
 from nxtp.model.model import Model, ModelConfig
 from nxtp.model.trainable import TrainableConfig, choose_trainable
 from nxtp.train.optim import OptimConfig
@@ -82,6 +84,16 @@ TRAINABLE = {
 def test_only_what_trains_costs_backward(trainable, objective):
     model = meta_model(tiny_config(), None, TRAINABLE[trainable])
     formula, counter = by_formula(model, objective), counted(model, objective)
+    assert formula.forward == pytest.approx(counter.forward, rel=1e-3)
+    assert formula.backward == pytest.approx(counter.backward, rel=1e-3)
+
+
+@pytest.mark.parametrize("trainable", ["all", "projection only", "last blocks"])
+def test_adapters_cost_their_own_backward_and_none_of_the_weights_beside_them(trainable):
+    config = tiny_config()
+    config.decoder.lora = LoraConfig(r=4, target_modules=["q_proj", "down_proj"])
+    model = meta_model(config, None, replace(TRAINABLE[trainable], decoder="all"))
+    formula, counter = by_formula(model), counted(model)
     assert formula.forward == pytest.approx(counter.forward, rel=1e-3)
     assert formula.backward == pytest.approx(counter.backward, rel=1e-3)
 
