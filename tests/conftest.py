@@ -1,4 +1,4 @@
-"""Tests keep indexes of shards to themselves; files with costly fixtures start first."""
+"""Tests keep indexes of shards to themselves; files with costly fixtures start first; commands are forked."""
 
 import os
 import tempfile
@@ -6,6 +6,14 @@ import tempfile
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # the default trainer would use a GPU
 _cache = tempfile.TemporaryDirectory(prefix="nxtp-tests-")
 os.environ["XDG_CACHE_HOME"] = _cache.name
+
+
+def pytest_collection_finish(session):
+    """Forked now, the fork server has all libraries imported, and no thread or state of a test."""
+    if session.items and not session.config.option.collectonly:
+        from helpers import start_fork_server
+
+        start_fork_server()
 
 
 def pytest_collection_modifyitems(items):

@@ -16,7 +16,7 @@ import time
 import traceback
 import zlib
 from collections.abc import Iterator
-from contextlib import chdir, contextmanager, redirect_stderr, redirect_stdout
+from contextlib import chdir, contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -101,8 +101,22 @@ forks.set_forkserver_preload(["preloaded"])
 
 
 def start_fork_server() -> None:
-    """It finds preloaded.py in its working directory. Started by anything else, it would preload nothing."""
-    with chdir(Path(__file__).parent):
+    """Once, as a fork of this process, which has imported all that commands need; not as a new interpreter."""
+
+    def forked(path: bytes, arguments: list[str], descriptors: list[int]) -> int:
+        if pid := os.fork():
+            return pid
+        pipe = os.fstat(descriptors[1]).st_ino
+        for descriptor in range(3, 256):  # the pipe's other end, so that the server ends with this process
+            with suppress(OSError):
+                if descriptor != descriptors[1] and os.fstat(descriptor).st_ino == pipe:
+                    os.close(descriptor)
+        try:
+            exec(arguments[-1], {})  # of python -c: multiprocessing's server
+        finally:
+            os._exit(0)
+
+    with mock.patch("multiprocessing.util.spawnv_passfds", forked):
         forkserver.ensure_running()
 
 
