@@ -1,4 +1,7 @@
-"""Nouns by HanTa, a trigram tagger learned from text, with the readings that lemminflect's dictionary adds to it."""
+"""Nouns by HanTa, a trigram tagger learned from text, with the readings that lemminflect's dictionary adds to it.
+
+A word that HanTa did not learn has the dictionary's readings alone: HanTa's guess by its letters takes a millisecond.
+"""
 
 from __future__ import annotations
 
@@ -8,14 +11,13 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 from nxtp.data.labels.cleaning import normalise
-from nxtp.data.labels.nouns import PICTURES, PLACES, SHOWS, singular
+from nxtp.data.labels.nouns import PICTURES, PLACES, SHOWS, lemmas, singular
 
 if TYPE_CHECKING:
     from HanTa.HanoverTagger import HanoverTagger
 
 _WORD = re.compile(r"[^\W\d_]+(?:-[^\W\d_]+|'(?!s\b)[^\W\d_]+)*")
 _TOKEN = re.compile(rf"'s\b|{_WORD.pattern}|\d[\w.,-]*|[^\w\s]")
-_LONGEST = 40  # letters of a word; HanTa analyses an unknown one in quadratic time
 
 # Log probabilities.
 _BEAM = 8.0  # a reading of the words so far that is less probable than the best one by this is dropped
@@ -39,7 +41,7 @@ class HantaNouns:
 
     @property
     def version(self) -> str:
-        return f"HanTa {version('HanTa')}, lemminflect {version('lemminflect')}, rules 1"
+        return f"HanTa {version('HanTa')}, lemminflect {version('lemminflect')}, rules 2"
 
     def __call__(self, caption: str) -> list[str]:
         words = _TOKEN.findall(normalise(caption).replace("’", "'").replace("/", " , "))
@@ -122,45 +124,45 @@ def _readings(word: str) -> tuple[tuple[int, float], ...]:
     tagger = _tagger()
     if word in ("a", "an", "the"):
         return ((tagger.tag2int["AT0"], 0.0),)
-    if len(word) > _LONGEST:
-        return ((tagger.tag2int["NN1" if word[0].isalpha() else "CRD"], 0.0),)
-    found = {tagger.int2tag[pos]: float(p) for pos, p in tagger._tag_word(word, 5, False, True)}
+    seen = tagger.cache.get(tagger.normalize(word), ())
+    found = {tagger.int2tag[pos]: float(p - tagger.LP_wtag[pos]) for pos, p in seen}
     if word == "people":  # for HanTa of no number, so that no verb agrees with it
         found = {"NN2": max(found.values())}
     if _WORD.fullmatch(word):
+        known = _lemmas(word)
         best = max(found.values(), default=0.0)
-        known = word in tagger.cache
-        rare = best + _RARE if known else best
+        rare = best + _RARE if seen else best
         if "NP0" in found:  # a name is a noun: captions are compared in lower case
             found["NN1"] = max(found.pop("NP0"), found.get("NN1", rare))
-        lemmas = _lemmas(word)
         kinds = {pos[:2] for pos in found}
-        if not lemmas and not known:
-            found = {"NN2" if word.endswith("s") else "NN1": best}
-        if "NOUN" in lemmas and kinds <= _ADJECTIVE_OR_VERB:
-            found["NN1" if word in lemmas["NOUN"] else "NN2"] = rare
-        if "VERB" in lemmas and not any(kind[0] == "V" for kind in kinds):
+        if "NOUN" in known and kinds <= _ADJECTIVE_OR_VERB:
+            found["NN1" if word in known["NOUN"] else "NN2"] = rare
+        if "VERB" in known and not any(kind[0] == "V" for kind in kinds):
             participle = word.endswith("ing")  # every verb has one, however rare
-            found |= dict.fromkeys(_verb_tags(word, lemmas["VERB"]), best if participle else rare)
+            found |= dict.fromkeys(_verb_tags(word, known["VERB"]), best if participle else rare)
         if "VVI" in found:  # the infinitive and the present tense are spelled alike
             found.setdefault("VVB", found["VVI"] + _SPELLED_ALIKE)
+        if not seen:
+            found |= {pos: best for kind, pos in (("ADJ", "AJ0"), ("ADV", "AV0")) if kind in known}
+            found = found or {"NN2" if word.endswith("s") else "NN1": best}
+            if "-" in word:  # before a noun a compound is an adjective ("a king-size bed")
+                found["AJ0"] = best
+    elif not found:
+        found = {"CRD" if word[0].isdigit() else "PUN": 0.0}
     return tuple((tagger.tag2int[pos], p + _PRESENT.get(pos, 0.0)) for pos, p in found.items())
 
 
-def _verb_tags(word: str, lemmas: tuple[str, ...]) -> tuple[str, ...]:
-    if word in lemmas:
+def _verb_tags(word: str, infinitives: tuple[str, ...]) -> tuple[str, ...]:
+    if word in infinitives:
         return "VVB", "VVI"
     return ("VVG",) if word.endswith("ing") else ("VVZ",) if word.endswith("s") else ("VVD", "VVN")
 
 
 def _lemmas(word: str) -> dict[str, tuple[str, ...]]:
     """Part of speech → lemmas; of a compound with hyphens that the dictionary lacks, those of its last part."""
-    from lemminflect import getAllLemmas
-
-    return getAllLemmas(word) or getAllLemmas(word.rpartition("-")[2])
+    return lemmas(word) or lemmas(word.rpartition("-")[2])
 
 
-@lru_cache(1 << 16)
 def _is_noun(word: str) -> bool:
     return "NOUN" in _lemmas(word)
 

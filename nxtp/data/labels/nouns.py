@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from functools import lru_cache
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Protocol
@@ -84,14 +85,20 @@ SINGULAR = {
 
 def singular(word: str, plural: bool, guess: Callable[[str], str]) -> str:
     """Singular of a lower-case noun: the dictionary's; ``guess`` is for plurals that it lacks."""
-    from lemminflect import getAllLemmas
-
     if word in SINGULAR:
         return SINGULAR[word]
-    lemmas = getAllLemmas(word).get("NOUN", ())
-    if lemmas:
-        return word if word in lemmas and not plural else lemmas[0]
+    known = lemmas(word).get("NOUN", ())
+    if known:
+        return word if word in known and not plural else known[0]
     return guess(word) if plural else word
+
+
+@lru_cache(1 << 16)  # lemminflect copies its entry for each caller
+def lemmas(word: str) -> dict[str, tuple[str, ...]]:
+    """Part of speech → lemmas of a lower-case word in lemminflect's dictionary; not to be changed."""
+    from lemminflect import getAllLemmas
+
+    return getAllLemmas(word)
 
 
 # Where in the picture, not what: skipped unless part of a compound ("shop front").

@@ -7,7 +7,7 @@ from functools import lru_cache
 from importlib.metadata import version
 
 from nxtp.data.labels.cleaning import normalise
-from nxtp.data.labels.nouns import PICTURES, PLACES, SHOWS, singular
+from nxtp.data.labels.nouns import PICTURES, PLACES, SHOWS, lemmas, singular
 
 _ONE = frozenset({"a", "an", "another", "each", "every", "one"})
 _MANY = frozenset({"few", "many", "several", "some", "these", "those"})
@@ -90,16 +90,10 @@ def _singular(word: str, plural: bool) -> str:
     return singular(word, plural, singularize)
 
 
-@lru_cache(1 << 16)
 def _is_noun(word: str) -> bool:
     """Whether the dictionary has the word, or its part after the last hyphen, as a noun."""
-    from lemminflect import getAllLemmas
-
-    return "NOUN" in getAllLemmas(word.rpartition("-")[2])
+    return "NOUN" in lemmas(word.rpartition("-")[2])
 
 
-@lru_cache(1 << 16)
 def _is_verb(word: str) -> bool:
-    from lemminflect import getAllLemmas
-
-    return "VERB" in getAllLemmas(word)
+    return "VERB" in lemmas(word)
