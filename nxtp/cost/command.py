@@ -25,7 +25,8 @@ def _numbers(context: click.Context, parameter: click.Parameter, value: str) -> 
     options_metavar="[OVERRIDES of nxtp train] [--plan [OPTIONS]]",
 )
 @click.option("--plan", is_flag=True, help="Hours, bytes sent and memory of a recipe on many GPUs, by formula.")
-@click.option("--gpus", default="8,32,256", show_default=True, callback=_numbers, help="H100s, eight per node.")
+@click.option("--gpus", default="8,32,256", show_default=True, callback=_numbers, help="Eight per node.")
+@click.option("--gpu", default="H100 SXM", show_default=True, help="As RTX 4090, A100, L4, H200.")
 @click.option("--mfu", type=click.FloatRange(0, 1, min_open=True), default=0.45, show_default=True, help="Assumed.")
 @click.option("--images", type=click.IntRange(1), help="Of the whole run; default: the recipe's samples and epochs.")
 @click.option("--inside", type=float, default=450.0, show_default=True, help="GB/s per GPU in a node.")

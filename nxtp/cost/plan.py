@@ -26,8 +26,8 @@ from rich.table import Table
 from nxtp.config import composed, to_dataclass
 from nxtp.cost.memory import LABEL_TOKENS, LABELS, PROMPT_TOKENS, memory, sections, step_of
 from nxtp.data.config import DataConfig, named_sources
-from nxtp.errors import UserError
-from nxtp.model.flops import Flops, ModelFlops, meta_model, peak_flops, training_flops
+from nxtp.errors import UserError, nearest
+from nxtp.model.flops import Flops, ModelFlops, known_gpus, meta_model, peak_flops, training_flops
 from nxtp.model.layout import PUBLISHED_LENGTH
 from nxtp.model.model import Model
 
@@ -50,8 +50,7 @@ class Cluster:
         return computing, sending, max(computing, sending)
 
 
-# NVLink 4 and a 400 Gb/s adapter per GPU; NVLink 3 and 200 Gb/s.
-H100 = Cluster("H100 SXM", inside=450e9, between=50e9)
+# NVLink 3 and a 200 Gb/s adapter per GPU.
 A100 = Cluster("A100", inside=300e9, between=25e9)
 
 # The published runs, from their training logs: 16 images per GPU on 32 A100-80G, 3 epochs.
@@ -206,10 +205,25 @@ def published_model() -> Model:
 
 
 def print_plan(
-    cfg: DictConfig, recipe: str, *, as_json: bool, inside: float, between: float, gpus: Sequence[int], **options: Any
+    cfg: DictConfig,
+    recipe: str,
+    *,
+    as_json: bool,
+    gpu: str,
+    inside: float,
+    between: float,
+    gpus: Sequence[int],
+    **options: Any,
 ) -> None:
-    """Print the plan of a composed recipe and the check against the published runs; ``inside``, ``between`` in GB/s."""
-    cluster = replace(H100, inside=inside * 1e9, between=between * 1e9)
+    """Print the plan of a composed recipe and the check against the published runs; ``inside``, ``between`` in GB/s.
+
+    Raises:
+        UserError: the GPU's peak in bfloat16 is not known, or as :func:`plan`.
+    """
+    if peak_flops(gpu, torch.bfloat16) is None:
+        names = known_gpus()
+        raise UserError(f"--gpu: no peak in bfloat16 is known for '{gpu}'.{nearest(gpu, names)} {', '.join(names)}.")
+    cluster = Cluster(gpu, inside=inside * 1e9, between=between * 1e9)
     result = {"recipe": recipe, **plan(cfg, gpus, cluster=cluster, **options)}
     result["published"] = check_published(published_model())
     if as_json:

@@ -71,10 +71,10 @@ class Sweep:
     def of_command(cls, command: str, argv: Sequence[str]) -> Sweep | None:
         """The sweep that ``argv`` asks for; None if it asks for one run, or for help."""
         arguments, _ = parse_arguments(argv)
-        keys = {o.key_or_group: o for o in parse(arguments.overrides)}
         is_help = any((arguments.help, arguments.hydra_help, arguments.cfg, arguments.info))
-        if is_help or not (arguments.multirun or "study" in keys):
+        if is_help or not (arguments.multirun or any(o.startswith("study=") for o in arguments.overrides)):
             return None
+        keys = {o.key_or_group: o for o in parse(arguments.overrides)}
         single = [str(o.input_line) for o in keys.values() if not o.is_sweep_override()]
         cfg = composed(command, single, arguments.config_dir)
         if cfg.hydra.mode is RunMode.RUN:

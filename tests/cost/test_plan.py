@@ -15,11 +15,12 @@ from omegaconf import OmegaConf
 from rich.console import Console
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from nxtp.config import composed
 from nxtp.cost.command import describe
-from nxtp.cost.memory import Step, _fake_mesh
+from nxtp.cost.memory import Step, _fake_mesh, memory, sections, step_of
 from nxtp.cost.plan import (
     A100,
-    H100,
+    Cluster,
     check_published,
     images_of,
     plan_table,
@@ -106,11 +107,21 @@ def test_ddp_sends_its_gradients_twice_around_the_ring():
     assert sent_bytes(model(), "ddp", 1) == sent_bytes(model(), "fsdp", 1) == 0
 
 
+H100 = Cluster("H100 SXM", inside=450e9, between=50e9)
+
+
 def test_a_step_takes_what_its_slower_half_takes():
     computing, sending, step = H100.step_seconds(flops=989.4e12 * 0.1, sent=5e9, ranks=16, mfu=0.5)
     assert (computing, sending, step) == pytest.approx((0.2, 0.1, 0.2))
     assert H100.step_seconds(flops=0, sent=9e9, ranks=8, mfu=0.5)[2] == pytest.approx(0.02)
+    assert Cluster("L4", 1, 1).step_seconds(121e12, sent=0, ranks=1, mfu=0.5)[0] == pytest.approx(2)
     assert A100.step_seconds(flops=0, sent=5e9, ranks=9, mfu=0.5)[2] == pytest.approx(0.2)
+
+
+def test_the_recipe_of_open_parts_fits_a_gpu_of_24_gb():
+    cfg = composed("train", ["experiment=open"])
+    config, vocabulary, optim, parallel = sections(cfg)
+    assert memory(config, vocabulary, optim, step_of(cfg), parallel).total == pytest.approx(11.9e9, rel=0.01)
 
 
 def test_images_are_samples_times_repeat_times_epochs():
@@ -183,6 +194,7 @@ def test_what_cannot_be_planned_is_an_error(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert "Did you mean '--gpus'?" in run("--gpuss", "8").output
     assert "8,32,256" in run("--gpus", "8,many").output
+    assert "'RTX 4091'. Did you mean 'RTX 4090'?" in str(run("experiment=g3m", "--gpu", "RTX 4091").exception)
     alone = CliRunner().invoke(describe, ["experiment=g3m", "--mfu", "0.5"])
     assert alone.exit_code == 2
     assert "--mfu needs --plan" in alone.output
