@@ -28,10 +28,11 @@ def data() -> None:
 @click.option("--samples", type=click.IntRange(0), default=10_000, show_default=True, help="Samples to read; 0: all.")
 @click.option("--top", type=click.IntRange(1), default=20, show_default=True, help="Most frequent labels to print.")
 @click.option("--nouns", default="hanta", show_default=True, help="Backend that makes labels of captions.")
+@click.option("--stop-nouns", default="", metavar="NOUN,…", help="Nouns that are no labels, as nouns.stop of training.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Chooses the images.")
 @click.option("--cache-dir", type=click.Path(file_okay=False), help="Directory for copies of remote shards.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of tables.")
-def show(shards, out, images, samples, top, nouns, seed, cache_dir, as_json):
+def show(shards, out, images, samples, top, nouns, stop_nouns, seed, cache_dir, as_json):
     """Counts, sizes, labels and a contact sheet of SHARDS: directories, globs or brace expressions.
 
     nxtp data show data/shards/demo/train --out sheet.png
@@ -46,7 +47,7 @@ def show(shards, out, images, samples, top, nouns, seed, cache_dir, as_json):
 
     if images and not out.parent.is_dir():
         raise UserError(f"--out {out}: there is no directory {out.parent}.")  # before reading, which may take long
-    backend = noun_backend(nouns)
+    backend = noun_backend(nouns, stop_nouns.split(","))
     opened = open_set("shards", list(shards), DataConfig(cache_dir=cache_dir))
     found = compute_statistics(opened, backend, samples, top)
     if as_json:

@@ -18,7 +18,6 @@ import numpy as np
 from PIL import Image
 
 from nxtp.data.images import ImageError, load_image
-from nxtp.data.labels.nouns import noun_backend
 from nxtp.data.shards.reader import MAX_CAPTION_BYTES, MAX_IMAGE_BYTES, MAX_JSON_BYTES, valid_text
 from nxtp.errors import UserError, counted
 from nxtp.prepare.options import WriterOptions
@@ -83,7 +82,11 @@ def write_items(
     if twice:
         raise UserError(f"The source has {counted(len(twice), 'key')} more than once, the first is '{twice[0]}'.")
     order = np.random.default_rng(0).permutation(len(items))
-    backend = noun_backend(options.nouns) if options.nouns else None
+    nouns = None
+    if options.nouns:
+        backend = options.noun_backend()
+        nouns = {"backend": backend.name, "version": backend.version}
+        nouns |= {"stop": options.stop_nouns} if options.stop_nouns else {}
     digest = hashlib.sha256()
     for item in items:
         digest.update(item.identity())
@@ -93,7 +96,7 @@ def write_items(
         partial(_sample, options=options, crop_border=crop_border),
         made_by={**made_by, **options.made_by(), "crop_border": crop_border, "source": digest.hexdigest()[:16]},
         skipped=skipped,
-        nouns={"backend": backend.name, "version": backend.version} if backend else None,
+        nouns=nouns,
         options=options,
     )
 
@@ -111,7 +114,7 @@ def _sample(item: Item, options: WriterOptions, crop_border: int) -> dict[str, A
         sample["txt"] = valid_text(item.caption)
     record = dict(item.record or {}) | {"crc32": zlib.crc32(data)}
     if options.nouns is not None and item.caption is not None and "labels" not in record:
-        record["labels"] = noun_backend(options.nouns)(sample["txt"])
+        record["labels"] = options.noun_backend()(sample["txt"])
         if not record["labels"]:
             raise Skip("no nouns")
     text = valid_text(json.dumps(record, ensure_ascii=False))

@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from nxtp.data.labels.nouns import noun_backend
+from nxtp.data.labels.nouns import NounBackend, noun_backend
 from nxtp.errors import UserError
 
 
@@ -34,12 +34,18 @@ class WriterOptions:
     )
     quality: int = _option(95, "JPEG quality after --resize.", type=click.IntRange(1, 100), show_default=True)
     nouns: str | None = _option(None, "Store the captions' nouns as labels: hanta, nltk, …", metavar="BACKEND")
+    stop_nouns: str = _option("", "With --nouns: those that are no labels, as person,people.", metavar="NOUN,…")
     check: bool = _option(False, "Decode every image; skip those that cannot be decoded.", is_flag=True)
     overwrite: bool = _option(False, "Replace a set that was made with other options.", is_flag=True)
 
     def __post_init__(self) -> None:
         if self.nouns is not None:
-            noun_backend(self.nouns)  # an unknown name is an error before anything is read
+            self.noun_backend()  # an unknown name is an error before anything is read
+        elif self.stop_nouns:
+            raise UserError("--stop-nouns needs --nouns. Nouns found in training: nouns.stop=[…].")
+
+    def noun_backend(self) -> NounBackend:
+        return noun_backend(self.nouns or "hanta", self.stop_nouns.split(","))
 
     def made_by(self) -> dict[str, Any]:
         """The options that change what is written."""

@@ -78,6 +78,12 @@ def test_coco(coco, tmp_path):
     assert samples(tmp_path / "separate" / "val")["000000000139_0"]["labels"] == ["dog", "number", "sofa"]
     assert read_manifest(tmp_path / "separate" / "val")["nouns"]["backend"] == "textblob"
 
+    stopped = ("coco", coco, "--out", tmp_path / "stop", "--splits", "val", "--stop-nouns", "number, Sofa")
+    assert "--stop-nouns needs --nouns" in run(*stopped, fails=True)
+    run(*stopped, "--nouns", "hanta")
+    assert samples(tmp_path / "stop" / "val")["000000000139"]["labels"] == ["dog"]
+    assert read_manifest(tmp_path / "stop" / "val")["nouns"]["stop"] == "number, Sofa"
+
 
 def test_coco_without_annotations(tmp_path):
     (tmp_path / "annotations").mkdir()

@@ -56,6 +56,8 @@ def test_show_counts_and_draws(mixed, tmp_path):
     assert numbers["labels_per_image"] == {"0": 2, "2": 7, "3": 1}
     assert dict(numbers["labels"]["most_frequent"])["stone"] == 6
     assert numbers["labels"]["given"] == 1
+    stopped = run("show", mixed, "--json", "--images", 0, "--stop-nouns", "lemon,stone").stdout
+    assert "stone" not in dict(json.loads(stopped)["labels"]["most_frequent"])
     assert numbers["widths"] == {"min": 32, "lower": 32, "median": 32, "upper": 32, "max": 48}
     assert numbers["formats"] == {"JPEG": 10}
 

@@ -48,7 +48,8 @@ def noun_backend(name: str = "hanta", stop: Collection[str] = ()) -> NounBackend
         raise UserError(f"nouns={name} needs {package}: pip install 'nxtp[nouns]'.")
     module, kind = BACKENDS[name]
     backend = getattr(import_module(module), kind)()
-    return WithoutNouns(backend, frozenset(map(normalise, stop))) if stop else backend
+    stopped = frozenset(filter(None, map(normalise, stop)))
+    return WithoutNouns(backend, stopped) if stopped else backend
 
 
 @dataclass(frozen=True)
