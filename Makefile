@@ -12,7 +12,7 @@ DEMO   := $(VENV)/.demo
 READY  := $(VENV)/.ready
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo scenes test test-all drills lint docs install clean
+.PHONY: demo scenes test test-all run-test run-test-all drills lint style types docs install clean
 .DEFAULT_GOAL := test
 
 install: $(READY)
@@ -33,19 +33,27 @@ $(READY): $(DEMO)
 	$(call INSTALL,'.[dev]')
 	touch $@
 
-lint: $(READY)
+lint: style types
+
+style: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports --no-logo
+
+types: $(READY)
 	$(BIN)/mypy
 
-# Two test processes with two threads each would stall each other on two cores. A file runs in one process.
-test test-all: export OMP_NUM_THREADS = 1
+# Types are checked beside the tests, which often wait for processes of theirs.
+test test-all: style
+	@$(MAKE) --no-print-directory --jobs 2 types run-$@
 
-test: lint
+# Two test processes with two threads each would stall each other on two cores. A file runs in one process.
+run-test run-test-all: export OMP_NUM_THREADS = 1
+
+run-test:
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=15
 
-test-all: lint
+run-test-all:
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m ''
 
 # Kills, damage, hostile files and requests: up to an hour; its table is in docs/reliability.md.
