@@ -43,6 +43,7 @@ from nxtp.runs.record import RunRecord, read_record
 from nxtp.runs.resume import PER_MACHINE, clear, find_checkpoint, last_checkpoint
 from nxtp.runs.tracking import configured_loggers, end_tracking
 from nxtp.train.callbacks.averaging import keep_average
+from nxtp.train.callbacks.early_stopping import EarlyStopping
 from nxtp.train.callbacks.preemption import PreemptionHandler, call_handler, preempted_by
 from nxtp.train.callbacks.run_record import RunRecordWriter
 from nxtp.train.checks import check_machine, check_settings
@@ -230,10 +231,13 @@ def build_trainer(cfg: DictConfig, data: WebDatasetDataModule, run_dir: Path) ->
     callbacks: list[Callback] = []
     for name, node in (cfg.callbacks or {}).items():
         callback = instantiated(node, f"callbacks.{name}") if node is not None else None
-        if isinstance(callback, ModelCheckpoint) and Path(callback.filename or "").name == "best":
+        is_best = isinstance(callback, ModelCheckpoint) and Path(callback.filename or "").name == "best"
+        if is_best or isinstance(callback, EarlyStopping):
             callback.monitor = callback.monitor or monitored(data.val_names, cfg.validation.top_k)
-            if not data.val_names:
+            if is_best and not data.val_names:
                 continue
+            if callback.monitor is None:
+                raise UserError(f"callbacks.{name} needs a validation set (data.val), or a monitor that needs none.")
         callbacks += [callback] if callback is not None else []
     check_monitors(callbacks, cfg)
     callbacks.append(PreemptionHandler(last_checkpoint(run_dir)))

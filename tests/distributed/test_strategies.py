@@ -121,7 +121,7 @@ def test_batches_of_unequal_tokens_weigh_by_their_tokens():
 
 
 def test_a_decoder_in_shards_is_filled_on_every_rank(root):
-    """Built on the meta device, read tensor by tensor: the run of one process that reads it whole."""
+    """Built on the meta device, read tensor by tensor, adapters drawn: the run of one process that reads it whole."""
     torch.manual_seed(0)
     tokenizer = train_tokenizer(["rose", "lemon", "leaf", "ocean", "stone"], vocab_size=400)
     fields = {"vocab_size": len(tokenizer) - 3, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3}
@@ -130,10 +130,13 @@ def test_a_decoder_in_shards_is_filled_on_every_rank(root):
     tokenizer.save(root / "llama")
     assert len(list((root / "llama").glob("*.safetensors"))) > 2
     kept = ["model/decoder=llama2_7b", "model.decoder.source=llama", "model.decoder.blocks=[0,2]"]
-    short = [*kept, "trainer.max_steps=3"]
+    short = [*kept, "model.decoder.lora={r: 4}", "trainer.max_steps=3"]
     drop = [o for o in TINY_OVERRIDES if not o.startswith("model.decoder")]
     runs = [train(root, f"source_{way}", way, *short, tiny=drop) for way in ("one", "fsdp")]
     assert curve(runs[1]) == pytest.approx(curve(runs[0]), rel=1e-5)
+    one, fsdp = (load_file(path / "model" / "model.safetensors") for path in runs)
+    assert one.keys() == fsdp.keys()
+    torch.testing.assert_close(list(fsdp.values()), list(one.values()), rtol=1e-3, atol=2e-5)
 
 
 @pytest.mark.slow

@@ -40,6 +40,7 @@ def test_adapters_start_as_nothing_and_are_merged_into_a_plain_model(tmp_path, m
             return model.prefill(images, plain.tokenizer.prompt_ids)[0]
 
     assert torch.equal(logits(adapted), logits(plain.model))
+    assert adapted.decoder.blocks[0].self_attn.q_proj.scaling["default"] == pytest.approx(5 / 3)
     for name, parameter in adapted.named_parameters():
         if is_adapter(name):
             torch.nn.init.normal_(parameter, std=0.3)

@@ -64,6 +64,7 @@ def test_an_impossible_number_is_one_line(root, override, message):
     ("overrides", "message"),
     [
         (["trainer.precision=bf61-mixed"], "is unknown"),
+        (["model.decoder.lora={target_modules: [qproj]}"], "no block has a linear layer 'qproj'"),
         (["trainer.accelerator=auto", "trainer.precision=16-mixed"], "needs a GPU"),
         (["optim.optimizer={_target_: torch.optim.Rprop, fused: true}"], "'fused'"),
         (["trainer=fsdp", "trainer.accelerator=cpu", "trainer.precision=64-true"], "trainer=fsdp supports"),

@@ -79,7 +79,8 @@ def ended_by(trainer: L.Trainer) -> str:
         return f"trainer.max_steps={trainer.max_steps}"
     for callback in trainer.callbacks if trainer.should_stop else ():
         if isinstance(callback, EarlyStopping) and callback.stopping_reason_message:
-            return f"early stopping: {' '.join(callback.stopping_reason_message.split()).rstrip('.')}"
+            reason = callback.stopping_reason_message.removesuffix(" Signaling Trainer to stop.")
+            return f"early stopping: {' '.join(reason.split()).rstrip('.')}"
         if isinstance(callback, Timer) and (callback.time_remaining() or 0) <= 0:  # negative, if it is over
             return "trainer.max_time"
     return "a callback" if trainer.should_stop else f"trainer.max_epochs={trainer.max_epochs}"
