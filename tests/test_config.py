@@ -169,7 +169,7 @@ def test_the_users_own_conf_is_searched_too(tmp_path, monkeypatch):
 def test_mistakes_name_only_groups_of_the_command(tmp_path, monkeypatch, config):
     """Of a group that another command has, nothing is suggested."""
     monkeypatch.chdir(tmp_path)
-    other = {"evaluate": "trainer", "train": "sampler"}[config]
+    other = {"evaluate": "optim", "train": "sampler"}[config]
     for argument in (f"{other}=x", f"{other}.x=1", f"{other}x.y=1"):
         with pytest.raises(UserError, match="No configuration") as error:
             compose_and_run(lambda cfg: pytest.fail("ran"), config, [argument, "name=x"])

@@ -79,7 +79,7 @@ def _start_worker(worker: int) -> None:
 class WebDatasetDataModule(L.LightningDataModule):
     """Caption shards for training and any number of named validation sets.
 
-    Rank and world size are taken from the trainer, never from the environment.
+    Rank and world size are taken from the trainer or given, never from the environment.
     """
 
     def __init__(
@@ -148,16 +148,19 @@ class WebDatasetDataModule(L.LightningDataModule):
     def val_dataloader(self) -> list[ResumableDataLoader]:
         return [self.loader(name, spec, training=False) for name, spec in self.config.val.items()]
 
-    def loader(self, name: str, spec: Any, *, training: bool, whole: bool | None = None) -> ResumableDataLoader:
+    def loader(
+        self, name: str, spec: Any, *, training: bool, whole: bool | None = None, share: tuple[int, int] = (0, 1)
+    ) -> ResumableDataLoader:
         """Batches of one set: shuffled and in whole steps for training, each sample once otherwise.
 
         Args:
             whole: ignore data.max_samples and data.fraction, which bound the training set.
+            share: (rank, number of ranks), without a trainer.
         """
         whole = not training if whole is None else whole
         opened = self.open(name, spec)
         shards = opened.shards
-        rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else share
         config = self.config
         sampler = ElasticBatchSampler(
             shards.sizes,

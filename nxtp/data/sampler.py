@@ -25,8 +25,8 @@ class ElasticBatchSampler(Sampler[tuple[int, np.ndarray]]):
     The global order does not depend on the number of ranks and loader workers: shards in a shuffled order, end to end,
     shuffled again within windows. Step i of all ranks together takes the i-th run of ``batch_size · world`` samples.
     In training an epoch has whole steps only; the few samples left over change with the epoch. In evaluation
-    (``shuffle=False``) every sample comes once, and the last step is divided evenly, so that a rank may get a smaller
-    or empty batch. One window is held in memory, and any step is found at once.
+    (``shuffle=False``) every sample comes once, in the same batches whatever the ranks: in the last step one may be
+    smaller, and others empty. One window is held in memory, and any step is found at once.
 
     Args:
         shard_sizes: samples of each shard.
@@ -116,7 +116,8 @@ class ElasticBatchSampler(Sampler[tuple[int, np.ndarray]]):
             size = min(self.per_step, self.total - self.start - step * self.per_step)
             while len(ready) < size:
                 ready = np.concatenate([ready, next(windows)])
-            yield self.epoch, np.array_split(ready[:size], self.world)[self.rank]
+            own = slice(self.rank * self.batch_size, (self.rank + 1) * self.batch_size)
+            yield self.epoch, ready[:size][own]
             ready = ready[size:]
 
     def _windows(self, begin: int) -> Iterator[np.ndarray]:

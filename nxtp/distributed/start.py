@@ -1,4 +1,4 @@
-"""How ranks start: they wait for each other for a limited time, and train only if all of them opened the same."""
+"""How ranks start: they wait for each other for a limited time, and go on only if all of them opened the same."""
 
 from __future__ import annotations
 
@@ -21,11 +21,13 @@ class StartTogether(L.Callback):
     Args:
         strategy: of the trainer. Its own time limit holds once the ranks have met.
         timeout: seconds that a rank waits for the others.
-        opened: what this rank trains on and with: nested dictionaries of plain values.
+        opened: what this rank works on and with: nested dictionaries of plain values.
+        setting: the configuration key of ``timeout``, if it has one.
     """
 
-    def __init__(self, strategy: Any, timeout: float, opened: dict[str, Any]):
+    def __init__(self, strategy: Any, timeout: float, opened: dict[str, Any], setting: str | None = None):
         self.strategy, self.timeout, self.opened = strategy, timeout, opened
+        self.setting = f" ({setting})" if setting else ""
         self.have_met = False
         if hasattr(strategy, "_timeout"):  # of several ranks
             self._later, strategy._timeout = strategy._timeout, timedelta(seconds=timeout)
@@ -44,12 +46,16 @@ class StartTogether(L.Callback):
                 raise
             place = f"{environment.main_address}:{environment.main_port}"
             raise UserError(
-                f"Rank {environment.global_rank()} waited {self.timeout:g} s (parallel.start_timeout) for "
+                f"Rank {environment.global_rank()} waited {self.timeout:g} s{self.setting} for "
                 f"{environment.world_size()} ranks to meet at {place}: {' '.join(str(error).split())[:200]}"
             ) from error
 
     def setup(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
-        if not self.have_met and trainer.world_size > 1:
+        self.meet(trainer.world_size)
+
+    def meet(self, world_size: int) -> None:
+        """Once the ranks have met: their own time limit, and the comparison of what they have opened."""
+        if not self.have_met and world_size > 1:
             self.strategy._timeout = self._later
             set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout  # older PyTorch
             set_timeout(self._later)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import timedelta
 from pathlib import Path
-from typing import TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
+import numpy as np
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
@@ -24,29 +26,86 @@ from nxtp.config import to_dataclass
 from nxtp.data.config import DataConfig
 from nxtp.data.datamodule import ResumableDataLoader, WebDatasetDataModule
 from nxtp.data.labels.from_samples import warn_if_nouns_differ
+from nxtp.distributed.ranks import fabric_of, shared, together, torchrun_ranks
 from nxtp.errors import UserError, by_kind
 from nxtp.eval.embedders import label_embedder
 from nxtp.eval.metrics import ExactMatch, SemanticMatch, meaningless, own_metrics
 from nxtp.inference.figures import GridItem, save_grid
+from nxtp.inference.model_directory import weights_hash
 from nxtp.inference.recognizer import Recognizer
 from nxtp.runs.atomic import write_json
 from nxtp.runs.lock import run_lock
+from nxtp.runs.processes import is_first_rank
 from nxtp.runs.record import FILE, RunRecord, read_record
 from nxtp.runs.tracking import configured_loggers, end_tracking, log_evaluation
 from nxtp.sampling.closed_vocabulary import read_classes
 from nxtp.sampling.ranking import Labels
 
+if TYPE_CHECKING:
+    from lightning import Fabric
+
 log = logging.getLogger("nxtp")
+
+RANKS = ("accelerator", "devices", "num_nodes")  # what evaluation uses of a trainer
+PATIENCE = timedelta(minutes=30)  # as PyTorch's
+
+
+@dataclass
+class SetResult:
+    """What has been measured on one set.
+
+    ``scores``   metrics by their names, or by the prefix of the names of their values; "" is the exact match
+    ``seconds``  of the prediction, per rank
+    """
+
+    scores: dict[str, Metric]
+    images: int = 0
+    samples_read: int = 0
+    seconds: float = 0.0
+    skipped: Counter = field(default_factory=Counter)
+    shown: list[GridItem] = field(default_factory=list)
+
+    def values(self) -> dict[str, float]:
+        values: dict[str, float] = {}
+        for name, metric in self.scores.items():
+            found = metric.compute()  # the user's metrics return one value
+            named = found.items() if isinstance(found, dict) else [("", found)]
+            values |= {f"{name}{key}": float(value) for key, value in named}
+        values |= {"images": self.images, "skipped": self.skipped.total()}
+        if self.images:
+            values["images_per_s"] = round(self.images / self.seconds, 2)
+        return values
+
+
+@dataclass
+class Part:
+    """A batch with its predictions.
+
+    ``pictures``      uint8 [S, S, 3] of its first images, for predictions.png
+    ``samples_read``  samples read for it, of which ``skipped`` (by kind) could not be used
+    ``seconds``       of the prediction
+    """
+
+    keys: list[str]
+    labels: list[list[str]]
+    predictions: list[Labels]
+    pictures: list[np.ndarray]
+    samples_read: int
+    skipped: Counter
+    seconds: float
 
 
 def evaluate(cfg: DictConfig) -> dict[str, float]:
     """Evaluate one model directory on every set of ``data.val``. Returns ``{"<set>/<metric>": value}``.
 
-    The run's record is written beside the results, unless these go into the directory of a training run.
+    The run's record is written beside the results, unless these go into the directory of a training run. Of several
+    ranks the first writes, and returns the values.
     """
     if OmegaConf.is_missing(cfg, "model_dir"):
         raise UserError("No model: add model=runs/NAME/model of a run, another model directory, or a hub name.")
     out, overrides = Path(HydraConfig.get().runtime.output_dir), list(HydraConfig.get().overrides.task)
+    if not is_first_rank():
+        return evaluate_sets(cfg, out, overrides)
     with run_lock(out, ["nxtp", "evaluate", *overrides]):
         return evaluate_into(out, cfg, overrides)
 
@@ -54,12 +113,14 @@ def evaluate(cfg: DictConfig) -> dict[str, float]:
 def evaluate_into(out: Path, cfg: DictConfig, overrides: list[str]) -> dict[str, float]:
     """:func:`evaluate` in a directory that no other command writes to."""
     config: dict = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
+    if "trainer" in config:
+        config["trainer"] = {key: config["trainer"][key] for key in RANKS}
     record = RunRecord(cfg.name, config, overrides, cfg.seed, cfg.sweep, command="evaluate")
     earlier = read_record(out)
     loggers = configured_loggers(cfg)
     in_training_run = (out / FILE).exists() and (earlier or {}).get("command", "train") == "train"
     try:
-        metrics = evaluate_sets(cfg, out, record)
+        metrics = evaluate_sets(cfg, out, overrides, record)
         record.status = "finished"
     except BaseException as error:
         record.fail(error)
@@ -72,24 +133,25 @@ def evaluate_into(out: Path, cfg: DictConfig, overrides: list[str]) -> dict[str,
     return metrics
 
 
-def evaluate_sets(cfg: DictConfig, out: Path, record: RunRecord) -> dict[str, float]:
-    """:func:`evaluate`, with results written to ``out`` and added to ``record``."""
-    console = Console()
+def evaluate_sets(
+    cfg: DictConfig, out: Path, overrides: list[str], record: RunRecord | None = None
+) -> dict[str, float]:
+    """:func:`evaluate`. The first rank writes results to ``out`` and adds them to ``record``; the others have none."""
     config = to_dataclass(DataConfig, cfg.data, "data")
     if not config.val:
         raise UserError("data.val has no set to evaluate on: add +data.val.mine=DIR, or data=scenes.")
-    recognizer = Recognizer.from_pretrained(cfg.model_dir, device=cfg.device)
+    fabric = ranks_of(cfg, overrides)
+    recognizer = Recognizer.from_pretrained(cfg.model_dir, device=fabric.device if fabric else cfg.device)
     data = WebDatasetDataModule(
         config,
         recognizer.tokenizer,
         transform=recognizer.pixels,
         num_image_tokens=recognizer.model.num_image_tokens,
     )
-    first = next(iter(config.val))
-    record.data = {name: {"shards": str(spec)} for name, spec in config.val.items()}
-    record.parameters = {"model": sum(p.numel() for p in recognizer.model.parameters())}
-    record.monitor = f"{first}/recall@{cfg.top_k}"
-    embedder = label_embedder(cfg.semantic, recognizer.device) if cfg.semantic else None
+    opened: dict[str, Any] = {"command": dict(enumerate(overrides)), "model": weights_hash(cfg.model_dir)}
+    for name, spec in config.val.items():
+        shards = data.open(name, spec).shards
+        opened[f"data.val.{name}"] = dict(zip(shards.urls, shards.sizes.tolist(), strict=True))
     named = read_classes(cfg.classes) if cfg.classes is not None else None
     classes = recognizer.prepare_classes(named) if named is not None else None
 
@@ -98,27 +160,42 @@ def evaluate_sets(cfg: DictConfig, out: Path, record: RunRecord) -> dict[str, fl
             return recognizer.classify_pixels(pixels, classes, cfg.top_k)
         return recognizer.predict_pixels(pixels, cfg.top_k, cfg.sampler, cfg.ranking)
 
-    metrics: dict[str, float] = {}
-    marked: list[str] = []
-    skipped: Counter = Counter()
+    if record is None:
+        with together(fabric, opened) as share:
+            for name, spec in config.val.items():
+                loader = data.loader(name, spec, training=False, whole=False, share=share)
+                deque(shared(predicted(loader, predict, cfg.grid)), maxlen=0)
+        return {}
+
+    console = Console()
+    found: dict[str, SetResult] = {}
+    first = next(iter(config.val))
+    record.data = {name: {"shards": str(spec)} for name, spec in config.val.items()}
+    record.parameters = {"model": sum(p.numel() for p in recognizer.model.parameters())}
+    record.monitor = f"{first}/recall@{cfg.top_k}"
+    embedder = label_embedder(cfg.semantic, recognizer.device) if cfg.semantic else None
     out.mkdir(parents=True, exist_ok=True)
     predictions = out / ".predictions.jsonl.part"
-    with predictions.open("w") as file:
+    with together(fabric, opened) as share, predictions.open("w") as file:
         for name, spec in config.val.items():
-            loader = data.loader(name, spec, training=False, whole=False)
+            loader = data.loader(name, spec, training=False, whole=False, share=share)
             warn_if_nouns_differ(name, spec, config.nouns, recognizer.provenance.get("nouns"))
-            exact = ExactMatch(top_k=cfg.top_k)
-            scores: dict[str, Metric] = {"": exact}
+            scores: dict[str, Metric] = {"": ExactMatch(top_k=cfg.top_k)}
             if embedder is not None:
                 scores["semantic_"] = SemanticMatch(embedder, top_k=cfg.top_k)
             scores |= own_metrics(cfg.metrics, "metrics")
-            values, shown, skipped_in_set = evaluate_set(name, loader, predict, scores, cfg, file, console)
-            metrics |= {f"{name}/{key}": value for key, value in values.items()}
-            choices = len(named) if named is not None else exact.labels
-            marked += [f"{name}/{key}" for key in meaningless(values, choices)]
-            skipped += skipped_in_set
-            if shown:
-                save_grid(out / f"predictions{'' if name == first else '_' + name}.png", shown)
+            found[name] = evaluate_set(name, loader, predict, scores, cfg, file, console)
+    metrics: dict[str, float] = {}
+    marked: list[str] = []
+    skipped: Counter = Counter()
+    for name, result in found.items():  # metrics that are computed among ranks would wait for those of the others
+        values = result.values()
+        metrics |= {f"{name}/{key}": value for key, value in values.items()}
+        choices = len(named) if named is not None else result.scores[""].labels
+        marked += [f"{name}/{key}" for key in meaningless(values, choices)]
+        skipped += result.skipped
+        if result.shown:
+            save_grid(out / f"predictions{'' if name == first else '_' + name}.png", result.shown)
     predictions.replace(out / "predictions.jsonl")
     skipped += data.shard_faults
     write_json(out / "metrics.json", metrics)
@@ -131,6 +208,46 @@ def evaluate_sets(cfg: DictConfig, out: Path, record: RunRecord) -> dict[str, fl
     return metrics
 
 
+def ranks_of(cfg: DictConfig, overrides: Sequence[str]) -> Fabric | None:
+    """The ranks of ``trainer=…``, or those that torchrun has started; None for one process.
+
+    Raises:
+        UserError: a trainer that shards weights, or settings of training.
+    """
+    trainer = cfg.get("trainer")
+    if trainer is None:
+        ranks = torchrun_ranks(cfg.device)
+        if ranks is None and not is_first_rank():
+            raise UserError("This is one of several ranks: add trainer=ddp trainer.devices=RANKS_PER_NODE.")
+        return fabric_of(ranks, "device", PATIENCE) if ranks else None
+    if trainer.strategy not in ("auto", "ddp"):
+        raise UserError("Evaluation shares out samples, not weights: use trainer=ddp.")
+    given = [override.lstrip("+~").partition("=")[0] for override in overrides]
+    unused = [key for key in given if key.startswith("trainer.") and key.removeprefix("trainer.") not in RANKS]
+    if unused or cfg.device != "auto":
+        raise UserError(f"With trainer=…, evaluation uses {', '.join(f'trainer.{key}' for key in RANKS)}: "
+                        f"omit {unused[0] if unused else 'device'}.")  # fmt: skip
+    return fabric_of({key: trainer[key] for key in RANKS}, "trainer", PATIENCE)
+
+
+def predicted(loader: ResumableDataLoader, predict: Callable[[Tensor], list[Labels]], pictures: int) -> Iterator[Part]:
+    """This rank's batches of one set.
+
+    Args:
+        predict: uint8 [B, 3, S, S] → ranked labels of each image.
+        pictures: how many of its first images to keep.
+    """
+    for batch in loader:
+        if not batch.samples_read:  # in the last step
+            continue
+        begin = time.perf_counter()
+        predictions = predict(batch.images)
+        seconds = (time.perf_counter() - begin) / loader.sampler.world
+        shown = [pixels.permute(1, 2, 0).cpu().numpy() for pixels in batch.images[:pictures]]
+        pictures -= len(shown)
+        yield Part(batch.keys, batch.labels, predictions, shown, batch.samples_read, batch.skipped, seconds)
+
+
 def evaluate_set(
     name: str,
     loader: ResumableDataLoader,
@@ -139,52 +256,40 @@ def evaluate_set(
     cfg: DictConfig,
     file: TextIO,
     console: Console,
-) -> tuple[dict[str, float], list[GridItem], Counter]:
-    """Metrics of one set, ``cfg.grid`` images with their labels, and the skipped samples by kind.
+) -> SetResult:
+    """Update ``scores`` with one set, of all ranks: batch by batch in the set's order, as in one process.
 
     Args:
         predict: uint8 [B, 3, S, S] → ranked labels of each image.
-        scores: metrics by their names, or by the prefix of the names of their values.
         file: gets a line of JSON per image.
     """
-    skipped: Counter = Counter()
-    samples_read = images = 0
-    seconds = 0.0
-    shown: list[GridItem] = []
+    result = SetResult(scores)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console) as progress:
         task = progress.add_task(name, total=loader.sampler.total)
-        for batch in loader:
-            begin = time.perf_counter()
-            predictions = predict(batch.images)
-            seconds += time.perf_counter() - begin
-            labels = [[label for label, _ in ranked] for ranked in predictions]
+        for part in shared(predicted(loader, predict, cfg.grid)):
+            labels = [[label for label, _ in ranked] for ranked in part.predictions]
             for metric in scores.values():
-                metric.update(labels, batch.labels)
-            for key, pixels, truth, ranked in zip(batch.keys, batch.images, batch.labels, predictions, strict=True):
+                metric.update(labels, part.labels)
+            pictures = iter(part.pictures)
+            for key, truth, ranked in zip(part.keys, part.labels, part.predictions, strict=True):
                 rounded = [[label, round(probability, 6)] for label, probability in ranked]
                 row = {"set": name, "key": key, "labels": truth, "predictions": rounded}
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
-                if len(shown) < cfg.grid:
-                    shown.append(GridItem(Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy()), truth, ranked))
-            skipped += batch.skipped
-            samples_read += batch.samples_read
-            images += len(batch)
-            progress.advance(task, batch.samples_read)
-    if skipped.total() > cfg.data.max_skip_fraction * samples_read:
+                if len(result.shown) < cfg.grid:
+                    result.shown.append(GridItem(Image.fromarray(next(pictures)), truth, ranked))
+            result.skipped += part.skipped
+            result.samples_read += part.samples_read
+            result.images += len(part.keys)
+            result.seconds += part.seconds
+            progress.advance(task, part.samples_read)
+    skipped = result.skipped
+    if skipped.total() > cfg.data.max_skip_fraction * result.samples_read:
         raise UserError(
-            f"{skipped.total()} of {samples_read} samples of '{name}' could not be used ({by_kind(skipped)}): "
+            f"{skipped.total()} of {result.samples_read} samples of '{name}' could not be used ({by_kind(skipped)}): "
             f"more than data.max_skip_fraction = {cfg.data.max_skip_fraction:g}."
         )
-    values: dict[str, float] = {}
-    for name, metric in scores.items():
-        found = metric.compute()  # the user's metrics return one value
-        named = found.items() if isinstance(found, dict) else [("", found)]
-        values |= {f"{name}{key}": float(value) for key, value in named}
-    values |= {"images": images, "skipped": skipped.total()}
-    if images:
-        values["images_per_s"] = round(images / seconds, 2)
-    return values, shown, skipped
+    return result
 
 
 def metrics_table(metrics: dict[str, float], marked: Sequence[str] = ()) -> Table:

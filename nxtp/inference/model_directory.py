@@ -106,6 +106,12 @@ def read_config(directory: Path) -> dict[str, Any]:
     return content
 
 
+def weights_hash(source: str | Path) -> str:
+    """What identifies the weights of a model directory or hub name, whatever its name."""
+    files = read_config(locate(source)).get("files") or {}
+    return f"sha256:{(files.get(WEIGHTS) or {}).get('sha256', str(source))[:16]}"
+
+
 def check_sizes(directory: Path, files: Mapping[str, Any]) -> None:
     """
     Raises:

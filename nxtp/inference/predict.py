@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ import click
 from nxtp.errors import UserError, printable
 
 if TYPE_CHECKING:
+    from lightning import Fabric
     from rich.console import Console
     from torch import Tensor
 
@@ -28,6 +30,7 @@ _ATTENTION, _ATTENTION_LABELS = 6, 5  # images of --attention, and labels of eac
 _MAX_BYTES = 1 << 28  # of an image on standard input
 _PLAIN: dict[str, Any] = {"markup": False, "highlight": False, "soft_wrap": True}  # how rich prints names and messages
 _FILE = click.Path(path_type=Path, dir_okay=False)
+_PATIENCE = timedelta(days=30)  # ranks that resume need not have the same left to do
 _COMMON = (
     click.argument("images", nargs=-1),
     click.option("--model", required=True, help="A model directory or hub name."),
@@ -67,23 +70,23 @@ def predict(images, model, top_k, device, sampler, ranking, classes, **options):
     nxtp predict 'data/shards/cc3m/{00000..00331}.tar' --model DIR --out labels.parquet
     find . -name '*.jpg' | nxtp predict --stdin --model DIR --json
 
-    An image that cannot be read is reported and skipped; the exit code is then 1.
+    An image that cannot be read is reported and skipped; the exit code is then 1. Started by torchrun, ranks share out
+    the images and write one file: torchrun --nproc-per-node 8 -m nxtp predict pictures/ --model DIR --out labels.jsonl
     """
-    from nxtp.inference.recognizer import Recognizer
     from nxtp.sampling.closed_vocabulary import read_classes
     from nxtp.sampling.ranking import ranking_config
     from nxtp.sampling.samplers import sampler_config
 
     config, order = sampler_config(sampler), ranking_config(ranking)
     read = None if classes is None else read_classes(classes)
-    recognizer = Recognizer.from_pretrained(model, device=device)
+    fabric, recognizer = _load(model, device)
     prepared = recognizer.prepare_classes(read) if read else None
     settings = _settings("predict", model, top_k, read) | {"sampler": asdict(config), "ranking": asdict(order)}
 
     def label(pixels: Tensor) -> list[Labels]:
         return recognizer.predict_pixels(pixels, top_k, config, order, prepared)
 
-    _run(images, recognizer, label, "probability" if ranking == "prob" else "score", settings, **options)
+    _run(images, fabric, recognizer, label, "probability" if ranking == "prob" else "score", settings, **options)
 
 
 @click.command()
@@ -99,31 +102,39 @@ def classify(images, model, top_k, device, classes, **options):
     imagenet1k takes all names of its 1,000 classes, imagenet1k:first their first, imagenet1k:clip CLIP's. An image
     that cannot be read is reported and skipped; the exit code is then 1.
     """
-    from nxtp.inference.recognizer import Recognizer
     from nxtp.sampling.closed_vocabulary import read_classes
 
     read = read_classes(classes)
-    recognizer = Recognizer.from_pretrained(model, device=device)
+    fabric, recognizer = _load(model, device)
     prepared = recognizer.prepare_classes(read)
 
     def label(pixels: Tensor) -> list[Labels]:
         return recognizer.classify_pixels(pixels, prepared, top_k)
 
-    _run(images, recognizer, label, "probability", _settings("classify", model, top_k, read), **options)
+    _run(images, fabric, recognizer, label, "probability", _settings("classify", model, top_k, read), **options)
+
+
+def _load(model: str, device: str) -> tuple[Fabric | None, Recognizer]:
+    """The model on this rank's device, and the ranks that torchrun has started, if it has."""
+    from nxtp.distributed.ranks import fabric_of, torchrun_ranks
+    from nxtp.inference.recognizer import Recognizer
+
+    ranks = torchrun_ranks(device)
+    fabric = fabric_of(ranks, "--device", _PATIENCE) if ranks else None
+    return fabric, Recognizer.from_pretrained(model, device=fabric.device if fabric else device)
 
 
 def _settings(command: str, model: str, top_k: int, classes: list[list[str]] | None) -> dict[str, Any]:
-    """What rows depend on. A model is known by the hash of its weights, whatever its name."""
-    from nxtp.inference import model_directory as model_dir
+    """What rows depend on."""
+    from nxtp.inference.model_directory import weights_hash
 
-    files = model_dir.read_config(model_dir.locate(model)).get("files") or {}
-    weights = (files.get(model_dir.WEIGHTS) or {}).get("sha256", model)
     listed = classes and f"sha256:{hashlib.sha256(json.dumps(classes).encode()).hexdigest()[:16]}"
-    return {"command": command, "top_k": top_k, "classes": listed, "model": f"sha256:{weights[:16]}"}
+    return {"command": command, "top_k": top_k, "classes": listed, "model": weights_hash(model)}
 
 
 def _run(
     images: Sequence[str],
+    fabric: Fabric | None,
     recognizer: Recognizer,
     label: Callable[[Tensor], list[Labels]],
     score: str,
@@ -146,7 +157,8 @@ def _run(
     from rich.console import Console
     from rich.progress import track
 
-    from nxtp.inference.streaming import WORKERS, stream
+    from nxtp.distributed.ranks import gathered, together
+    from nxtp.inference.streaming import WORKERS, shared_out, stream
     from nxtp.inference.writer import PredictionWriter, json_line, to_row
 
     for option, path in (("--grid", grid), ("--attention", attention)):
@@ -154,49 +166,61 @@ def _run(
             raise UserError(f"{option} {path}: there is no directory {path.parent}.")
     if attention:
         _check_attention(recognizer, block, head)
+    if fabric and not out:
+        raise UserError("Several ranks need --out: they write one file.")
     source = _source(images, stdin, null, cache_dir)
-    writer = PredictionWriter(out, settings, score, overwrite) if out else None
-    if writer:
-        source = replace(source, items=writer.remaining(source.items))
     console, err = Console(), Console(stderr=True)
-    failed = bool(writer and writer.failed)
-    left = (source.count or 0) - (writer.count if writer else 0)
-    in_grid, in_attention = _spread(left, _GRID), _spread(left, _ATTENTION)
     shown: dict[int, Prediction] = {}
-    # Whoever writes a name on the pipe and waits for its labels gets them.
-    ahead = batch_size if stdin else None
-    predictions = stream(source, label, recognizer.transform, batch_size, workers or WORKERS, ahead)
-    progress = track(
-        predictions, "Images", total=source.count, completed=writer.count if writer else 0, console=err, transient=True,
-        disable=not (writer and err.is_terminal),
-    )  # fmt: skip
-    try:
-        for position, prediction in enumerate(progress):
-            name = printable(prediction.item.name)
-            if prediction.labels is None:
-                failed = True
-                err.print(f"error: {name}: {prediction.error}", style="red", **_PLAIN)
-            elif position in in_grid or position in in_attention:
-                shown[position] = prediction
+    with together(fabric, settings | {"images": source.count}) as share:
+        is_first = share[0] == 0
+        if fabric:
+            settings |= {"ranks": share[1], "batch_size": batch_size, "images": source.count}
+        source = shared_out(source, batch_size, share)
+        writer = PredictionWriter(out, settings, score, overwrite, batch_size, share) if out else None
+        if writer:
+            source = replace(source, items=writer.remaining(source.items))
+        failed = False
+        left = (source.count or 0) - (writer.count if writer else 0)
+        in_grid, in_attention = _spread(left, _GRID), _spread(left, _ATTENTION)
+        # Whoever writes a name on the pipe and waits for its labels gets them.
+        ahead = batch_size if stdin else None
+        predictions = stream(source, label, recognizer.transform, batch_size, workers or WORKERS, ahead)
+        progress = track(
+            predictions, "Images", total=source.count, completed=writer.count if writer else 0, console=err,
+            transient=True, disable=not (writer and is_first and err.is_terminal),
+        )  # fmt: skip
+        try:
+            for position, prediction in enumerate(progress):
+                name = printable(prediction.item.name)
+                if prediction.labels is None:
+                    failed = True
+                    err.print(f"error: {name}: {prediction.error}", style="red", **_PLAIN)
+                elif position in in_grid or position in in_attention:
+                    shown[position] = prediction
+                if writer:
+                    writer.write(prediction)
+                elif as_json:
+                    click.echo(json_line(to_row(prediction, score)))
+                elif prediction.labels is not None:
+                    _print_labels(console, name, prediction.labels)
             if writer:
-                writer.write(prediction)
-            elif as_json:
-                click.echo(json_line(to_row(prediction, score)))
-            elif prediction.labels is not None:
-                _print_labels(console, name, prediction.labels)
-        if writer:
-            writer.finish()
-            err.print(writer.summary(), **_PLAIN)
-    except KeyboardInterrupt:
-        if writer:
-            err.print(f"Stopped after {writer.count:,}; the same command resumes from {writer.partial}.", **_PLAIN)
-        raise
-    finally:
-        if writer:
-            writer.close()
-    if grid and shown:
+                counts = gathered((writer.count, writer.failed))  # every rank has written its share
+                writer.count, writer.failed = (sum(each) for each in zip(*counts, strict=True))
+                failed = writer.failed > 0
+                if is_first:
+                    writer.finish()
+                    err.print(writer.summary(), **_PLAIN)
+                gathered(None)  # a rank that ended with code 1 before would have the first one killed
+        except KeyboardInterrupt:
+            if writer:
+                err.print(f"Stopped after {writer.count:,}; the same command resumes from {writer.partial}.", **_PLAIN)
+            raise
+        finally:
+            if writer:
+                writer.close()
+    if grid and shown and is_first:
         _save_grid(grid, [shown[position] for position in in_grid if position in shown])
-    if attention and shown:
+    if attention and shown and is_first:
         chosen = [shown[position] for position in in_attention if position in shown]
         _save_attention(attention, chosen, recognizer, block, head)
     sys.exit(1 if failed else 0)

@@ -103,6 +103,23 @@ class ImageSource:
         return cls(item for name in _names(pipe, separator) for item in _files([name]).items)
 
 
+def shared_out(source: ImageSource, batch_size: int, share: tuple[int, int]) -> ImageSource:
+    """The batches of a source that rank r of n has: r, r + n, … Each is what it is in one process.
+
+    Raises:
+        UserError: a source of unknown length, such as a pipe.
+    """
+    rank, ranks = share
+    if ranks == 1:
+        return source
+    if source.count is None:
+        raise UserError("Several ranks cannot share out a pipe: give files, directories or shards.")
+    own = islice(batches(source.items, batch_size), rank, None, ranks)
+    rounds, rest = divmod(source.count, batch_size * ranks)
+    count = rounds * batch_size + min(max(rest - rank * batch_size, 0), batch_size)
+    return ImageSource(chain.from_iterable(own), count)
+
+
 def stream(
     source: ImageSource,
     label: Callable[[Tensor], list[Labels]],

@@ -1,4 +1,7 @@
-"""Predictions on disk, as JSON lines or parquet. An unfinished file is resumed by the same command."""
+"""Predictions on disk, as JSON lines or parquet. An unfinished file is resumed by the same command.
+
+Of several ranks each writes a partial file of its share, whole batches in turn; the first makes one file of them.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +9,10 @@ import fcntl
 import json
 import math
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
+from glob import escape
 from importlib.util import find_spec
+from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
@@ -41,28 +46,47 @@ class PredictionWriter:
     """Writes rows to ``out.partial``; :meth:`finish` turns it into ``out``. An existing partial file is resumed.
 
     The first line of the partial file contains the settings, each other line one row. A truncated last line is
-    dropped.
+    dropped, and with it its batch: rows depend, in their last digits, on the images that they were computed with.
 
     Args:
         out: ends with one of :data:`SUFFIXES`.
         settings: what the rows depend on (model, number of labels, …), JSON values.
         score: the name of the number beside a label.
         overwrite: start again, and replace ``out``.
+        batch_size: images that are predicted together.
+        share: (rank, number of ranks). Rank r has the batches r, r + ranks, … of the source.
 
     Raises:
-        UserError: another suffix, ``out`` exists, the partial file has other settings, is in use or cannot be
-            written, or pyarrow is missing.
+        UserError: another suffix, ``out`` exists, the partial file has other settings, was begun by another number of
+            ranks, is in use or cannot be written, or pyarrow is missing.
     """
 
-    def __init__(self, out: Path, settings: dict[str, Any], score: str = "probability", overwrite: bool = False):
+    def __init__(
+        self,
+        out: Path,
+        settings: dict[str, Any],
+        score: str = "probability",
+        overwrite: bool = False,
+        batch_size: int = 1,
+        share: tuple[int, int] = (0, 1),
+    ):
         if out.suffix not in SUFFIXES:
             raise UserError(f"--out {out}: the name must end with {' or '.join(SUFFIXES)}.")
         if out.suffix == ".parquet" and find_spec("pyarrow") is None:
             raise UserError("Parquet needs pyarrow: pip install 'nxtp[parquet]', or end the name with .jsonl.")
         if out.exists() and not overwrite:
             raise UserError(f"'{out}' exists: choose another name, or use --overwrite.")
-        self.out, self.score = out, score
-        self.partial = out.with_name(f"{out.name}.partial")
+        self.out, self.score, self.batch_size = out, score, batch_size
+        rank, ranks = share
+        names = [f"{out.name}.partial{f'-{number}-of-{ranks}' * (ranks > 1)}" for number in range(ranks)]
+        self.partials = [out.with_name(name) for name in names]  # of each rank
+        self.partial = self.partials[rank]
+        for path in out.parent.glob(f"{escape(out.name)}.partial*"):
+            if path.name not in names and not overwrite:
+                raise UserError(f"'{path}' was begun by another number of ranks than {ranks}: use that number, another "
+                                "name, or --overwrite.")  # fmt: skip
+            if path.name not in names and rank == 0:
+                path.unlink()
         self.count = self.failed = 0
         try:
             self._file = open(self.partial, "a+b")  # noqa: SIM115  closed by close
@@ -103,14 +127,15 @@ class PredictionWriter:
         self._append(to_row(prediction, self.score))
 
     def finish(self) -> None:
-        """Write ``out``, in one rename, and delete the partial file."""
+        """Write ``out``, in one rename, and delete the partial files, which all ranks have completed."""
         try:
-            with atomic_file(self.out) as file, open(self.partial, "rb") as rows:
-                next(rows)
+            with atomic_file(self.out) as file:
+                rows = self._rows()
                 self._to_parquet(rows, file) if self.out.suffix == ".parquet" else file.writelines(rows)
         except OSError as error:
             raise UserError(f"'{self.out}' cannot be written: {error.strerror or error}.") from error
-        self.partial.unlink()
+        for path in self.partials:
+            path.unlink()
         self.close()
 
     def close(self) -> None:
@@ -131,7 +156,7 @@ class PredictionWriter:
             raise UserError(f"'{self.partial}' cannot be written: {error.strerror}.") from error
 
     def _resume(self, settings: dict[str, Any]) -> Iterator[tuple[str | None, str]]:
-        """(shard, image) of each row. Leaves the file at the end of its last whole line, truncated there."""
+        """(shard, image) of each row. Leaves the file at the end of its last whole batch, truncated there."""
         self._file.seek(0)
         head, end = self._file.readline(), 0
         if head and not head.startswith(b'{"settings"'):
@@ -145,16 +170,25 @@ class PredictionWriter:
                         "same settings, another name, or --overwrite."
                     )
             end = len(head)
-            for line in self._file:
-                row = _parse(line)
-                if not line.endswith(b"\n") or "image" not in row:
+            for lines in batches(self._file, self.batch_size):
+                rows = [_parse(line) for line in lines if line.endswith(b"\n")]
+                if len(rows) < self.batch_size or not all("image" in row for row in rows):
                     break
-                end += len(line)
-                self.count += 1
-                self.failed += "error" in row
-                yield row.get("shard"), row["image"]
+                end += sum(map(len, lines))
+                self.count += len(rows)
+                self.failed += sum("error" in row for row in rows)
+                yield from ((row.get("shard"), row["image"]) for row in rows)
         self._file.truncate(end)
         self._file.seek(end)
+
+    def _rows(self) -> Iterator[bytes]:
+        """The lines of all ranks in the source's order."""
+        with ExitStack() as stack:
+            files = [stack.enter_context(open(path, "rb")) for path in self.partials]
+            for file in files:
+                next(file)  # the settings
+            while lines := [line for file in files for line in islice(file, self.batch_size)]:
+                yield from lines
 
     def _to_parquet(self, lines: Iterable[bytes], out: IO[bytes]) -> None:
         import pyarrow

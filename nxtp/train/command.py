@@ -108,7 +108,7 @@ def train_from(checkpoint: str | None, cfg: DictConfig, run_dir: Path, record: R
     for name, spec in {"train": data.config.train, **data.config.val}.items():
         warn_if_nouns_differ(name, spec, data.config.nouns, data.config.nouns)
     opened = opened_by_rank(record, module, checkpoint, data)
-    start = StartTogether(trainer.strategy, module.parallel.start_timeout, opened)
+    start = StartTogether(trainer.strategy, module.parallel.start_timeout, opened, "parallel.start_timeout")
     trainer.callbacks += [start, RunRecordWriter(run_dir, cfg, record)]
     ranks = getattr(trainer.strategy.launcher, "procs", [])  # those that this process starts
     preempted = None

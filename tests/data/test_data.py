@@ -50,7 +50,10 @@ def test_plan_gives_every_sample_once(sizes, batch_size, world, epoch, window):
     common = {"seed": 3, "shuffle_window": window, "world": world}
     evaluation = [ElasticBatchSampler(sizes, batch_size, shuffle=False, rank=r, **common) for r in range(world)]
     assert len({len(plan) for plan in evaluation}) == 1, "ranks out of step"
-    assert sorted(p for plan in evaluation for p in positions(plan)) == list(range(total))
+    batches = [run.tolist() for group in zip(*evaluation, strict=True) for _, run in group if len(run)]
+    alone = ElasticBatchSampler(sizes, batch_size, shuffle=False)
+    assert batches == [run.tolist() for _, run in alone], "the batches of one rank"
+    assert sorted(p for run in batches for p in run) == list(range(total))
 
     if total < batch_size * world:
         with pytest.raises(UserError, match="do not fill one step"):
