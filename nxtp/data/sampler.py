@@ -31,8 +31,8 @@ class ElasticBatchSampler(Sampler[tuple[int, np.ndarray]]):
     Args:
         shard_sizes: samples of each shard.
         sources: the sources of a mixture; by default all shards are one. In evaluation repeats are ignored.
-        max_samples: use only so many samples, in the sources' natural proportion: a fixed choice of ``subset_seed``
-            alone; a larger one contains every smaller one.
+        max_samples: use only so many samples, in the sources' natural proportion: of each source whole shards, in an
+            order of ``subset_seed`` alone, and the first samples of one more. A larger choice contains a smaller one.
         fraction: the same as a share of all samples.
 
     Yields:
@@ -70,11 +70,11 @@ class ElasticBatchSampler(Sampler[tuple[int, np.ndarray]]):
         self._starts = np.cumsum(self.sizes) - self.sizes
         counts = [int(self.sizes[list(source.shards)].sum()) for source in self.sources]
         used = subset_counts(counts, subset_size(sum(counts), max_samples, fraction))
-        # Of each source the used positions, sorted, counted within the source; None: all.
-        self._subsets = [
-            None if n == count else np.sort(_random(subset_seed, _SUBSET, source.name).permutation(count)[:n])
-            for source, count, n in zip(self.sources, counts, used, strict=True)
-        ]
+        self._chosen = []  # positions of each source that are used, one range per shard
+        for source, n in zip(self.sources, used, strict=True):
+            shards = [self._range(shard) for shard in source.shards]
+            order = _random(subset_seed, _SUBSET, source.name).permutation(len(shards))
+            self._chosen.append(sorted(_cut([shards[i] for i in order], 0, n), key=lambda chosen: chosen.start))
         self._used = used
         repeats = [source.repeat if shuffle else 1.0 for source in self.sources]
         self._repeats = [int(repeat) for repeat in repeats]
@@ -129,53 +129,42 @@ class ElasticBatchSampler(Sampler[tuple[int, np.ndarray]]):
         pool = ThreadPoolExecutor(1, thread_name_prefix="prefetch") if self.prefetch else None
         fetching: Future | None = None
         for number in range(begin // size, -(-self.total // size)):
-            window = np.concatenate(_cut(pieces, ends, number * size, (number + 1) * size))
+            cut = _cut(pieces, number * size, (number + 1) * size, ends)
+            window = np.concatenate([np.arange(piece.start, piece.stop) for piece in cut])
             if shuffled:
                 np.random.default_rng([*seed, number]).shuffle(window)
             if pool and self.prefetch and (fetching is None or fetching.done()):
-                ahead = [piece[0] for piece in _cut(pieces, ends, (number + 1) * size, (number + 2) * size)]
+                ahead = [piece[0] for piece in _cut(pieces, (number + 1) * size, (number + 2) * size, ends)]
                 shards = np.unique(np.searchsorted(self._starts, ahead, side="right") - 1)
                 fetching = pool.submit(self.prefetch, shards.tolist())
             yield window[max(begin - number * size, 0) :]
 
-    def _pieces(self) -> list[np.ndarray | range]:
+    def _pieces(self) -> list[range]:
         """The epoch's positions of each shard (and repetition), in the shuffled order of shards."""
-        pieces: list[np.ndarray | range] = []
+        pieces: list[range] = []
         for index, source in enumerate(self.sources):
-            shards, subset = np.asarray(source.shards, dtype=np.int64), self._subsets[index]
-            once: list[np.ndarray] | list[range]
-            if subset is None:
-                once = [range(self._starts[s], self._starts[s] + self.sizes[s]) for s in shards]
-            else:
-                once = self._by_shard(subset, shards)
-            pieces += once * self._repeats[index]
-            if extra := self._extra[index]:
-                count = self._used[index]
-                turn = (self.epoch * extra + np.arange(extra)) % count
-                local = np.sort(_random(self.seed, _ROTATION, source.name).permutation(count)[turn])
-                pieces += self._by_shard(local if subset is None else subset[local], shards)
-        pieces = [piece for piece in pieces if len(piece)]
+            chosen = self._chosen[index]
+            pieces += chosen * self._repeats[index]
+            if extra := self._extra[index]:  # the next ones of all that are used, shard after shard, in a ring
+                ring = [chosen[i] for i in _random(self.seed, _ROTATION, source.name).permutation(len(chosen))]
+                begin = self.epoch * extra % self._used[index]
+                pieces += _cut(2 * ring, begin, begin + extra)
         if self.shuffle:
             pieces = [pieces[i] for i in np.random.default_rng([self.seed, self.epoch]).permutation(len(pieces))]
         return pieces
 
-    def _by_shard(self, local: np.ndarray, shards: np.ndarray) -> list[np.ndarray]:
-        """Sorted positions within a source → positions in all shards, one array per shard."""
-        ends = np.cumsum(self.sizes[shards])
-        bounds = np.searchsorted(local, ends)
-        offsets = self._starts[shards] - (ends - self.sizes[shards])
-        return [local[a:b] + o for a, b, o in zip([0, *bounds[:-1]], bounds, offsets, strict=True)]
+    def _range(self, shard: int) -> range:
+        start = int(self._starts[shard])
+        return range(start, start + int(self.sizes[shard]))
 
 
-def _cut(pieces: list[np.ndarray | range], ends: np.ndarray, begin: int, end: int) -> list[np.ndarray]:
-    """Number begin … end-1 of the positions in ``pieces``, whose ends are ``ends``."""
-    found = []
-    for index in range(int(np.searchsorted(ends, begin, side="right")), len(pieces)):
-        first = int(ends[index]) - len(pieces[index])
-        if first >= end:
-            break
-        found.append(np.asarray(pieces[index][max(begin - first, 0) : end - first], dtype=np.int64))
-    return found
+def _cut(pieces: Sequence[range], begin: int, end: int, ends: np.ndarray | None = None) -> list[range]:
+    """Number begin … end-1 of the positions in ``pieces``, which end at ``ends``."""
+    ends = np.cumsum([len(piece) for piece in pieces]) if ends is None else ends
+    found = slice(np.searchsorted(ends, begin, side="right"), np.searchsorted(ends, end) + 1)
+    firsts = (ends[found] - [len(piece) for piece in pieces[found]]).tolist()
+    cut = [p[max(begin - first, 0) : end - first] for p, first in zip(pieces[found], firsts, strict=True)]
+    return [piece for piece in cut if piece]
 
 
 def subset_size(total: int, max_samples: int | None, fraction: float | None) -> int:

@@ -24,13 +24,14 @@ from nxtp.errors import by_kind, counted, printable
 from nxtp.inference.figures import SheetItem
 
 _SHEET_PIXELS = 224
+_SHEET_SAMPLES = 10_000  # from which a sheet's are chosen
 
 
 def compute_statistics(opened: OpenedSet, nouns: NounBackend, limit: int, top: int) -> dict[str, Any]:
     """What ``nxtp data show --json`` prints. Headers and texts are read, images are not decoded.
 
     Args:
-        limit: samples to read, spread evenly over the set; 0: all.
+        limit: samples to read, spread evenly over a bounded number of shards; 0: all.
         top: most frequent labels to list.
     """
     shards = opened.shards
@@ -88,7 +89,7 @@ def _quartiles(values: Sequence[int]) -> dict[str, float] | None:
 
 def sheet_items(opened: OpenedSet, nouns: NounBackend, images: int, seed: int) -> Iterator[SheetItem]:
     """Up to ``images`` randomly chosen samples that can be shown."""
-    for position in np.random.default_rng(seed).permutation(len(opened)):
+    for position in np.random.default_rng(seed).permutation(opened.shards.spread(_SHEET_SAMPLES)):
         if images == 0:
             return
         try:

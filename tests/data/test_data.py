@@ -1,6 +1,7 @@
 """Every sample once over ranks × workers × epochs; labels; what is skipped is counted; resuming mid-epoch."""
 
 import io
+import itertools
 import json
 import logging
 import tarfile
@@ -113,6 +114,22 @@ def test_subsets_are_nested_and_keep_the_proportions():
     assert chosen(fraction=0.1) == chosen(max_samples=12) < chosen(fraction=0.5)
     assert chosen(max_samples=12, subset_seed=1) != chosen(max_samples=12)
     assert chosen(max_samples=12, seed=5) == chosen(max_samples=12), "the training's seed does not change the choice"
+
+
+@pytest.mark.parametrize("share", [{"fraction": 0.1}, {"sources": [MixtureSource("a", range(1000), 0.1)]}])
+def test_a_small_share_is_of_few_shards(share):
+    """Of 1,000 shards as many bytes are fetched as are used, though no more than a window's shards are kept."""
+    plan, epochs = ElasticBatchSampler([50] * 1000, 10, shuffle=True, shuffle_window=200, **share), []
+    for epoch in range(3):
+        plan.set_epoch(epoch)
+        windows = [set(window // 50) for window in np.array(positions(plan)).reshape(-1, 200)]
+        assert max(map(len, windows)) <= 200 // 50 + 2
+        fetched = sum(len(now - before) for before, now in itertools.pairwise([set(), *windows]))
+        assert plan.total == 5000
+        assert fetched * 50 < 1.1 * plan.total
+        epochs.append(set.union(*windows))
+    common = len(set.intersection(*epochs))
+    assert common == (100 if "fraction" in share else 0), "a subset is fixed, a share of a repeat moves on"
 
 
 @settings(max_examples=100, deadline=None)

@@ -570,6 +570,21 @@ def test_bad_member_is_a_sample_fault(tmp_path, extension, data, kind):
     assert shards.read(1).image == b"y"
 
 
+@pytest.mark.parametrize(("between", "reads"), [(0, 1), (7_000, 1), (90_000, 3)])
+def test_members_that_are_neighbours_are_read_at_once(tmp_path, monkeypatch, between, reads):
+    members = [(f"{key}.{name}", bytes(between)) for key in "ab" for name in ("json", "npy", "txt", "npz", "jpg")]
+    content = {"json": b'{"labels": ["dog"]}', "txt": b"a dog", "jpg": b"pixels"}
+    members = [(name, content.get(name[2:], data)) for name, data in members]
+    shards = IndexedShards([tar(tmp_path / "a.tar", members)])
+    shards.read(0)
+    pread, calls = os.pread, []
+    monkeypatch.setattr(os, "pread", lambda *place: calls.append(place) or pread(*place))
+    raw = shards.read(1)
+    assert (raw.key, raw.image, raw.caption, raw.labels) == ("b", b"pixels", "a dog", ["dog"])
+    assert len(calls) == reads
+    assert sum(size for _, size, _ in calls) < 20_000 + 10_000
+
+
 def test_sample_fault_is_pickled():
     fault = pickle.loads(pickle.dumps(SampleError("corrupt json", "000001", "a.tar")))
     assert (fault.kind, fault.key, fault.shard) == ("corrupt json", "000001", "a.tar")
@@ -617,6 +632,18 @@ def test_one_line_of_samples_over_many_shards(tmp_path):
     for position in (-1, len(shards)):
         with pytest.raises(IndexError):
             shards.read(position)
+
+
+def test_a_spread_is_over_a_bounded_number_of_shards(tmp_path):
+    for i in range(50):
+        write_shard(tmp_path / f"{i:02d}.tar", SAMPLES[: 10 * (i % 5 > 0)])
+    shards = IndexedShards(expand_shards(tmp_path))
+    for most in (1, 31, 100, 199):
+        spread = shards.spread(most)
+        assert len(set(spread)) == len(spread) == most
+        assert len({shards.shard_of(position) for position in spread}) <= max(32, most // 5 + 1)
+    assert [shards.shard_of(p)[-6:-4] for p in (spread[0], spread[-1])] == ["01", "49"]
+    assert shards.spread(400) == shards.spread(1000) == list(range(400))
 
 
 def read_all(shards: IndexedShards) -> list[bytes]:

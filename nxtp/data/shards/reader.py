@@ -29,6 +29,8 @@ MAX_IMAGE_BYTES = 1 << 28
 _MEMBERS = (("image", MAX_IMAGE_BYTES), ("caption", MAX_CAPTION_BYTES), ("json", MAX_JSON_BYTES))  # as in an index
 _OPEN_SHARDS = 16
 _OPEN_INDEXES = 32
+_SPREAD_SHARDS = 32
+_GAP = 1 << 14  # unwanted bytes that are read along rather than skipped by another read
 
 
 class SampleError(Exception):
@@ -133,8 +135,15 @@ class IndexedShards:
             return f"[{row}]"
 
     def spread(self, most: int) -> list[int]:
-        """Up to ``most`` positions, spread evenly."""
-        return np.unique(np.linspace(0, len(self) - 1, min(most, len(self)), dtype=np.int64)).tolist()
+        """Up to ``most`` positions, spread evenly over 32 shards, or over so many as have twice as many samples."""
+        numbers = np.flatnonzero(self.sizes)
+        shards = max(_SPREAD_SHARDS, 2 * most * len(numbers) // len(self) + 1)
+        if shards < len(numbers):
+            numbers = numbers[np.linspace(0, len(numbers) - 1, shards, dtype=np.int64)]
+        ends = np.cumsum(self.sizes[numbers])
+        places = np.unique(np.linspace(0, ends[-1] - 1, min(most, ends[-1]), dtype=np.int64))
+        at = np.searchsorted(ends, places, side="right")
+        return (places - ends[at] + self._ends[numbers[at]]).tolist()
 
     def prefetch(self, numbers: Iterable[int]) -> None:
         """Fetch the remote ones among the shards ``numbers``; failures are reported when a sample is read."""
@@ -186,26 +195,25 @@ class IndexedShards:
             raise SampleError("missing sample", f"{url}[{row}]", url)
         key = index.keys[row]
         *places, checksum = index.rows[row].tolist()
-        content: dict[str, bytes] = {}
-        headers = b""
+        members: dict[str, slice] = {}  # with their headers
         for (what, limit), offset, size in zip(_MEMBERS, places[::2], places[1::2], strict=True):
-            if offset < 0:
-                continue
-            size = size if what in wanted else 0
-            if size > limit:
-                raise SampleError(f"oversized {what}", key, url)
-            try:
-                data = os.pread(self._open(number, key), HEADER + size, offset - HEADER)
-            except RemoteError as error:
-                raise SampleError(error.kind, key, url) from error
-            except FileNotFoundError:
-                raise SampleError("shard vanished", key, url) from None
-            except OSError as error:
-                raise SampleError("unreadable shard", key, url) from error
-            if len(data) < HEADER + size:
-                raise SampleError("truncated member", key, url)
-            headers += data[:HEADER]
-            content[what] = data[HEADER:]
+            if offset >= 0:
+                size = size if what in wanted else 0
+                if size > limit:
+                    raise SampleError(f"oversized {what}", key, url)
+                members[what] = slice(offset - HEADER, offset + size)
+        try:
+            parts = dict(zip(members, _read_parts(self._open(number, key), list(members.values())), strict=True))
+        except RemoteError as error:
+            raise SampleError(error.kind, key, url) from error
+        except FileNotFoundError:
+            raise SampleError("shard vanished", key, url) from None
+        except OSError as error:
+            raise SampleError("unreadable shard", key, url) from error
+        if any(len(parts[what]) < place.stop - place.start for what, place in members.items()):
+            raise SampleError("truncated member", key, url)
+        content = {what: bytes(part[HEADER:]) for what, part in parts.items()}
+        headers = b"".join(part[:HEADER] for part in parts.values())
         if zlib.crc32(headers) != checksum:
             self.store.forget(self.shards[number].name)  # size and time are those of the indexed file, its content not
             raise SampleError("shard changed", key, url)
@@ -285,6 +293,15 @@ class IndexedShards:
         if len(files) > _OPEN_SHARDS:
             files.popitem(last=False)[1].close()
         return file.fileno()
+
+
+def _read_parts(file: int, places: list[slice]) -> list[memoryview]:
+    """The bytes at ``places`` of a file, fewer at its end: by one read if they are neighbours."""
+    begin, end = min(place.start for place in places), max(place.stop for place in places)
+    if end - begin > sum(place.stop - place.start for place in places) + _GAP:
+        return [memoryview(os.pread(file, place.stop - place.start, place.start)) for place in places]
+    data = memoryview(os.pread(file, end - begin, begin))
+    return [data[place.start - begin : place.stop - begin] for place in places]
 
 
 def decode_text(text: bytes) -> str:
