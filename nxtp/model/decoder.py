@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 # Causal LMs whose blocks take embeddings, rotary positions and a ready mask, as LLaMA does.
-FAMILY = ["llama", "mistral", "qwen2", "qwen3", "olmo2", "smollm3"]
+FAMILY = ["llama", "mistral", "qwen2", "qwen3", "olmo2", "smollm3", "gemma3_text"]
 
 KEEP = ("first", "last", "ends", "even")
 
@@ -98,10 +98,12 @@ class Decoder(ComputesBuffers):
             start_adapters(self.lm)
 
     def compute_buffers(self) -> None:
-        """RoPE's frequencies: in bfloat16 they would turn a position of 300 into 299 or 301."""
-        rotary = self.lm.model.rotary_emb
-        with torch.device(rotary.inv_freq.device):
-            self.lm.model.rotary_emb = type(rotary)(config=self.lm.config)
+        """RoPE's frequencies (in bfloat16 a position of 300 would be 299 or 301) and Gemma's embedding scale."""
+        model = self.lm.model
+        with torch.device(model.norm.weight.device):
+            model.rotary_emb = type(model.rotary_emb)(config=self.lm.config)
+            if (scale := getattr(model.embed_tokens, "scalar_embed_scale", None)) is not None:
+                model.embed_tokens.embed_scale = torch.tensor(scale, dtype=torch.float32)
 
     @property
     def width(self) -> int:
@@ -112,11 +114,16 @@ class Decoder(ComputesBuffers):
         return self.lm.config.vocab_size
 
     @property
+    def window(self) -> int | None:
+        """Tokens that a block was trained to look back at most; here it looks back as far as the mask allows."""
+        return getattr(self.lm.config, "sliding_window", None)
+
+    @property
     def blocks(self) -> nn.ModuleList:
         return self.lm.model.layers
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """int64 [...] → [..., D]."""
+        """int64 [...] → [..., D]; scaled where the language model scales its embeddings, unlike image tokens."""
         return self.lm.model.embed_tokens(tokens)
 
     def forward(
@@ -211,11 +218,9 @@ def resolve(config: DecoderConfig, vocab_size: int | None = None) -> tuple[PreTr
     for name, value in full.to_dict().items():
         if isinstance(value, list | tuple) and len(value) == count:  # one entry per block, whatever it is called
             setattr(full, name, [value[block] for block in kept])
-    kinds = set(getattr(full, "layer_types", None) or ()) - {"full_attention"}
+    kinds = set(getattr(full, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
     if kinds:
-        raise UserError(f"model.decoder: blocks with {', '.join(kinds)}; only full attention can follow the mask.")
-    if getattr(full, "sliding_window", None):
-        full.sliding_window = None  # Mistral's default would restrict attention beyond the mask
+        raise UserError(f"model.decoder: blocks with {', '.join(kinds)}; only attention can follow the mask.")
     full.dtype = torch.float32
     full._attn_implementation = "sdpa"
     return full, kept

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -43,8 +42,8 @@ class EncoderConfig:
     ``name``        open_clip model name (``ViT-L-14``); null if ``vision`` describes the tower
     ``vision``      open_clip ``vision_cfg`` of another tower, e.g. ``{timm_model_name: resnet10t}``
     ``depth``       keep the tower's first blocks (a convolutional tower's stages) only; null keeps all
-    ``pretrained``  open_clip weight tag or local weight file; or a model directory with an encoder of the same tower;
-                    null starts from random weights
+    ``pretrained``  open_clip's tag of weights (timm's for a ``timm_model_name`` in ``vision``) or a local weight file;
+                    or a model directory with an encoder of the same tower; null starts from random weights
     ``image_size``  height and width of the input in pixels
 
     The rest is, where null, what the weights were trained with: as the model directory in ``pretrained`` stores it, as
@@ -119,7 +118,9 @@ class Encoder(ComputesBuffers):
                 fill_from_model_dir(self.visual, Path(config.pretrained), without=unused)
             else:
                 kept = self.visual.state_dict().keys()
-                weights = pretrained_tower(config).items()
+                weights = (
+                    pretrained_tower(config) if config.name else _timm_weights(config, tower["vision_cfg"])
+                ).items()
                 self.visual.load_state_dict({n: t for n, t in weights if n in kept or config.depth is None})
         for name in unused:
             owner, _, leaf = name.rpartition(".")
@@ -194,16 +195,14 @@ def _tower_config(config: EncoderConfig) -> tuple[dict[str, Any], Mapping[str, A
             )
     elif config.vision is not None and config.name is None:
         known = {"vision_cfg": config.vision, "embed_dim": 8}
-        if config.pretrained is not None and not is_model_dir(config.pretrained):
+        if "timm_model_name" in config.vision:
+            own = {"timm_pool": "", "timm_proj": "none", **config.vision, "timm_model_name": _timm_name(config)}
+            known["vision_cfg"] = own
+        elif config.pretrained is not None and not is_model_dir(config.pretrained):
             raise UserError(
                 f"model.encoder.pretrained is '{config.pretrained}': with model.encoder.vision it can only be a model "
-                "directory; open_clip's weights need model.encoder.name."
+                "directory, or weights of its timm_model_name; open_clip's weights need model.encoder.name."
             )
-        timm_name = config.vision.get("timm_model_name", "")
-        if not re.fullmatch(r"[\w.-]*", str(timm_name)):
-            raise UserError(f"model.encoder.vision.timm_model_name must be a plain name of timm, got '{timm_name}'.")
-        if "timm_model_name" in config.vision:
-            known["vision_cfg"] = {"timm_pool": "", "timm_proj": "none", **config.vision}
     else:
         raise UserError("model.encoder needs either 'name' (an open_clip model) or 'vision' (a vision_cfg), not both.")
     vision = {**known["vision_cfg"], "image_size": config.image_size}
@@ -217,6 +216,30 @@ def _tower_config(config: EncoderConfig) -> tuple[dict[str, Any], Mapping[str, A
     trained = _trained_with(config, vision) | ({"quick_gelu": True} if known.get("quick_gelu") else {})
     quick_gelu = known.get("quick_gelu") or config.filled(trained).quick_gelu
     return {"embed_dim": known["embed_dim"], "vision_cfg": vision, "quick_gelu": quick_gelu}, trained
+
+
+def _timm_name(config: EncoderConfig) -> str:
+    """timm's name of the tower that ``vision`` describes, with the tag of its weights if it has one.
+
+    Raises:
+        UserError: timm has no such tower, or no such weights of it.
+    """
+    import timm
+
+    name, _, tag = str((config.vision or {})["timm_model_name"]).partition(".")
+    if not timm.is_model(name):  # timm would also read directories and the hub, hf-hub:owner/name
+        raise UserError(
+            f"model.encoder.vision.timm_model_name: timm has no model '{name}'.{nearest(name, timm.list_models())} "
+            "All names: python -c 'import timm; print(timm.list_models())'"
+        )
+    source = config.pretrained
+    if source is not None and not is_model_dir(source) and not Path(source).is_file():
+        tag = source
+    tags = [known.partition(".")[2] for known in timm.list_pretrained(f"{name}.*")] if tag else []
+    if tag and tag not in tags:
+        known = f"{nearest(tag, tags)} Known: {', '.join(tags) or 'none'}."
+        raise UserError(f"'{tag}' is neither a file nor a tag of weights of timm's {name}.{known}")
+    return f"{name}.{tag}" if tag else name
 
 
 def _trained_with(config: EncoderConfig, vision: Mapping[str, Any]) -> dict[str, Any]:
@@ -258,8 +281,9 @@ def _build_tower(tower: dict[str, Any], depth: int | None) -> nn.Module:
     text = {"context_length": 8, "vocab_size": 8, "width": 8, "heads": 1, "layers": 1}
     try:
         visual = open_clip.CLIP(**tower, text_cfg=text).visual
-    except (TypeError, RuntimeError) as error:
-        raise UserError(f"open_clip cannot build the tower {tower['vision_cfg']}: {error}") from error
+        _resize(visual, tower["vision_cfg"]["image_size"])
+    except (AssertionError, RuntimeError, TypeError, ValueError) as error:
+        raise UserError(f"open_clip cannot build the tower {tower['vision_cfg']}: {reason(error)}.") from error
     if depth is not None:
         owner, names = _blocks(visual)
         if not 1 <= depth <= len(names):
@@ -270,6 +294,13 @@ def _build_tower(tower: dict[str, Any], depth: int | None) -> nn.Module:
             else:
                 setattr(owner, name, nn.Identity())
     return visual
+
+
+def _resize(visual: nn.Module, image_size: int) -> None:
+    """timm's vision transformers are built for the size of their weights; most refuse another one."""
+    trunk = getattr(visual, "trunk", visual)
+    if getattr(getattr(trunk, "patch_embed", None), "strict_img_size", False) and hasattr(trunk, "set_input_size"):
+        trunk.set_input_size(image_size)
 
 
 def _blocks(visual: nn.Module) -> tuple[nn.Module, list[str]]:
@@ -331,11 +362,21 @@ def pretrained_tower(config: EncoderConfig) -> dict[str, Tensor]:
 
 
 def _probe(visual: nn.Module, image_size: int) -> tuple[list[str], int, int]:
-    """On the meta device: parameters that the tokens do not depend on, the number of tokens, their width."""
+    """On the meta device: parameters that the tokens do not depend on, the number of tokens, their width.
+
+    Raises:
+        UserError: the tower has no patch tokens, or takes no images of this size.
+    """
     visual.eval()
     with torch.enable_grad():
-        tokens = _spatial_tokens(visual, torch.zeros(1, 3, image_size, image_size, device="meta"))
-        names, parameters = zip(*visual.named_parameters(), strict=True)
+        try:
+            tokens = _spatial_tokens(visual, torch.zeros(1, 3, image_size, image_size, device="meta"))
+        except Exception as error:  # of any kind: a tower's own
+            tower = type(getattr(visual, "trunk", visual)).__name__
+            raise UserError(
+                f"model.encoder: {tower} gives no patch tokens of an image of {image_size} pixels: {reason(error)}."
+            ) from error
+        names, parameters = zip(*((n, p) for n, p in visual.named_parameters() if p.requires_grad), strict=True)
         gradients = torch.autograd.grad(tokens.sum(), parameters, allow_unused=True)
     unused = [name for name, gradient in zip(names, gradients, strict=True) if gradient is None]
     return unused, tokens.shape[1], tokens.shape[2]
@@ -355,3 +396,24 @@ def _spatial_tokens(visual: nn.Module, images: Tensor, with_prefix: bool = False
     if with_prefix:
         tokens = torch.cat([out["image_intermediates_prefix"][-1], tokens], dim=1)
     return tokens
+
+
+def _timm_weights(config: EncoderConfig, vision: Mapping[str, Any]) -> dict[str, Tensor]:
+    """As :func:`pretrained_tower`, of a timm tower: read as safetensors, or without unpickling objects."""
+    import timm
+    from timm.models import load_state_dict
+
+    source = str(config.pretrained)
+    try:
+        given = {"state_dict": load_state_dict(source, weights_only=True)} if Path(source).is_file() else {}
+        trunk = timm.create_model(
+            vision["timm_model_name"],
+            pretrained=True,
+            pretrained_cfg_overlay=given,
+            num_classes=0,
+            global_pool=vision["timm_pool"],
+        )
+    except Exception as error:  # timm and the hub raise many types
+        raise UserError(f"model.encoder.pretrained: no usable weights '{source}': {reason(error)}.") from error
+    _resize(trunk, config.image_size)
+    return {f"trunk.{name}": tensor for name, tensor in trunk.state_dict().items()}

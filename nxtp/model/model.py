@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from nxtp.errors import UserError
 from nxtp.model.attention_rule import attention_mask
 from nxtp.model.decoder import Decoder, DecoderConfig
 from nxtp.model.encoder import Encoder, EncoderConfig
@@ -79,6 +80,11 @@ class Model(nn.Module):
         self.config = config
         self.encoder = Encoder(config.encoder, load_pretrained)
         self.decoder = Decoder(config.decoder, vocab_size, load_pretrained, deferred)
+        if (window := self.decoder.window) is not None and window <= self.num_image_tokens:
+            raise UserError(
+                f"model.decoder looks back {window} tokens at most and model.encoder gives {self.num_image_tokens}: "
+                "use smaller images, or another encoder or decoder."
+            )
         self.projection = nn.Linear(self.encoder.width, self.decoder.width, bias=False)
         nn.init.normal_(self.projection.weight, std=self.encoder.width**-0.5)
         self.image_token = nn.Parameter(torch.empty(self.decoder.width).normal_(std=0.02))
@@ -169,7 +175,7 @@ class Model(nn.Module):
         """Hidden states of the prefix, [B, P, D], and its keys and values."""
         from transformers import DynamicCache
 
-        cache = DynamicCache(config=self.decoder.lm.config)
+        cache = DynamicCache()  # by a configuration it would drop what is beyond a sliding window
         return self.decoder(*self._prefix(images, prompt), cache), cache
 
     def prefix_attention(self, images: Tensor, prompt: Sequence[int]) -> list[Tensor]:

@@ -13,7 +13,7 @@ from lightning.pytorch.plugins.precision import HalfPrecision
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from nxtp.config import composed, to_dataclass
+from nxtp.config import composed, conf_dir, to_dataclass
 from nxtp.errors import UserError
 from nxtp.inference.recognizer import Recognizer
 from nxtp.model.decoder import FAMILY, Decoder, DecoderConfig, choose_blocks, plain_config, resolve
@@ -473,26 +473,34 @@ def causal_logits(decoder: Decoder, ids: torch.Tensor) -> torch.Tensor:
     return decoder.logits(decoder(decoder.embed(ids), torch.arange(length)[None], mask))
 
 
-SOURCES = [*itertools.product(["llama", "qwen2"], [False, True], [False, True])]
+def cut_reference(lm: nn.Module, blocks: list[int]) -> None:
+    """Keep some blocks of a model of transformers."""
+    config, lm.model.layers = lm.model.config, nn.ModuleList(lm.model.layers[i] for i in blocks)
+    config.num_hidden_layers = len(blocks)
+    if getattr(config, "layer_types", None):
+        config.layer_types = [config.layer_types[i] for i in blocks]
+
+
+SOURCES = [*itertools.product(["llama", "qwen2"], [False, True], [False, True]), ("gemma3_text", True, False)]
 
 
 @pytest.mark.parametrize(("model_type", "tied", "shards"), SOURCES)
 def test_a_decoder_from_a_directory_is_the_source_cut(tmp_path, model_type, tied, shards):
-    lm = save_source(tmp_path, model_type, shards, tie_word_embeddings=tied)
+    local = {"sliding_window_pattern": 3, "sliding_window": 10} if model_type == "gemma3_text" else {}
+    lm = save_source(tmp_path, model_type, shards, tie_word_embeddings=tied, **local)
     ids = torch.randint(5, VOCABULARY, (2, 9))
     with torch.no_grad():
         whole = causal_logits(Decoder(DecoderConfig(source=str(tmp_path))).eval(), ids)
         torch.testing.assert_close(whole, lm(ids).logits, rtol=1e-4, atol=1e-5)
-        layers = lm.model.layers
         choices = [({"depth": 2}, [0, 1]), ({"blocks": [0, 2]}, [0, 2]), ({"blocks": [3, 1]}, [3, 1])]
         choices += [({"depth": 2, "keep": k}, b) for k, b in (("last", [2, 3]), ("ends", [0, 3]), ("even", [0, 2]))]
         for choice, kept in choices:
             decoder = Decoder(DecoderConfig(source=str(tmp_path), **choice)).eval()
             assert decoder.kept_blocks == kept
             assert len(decoder.blocks) == 2
-            lm.model.layers = nn.ModuleList(layers[i] for i in kept)
-            lm.model.config.num_hidden_layers = 2
-            cut = lm(ids, use_cache=False).logits
+            reference = copy.deepcopy(lm)
+            cut_reference(reference, kept)
+            cut = reference(ids, use_cache=False).logits
             torch.testing.assert_close(causal_logits(decoder, ids), cut, rtol=1e-4, atol=1e-5)
             assert not torch.allclose(cut, whole, rtol=0.1)
     head, embedding = decoder.lm.lm_head.weight, decoder.lm.model.embed_tokens.weight
@@ -518,15 +526,39 @@ class Eager(nn.Module):
         return self.lm.lm_head(hidden)
 
 
-@pytest.mark.parametrize(
-    ("model_type", "keep"), [*((f, "ends") for f in FAMILY), ("smollm3", "last"), ("smollm3", "even")]
+SHIPPED = sorted(
+    path.stem for path in (conf_dir() / "model" / "decoder").glob("*.yaml") if "config:\n" in path.read_text()
 )
-def test_every_family_is_transformers_own(tmp_path, model_type, keep):
+
+
+def narrow(name: str) -> dict:
+    """The fields of a shipped decoder with six narrow blocks: its heads, norms, positions and ties."""
+    fields = to_dataclass(
+        ModelConfig, composed("train", ["name=x", f"model/decoder={name}"]).model, "model"
+    ).decoder.config
+    keys = min(fields["num_key_value_heads"], 2)
+    heads = fields["num_attention_heads"] // fields["num_key_value_heads"] * keys
+    kept = {k: v for k, v in fields.items() if not k.endswith("_token_id") and k != "_name_or_path"}
+    sizes = {"hidden_size": 48, "intermediate_size": 64, "vocab_size": VOCABULARY, "num_hidden_layers": 6}
+    width = {"head_dim": 8} if "head_dim" in fields else {}
+    window = {"sliding_window": 20} if "sliding_window" in fields else {}
+    return kept | sizes | width | window | {"num_attention_heads": heads, "num_key_value_heads": keys}
+
+
+@pytest.mark.parametrize(
+    ("fields", "keep"),
+    [
+        *(pytest.param({"model_type": family}, "ends", id=family) for family in FAMILY),
+        *(pytest.param({"model_type": "smollm3"}, keep, id=f"smollm3 {keep}") for keep in ("last", "even")),
+        *(pytest.param(name, "last", id=name) for name in SHIPPED),
+    ],
+)
+def test_every_family_and_every_shipped_decoder_is_transformers_own(tmp_path, fields, keep):
     """Cut, forward, gradient and cached sampling."""
-    save_source(tmp_path, model_type, **({"sliding_window": None} if model_type == "mistral" else {}))
+    fields = {"head_dim": None} | narrow(fields) if isinstance(fields, str) else fields
+    save_source(tmp_path, **fields)
     lm = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager").eval()
-    lm.model.layers = nn.ModuleList(lm.model.layers[i] for i in choose_blocks(4, 2, keep))
-    lm.model.config.num_hidden_layers = 2
+    cut_reference(lm, choose_blocks(lm.config.num_hidden_layers, 2, keep))
     config = tiny_config()
     config.decoder = DecoderConfig(source=str(tmp_path), depth=2, keep=keep)
     model = Model(config).eval()
@@ -606,6 +638,17 @@ def test_positions_and_pixels_are_float32_in_a_bfloat16_model(rope, cast):
     assert torch.equal(seen[-1], seen[0].bfloat16())
 
 
+@pytest.mark.parametrize("cast", CASTS.values(), ids=CASTS)
+def test_gemmas_scale_and_both_of_its_ropes_are_float32(cast):
+    model = random_model(model_type="gemma3_text", head_dim=8, sliding_window_pattern=2)
+    before = dict(model.decoder.lm.named_buffers())
+    after = dict(cast(model).decoder.lm.named_buffers())
+    assert before["model.embed_tokens.embed_scale"] == torch.tensor(32**0.5)
+    assert len(before) == 5
+    for name, buffer in before.items():
+        torch.testing.assert_close(after[name], buffer, rtol=0, atol=0, msg=name)
+
+
 def test_a_larger_vocabulary_keeps_the_source_rows(tmp_path):
     lm = save_source(tmp_path, "llama")
     decoder = Decoder(DecoderConfig(source=str(tmp_path)), VOCABULARY + 3)
@@ -650,11 +693,17 @@ def test_unusable_decoders_are_one_line_errors(tmp_path, monkeypatch):
         "nowhere' does not exist": DecoderConfig(source=str(tmp_path / "nowhere")),
         "'runs/lm' does not exist": DecoderConfig(source="runs/lm"),
         "needs 'source'": DecoderConfig(),
+        "Did you mean 'gemma3_text'": DecoderConfig(config={"model_type": "gemma3"}),
+        "linear_attention": DecoderConfig(
+            config={"model_type": "qwen3", **FIELDS, "layer_types": ["linear_attention"] * 4}
+        ),
     }
     for says, config in cases.items():
         with pytest.raises(UserError, match=says) as caught:
             Decoder(config)
         assert "\n" not in str(caught.value)
+    with pytest.raises(UserError, match="looks back 16 tokens at most"):
+        Model(tiny_config(model_type="mistral", sliding_window=16))
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(UserError, match=r"no model\.safetensors"):
         Decoder(DecoderConfig(source=source))

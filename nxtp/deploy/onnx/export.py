@@ -60,7 +60,7 @@ class DecoderGraph(nn.Module):
         self, image_tokens: Tensor, tokens: Tensor, positions: Tensor, mask: Tensor, rows: Tensor, keys: Tensor,
         values: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        cache = DynamicCache(config=self.decoder.lm.config)
+        cache = DynamicCache()
         for block in range(keys.shape[0]):
             cache.update(keys[block], values[block], block)
         embeddings = torch.cat([image_tokens, self.decoder.embed(tokens)], dim=1)
