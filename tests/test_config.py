@@ -35,6 +35,7 @@ GROUPS = {
             "model/decoder",
             "data",
             "nouns",
+            "transforms",
             "objective",
             "prompts",
             "optim",
@@ -63,6 +64,7 @@ def test_every_shipped_option_composes_and_instantiates(tmp_path, choice, monkey
     fitting = {"optim=published": ["model=published"]}  # it trains the last six blocks of an encoder
     cfg = composed(tmp_path, choice, *fitting.get(choice, ()))
     model = to_dataclass(ModelConfig, cfg.model, "model")
+    assert cfg.model.decoder.keys() == asdict(model.decoder).keys()  # none needs a + on the command line
     to_dataclass(DataConfig, cfg.data, "data")
     to_dataclass(ValidationConfig, cfg.validation, "validation")
     optim = to_dataclass(OptimConfig, cfg.optim, "optim")

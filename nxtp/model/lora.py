@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -62,8 +63,9 @@ def add_adapters(blocks: nn.ModuleList, config: LoraConfig) -> None:
         import peft
     except ImportError:
         raise UserError("model.decoder.lora needs PEFT: pip install 'nxtp[lora]'.") from None
-    settings = {"r": config.r, "lora_alpha": config.scale * config.r, "lora_dropout": config.dropout}
-    peft.inject_adapter_in_model(peft.LoraConfig(target_modules=chosen, **settings), blocks)
+    alpha: Any = config.scale * config.r  # typed as an int, used as a number
+    settings = peft.LoraConfig(r=config.r, lora_alpha=alpha, lora_dropout=config.dropout, target_modules=chosen)
+    peft.inject_adapter_in_model(settings, blocks)
 
 
 def is_adapter(name: str) -> bool:

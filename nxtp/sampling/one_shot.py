@@ -92,7 +92,7 @@ def one_shot(
     batch, branches = tokens.shape
 
     tokens_BKL = torch.full((batch, branches, max_tokens + 1), delimiter, device=tokens.device)
-    probs_BKL = torch.ones(batch, branches, max_tokens + 1, device=tokens.device)
+    probs_BKL = probs.new_ones(batch, branches, max_tokens + 1)
     tokens_BKL[..., 0], probs_BKL[..., 0] = tokens, probs
 
     # A of the K branches are still computed: as many as the image with the most unfinished branches needs.

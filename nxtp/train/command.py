@@ -230,7 +230,9 @@ def build_trainer(cfg: DictConfig, data: WebDatasetDataModule, run_dir: Path) ->
     loggers = configured_loggers(cfg)
     callbacks: list[Callback] = []
     for name, node in (cfg.callbacks or {}).items():
-        callback = instantiated(node, f"callbacks.{name}") if node is not None else None
+        if node is None:
+            continue
+        callback = instantiated(node, f"callbacks.{name}")
         is_best = isinstance(callback, ModelCheckpoint) and Path(callback.filename or "").name == "best"
         if is_best or isinstance(callback, EarlyStopping):
             callback.monitor = callback.monitor or monitored(data.val_names, cfg.validation.top_k)
@@ -238,7 +240,7 @@ def build_trainer(cfg: DictConfig, data: WebDatasetDataModule, run_dir: Path) ->
                 continue
             if callback.monitor is None:
                 raise UserError(f"callbacks.{name} needs a validation set (data.val), or a monitor that needs none.")
-        callbacks += [callback] if callback is not None else []
+        callbacks.append(callback)
     check_monitors(callbacks, cfg)
     callbacks.append(PreemptionHandler(last_checkpoint(run_dir)))
     options = {"_convert_": "all", "logger": loggers or False, "callbacks": callbacks, "default_root_dir": None}
@@ -291,7 +293,7 @@ def metric_names(cfg: DictConfig) -> list[str]:
 
 
 def describe_data(data: WebDatasetDataModule) -> dict[str, Any]:
-    """For the run record: each set's number of samples, and the shards and manifest hash of each of its sources."""
+    """For the run record: samples and fingerprint of each set, shards and manifest hash of its sources."""
     described: dict[str, Any] = {}
     for name, spec in {"train": data.config.train, **data.config.val}.items():
         sources = {key: source.shards for key, source in named_sources(spec).items()}
@@ -302,7 +304,12 @@ def describe_data(data: WebDatasetDataModule) -> dict[str, Any]:
             }
             for key, shards in sources.items()
         }
-        described[name] = {**parts.get("", {"sources": parts}), "samples": len(data.open(name, spec))}
+        opened = data.open(name, spec)
+        described[name] = {
+            **parts.get("", {"sources": parts}),
+            "samples": len(opened),
+            "fingerprint": opened.fingerprint,
+        }
     return described
 
 

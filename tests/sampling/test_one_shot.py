@@ -61,6 +61,17 @@ def test_branches_of_one_row_are_single_sequences(batch, top_k, max_tokens, ends
     torch.testing.assert_close(samples.probs_BKL, published.probs_BKL, rtol=1e-4, atol=1e-7)
 
 
+def test_probabilities_are_float32_whatever_the_default_dtype():
+    """Lightning's under `trainer.precision=bf16-true` is bfloat16, in validation too."""
+    model = random_model().bfloat16()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        samples = one_shot(model, random_images(1), prompt=PROMPT, delimiter=DELIMITER, top_k=3, max_tokens=3)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert samples.probs_BKL.dtype == torch.float32
+
+
 @pytest.mark.parametrize("kv_heads", [4, 2])
 def test_ended_branches_leave_the_cache(monkeypatch, kv_heads):
     model = random_model(seed=5, num_key_value_heads=kv_heads)
