@@ -49,6 +49,7 @@ class DataConfig:
     ``read_timeout``      seconds without progress after which a transfer fails
     ``features``          a directory of ``nxtp features``: train on a frozen encoder's tokens instead of images
     ``index_dir``         where the indexes of shards are stored; by default in the user's cache directory
+    ``index_gb``          size limit of it (10⁹ bytes): the least recently read indexes are deleted
     """
 
     root: str | None = None
@@ -72,6 +73,7 @@ class DataConfig:
     read_timeout: float = 60.0
     features: str | None = None
     index_dir: str | None = None
+    index_gb: float = 10.0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -81,6 +83,7 @@ class DataConfig:
             at_least(f"data.{name}", getattr(self, name), lowest)
         if self.cache_gb is not None:
             at_least("data.cache_gb", self.cache_gb, 0)
+        at_least("data.index_gb", self.index_gb, 0)
         if not 0 <= self.max_skip_fraction <= 1:
             raise UserError(f"data.max_skip_fraction must be ≥ 0 and ≤ 1, got {self.max_skip_fraction}.")
         if not self.read_timeout > 0:

@@ -61,7 +61,7 @@ def open_set(name: str, spec: Any, config: DataConfig) -> OpenedSet:
         limit = None if config.cache_gb is None else int(config.cache_gb * 1e9)
         cache = RemoteCache(config.cache_dir, limit, config.read_timeout)
     every = sorted(url for members in urls.values() for url in members)
-    shards = IndexedShards(every, cache, IndexStore(config.index_dir))
+    shards = IndexedShards(every, cache, IndexStore(config.index_dir, config.index_gb * 1e9))
     if len(shards) == 0:
         raise UserError(f"data.{name}: the shards of {spec} contain no sample ({by_kind(shards.skipped)}).")
     number = {url: i for i, url in enumerate(shards.urls)}

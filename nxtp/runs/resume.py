@@ -11,7 +11,7 @@ from nxtp.runs.atomic import recover
 from nxtp.runs.record import FILE, read_record
 
 # Settings of data that may differ between the machines of a run.
-PER_MACHINE = ("num_workers", "cache_dir", "cache_gb", "read_timeout", "index_dir")
+PER_MACHINE = ("num_workers", "cache_dir", "cache_gb", "read_timeout", "index_dir", "index_gb")
 # Settings that may differ between two commands of one run: where it is computed, and what is logged.
 MAY_CHANGE = (
     *("resume", "lock_timeout", "logger", "callbacks", "parallel", "debug", "hydra"),

@@ -1,11 +1,15 @@
 """The published cleaning and its right form; NLTK on a data directory made here; and NLTK without its data."""
 
 import json
+import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 import nltk
 import pytest
 
-from nxtp.data.labels.nltk_nouns import NOISE, clean, clean_as_published
+from nxtp.data.labels.nltk_nouns import NOISE, RESOURCES, clean, clean_as_published, find_resources
 from nxtp.data.labels.nouns import noun_backend
 from nxtp.errors import UserError
 
@@ -78,6 +82,28 @@ def test_without_data_one_error_says_everything(monkeypatch):
     for part in parts:
         assert part in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_data_is_fetched_once_by_processes_that_start_together(nltk_data, tmp_path, monkeypatch):
+    together, fetched = threading.Barrier(3), []
+
+    def missing() -> list[str]:
+        names = [name for name, path in RESOURCES.items() if not (tmp_path / path).exists()]
+        with suppress(threading.BrokenBarrierError):
+            together.wait(0.1)  # all find them missing before one has fetched any
+        return names
+
+    def download(name: str, **_) -> None:
+        with suppress(threading.BrokenBarrierError):
+            together.wait(0.1)
+        fetched.append(name)
+        shutil.copytree(nltk_data / RESOURCES[name], tmp_path / RESOURCES[name], dirs_exist_ok=True)
+
+    monkeypatch.setattr("nxtp.data.labels.nltk_nouns.missing_resources", missing)
+    monkeypatch.setattr(nltk, "download", download)
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(lambda _: find_resources(), range(3)))
+    assert sorted(fetched) == sorted(RESOURCES)
 
 
 def test_a_misspelt_backend_is_named():

@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import pickle
+import shutil
 import sys
 import tarfile
 import tempfile
@@ -726,10 +727,67 @@ def test_faults_and_odd_keys_are_kept_too(tmp_path):
     assert first.read(0) == second.read(0)
 
 
-def test_without_a_place_for_indexes_nothing_is_lost(tmp_path, shard):
+def test_without_a_place_for_indexes_nothing_is_lost_and_nothing_kept_in_memory(tmp_path, shard, caplog):
     (tmp_path / "file").write_text("no directory")
-    shards = IndexedShards([str(shard)], store=IndexStore(tmp_path / "file" / "index"))
-    assert read_all(pickle.loads(pickle.dumps(shards))) == [s["jpg"] for s in SAMPLES]
+    shutil.copy(shard, tmp_path / "b.tar")
+    shards = IndexedShards(expand_shards(tmp_path), store=IndexStore(tmp_path / "file" / "index"))
+    content = pickle.dumps(shards)
+    assert SAMPLES[3]["__key__"].encode() not in content
+    assert read_all(pickle.loads(content)) == [s["jpg"] for s in SAMPLES] * 2
+    assert [record.getMessage() for record in caplog.records] == [
+        f"Indexes of shards cannot be stored in {tmp_path / 'file' / 'index'} (Not a directory): each process will "
+        "read the headers of every shard again. Set data.index_dir."
+    ]
+
+
+@pytest.mark.parametrize(("now", "indexed"), [("a copy", 1), ("other samples", 2), ("one more", 2), ("damaged", 2)])
+def test_a_copy_of_a_shard_with_another_time_keeps_its_index(tmp_path, shard, monkeypatch, now, indexed):
+    store, calls = IndexStore(tmp_path / "index"), []
+    write_shard(shard, SAMPLES[:1])
+    size = shard.stat().st_size
+    monkeypatch.setattr(
+        "nxtp.data.shards.reader.index_shard", lambda path, *file: calls.append(path) or index_shard(path, *file)
+    )
+    IndexedShards([str(shard)], store=store)
+    samples = SAMPLES[: 1 + (now == "one more")]
+    if now == "other samples":
+        samples = [{**samples[0], "__key__": "b00000"}]
+    write_shard(shard, samples)
+    if now == "damaged":
+        shard.write_bytes(shard.read_bytes()[:1000].ljust(size, b"x"))
+        samples = []
+    os.utime(shard, ns=(0, 0))
+    assert shard.stat().st_size == size
+    for _ in range(2):
+        shards = IndexedShards([str(shard)], store=store)
+        assert [shards.read(i).key for i in range(len(shards))] == [s["__key__"] for s in samples]
+        assert bool(shards.skipped) == (now == "damaged")
+    assert len(calls) == indexed
+    os.utime(shard, ns=(9, 9))
+    IndexedShards([str(shard)], store=store)
+    assert len(calls) == indexed + (now == "damaged"), "of a damaged one nothing is believed"
+
+
+def test_indexes_are_bounded_on_disk(tmp_path):
+    for i in range(8):
+        write_shard(tmp_path / f"{i}.tar", SAMPLES)
+    urls, directory = expand_shards(tmp_path), tmp_path / "index"
+    IndexedShards(urls[:7], store=IndexStore(directory))
+    kept = list(directory.iterdir())
+    size = kept[0].stat().st_size
+    torn, new = (directory / f".{'0' * 32}.safetensors.{name}.tmp" for name in ("torn", "new"))
+    for other in (torn, new, directory / "model.safetensors"):
+        other.write_bytes(bytes(size * 9))
+    for path in (*kept, torn, directory / "model.safetensors"):
+        os.utime(path, (1, 1))
+    IndexedShards(urls[:7], store=IndexStore(directory)).read(33)
+    store = IndexStore(directory, 3.5 * size)
+    shards = IndexedShards(urls, store=store)
+    found = [store.head(url, None) is not None for url in urls]
+    assert (sum(found), found[3], found[7]) == (3, True, True), "the one that was read, and the new one"
+    others = {torn, new, directory / "model.safetensors"}
+    assert {path for path in directory.iterdir() if path in others} == others - {torn}
+    assert read_all(shards) == [s["jpg"] for s in SAMPLES] * 8
 
 
 def test_a_damaged_index_is_made_again(tmp_path, shard):

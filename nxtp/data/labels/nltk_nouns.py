@@ -6,11 +6,14 @@ The published cleaning deletes a list of words as *substrings*, inside longer wo
 
 from __future__ import annotations
 
+import fcntl
 import io
 import re
+from contextlib import ExitStack, suppress
 from functools import lru_cache
 from importlib.metadata import version
 
+from nxtp.data.shards.tar_index import IndexStore
 from nxtp.errors import UserError
 
 # Words that do not name what a picture shows, in the order in which they are deleted.
@@ -87,17 +90,23 @@ def _lemma(word: str) -> str:
 
 
 def find_resources() -> None:
-    """Fetch what is missing of NLTK's data.
+    """Fetch what is missing of NLTK's data, by one of the user's processes while others wait.
 
     Raises:
         UserError: it is missing and cannot be fetched.
     """
     import nltk
 
-    missing = missing_resources()
-    for name in missing:
-        nltk.download(name, quiet=True, print_error_to=io.StringIO())  # a failure is reported below, once
-    if any(not _has(RESOURCES[name]) for name in missing):
+    if not missing_resources():
+        return
+    lock = IndexStore().directory.with_name("nltk.lock")
+    with ExitStack() as stack:
+        with suppress(OSError):  # nowhere to write: each fetches it
+            lock.parent.mkdir(parents=True, exist_ok=True)
+            fcntl.flock(stack.enter_context(open(lock, "a")), fcntl.LOCK_EX)
+        for name in missing_resources():
+            nltk.download(name, quiet=True, print_error_to=io.StringIO())  # a failure is reported below, once
+    if missing_resources():
         raise UserError(
             f"NLTK's data is missing ({', '.join(RESOURCES)}) and could not be fetched. On a machine with network: "
             f"python -m nltk.downloader {' '.join(RESOURCES)}; then copy its nltk_data here and set NLTK_DATA to it. "

@@ -57,7 +57,7 @@ class RawSample:
 
 @dataclass(frozen=True, slots=True)
 class _Shard:
-    """What is known of a shard without its index, and its index if that cannot be stored on disk.
+    """What is known of a shard without its index.
 
     ``stamp`` is the size and time of its file, None if only the manifest's count is known.
     """
@@ -66,7 +66,6 @@ class _Shard:
     samples: int
     stamp: tuple[int, int] | None
     skipped: Counter
-    index: ShardIndex | None = None
 
     @property
     def name(self) -> str:
@@ -243,8 +242,8 @@ class IndexedShards:
             index = self._read_index(url)
         except RemoteError as error:
             return _Shard(url, 0, None, Counter({error.kind: 1}))
-        stored = self.store.save(shard.name, index)
-        return _Shard(url, len(index), index.stamp, index.skipped, None if stored else index)
+        self.store.save(shard.name, index)
+        return _Shard(url, len(index), index.stamp, index.skipped)
 
     def _index(self, number: int) -> ShardIndex:
         """A shard's index, from this thread's most recently used ones."""
@@ -253,7 +252,7 @@ class IndexedShards:
             indexes.move_to_end(number)
             return indexes[number]
         shard = self.shards[number]
-        index = shard.index or self.store.load(shard.name, None if is_remote(shard.url) else shard.stamp)
+        index = self.store.load(shard.name, None if is_remote(shard.url) else shard.stamp)
         if index is None:  # counted by its manifest, or the store was emptied
             try:
                 index = self._read_index(shard.url)

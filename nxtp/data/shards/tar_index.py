@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import os
 import re
+import time
 import zlib
 from collections import Counter
 from collections.abc import Iterator
@@ -26,6 +28,8 @@ log = logging.getLogger(__name__)
 
 HEADER = _BLOCK = 512  # bytes
 _FORMAT = "6"  # of the files of an IndexStore
+_INDEX = re.compile(r"[0-9a-f]{32}\.safetensors")
+_UNFINISHED = re.compile(rf"\.{_INDEX.pattern}\..+\.tmp")  # by atomic_file
 _UNREADABLE = (OSError, SafetensorError, KeyError, ValueError)
 _MAX_HEADER_BYTES = 1 << 20  # of a long name, or of pax records
 _PADDING = 1 << 20  # bytes behind the end of a tar that are looked at: writers pad with zeros
@@ -56,47 +60,103 @@ class ShardIndex:
     def __len__(self) -> int:
         return len(self.keys)
 
+    def is_of(self, path: str) -> bool:
+        """Whether a sound shard has exactly these headers: it is a copy, whatever its time."""
+        if self.skipped:
+            return False
+        with open(path, "rb", buffering=0) as file:
+            for *places, checksum in self.rows.tolist():
+                headers = (os.pread(file.fileno(), HEADER, offset - HEADER) for offset in places[::2] if offset >= 0)
+                if zlib.crc32(b"".join(headers)) != checksum:
+                    return False
+            end = int((self.rows[:, 0:6:2] + self.rows[:, 1:6:2]).max(initial=0))
+            return not os.pread(file.fileno(), _PADDING, _padded(end)).strip(b"\0")
+
 
 class IndexStore:
     """One small file per shard, named after the shard's location, valid while the shard's size and time are the same.
+
+    Of a shard with another time all headers are compared, once: a copy keeps its index. Above about ``limit`` bytes the
+    least recently read indexes are deleted.
 
     Args:
         directory: by default ``$XDG_CACHE_HOME/nxtp/index``, usually ~/.cache/nxtp/index.
     """
 
-    def __init__(self, directory: Path | str | None = None):
+    def __init__(self, directory: Path | str | None = None, limit: float = 10e9):
         default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nxtp" / "index"
-        self.directory = Path(directory) if directory is not None else default
+        self.directory, self.limit = Path(directory) if directory is not None else default, limit
+        self._unchecked = math.inf  # bytes written since this process has looked at the size of all
+        self._warned = False
 
     def head(self, name: str, stamp: tuple[int, int] | None) -> tuple[int, tuple[int, int], Counter] | None:
-        """(samples, stamp, skipped) without reading the index itself; None if it is missing or old."""
-        with suppress(*_UNREADABLE), safe_open(self._file(name), "np") as file:
-            about = file.metadata()
-            size, time = json.loads(about["stamp"])
-            if about["format"] == _FORMAT and about["name"] == name and stamp in (None, (size, time)):
-                return int(about["samples"]), (size, time), Counter(json.loads(about["skipped"]))
-        return None
+        """(samples, stamp, skipped) without reading the index itself; None if it is missing or of another shard."""
+        head = self._head(name)
+        if head is None or stamp in (None, head[1]):
+            return head
+        if (index := self.load(name, stamp)) is None or not index.is_of(name):
+            return None
+        index.stamp = stamp
+        self.save(name, index)
+        return len(index), stamp, Counter()
 
     def load(self, name: str, stamp: tuple[int, int] | None) -> ShardIndex | None:
-        """The index; None if it is missing or old."""
-        if (head := self.head(name, stamp)) is None:
+        """The index; None if it is missing or of a shard of another size: headers are compared when they are read."""
+        head, path = self._head(name), self._file(name)
+        if head is None or (stamp is not None and stamp[0] != head[1][0]):
             return None
-        with suppress(*_UNREADABLE), safe_open(self._file(name), "np") as file:
+        with suppress(OSError):
+            os.utime(path)  # deleted later
+        with suppress(*_UNREADABLE), safe_open(path, "np") as file:
             return ShardIndex(json.loads(file.get_tensor("keys").tobytes()), file.get_tensor("rows"), *head[1:])
         return None
 
-    def save(self, name: str, index: ShardIndex) -> bool:
-        """Store an index; False if nothing can be written, which is no error."""
+    def _head(self, name: str) -> tuple[int, tuple[int, int], Counter] | None:
+        with suppress(*_UNREADABLE), safe_open(self._file(name), "np") as file:
+            about = file.metadata()
+            size, mtime = json.loads(about["stamp"])
+            if about["format"] == _FORMAT and about["name"] == name:
+                return int(about["samples"]), (size, mtime), Counter(json.loads(about["skipped"]))
+        return None
+
+    def save(self, name: str, index: ShardIndex) -> None:
+        """Store an index; that it cannot be written is warned of once."""
         if index.stamp is None:
-            return False
+            return
         tensors = {"keys": np.frombuffer(json.dumps(index.keys).encode(), dtype=np.uint8), "rows": index.rows}
         about = {"format": _FORMAT, "name": name, "samples": str(len(index)), "stamp": json.dumps(index.stamp)}
+        content = save(tensors, metadata=about | {"skipped": json.dumps(index.skipped)})
         try:
             with atomic_file(self._file(name)) as file:
-                file.write(save(tensors, metadata=about | {"skipped": json.dumps(index.skipped)}))
-        except OSError:
-            return False
-        return True
+                file.write(content)
+            self._unchecked += len(content)
+            if self._unchecked > self.limit / 20:
+                self._trim()
+        except OSError as error:
+            if not self._warned:
+                self._warned = True
+                log.warning(
+                    "Indexes of shards cannot be stored in %s (%s): each process will read the headers of every shard "
+                    "again. Set data.index_dir.",
+                    self.directory,
+                    error.strerror,
+                )
+
+    def _trim(self) -> None:
+        """Delete the least recently read indexes above the limit, and what killed processes left unfinished."""
+        self._unchecked, files = 0, []
+        for path in self.directory.iterdir():
+            with suppress(FileNotFoundError):
+                status = path.stat()
+                if _INDEX.fullmatch(path.name):
+                    files.append((status.st_mtime_ns, status.st_size, path))
+                elif _UNFINISHED.fullmatch(path.name) and status.st_mtime < time.time() - 3600:
+                    path.unlink()
+        excess = sum(size for _, size, _ in files) - self.limit
+        for _, size, path in sorted(files):
+            if excess > 0:
+                path.unlink(missing_ok=True)
+                excess -= size
 
     def forget(self, name: str) -> None:
         """Delete a stored index."""
