@@ -2,18 +2,24 @@
 
 import os
 import tempfile
+from unittest import mock
+
+import xdist
 
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # the default trainer would use a GPU
 _cache = tempfile.TemporaryDirectory(prefix="nxtp-tests-")
 os.environ["XDG_CACHE_HOME"] = _cache.name
 
 
-def pytest_collection_finish(session):
-    """Forked now, the fork server has all libraries imported, and no thread or state of a test."""
-    if session.items and not session.config.option.collectonly:
-        from helpers import start_fork_server
+def pytest_sessionstart(session):
+    """One of several test processes forks its fork server at once: both then import the libraries once."""
+    if xdist.is_xdist_worker(session):
+        with session.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+            import preloaded  # noqa: F401
+            from helpers import become_fork_server, start_fork_server
 
-        start_fork_server()
+            with mock.patch("multiprocessing.util.spawnv_passfds", become_fork_server):
+                start_fork_server()
 
 
 def pytest_collection_modifyitems(items):

@@ -11,15 +11,12 @@ import struct
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import traceback
 import zlib
-from collections.abc import Iterator
-from contextlib import chdir, contextmanager, redirect_stderr, redirect_stdout, suppress
+from contextlib import chdir, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from functools import cache
 from multiprocessing import forkserver
 from pathlib import Path
 from unittest import mock
@@ -28,16 +25,20 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import open_dict
 from PIL import Image
+from sites import serving  # noqa: F401  for the tests that import it from here
 from small_shards import COLOURS, jpeg, sample, write_shards  # noqa: F401  for the tests that import them from here
 
 from nxtp import config
 from nxtp.cli import main
+from nxtp.data.config import DataConfig
+from nxtp.data.datamodule import WebDatasetDataModule
+from nxtp.data.transforms import ImageTransform
 from nxtp.deploy.ports import free_port
 from nxtp.inference.recognizer import Recognizer
 from nxtp.model.decoder import DecoderConfig
 from nxtp.model.encoder import EncoderConfig
 from nxtp.model.model import Model, ModelConfig
-from nxtp.model.tokenizer import train_tokenizer
+from nxtp.model.tokenizer import LabelTokenizer, train_tokenizer
 
 
 def tiny_config(image_size: int = 32, **decoder) -> ModelConfig:
@@ -60,38 +61,16 @@ def tiny_config(image_size: int = 32, **decoder) -> ModelConfig:
     )
 
 
-class Site(SimpleHTTPRequestHandler):
-    """Serves a directory; ``stall`` names files of which only the beginning is ever sent."""
-
-    stall: tuple[str, ...] = ()
-    asked: list[str] = []  # noqa: RUF012
-
-    def do_GET(self):
-        name = self.path.rsplit("/", 1)[1]
-        self.asked.append(name)
-        if name in self.stall:
-            self.send_response(200)
-            self.send_header("Content-Length", "100000")
-            self.end_headers()
-            self.wfile.write(b"x" * 100)
-            self.wfile.flush()
-            time.sleep(20)
-            return
-        super().do_GET()
-
-    def log_message(self, *_):
-        pass
+@cache
+def colour_tokenizer() -> LabelTokenizer:
+    return train_tokenizer([*COLOURS, "stone"], vocab_size=400)
 
 
-@contextmanager
-def serving(root: Path, stall: tuple[str, ...] = ()) -> Iterator[tuple[str, type[Site]]]:
-    """(address, handler) of a server of ``root`` on this machine."""
-    handler = type("Handler", (Site,), {"asked": [], "stall": stall})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(handler, directory=str(root)))
-    server.daemon_threads = True
-    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}", handler
-    server.shutdown()
+def shard_data(train=None, val=None, **settings) -> WebDatasetDataModule:
+    """Shards as images of 32 pixels, in small batches."""
+    settings = {"batch_size": 4, "val_batch_size": 4, "num_workers": 0} | settings
+    config = DataConfig(train=train, val=val or {}, **settings)
+    return WebDatasetDataModule(config, colour_tokenizer(), transform=ImageTransform(32), num_image_tokens=16)
 
 
 # Commands as fresh processes, forked from one that has imported the libraries: a second each instead of ten.
@@ -101,23 +80,24 @@ forks.set_forkserver_preload(["preloaded"])
 
 
 def start_fork_server() -> None:
-    """Once, as a fork of this process, which has imported all that commands need; not as a new interpreter."""
-
-    def forked(path: bytes, arguments: list[str], descriptors: list[int]) -> int:
-        if pid := os.fork():
-            return pid
-        pipe = os.fstat(descriptors[1]).st_ino
-        for descriptor in range(3, 256):  # the pipe's other end, so that the server ends with this process
-            with suppress(OSError):
-                if descriptor != descriptors[1] and os.fstat(descriptor).st_ino == pipe:
-                    os.close(descriptor)
-        try:
-            exec(arguments[-1], {})  # of python -c: multiprocessing's server
-        finally:
-            os._exit(0)
-
-    with mock.patch("multiprocessing.util.spawnv_passfds", forked):
+    """It finds preloaded.py in its working directory. Started by anything else, it would preload nothing."""
+    with chdir(Path(__file__).parent):
         forkserver.ensure_running()
+
+
+def become_fork_server(path: bytes, arguments: list[str], descriptors: list[int]) -> int:
+    """In place of multiprocessing's ``spawnv_passfds``: the server is a fork of this process, with its imports."""
+    if pid := os.fork():
+        return pid
+    pipe = os.fstat(descriptors[1]).st_ino
+    for descriptor in range(3, 256):  # the pipe's other end, so that the server ends with this process
+        with suppress(OSError):
+            if descriptor != descriptors[1] and os.fstat(descriptor).st_ino == pipe:
+                os.close(descriptor)
+    try:
+        exec(arguments[-1], {})  # of python -c
+    finally:
+        os._exit(0)
 
 
 def fork(function, *arguments) -> multiprocessing.Process:
