@@ -194,25 +194,32 @@ class IndexedShards:
             raise SampleError("missing sample", f"{url}[{row}]", url)
         key = index.keys[row]
         *places, checksum = index.rows[row].tolist()
-        members: dict[str, slice] = {}  # with their headers
+        members: list[tuple[str, int, int]] = []  # begin and end, with the header
         for (what, limit), offset, size in zip(_MEMBERS, places[::2], places[1::2], strict=True):
             if offset >= 0:
                 size = size if what in wanted else 0
                 if size > limit:
                     raise SampleError(f"oversized {what}", key, url)
-                members[what] = slice(offset - HEADER, offset + size)
+                members.append((what, offset - HEADER, offset + size))
+        first, last = min(begin for _, begin, _ in members), max(end for *_, end in members)
+        neighbours = last - first <= sum(end - begin for _, begin, end in members) + _GAP
+        content, headers = {}, b""
         try:
-            parts = dict(zip(members, _read_parts(self._open(number, key), list(members.values())), strict=True))
+            file = self._open(number, key)
+            data = os.pread(file, last - first, first) if neighbours else b""
+            for what, begin, end in members:
+                if not neighbours:
+                    first, data = begin, os.pread(file, end - begin, begin)
+                if len(data) < end - first:
+                    raise SampleError("truncated member", key, url)
+                headers += data[begin - first : begin - first + HEADER]
+                content[what] = data[begin - first + HEADER : end - first]
         except RemoteError as error:
             raise SampleError(error.kind, key, url) from error
         except FileNotFoundError:
             raise SampleError("shard vanished", key, url) from None
         except OSError as error:
             raise SampleError("unreadable shard", key, url) from error
-        if any(len(parts[what]) < place.stop - place.start for what, place in members.items()):
-            raise SampleError("truncated member", key, url)
-        content = {what: bytes(part[HEADER:]) for what, part in parts.items()}
-        headers = b"".join(part[:HEADER] for part in parts.values())
         if zlib.crc32(headers) != checksum:
             self.store.forget(self.shards[number].name)  # size and time are those of the indexed file, its content not
             raise SampleError("shard changed", key, url)
@@ -292,15 +299,6 @@ class IndexedShards:
         if len(files) > _OPEN_SHARDS:
             files.popitem(last=False)[1].close()
         return file.fileno()
-
-
-def _read_parts(file: int, places: list[slice]) -> list[memoryview]:
-    """The bytes at ``places`` of a file, fewer at its end: by one read if they are neighbours."""
-    begin, end = min(place.start for place in places), max(place.stop for place in places)
-    if end - begin > sum(place.stop - place.start for place in places) + _GAP:
-        return [memoryview(os.pread(file, place.stop - place.start, place.start)) for place in places]
-    data = memoryview(os.pread(file, end - begin, begin))
-    return [data[place.start - begin : place.stop - begin] for place in places]
 
 
 def decode_text(text: bytes) -> str:
