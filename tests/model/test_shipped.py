@@ -1,0 +1,90 @@
+"""The rules of the shipped decoders' tokenizers, and weights of timm from a file."""
+
+import json
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from nxtp.errors import UserError
+from nxtp.inference.model_directory import read_tokenizer
+from nxtp.model.encoder import Encoder, EncoderConfig
+from nxtp.model.tokenizer import PROMPT, LabelTokenizer
+
+QWEN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+RULES = {  # normalizer, what splits the text, special tokens, and which of them is BOS
+    "SmolLM2": (None, [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)],
+                ["<|endoftext|>"], "<|endoftext|>"),
+    "Qwen3": (normalizers.NFC(), [pre_tokenizers.Split(Regex(QWEN), "isolated"),
+              pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)], ["<|endoftext|>"], None),
+    "Llama 3.2": (None, [pre_tokenizers.Split(Regex(QWEN.replace(r"\p{N}|", r"\p{N}{1,3}|")), "isolated"),
+                  pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)],
+                  ["<|begin_of_text|>", "<|end_of_text|>"], "<|begin_of_text|>"),
+    "Gemma 3": (normalizers.Replace(" ", "▁"), [pre_tokenizers.Split(" ", "merged_with_previous")],
+                ["<pad>", "<eos>", "<bos>", "<unk>"], "<bos>"),
+}  # fmt: skip
+LABELS = ["dog", "ice cream", "t-shirt", "747", "crème brûlée", "o'clock", "日本"]
+
+
+def small_tokenizer(family: str) -> PreTrainedTokenizerFast:
+    normalizer, splits, special, bos = RULES[family]
+    gemma = family == "Gemma 3"
+    tokenizer = Tokenizer(
+        models.BPE(**({"unk_token": "<unk>", "fuse_unk": True, "byte_fallback": True} if gemma else {}))
+    )
+    if normalizer is not None:
+        tokenizer.normalizer = normalizer
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(splits)
+    alphabet = [] if gemma else pre_tokenizers.ByteLevel.alphabet()
+    tokens = special + [f"<0x{byte:02X}>" for byte in range(256)] * gemma
+    trainer = trainers.BpeTrainer(vocab_size=600, special_tokens=tokens, initial_alphabet=alphabet, show_progress=False)
+    words = [word for label in LABELS[:4] for word in label.split()]
+    texts = ["▁" + w for w in [*PROMPT.split(), *words]] * gemma + ["The", *"abcdefghijklmnopqrstuvwxyz0123456789,'-▁"]
+    tokenizer.train_from_iterator(texts if gemma else [PROMPT, *LABELS, ", a dog, a cat"], trainer)
+    spaces = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    tokenizer.decoder = decoders.Sequence(spaces) if gemma else decoders.ByteLevel()
+    state = json.loads(tokenizer.to_str())  # bytes are no special tokens
+    state["added_tokens"] = [token for token in state["added_tokens"] if token["content"] in special]
+    tokenizer = Tokenizer.from_str(json.dumps(state))
+    eos = next((token for token in special if ("e" in token and "end" in token) or token == "<eos>"), special[-1])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=bos, eos_token=eos)
+
+
+@pytest.mark.parametrize("family", RULES)
+def test_labels_survive_the_rules_of_a_family(tmp_path, family):
+    ours = LabelTokenizer(small_tokenizer(family))
+    first = RULES[family][3] or "<|endoftext|>"  # Qwen has no BOS: its documents end, and so begin, with this one
+    assert ours.bos_id == ours.prompt_ids[0] == ours.tokenizer.convert_tokens_to_ids(first)
+    assert ours.tokenizer.decode(ours.prompt_ids[1:]) == PROMPT
+    labels = ours.encode_labels(LABELS)
+    assert [ours.decode_label(ids) for ids in labels] == LABELS
+    assert all(ours.delimiter_id not in ids for ids in labels)
+    assert ours.tokenizer.decode([*labels[0], ours.delimiter_id]) == " dog,"
+    ours.save(tmp_path)
+    stored = read_tokenizer(tmp_path, PROMPT)  # a family's pattern is no hostile one
+    assert (stored.prompt_ids, stored.encode_labels(LABELS)) == (ours.prompt_ids, labels)
+
+
+def test_a_timm_tower_starts_from_a_file_or_tag(tmp_path, monkeypatch):
+    whole = timm.create_model("test_vit", num_classes=7)
+    save_file(whole.state_dict(), tmp_path / "vit.safetensors")
+    given = {"vision": {"timm_model_name": "test_vit"}, "image_size": 64}
+    monkeypatch.setattr("timm.models._builder.load_state_dict_from_hf", lambda *_, **__: whole.state_dict())
+    for source in (str(tmp_path / "vit.safetensors"), "r160_in1k"):
+        encoder = Encoder(EncoderConfig(**given, pretrained=source, depth=2))
+        stored = whole.state_dict()
+        for name, tensor in encoder.visual.trunk.state_dict().items():
+            assert torch.equal(tensor, stored[name]), name
+    torch.save({"code": EncoderConfig}, tmp_path / "code.pth")
+    for source, says in (
+        ("r161", "Did you mean 'r160_in1k'"),
+        (str(tmp_path / "code.pth"), "weights_only=True blocked"),
+    ):
+        with pytest.raises(UserError, match=says):
+            Encoder(EncoderConfig(**given, pretrained=source))
+    for name, says in (("hf-hub:a/b", "timm has no model"), ("hiera_tiny_224", "gives no patch tokens")):
+        with torch.device("meta"), pytest.raises(UserError, match=says):
+            Encoder(EncoderConfig(vision={"timm_model_name": name}))
