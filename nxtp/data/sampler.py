@@ -161,9 +161,11 @@ class ElasticBatchSampler(Sampler[tuple[int, np.ndarray]]):
 def _cut(pieces: Sequence[range], begin: int, end: int, ends: np.ndarray | None = None) -> list[range]:
     """Number begin … end-1 of the positions in ``pieces``, which end at ``ends``."""
     ends = np.cumsum([len(piece) for piece in pieces]) if ends is None else ends
-    found = slice(np.searchsorted(ends, begin, side="right"), np.searchsorted(ends, end) + 1)
-    firsts = (ends[found] - [len(piece) for piece in pieces[found]]).tolist()
-    cut = [p[max(begin - first, 0) : end - first] for p, first in zip(pieces[found], firsts, strict=True)]
+    found = slice(int(np.searchsorted(ends, begin, side="right")), int(np.searchsorted(ends, end)) + 1)
+    cut = []
+    for piece, last in zip(pieces[found], ends[found].tolist(), strict=True):
+        first = last - len(piece)
+        cut.append(piece[max(begin - first, 0) : end - first])
     return [piece for piece in cut if piece]
 
 
