@@ -13,7 +13,7 @@ import zlib
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import BinaryIO
 
@@ -76,8 +76,8 @@ class ShardIndex:
 class IndexStore:
     """One small file per shard, named after the shard's location, valid while the shard's size and time are the same.
 
-    Of a shard with another time all headers are compared, once: a copy keeps its index. Above about ``limit`` bytes the
-    least recently read indexes are deleted.
+    Of a shard with another time all headers are compared: a copy keeps its index. Above about ``limit`` bytes the least
+    recently read indexes are deleted.
 
     Args:
         directory: by default ``$XDG_CACHE_HOME/nxtp/index``, usually ~/.cache/nxtp/index.
@@ -94,21 +94,22 @@ class IndexStore:
         head = self._head(name)
         if head is None or stamp in (None, head[1]):
             return head
-        if (index := self.load(name, stamp)) is None or not index.is_of(name):
+        if (index := self.load(name, stamp)) is None:
             return None
-        index.stamp = stamp
         self.save(name, index)
-        return len(index), stamp, Counter()
+        return len(index), stamp, index.skipped
 
     def load(self, name: str, stamp: tuple[int, int] | None) -> ShardIndex | None:
-        """The index; None if it is missing or of a shard of another size: headers are compared when they are read."""
+        """The index; None if it is missing or of another shard."""
         head, path = self._head(name), self._file(name)
         if head is None or (stamp is not None and stamp[0] != head[1][0]):
             return None
-        with suppress(OSError):
-            os.utime(path)  # deleted later
         with suppress(*_UNREADABLE), safe_open(path, "np") as file:
-            return ShardIndex(json.loads(file.get_tensor("keys").tobytes()), file.get_tensor("rows"), *head[1:])
+            index = ShardIndex(json.loads(file.get_tensor("keys").tobytes()), file.get_tensor("rows"), *head[1:])
+            if stamp in (None, index.stamp) or index.is_of(name):
+                with suppress(OSError):
+                    os.utime(path)  # deleted later
+                return replace(index, stamp=stamp or index.stamp)
         return None
 
     def _head(self, name: str) -> tuple[int, tuple[int, int], Counter] | None:
