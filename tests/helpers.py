@@ -129,6 +129,8 @@ def nxtp_here(arguments: list[str], cwd: str, out: str, error: str, environment:
     except BaseException:
         traceback.print_exc()
     finally:
+        if "wandb" in sys.modules:  # at exit it waits until its service has written all
+            sys.modules["wandb"].teardown()
         sys.stdout.flush()
         sys.stderr.flush()
     os._exit(code)
