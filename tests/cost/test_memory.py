@@ -1,5 +1,6 @@
 """Memory before a run, against PyTorch's account of real training steps and against arithmetic."""
 
+import gc
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -51,6 +52,7 @@ def config(blocks: int = 2) -> ModelConfig:
 
 def measured_peak(optim: OptimConfig, step: Step, parallel: ParallelConfig, mesh: DeviceMesh | None = None) -> int:
     """Peak of the bytes allocated in two real steps and before them, by PyTorch's account."""
+    gc.collect()  # what another test has left would be freed meanwhile
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         model = Model(config()).train()
         choose_trainable(model, optim.trainable)
