@@ -48,13 +48,34 @@ GROUPS = {
 CHOICES = [f"{group}={option}" for group, options in GROUPS.items() for option in options]
 
 
-COUNTED: dict[str, int] = {}  # most choices have the same model
+# Parameters as published; of encoders without their pooling, so as timm and open_clip have them.
+PUBLISHED = {
+    "model/decoder=gemma3_1b": 999_885_952,
+    "model/decoder=gemma3_270m": 268_098_176,
+    "model/decoder=llama3_2_1b": 1_235_814_400,
+    "model/decoder=llama3_2_3b": 3_212_749_824,
+    "model/decoder=qwen3_0_6b": 596_049_920,
+    "model/decoder=qwen3_1_7b": 1_720_574_976,
+    "model/decoder=smollm2_135m": 134_515_008,
+    "model/decoder=smollm2_1_7b": 1_711_376_384,
+    "model/decoder=smollm2_360m": 361_821_120,
+    "model/decoder=llama2_7b": 6_738_415_616 + 2 * 2 * 4096,  # two rows more, of the embedding and of the output
+    "model/encoder=clip_vit_l_14": 303_179_776,
+    "model/encoder=dinov3_vit_b_16": 85_641_216,
+    "model/encoder=mobileclip2_s2": 34_935_280,
+    "model/encoder=pe_core_b_16": 85_799_424,
+    "model/encoder=pe_core_l_14": 303_507_456,
+    "model/encoder=siglip2_vit_b_16": 85_797_120,
+    "model/encoder=siglip2_vit_l_16": 303_361_024,
+    "model/encoder=siglip_vit_b_16": 85_797_120,
+}
+
+COUNTED: dict[str, dict[str, int]] = {}  # most choices have the same model
 
 
-def trained_parameters(key: str, model: ModelConfig, optim: OptimConfig) -> int:
+def parameters(key: str, model: ModelConfig, optim: OptimConfig) -> dict[str, int]:
     if key not in COUNTED:
-        shape = meta_model(model, model.vocab_size or None, optim.trainable)
-        COUNTED[key] = count_parameters(shape)["total_trained"]
+        COUNTED[key] = count_parameters(meta_model(model, model.vocab_size or None, optim.trainable))
     return COUNTED[key]
 
 
@@ -70,7 +91,10 @@ def test_every_shipped_option_composes_and_instantiates(tmp_path, choice, monkey
     optim = to_dataclass(OptimConfig, cfg.optim, "optim")
     Objective(cfg.objective.name)
     if model.decoder.config:
-        assert trained_parameters(repr((model, optim.trainable)), model, optim) > 0
+        counts = parameters(repr((model, optim.trainable)), model, optim)
+        assert counts["total_trained"] > 0
+        part = choice.partition("=")[0].removeprefix("model/")
+        assert counts.get(part) == PUBLISHED.get(choice, counts.get(part))
     for callback in cfg.callbacks.values():
         instantiate(callback)
     if not choice.startswith("logger=wandb"):  # started for real in test_train.py

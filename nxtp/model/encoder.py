@@ -179,7 +179,7 @@ class Encoder(ComputesBuffers):
     def blocks(self) -> list[nn.Module]:
         """The tower's blocks (stages, for a convolutional one), first to last."""
         owner, names = _blocks(self.visual)
-        return [owner.get_submodule(name) for name in names]
+        return [owner.get_submodule(name) for name in names[: self.config.depth]]  # behind them are identities
 
 
 def _tower_config(config: EncoderConfig) -> tuple[dict[str, Any], Mapping[str, Any]]:

@@ -1,18 +1,27 @@
-"""The rules of the shipped decoders' tokenizers, and weights of timm from a file."""
+"""Shipped encoders train; the rules of the shipped decoders' tokenizers; weights of timm from a file."""
 
+import functools
 import json
+from dataclasses import replace
 
+import open_clip
 import pytest
 import timm
 import torch
+from helpers import tiny_config
 from safetensors.torch import save_file
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from nxtp.config import composed, conf_dir, to_dataclass
 from nxtp.errors import UserError
 from nxtp.inference.model_directory import read_tokenizer
+from nxtp.model import encoder as encoder_module
 from nxtp.model.encoder import Encoder, EncoderConfig
+from nxtp.model.layout import lay_out
+from nxtp.model.model import Model, ModelConfig
 from nxtp.model.tokenizer import PROMPT, LabelTokenizer
+from nxtp.model.trainable import TrainableConfig, choose_trainable
 
 QWEN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 RULES = {  # normalizer, what splits the text, special tokens, and which of them is BOS
@@ -88,3 +97,46 @@ def test_a_timm_tower_starts_from_a_file_or_tag(tmp_path, monkeypatch):
     for name, says in (("hf-hub:a/b", "timm has no model"), ("hiera_tiny_224", "gives no patch tokens")):
         with torch.device("meta"), pytest.raises(UserError, match=says):
             Encoder(EncoderConfig(vision={"timm_model_name": name}))
+
+
+ENCODERS = sorted(path.stem for path in (conf_dir() / "model" / "encoder").glob("*.yaml"))
+THIN = {"embed_dim": 64, "num_heads": 2, "depth": 3}  # of timm's towers; a head is wide enough for rotary positions
+FAST_VIT = {"embed_dims": (16, 32, 64, 64), "layers": (1, 1, 1, 1)}
+
+
+def thin(monkeypatch, config: EncoderConfig) -> None:
+    """The towers that are built from here on are narrow and shallow; the small ones of timm are as they are."""
+    monkeypatch.setattr(encoder_module, "_probed", {})
+    if config.name is not None:
+        known = open_clip.get_model_config(config.name)
+        known["vision_cfg"] |= {"layers": 3, "width": 64, "head_width": 32} if "width" in known["vision_cfg"] else {}
+        monkeypatch.setattr(open_clip, "get_model_config", lambda _: known)
+        name = known["vision_cfg"].get("timm_model_name", "")
+    else:
+        name = (config.vision or {}).get("timm_model_name", "")
+    cut = FAST_VIT if "fastvit" in name else THIN if "vit_" in name else {}
+    monkeypatch.setattr(timm, "create_model", functools.partial(timm.create_model, **cut))
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_a_shipped_encoder_trains_from_its_last_blocks_on(monkeypatch, name):
+    """Its real architecture and size of image with thin blocks: one step lowers the loss."""
+    shipped = to_dataclass(ModelConfig, composed("train", ["name=x", f"model/encoder={name}"]).model, "model").encoder
+    thin(monkeypatch, shipped)
+    torch.manual_seed(0)
+    model = Model(replace(tiny_config(), encoder=replace(shipped, pretrained=None)), 60).train()
+    *frozen, first, last = model.encoder.blocks()
+    assert sum(p.numel() for p in model.encoder.parameters()) < 5e6
+    choose_trainable(model, TrainableConfig(encoder=2))
+    size = model.encoder.config.image_size
+    images = torch.randint(0, 256, (2, 3, size, size), dtype=torch.uint8)
+    layout = lay_out([[[11, 12], [13]], [[21]]], prompt=[1, 7], delimiter=4, num_image_tokens=model.num_image_tokens)
+    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-3)
+    loss = model(images, layout).mean
+    loss.backward()
+    assert all(parameter.grad is None for block in frozen for parameter in block.parameters())
+    assert all(parameter.grad.isfinite().all() for block in (first, last) for parameter in block.parameters())
+    assert any(parameter.grad.any() for parameter in first.parameters())  # a ResNet's branches start at 0
+    optimizer.step()
+    with torch.no_grad():
+        assert model(images, layout).mean < loss
