@@ -6,17 +6,18 @@ import heapq
 import math
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import accumulate
 
 import numpy as np
 from torch.utils.data import Sampler
 
 from nxtp.data.mixture import MixtureSource
+from nxtp.data.shards.prefetch import Prefetcher
 from nxtp.errors import UserError, at_least
 
 _SUBSET, _ROTATION = 0xDA7A, 0x2077  # distinct streams of random numbers
 _UNSHUFFLED = 65_536  # positions at a time if nothing is shuffled
-Prefetch = Callable[[Sequence[int]], None]
+Prefetch = Callable[[Sequence[int]], Prefetcher | None]  # shards in the order of their use → who fetches them
 
 
 class ElasticBatchSampler(Sampler[tuple[int, np.ndarray]]):
@@ -34,6 +35,8 @@ class ElasticBatchSampler(Sampler[tuple[int, np.ndarray]]):
         max_samples: use only so many samples, in the sources' natural proportion: of each source whole shards, in an
             order of ``subset_seed`` alone, and the first samples of one more. A larger choice contains a smaller one.
         fraction: the same as a share of all samples.
+        nodes: share each step out over so many groups of consecutive ranks in the order of its samples' shards, so that
+            each group reads a part of a window's shards.
 
     Yields:
         (epoch, int64 array of positions in the :class:`~nxtp.data.shards.reader.IndexedShards`)
@@ -57,12 +60,13 @@ class ElasticBatchSampler(Sampler[tuple[int, np.ndarray]]):
         max_samples: int | None = None,
         fraction: float | None = None,
         subset_seed: int = 0,
+        nodes: int = 1,
     ):
         at_least("seed", seed, 0)
         at_least("data.subset_seed", subset_seed, 0)
         self.sizes = np.asarray(shard_sizes, dtype=np.int64)
         self.batch_size, self.seed, self.rank, self.world = batch_size, seed, rank, world
-        self.shuffle, self.window = shuffle, shuffle_window
+        self.shuffle, self.window, self.nodes = shuffle, shuffle_window, nodes
         self.sources = list(sources) if sources is not None else [MixtureSource("", range(len(self.sizes)))]
         for source in self.sources:
             if not (math.isfinite(source.repeat) and source.repeat > 0):
@@ -117,7 +121,9 @@ class ElasticBatchSampler(Sampler[tuple[int, np.ndarray]]):
             while len(ready) < size:
                 ready = np.concatenate([ready, next(windows)])
             own = slice(self.rank * self.batch_size, (self.rank + 1) * self.batch_size)
-            yield self.epoch, ready[:size][own]
+            # Sorted by shard, ranks of a node have neighbours: the step has the same samples.
+            together = np.sort(ready[:size]) if self.nodes > 1 else ready[:size]
+            yield self.epoch, together[own]
             ready = ready[size:]
 
     def _windows(self, begin: int) -> Iterator[np.ndarray]:
@@ -126,18 +132,34 @@ class ElasticBatchSampler(Sampler[tuple[int, np.ndarray]]):
         size, seed = self.window if shuffled else _UNSHUFFLED, [self.seed, self.epoch]
         pieces = self._pieces()
         ends = np.cumsum([len(piece) for piece in pieces])
-        pool = ThreadPoolExecutor(1, thread_name_prefix="prefetch") if self.prefetch else None
-        fetching: Future | None = None
-        for number in range(begin // size, -(-self.total // size)):
-            cut = _cut(pieces, number * size, (number + 1) * size, ends)
-            window = np.concatenate([np.arange(piece.start, piece.stop) for piece in cut])
-            if shuffled:
-                np.random.default_rng([*seed, number]).shuffle(window)
-            if pool and self.prefetch and (fetching is None or fetching.done()):
-                ahead = [piece[0] for piece in _cut(pieces, (number + 1) * size, (number + 2) * size, ends)]
-                shards = np.unique(np.searchsorted(self._starts, ahead, side="right") - 1)
-                fetching = pool.submit(self.prefetch, shards.tolist())
-            yield window[max(begin - number * size, 0) :]
+        numbers = range(begin // size, -(-self.total // size))
+        ahead: Prefetcher | None = None
+        if self.prefetch:
+            own = [self._of_node(_cut(pieces, number * size, (number + 1) * size, ends)) for number in numbers]
+            starts = np.array([piece.start for cut in own for piece in cut], dtype=np.int64)
+            ahead = self.prefetch((np.searchsorted(self._starts, starts, side="right") - 1).tolist())
+            before = [0, *accumulate(map(len, own))]  # of each window: shards to fetch in earlier ones
+        try:
+            for number in numbers:
+                cut = _cut(pieces, number * size, (number + 1) * size, ends)
+                window = np.concatenate([np.arange(piece.start, piece.stop) for piece in cut])
+                if shuffled:
+                    np.random.default_rng([*seed, number]).shuffle(window)
+                if ahead:
+                    ahead.reached(before[number - numbers.start])
+                yield window[max(begin - number * size, 0) :]
+        finally:
+            if ahead:
+                ahead.close()
+
+    def _of_node(self, window: list[range]) -> list[range]:
+        """What this node reads of a window: its share, and what the steps' samples vary by (three deviations)."""
+        if self.nodes == 1:
+            return window
+        node, total = self.rank * self.nodes // self.world, sum(map(len, window))
+        more = int(1.5 * total / math.sqrt(self.per_step))
+        begin, end = node * total // self.nodes - more, (node + 1) * total // self.nodes + more
+        return _cut(sorted(window, key=lambda piece: piece.start), max(begin, 0), min(end, total))
 
     def _pieces(self) -> list[range]:
         """The epoch's positions of each shard (and repetition), in the shuffled order of shards."""

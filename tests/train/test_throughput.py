@@ -3,6 +3,7 @@
 import csv
 import math
 from collections import Counter
+from dataclasses import replace
 from types import SimpleNamespace
 
 import lightning as L
@@ -27,7 +28,9 @@ from nxtp.train.optim import OptimConfig
 def batch_of(labels: list[list[tuple[int, ...]]]) -> Batch:
     layout = lay_out(labels, prompt=[1, 2], delimiter=4, num_image_tokens=16)
     images = torch.zeros(len(labels), 3, 32, 32, dtype=torch.uint8)
-    return Batch(images, layout, ["k"] * len(labels), [["a"]] * len(labels), len(labels), Counter())
+    return Batch(
+        images, layout, ["k"] * len(labels), ["s"] * len(labels), [["a"]] * len(labels), len(labels), Counter()
+    )
 
 
 BATCH = batch_of([[(5, 6)] * 3, [(7,)]])  # 28 and 21 real tokens: 49 of 56 positions
@@ -150,6 +153,22 @@ def test_ranks_add_up_and_the_worst_is_logged(monkeypatch):
     assert values["perf/peak_memory_gb"] == pytest.approx(9)
     alone = 2 * run.callback.flops.step(2, 49 / 2, 9).total / 1e12
     assert values["perf/tflops"] == pytest.approx((alone + 3 * alone) / 2 / 2.1), "of one device"
+
+
+def test_remote_shards_are_logged_where_there_are_some(monkeypatch):
+    run = Run(monkeypatch, others=(3.0,))
+    run.step()
+    run.step()
+    assert not {"perf/cache_hits", "perf/download_mb_per_s"} & set(run.logged[0])
+    run.step(replace(BATCH, remote=Counter(reads=2, hits=1, bytes=5_000_000)))
+    run.step(replace(BATCH, remote=Counter(reads=2, hits=2)))
+    values = run.logged[1]
+    assert values["perf/cache_hits"] == pytest.approx(3 / 4)
+    assert values["perf/download_mb_per_s"] == pytest.approx((5 + 15) / 2.4), "by all ranks"
+    assert "cache hits 75.0% · 8.3 MB/s fetched" in run.callback.line
+    run.step()
+    run.step()
+    assert "perf/cache_hits" not in run.logged[2]
 
 
 def test_a_batch_without_a_usable_sample_counts_as_padding(monkeypatch):

@@ -1,4 +1,5 @@
-"""Tar shards: finding (urls), listing (manifest), indexing (tar_index), fetching (cache) and reading them (reader).
+"""Tar shards: finding (urls), listing (manifest), indexing (tar_index), fetching (remote, cache,
+prefetch) and reading them (reader).
 
 Imports only errors and runs; no torch. Start with :class:`nxtp.data.shards.reader.IndexedShards`.
 """

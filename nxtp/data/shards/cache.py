@@ -1,191 +1,262 @@
-"""Remote shards: fetched whole into a local cache of bounded size, each once per machine."""
+"""Remote shards: fetched into a local cache of bounded size, each once per machine, and read while they arrive."""
 
 from __future__ import annotations
 
-import asyncio
 import fcntl
 import hashlib
 import json
 import logging
+import math
 import os
 import re
-import signal
-import subprocess
-import tempfile
+import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections import Counter, deque
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
-from nxtp.data.shards.manifest import MANIFEST
+from nxtp.data.shards.remote import Pace, RemoteError, transfer
 from nxtp.errors import UserError
-from nxtp.runs.atomic import atomic_file
 
 log = logging.getLogger(__name__)
 
 RETRY_AFTER = 300.0  # seconds before a shard that could not be fetched is tried again
-_FETCHES = 20  # of one file that other processes delete as soon as it exists
-
-
-class RemoteError(OSError):
-    """A remote file is not available now; ``kind`` is what is counted: "unreachable shard" or "stalled shard"."""
-
-    def __init__(self, kind: str, detail: str):
-        super().__init__(f"{kind}: {detail}")
-        self.kind = kind
+_NOTE = 1024  # bytes: what a transfer tells other processes, in its lock file
+T = TypeVar("T")
 
 
 class RemoteCache:
-    """Fetched shards in ``directory``; above ``limit`` bytes the least recently used are deleted.
+    """Fetched shards in ``directory``; above ``limit`` bytes those fetched or prefetched longest ago are deleted.
 
-    Processes share it: one of them fetches a file while the others wait. An open file stays readable after its
-    deletion. A transfer without progress for ``read_timeout`` seconds fails.
+    Processes share it: one of them fetches a file while the others read what has arrived. An open file stays readable
+    after its deletion. A transfer of which too little arrives within ``read_timeout`` seconds fails (sooner where parts
+    usually come faster); after a fault it continues, up to ``retries`` times in a row. A failure is reported to all
+    processes, and not tried again for :data:`RETRY_AFTER` seconds.
     """
 
-    def __init__(self, directory: Path | str, limit: int | None = None, read_timeout: float = 60.0):
-        self.directory, self.limit, self.read_timeout = Path(directory), limit, read_timeout
-        self._failed: dict[str, tuple[float, RemoteError]] = {}
+    def __init__(self, directory: Path | str, limit: int | None = None, read_timeout: float = 60.0, retries: int = 3):
+        self.directory, self.limit, self.retries = Path(directory), limit, retries
+        self.pace = Pace(read_timeout)
+        self.usage: Counter = Counter()  # samples read ("reads"), "hits" among them: without a wait; all "waits"
+        self._arrived: deque[tuple[int, int]] = deque()  # process, and bytes that it fetched
+        self._begin = time.time()  # failures of earlier runs do not count
 
     def path_of(self, url: str) -> Path:
         """The local file of a remote shard: a hash of its URL, and the URL's end for people."""
         tail = re.sub(r"[^\w.-]+", "_", url.removesuffix(".tar"))[-60:]
         return self.directory / f"{hashlib.sha256(url.encode()).hexdigest()[:16]}-{tail}.tar"
 
-    def fetch(self, url: str) -> Path:
-        """The local file of ``url``, fetched if it is missing.
+    def fetch(self, url: str, *, background: bool = False) -> None:
+        """Fetch ``url`` unless it is there, or another thread or process is at it.
 
         Raises:
-            RemoteError: it is not available; repeated for :data:`RETRY_AFTER` seconds without another attempt.
-            UserError: no file system for this kind of URL is installed.
+            RemoteError: it is not available, now or a while ago; not with ``background``.
+            UserError: no file system for this kind of URL is installed; the cache cannot be written.
         """
         path = self.path_of(url)
         if path.exists():
-            with suppress(OSError):
-                os.utime(path)  # the time of use
-            return path
-        if url in self._failed and time.monotonic() - self._failed[url][0] < RETRY_AFTER:
-            raise self._failed[url][1]
-        self.directory.mkdir(parents=True, exist_ok=True)
-        with _locked(path.with_suffix(".lock")):
-            if not path.exists():
-                try:
-                    with atomic_file(path) as file:
-                        copy(url, file.name, self.read_timeout)
-                except RemoteError as error:
-                    log.warning("%s: %s", url, error)
-                    self._failed[url] = (time.monotonic(), error)
-                    raise
-                self._trim(keep=path)
-        return path
+            if not background:
+                with suppress(OSError):
+                    os.utime(path)  # deleted later
+            return
+        lock = file = None
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            lock = _lock(path.with_suffix(".lock"))
+            if lock is not None and not path.exists():
+                self._check(url)
+                _write_note(lock, {})
+                file = open(path.with_suffix(".part"), "wb", buffering=0)  # noqa: SIM115  closed by the transfer
+        except RemoteError:
+            raise
+        except OSError as error:
+            raise _local_error(self.directory, error) from error
+        finally:
+            if lock is not None and file is None:
+                _unlock(lock)
+        if lock is None or file is None:
+            return
+        if background:
+            threading.Thread(target=self._transfer_quietly, args=(url, lock, file), daemon=True).start()
+        else:
+            self._transfer(url, lock, file)
 
-    def opened(self, url: str) -> BinaryIO:
-        """The fetched file of ``url``, unbuffered; fetched again if another process deletes it in between.
+    def open(self, url: str) -> RemoteFile:
+        """``url``, which is fetched if it is missing, to read from at once; raises as :meth:`fetch`."""
+        return RemoteFile(self, url)
 
-        Raises:
-            RemoteError, UserError: as :meth:`fetch`.
-        """
-        for _ in range(_FETCHES):
-            with suppress(FileNotFoundError):
-                return open(self.fetch(url), "rb", buffering=0)
-        raise RemoteError("unreachable shard", f"deleted {_FETCHES} times before it was opened; is the cache small?")
+    def _check(self, url: str) -> None:
+        """Raise the failure of a transfer of ``url`` a while ago: RemoteError or UserError."""
+        note = self.note(url)
+        if self._begin <= note.get("time", 0) and time.time() - note["time"] < RETRY_AFTER:
+            raise UserError(note["fatal"]) if "fatal" in note else RemoteError(note["kind"], note["detail"])
 
-    def counts(self, urls: Sequence[str]) -> dict[str, int]:
-        """Samples of the ``urls`` that the manifest beside them lists: these need not be fetched to be counted."""
-        found: dict[str, int] = {}
-        directories: dict[str, list[str]] = {}
-        for url in urls:
-            if not url.startswith("pipe:"):  # nothing is beside a command
-                directories.setdefault(url.rsplit("/", 1)[0], []).append(url)
-        for directory, members in directories.items():
+    def note(self, url: str) -> dict[str, Any]:
+        """What the last transfer of ``url`` reported: ``bytes`` of the whole file, or its failure."""
+        with suppress(OSError, ValueError):
+            return json.loads(self.path_of(url).with_suffix(".lock").read_bytes())
+        return {}
+
+    def take_usage(self) -> Counter:
+        """Of this process since the last call: samples read, those that were there ("hits"), and bytes fetched."""
+        taken, self.usage = self.usage, Counter()
+        with suppress(IndexError):
+            while True:
+                process, size = self._arrived.popleft()
+                taken["bytes"] += size * (process == os.getpid())
+        return taken
+
+    def _transfer(self, url: str, lock: int, file: BinaryIO) -> None:
+        path = self.path_of(url)
+
+        def arrived(total: int | None, size: int) -> None:
+            if total is not None and total != known.get("bytes"):
+                known["bytes"] = total
+                _write_note(lock, known)
+            self._arrived.append((os.getpid(), size))
+
+        known: dict[str, int] = {}
+        try:
             try:
-                with tempfile.NamedTemporaryFile() as file:
-                    copy(f"{directory}/{MANIFEST}", file.name, self.read_timeout)
-                    rows = json.loads(Path(file.name).read_bytes())["shards"]
-                samples = {row["name"]: int(row["samples"]) for row in rows}
-            except (OSError, ValueError, KeyError, TypeError) as error:
-                log.warning("%s: no manifest (%s); every shard is fetched once to count its samples.", directory, error)
-                continue
-            found |= {url: samples[name] for url in members if (name := url.rsplit("/", 1)[1]) in samples}
-        return found
+                with file:
+                    transfer(url, file, self.pace, self.retries, arrived)
+                    os.fsync(file.fileno())
+                    os.replace(file.name, path)
+            except RemoteError:
+                raise
+            except OSError as error:
+                raise _local_error(path, error) from error
+        except (RemoteError, UserError) as error:
+            told = {"kind": error.kind, "detail": error.detail} if isinstance(error, RemoteError) else {}
+            _write_note(lock, {"time": time.time(), **(told or {"fatal": str(error)})})
+            Path(file.name).unlink(missing_ok=True)
+            if told:
+                log.warning("%s: %s", url, error)
+            raise
+        finally:
+            _unlock(lock)
+        self._trim(keep=path)
+
+    def _transfer_quietly(self, url: str, lock: int, file: BinaryIO) -> None:
+        with suppress(RemoteError, UserError):  # who waits for the file reads it in the note
+            self._transfer(url, lock, file)
 
     def _trim(self, keep: Path) -> None:
-        if self.limit is None:
-            return
-        with _locked(self.directory / ".trim.lock"):
+        """Delete what killed transfers left behind, and the oldest files above the limit."""
+        lock = _lock(self.directory / ".trim.lock", wait=True)
+        assert lock is not None
+        try:
             files = []
-            for file in self.directory.glob("*.tar"):
+            for file in self.directory.iterdir():
                 with suppress(FileNotFoundError):
                     status = file.stat()
-                    files.append((status.st_mtime_ns, status.st_size, file))
-            excess = sum(size for _, size, _ in files) - self.limit
+                    if file.suffix == ".part" and (free := _lock(file.with_suffix(".lock"))) is not None:
+                        log.info("%s: an unfinished transfer is removed (%d bytes).", file, status.st_size)
+                        file.unlink(missing_ok=True)
+                        _unlock(free)
+                    elif file.suffix in (".tar", ".part"):
+                        files.append((status.st_mtime_ns, status.st_size, file))
+            excess = sum(size for _, size, _ in files) - (math.inf if self.limit is None else self.limit)
             for _, size, file in sorted(files):
-                if excess > 0 and file != keep:
+                if excess > 0 and file != keep and file.suffix == ".tar":
                     file.unlink(missing_ok=True)
                     excess -= size
+        finally:
+            _unlock(lock)
 
 
-def copy(url: str, path: str, timeout: float) -> None:
-    """Write a remote file, or the output of a ``pipe:`` command, to a local file.
+class RemoteFile:
+    """A remote shard, read by position while it arrives; otherwise as :class:`~nxtp.data.shards.tar_index.LocalFile`.
+
+    Every method waits for what it needs.
 
     Raises:
-        RemoteError: it is not available, or the local file does not grow for ``timeout`` seconds.
-        UserError: no file system for this kind of URL is installed.
+        RemoteError, UserError: as :meth:`RemoteCache.fetch`.
     """
-    size = 0
+
+    def __init__(self, cache: RemoteCache, url: str):
+        self._cache, self._url, self._path = cache, url, cache.path_of(url)
+        self._file: BinaryIO | None = None
+        self._whole = False
+        cache.fetch(url, background=True)  # first: what a killed transfer left behind is not read
+        self._look()
+
+    @property
+    def arrived(self) -> bool:
+        """Whether all of it has."""
+        if not self._whole:
+            self._look()
+        return self._whole
+
+    @property
+    def stamp(self) -> tuple[int, int]:
+        """Its size; the time of a fetched file means nothing."""
+        size = self._wait(lambda: self._size() if self.arrived else self._cache.note(self._url).get("bytes"))
+        return size, 0
+
+    def read(self, size: int, offset: int) -> bytes:
+        """``size`` bytes from ``offset`` on; fewer only behind the end."""
+        while True:
+            self._wait(lambda: self._size() >= offset + size or self.arrived or None)
+            assert self._file is not None
+            whole, data = self._whole, os.pread(self._file.fileno(), size, offset)
+            if len(data) == size or whole:  # else another transfer has begun again
+                return data
+
+    def _size(self) -> int:
+        return os.fstat(self._file.fileno()).st_size if self._file else 0
+
+    def _look(self) -> None:
+        """Open what there is of the file."""
+        with suppress(FileNotFoundError):
+            self._file = open(self._path, "rb", buffering=0)  # noqa: SIM115  closed with the object
+            self._whole = True
+            return
+        with suppress(FileNotFoundError):
+            part = self._path.with_suffix(".part")
+            if self._file is None or not os.path.samestat(os.fstat(self._file.fileno()), os.stat(part)):
+                self._file = open(part, "rb", buffering=0)  # noqa: SIM115
+
+    def _wait(self, found: Callable[[], T | None]) -> T:
+        """What ``found`` returns, as soon as it is not None."""
+        if (value := found()) is not None:
+            return value
+        cache, pause, size, deadline = self._cache, 0.001, -1, 0.0
+        cache.usage["waits"] += 1
+        while (value := found()) is None:
+            now = time.monotonic()
+            if self._size() != size:
+                size, deadline = self._size(), now + 2 * cache.pace.limit * (cache.retries + 1)
+            elif now > deadline:  # whoever fetches it is frozen
+                raise RemoteError("stalled shard", "another process fetches it, and stands still")
+            cache.fetch(self._url, background=True)
+            time.sleep(pause)
+            pause = min(2 * pause, 0.05)
+        return value
+
+
+def _local_error(path: Path, error: OSError) -> UserError:
+    return UserError(f"{path} cannot be written: {error.strerror}. Free some space or choose another data.cache_dir.")
+
+
+def _lock(path: Path, wait: bool = False) -> int | None:
+    """A descriptor that holds the lock ``path``; None if another has it."""
+    lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        wait, stop = (_start_command if url.startswith("pipe:") else _start_transfer)(url, path)
-        try:
-            while True:
-                with suppress(TimeoutError, subprocess.TimeoutExpired):
-                    return wait(timeout)
-                before, size = size, os.path.getsize(path)
-                if size == before:
-                    raise RemoteError("stalled shard", f"no data for {timeout:g} s")
-        finally:
-            stop()
-    except (RemoteError, UserError):
-        raise
-    except Exception as error:  # each store has errors of its own
-        raise RemoteError("unreachable shard", (str(error) or type(error).__name__)[:200]) from error
+        fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        os.close(lock)
+        return None
+    return lock
 
 
-def _start_transfer(url: str, path: str) -> tuple[Callable[[float], Any], Callable[[], Any]]:
-    """Start to fetch ``url``; how to wait for its end, and how to stop it."""
-    import aiohttp  # imported here: local shards need neither
-    from fsspec.core import url_to_fs
-
-    options: dict[str, Any] = {}
-    if url.startswith(("http://", "https://")):  # the environment's proxies; transfers of any length
-        options["client_kwargs"] = {"trust_env": True, "timeout": aiohttp.ClientTimeout(total=None)}
-    try:
-        store, remote = url_to_fs(url, **options)
-    except (ValueError, ImportError) as error:
-        raise UserError(f"{url} cannot be opened ({error}); a command can be used: 'pipe:COMMAND'.") from error
-    if not store.async_impl:  # such a store has its own time limits
-        return lambda timeout: store.get_file(remote, path), lambda: None
-    transfer = asyncio.run_coroutine_threadsafe(store._get_file(remote, path), store.loop)
-    return transfer.result, transfer.cancel
+def _unlock(lock: int) -> None:
+    fcntl.flock(lock, fcntl.LOCK_UN)  # a process forked meanwhile has the descriptor too: closing is not enough
+    os.close(lock)
 
 
-def _start_command(url: str, path: str) -> tuple[Callable[[float], Any], Callable[[], Any]]:
-    with open(path, "wb") as file:
-        process = subprocess.Popen(url.removeprefix("pipe:"), shell=True, stdout=file, start_new_session=True)
-
-    def wait(timeout: float) -> None:
-        if code := process.wait(timeout):
-            raise OSError(f"exit code {code}")
-
-    def stop() -> None:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)  # the shell and what it started
-        process.wait()
-
-    return wait, stop
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    with open(path, "a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+def _write_note(lock: int, note: dict[str, Any]) -> None:
+    with suppress(OSError):
+        os.pwrite(lock, json.dumps(note).encode()[:_NOTE].ljust(_NOTE), 0)

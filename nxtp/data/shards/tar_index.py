@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import logging
@@ -11,16 +12,17 @@ import re
 import time
 import zlib
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import nullcontext, suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from nxtp.data.shards.remote import RemoteError
 from nxtp.data.shards.urls import IMAGE_EXTENSIONS, METADATA_NAME, split_name
 from nxtp.runs.atomic import atomic_file
 
@@ -159,6 +161,16 @@ class IndexStore:
                 path.unlink(missing_ok=True)
                 excess -= size
 
+    @contextmanager
+    def locked(self, name: str) -> Iterator[None]:
+        """One process at a time makes this index; nothing waits where no lock can be had."""
+        with ExitStack() as held:
+            with suppress(OSError):
+                self.directory.mkdir(parents=True, exist_ok=True)
+                lock = self._file(name).name[:2]
+                fcntl.flock(held.enter_context(open(self.directory / f"{lock}.lock", "a")), fcntl.LOCK_EX)
+            yield
+
     def forget(self, name: str) -> None:
         """Delete a stored index."""
         with suppress(OSError):
@@ -182,32 +194,81 @@ class _Damage(Exception):
         self.kind, self.name = kind, name
 
 
-def index_shard(path: str | os.PathLike, file: BinaryIO | None = None) -> ShardIndex:
-    """Find the samples of a shard from its tar headers alone; ``file`` is the shard if it is open already.
+class LocalFile:
+    """A shard on disk, read by position; its ``stamp`` is its size and mtime (ns)."""
+
+    arrived = True  # all of it: a remote shard may be read while it is fetched
+
+    def __init__(self, path: str | os.PathLike):
+        self._file = open(path, "rb", buffering=0)  # noqa: SIM115  closed with the object
+        self.stamp = stamp_of(self._file.fileno())
+
+    def read(self, size: int, offset: int) -> bytes:
+        """``size`` bytes from ``offset`` on; fewer only behind the end."""
+        return os.pread(self._file.fileno(), size, offset)
+
+
+def index_shard(path: str | os.PathLike, file: Any = None) -> ShardIndex:
+    """Find the samples of a shard from its tar headers alone; ``file`` is as :class:`LocalFile`, if it is open already.
 
     Agrees with WebDataset on sound shards. In a damaged tar the samples before the damage are used and the damage is
-    counted; nothing is raised. The first sample of a duplicate key is used. Names are only keys: nothing is ever
-    written under them.
+    counted; nothing is raised but what ``file`` raises of a remote shard. The first sample of a duplicate key is used.
+    Names are only keys: nothing is ever written under them.
     """
-    samples = _Samples()
-    stamp = None
-    try:
-        with open(path, "rb", buffering=0) if file is None else nullcontext(file) as file:
-            stamp = stamp_of(file.fileno())
-            for member in _members(file.fileno(), stamp[0]):
-                samples.add(*member)
-        samples.close()
-    except _Damage as damage:
-        samples.close_damaged(damage)
-    except FileNotFoundError:
-        samples.close_damaged(_Damage("shard vanished"))
-    except OSError as error:
-        log.warning("%s cannot be read: %s", path, error)
-        samples.close_damaged(_Damage("unreadable shard"))
-    if not samples.seen and not samples.skipped:
-        samples.skipped["empty shard"] += 1
-    rows = np.array(samples.rows, dtype=np.int64).reshape(-1, 7)
-    return ShardIndex(samples.keys, rows, stamp, samples.skipped)
+    index = Indexing(path, file).find(None)
+    assert isinstance(index, ShardIndex)
+    return index
+
+
+class Indexing:
+    """The work of :func:`index_shard`, done as far as a sample needs it: its shard may still be arriving."""
+
+    def __init__(self, path: str | os.PathLike, file: Any = None):
+        self.path, self._file, self._samples = path, file, _Samples()
+        self._found = self._members()
+
+    @property
+    def stamp(self) -> tuple[int, int] | None:
+        """As of an index."""
+        return self._file.stamp if self._file else None
+
+    @property
+    def arrived(self) -> bool:
+        """Whether the whole index can be read without waiting."""
+        return self._file is None or self._file.arrived
+
+    def _members(self) -> Iterator[tuple[str, int, int, bytes, str | None]]:
+        self._file = self._file or LocalFile(self.path)
+        yield from _members(self._file.read, self._file.stamp[0])
+
+    def find(self, row: int | None) -> tuple[str, list[int]] | ShardIndex:
+        """Key and places of sample ``row`` as in an index; the whole index if that has been read, or is to be (None).
+
+        Raises:
+            RemoteError: the shard does not arrive; start again.
+        """
+        samples, damage = self._samples, None
+        try:
+            while row is None or len(samples.rows) <= row:
+                samples.add(*next(self._found))
+            return samples.keys[row], list(samples.rows[row])
+        except StopIteration:
+            samples.close()
+        except _Damage as found:
+            damage = found
+        except RemoteError:
+            raise
+        except FileNotFoundError:
+            damage = _Damage("shard vanished")
+        except OSError as error:
+            log.warning("%s cannot be read: %s", self.path, error)
+            damage = _Damage("unreadable shard")
+        if damage is not None:
+            samples.close_damaged(damage)
+        if not samples.seen and not samples.skipped:
+            samples.skipped["empty shard"] += 1
+        rows = np.array(samples.rows, dtype=np.int64).reshape(-1, 7)
+        return ShardIndex(samples.keys, rows, self.stamp, samples.skipped)
 
 
 class _Samples:
@@ -275,7 +336,7 @@ class _Samples:
         self._key, self._members, self._repeated = None, {}, False
 
 
-def _members(fd: int, end: int) -> Iterator[tuple[str, int, int, bytes, str | None]]:
+def _members(read: Callable[[int, int], bytes], end: int) -> Iterator[tuple[str, int, int, bytes, str | None]]:
     """Name, data offset, data size, header, and of what is no regular file its kind; directories are skipped.
 
     Formats: ustar, GNU long names, pax. Names and places are those of Python's tarfile, which WebDataset reads with.
@@ -285,7 +346,7 @@ def _members(fd: int, end: int) -> Iterator[tuple[str, int, int, bytes, str | No
     shared: dict[bytes, bytes] = {}  # what pax headers say of all further members
     extended: dict[bytes, bytes] = {}  # what the headers before a member say of it: of two the first counts
     while position < end or position == 0:
-        header = os.pread(fd, _BLOCK, position)
+        header = read(_BLOCK, position)
         if position == 0 and (not header or header.startswith(_COMPRESSED)):
             raise _Damage("compressed shard" if header else "empty shard")
         if len(header) < _BLOCK:
@@ -293,7 +354,7 @@ def _members(fd: int, end: int) -> Iterator[tuple[str, int, int, bytes, str | No
         if not header[0] and header.count(0) == _BLOCK:
             if extended:
                 raise _Damage("corrupt shard")
-            if os.pread(fd, _PADDING, position).strip(b"\0"):
+            if read(_PADDING, position).strip(b"\0"):
                 raise _Damage("data behind the end", "")
             return
         kind, size, name = _parse_header(header)
@@ -304,7 +365,7 @@ def _members(fd: int, end: int) -> Iterator[tuple[str, int, int, bytes, str | No
                 raise _Damage("truncated shard")
             if size > _MAX_HEADER_BYTES:
                 raise _Damage("corrupt shard")
-            content = os.pread(fd, size, data)
+            content = read(size, data)
             if kind == b"L":
                 extended.setdefault(b"path", content.split(b"\0", 1)[0])
             elif kind in b"xX":
@@ -316,7 +377,7 @@ def _members(fd: int, end: int) -> Iterator[tuple[str, int, int, bytes, str | No
             continue
         more = kind == b"S" and header[482]
         while more:  # blocks of a map of holes
-            more = (os.pread(fd, _BLOCK, data) if data + _BLOCK <= end else b"").ljust(_BLOCK, b"\0")[504]
+            more = (read(_BLOCK, data) if data + _BLOCK <= end else b"").ljust(_BLOCK, b"\0")[504]
             data += _BLOCK
         about = shared | extended
         extended = {}

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from braceexpand import braceexpand
 
+from nxtp.data.shards.remote import find_files
 from nxtp.errors import UserError, some_of
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
@@ -27,11 +28,13 @@ def split_name(name: str) -> tuple[str, str] | None:
 def expand_shards(spec: str | os.PathLike | Sequence[str | os.PathLike]) -> list[str]:
     """Sorted, distinct paths and URLs of shards.
 
-    ``spec`` is a directory (its ``*.tar``, not those of its subdirectories), a file, a glob, a URL or ``pipe:``
-    command, each with brace expressions (``cc3m-{000..331}.tar``), or a list of these.
+    ``spec`` is a directory (its ``*.tar``, not those of its subdirectories), a file, or a glob, here or in a remote
+    store (``s3://bucket/laion``), a shard's URL, or a ``pipe:`` command, each with brace expressions
+    (``cc3m-{000..331}.tar``), or a list of these. Web servers list nothing, and a URL that ends in .tar is not looked
+    up.
 
     Raises:
-        UserError: nothing is found, or a named file does not exist.
+        UserError: nothing is found, a named file does not exist, or a store cannot be listed.
     """
     parts = [spec] if isinstance(spec, str | os.PathLike) else list(spec)
     if not parts:
@@ -56,7 +59,7 @@ def _expand_one(spec: str) -> list[str]:
     if len(expanded) > 1:
         return [url for one in expanded for url in _expand_one(one)]
     if is_remote(spec):
-        return expanded
+        return _expand_remote(expanded[0])
     path = os.path.expanduser(local_path(expanded[0]))
     found = sorted(glob.glob(path)) if glob.has_magic(path) else [path] * os.path.exists(path)
     if not found:
@@ -64,6 +67,27 @@ def _expand_one(spec: str) -> list[str]:
             f"No shards: nothing found at '{spec}'. Give a directory of *.tar files, a glob, a brace expression such "
             "as 'cc3m-{000..331}.tar', or a list of these; nxtp prepare makes shards."
         )
+    return found
+
+
+def _expand_remote(url: str) -> list[str]:
+    """The shards of a directory or glob in a remote store; a shard's own URL as it is."""
+    if url.startswith(("http://", "https://")):
+        path = url.split("?", 1)[0]
+        if glob.has_magic(path) or not (".tar" in path or "?" in url):
+            example = f"{path.split('*')[0].rstrip('/')}/{{00000..00331}}.tar"
+            raise UserError(f"No shards: a web server lists nothing. Name the shards of {url}, such as '{example}'.")
+        return [url]
+    matching = glob.has_magic(url)
+    if url.startswith("pipe:") or (url.endswith(".tar") and not matching):
+        return [url]
+    entries = find_files(url, matching=matching)
+    files = [entry["url"] for entry in entries if entry["type"] == "file"]
+    found = [file for file in files if file.endswith(".tar") or files == [url]]
+    if not found:
+        below = sorted(entry["url"].rsplit("/", 1)[1] for entry in entries if entry["type"] == "directory")
+        advice = f" It has the directories {some_of(below)}: name one of these." if below else ""
+        raise UserError(f"No shards: no *.tar file found at {url}.{advice}")
     return found
 
 

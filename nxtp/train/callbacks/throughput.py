@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+from collections import Counter
 
 import lightning as L
 import torch
@@ -25,6 +26,8 @@ class Throughput(L.Callback):
         perf/images_per_s     samples
         perf/tokens_per_s     tokens: image tokens included, padding excluded
         perf/data_wait        share of the time spent waiting for batches, on the rank that waited longest
+        perf/cache_hits       of remote shards: share of the samples that were there when they were read
+        perf/download_mb_per_s  10⁶ bytes/s that were fetched of them
         perf/padding          share of the decoder's positions that are padding
         perf/tflops           model TFLOP/s per device: by formula, without padding and recomputation
         perf/mfu              the same as a share of the device's peak; missing if that is unknown
@@ -44,6 +47,7 @@ class Throughput(L.Callback):
 
     def _reset(self) -> None:
         self._images = self._tokens = self._positions = 0
+        self._remote: Counter = Counter()
         self._flops = self._seconds = self._waited = 0.0
 
     def setup(self, trainer, module, stage: str) -> None:
@@ -90,6 +94,7 @@ class Throughput(L.Callback):
             assert self.flops is not None  # since setup
             self._flops += self.flops.of(batch.layout).total
         self._positions += batch.layout.segments_BT.numel()
+        self._remote += batch.remote
         stepped, self._step = trainer.global_step != self._step, trainer.global_step  # not while accumulating
         if not stepped or trainer.global_step % max(trainer.log_every_n_steps, 1):
             return
@@ -107,11 +112,12 @@ class Throughput(L.Callback):
 
     def _together(self, trainer, device: torch.device) -> dict[str, float]:
         """The values to log; one collective call."""
-        sums = self._images, self._tokens, self._positions, self._flops / 1e12
+        remote = self._remote["reads"], self._remote["hits"], self._remote["bytes"] / 1e6
+        sums = self._images, self._tokens, self._positions, self._flops / 1e12, *remote
         mine = torch.tensor([*sums, self._seconds, self._waited, peak_memory_bytes(device) / 1e9], device=device)
         every_RX = trainer.strategy.all_gather(mine).view(-1, len(mine)).cpu()
-        images, tokens, positions, tflop = every_RX[:, :4].sum(dim=0).tolist()
-        seconds, waited, memory = every_RX[:, 4:].amax(dim=0).tolist()
+        images, tokens, positions, tflop, reads, hits, fetched_mb = every_RX[:, :7].sum(dim=0).tolist()
+        seconds, waited, memory = every_RX[:, 7:].amax(dim=0).tolist()
         values = {
             "perf/images_per_s": images / seconds,
             "perf/tokens_per_s": tokens / seconds,
@@ -121,6 +127,8 @@ class Throughput(L.Callback):
         }
         if not math.isnan(waited):
             values["perf/data_wait"] = waited / seconds
+        if reads:
+            values |= {"perf/cache_hits": hits / reads, "perf/download_mb_per_s": fetched_mb / seconds}
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
         peak = peak_flops(name, compute_dtype(trainer.precision))
         if peak:
@@ -134,6 +142,8 @@ def speed_line(values: dict[str, float]) -> str:
         "perf/images_per_s": "{:,.0f} images/s",
         "perf/tokens_per_s": "{:,.0f} tokens/s",
         "perf/data_wait": "data wait {:.1%}",
+        "perf/cache_hits": "cache hits {:.1%}",
+        "perf/download_mb_per_s": "{:,.1f} MB/s fetched",
         "perf/padding": "padding {:.1%}",
         "perf/mfu": "MFU {:.1%}",
         "perf/peak_memory_gb": "{:.2f} GB",
