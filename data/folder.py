@@ -9,6 +9,8 @@ Any bitmap format, any depth of subfolders.
 from __future__ import annotations
 
 import json
+import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +20,11 @@ from nxtp.data.images import find_images
 from nxtp.data.labels.cleaning import clean_labels
 from nxtp.data.shards.reader import decode_text
 from nxtp.errors import UserError
-from nxtp.prepare.items import Item, write_items
+from nxtp.prepare.items import Item, readable_key, write_items
 from nxtp.prepare.options import Script, WriterOptions, writer_options
 from nxtp.prepare.writer import Skip, Skipped
+
+SPLITS = {"train", "val", "valid", "validation", "test"}  # folders that are no classes
 
 
 def folder_items(source: Path, classes: bool = False) -> tuple[list[Item], Skipped]:
@@ -30,12 +34,15 @@ def folder_items(source: Path, classes: bool = False) -> tuple[list[Item], Skipp
         classes: the label of an image is the name of its folder, with spaces for underscores; no other file is read.
 
     Raises:
-        UserError: no image there, or none with a caption or labels.
+        UserError: no image there, or none with a caption or labels; with ``classes``, folders that are no classes.
     """
     images, problems = find_images([source])
     if not images:
         raise UserError(str(problems[0]) if problems else f"{source}: no image in this directory")
-    items, skipped = [], Skipped()
+    splits = sorted({image.relative_to(source).parts[0] for image in images} & SPLITS)
+    if classes and len(splits) > 1:
+        raise UserError(f"{source} has {' and '.join(splits)}: prepare each as a set of its own: {source / splits[0]}.")
+    items, skipped, keys = [], Skipped(), Counter[str]()
     for image in images:
         name = str(image.relative_to(source))
         try:
@@ -43,8 +50,9 @@ def folder_items(source: Path, classes: bool = False) -> tuple[list[Item], Skipp
         except Skip as skip:
             skipped.add(str(skip), name)
             continue
-        key = "_".join(image.relative_to(source).with_suffix("").parts)
-        items.append(Item(key, str(image), caption, record))
+        key = readable_key("_".join(image.relative_to(source).with_suffix("").parts))
+        keys[key] += 1  # 1.jpg and 1.png
+        items.append(Item(key if keys[key] == 1 else f"{key}_{keys[key]}", str(image), caption, record))
     if not items and classes:
         raise UserError(
             f"{source}: --classes needs a folder for each class, as in {source / 'dog' / 'NAME.jpg'}.{skipped}"
@@ -62,9 +70,12 @@ def _class(folder: Path, source: Path) -> dict[str, Any]:
 
     Raises:
         Skip: its name gives no label.
+        UserError: its name is a number of WordNet.
     """
     if folder == source:
         raise Skip("not in a class folder")
+    if re.fullmatch(r"n\d{8}", folder.name):
+        raise UserError(f"{folder} is named by a number of WordNet: nxtp prepare imagenet knows the names of these.")
     labels = clean_labels([folder.name.replace("_", " ")])
     if not labels:
         raise Skip("folder name without a label")

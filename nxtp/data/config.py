@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from nxtp.config import to_dataclass
+from nxtp.data.where import Selection
 from nxtp.errors import UserError, at_least
 
 
@@ -17,11 +18,20 @@ class SourceConfig:
     ``shards``            a directory, a glob, a brace expression, or a list of them
     ``expected_samples``  how many a recipe expects; a warning if the number differs
     ``repeat``            how often each sample comes per epoch: 1 once, 2 twice, 0.5 every other epoch
+    ``caption_key``       of this source, in place of ``data.caption_key``; '' is null
+    ``where``             likewise
     """
 
     shards: Any
     expected_samples: int | None = None
     repeat: float = 1.0
+    caption_key: str | None = None
+    where: str | None = None
+
+    def selection(self, data: DataConfig) -> Selection:
+        """What is used of the source's samples."""
+        key = data.caption_key if self.caption_key is None else self.caption_key
+        return Selection(key or "", (data.where if self.where is None else self.where) or "")
 
 
 @dataclass
@@ -37,11 +47,15 @@ class DataConfig:
                           choice (more samples contain fewer)
     ``fraction``          the same as a share of all samples
     ``subset_seed``       seed of that choice; the training seed does not change it
+    ``caption_key``       the field of a training sample's JSON that is its caption, or parquet:COLUMN of the table
+                          NNNNN.parquet beside NNNNN.tar, by its column key; null: the text, else the field caption
+    ``where``             use only the training samples whose JSON fulfils this: "similarity > 0.3 and width >= 200"
     ``shuffle_window``    shuffle samples within windows of this many, over shuffled shards; 0 shuffles shards only
     ``nouns``             backend that finds the nouns of a caption, for samples without labels of their own
     ``stop_nouns``        nouns of captions that are no labels, singular: [person, people, view]
     ``given_labels``      all, or first: train on the first of the labels that a sample gives (a class's main name)
     ``max_labels``        labels per image at most; of more, a new random choice each epoch
+    ``transforms``        steps by name, RGB image → RGB image, that change images of training before they are resized
     ``max_image_pixels``  a larger image is skipped before it is decoded; with a fourth channel from ¾ of it on
     ``max_skip_fraction`` a larger share of skipped samples ends the run
     ``cache_dir``         where fetched remote shards are stored
@@ -61,11 +75,14 @@ class DataConfig:
     max_samples: int | None = None
     fraction: float | None = None
     subset_seed: int = 0
+    caption_key: str | None = None
+    where: str | None = None
     shuffle_window: int = 20_000
     nouns: str = "hanta"
     stop_nouns: list[str] = field(default_factory=list)
     given_labels: str = "all"
     max_labels: int = 32
+    transforms: dict[str, Any] | None = None
     max_image_pixels: int = 100_000_000
     max_skip_fraction: float = 0.1
     cache_dir: str | None = None
@@ -90,6 +107,9 @@ class DataConfig:
             raise UserError(f"data.read_timeout must be > 0 seconds, got {self.read_timeout}.")
         if self.given_labels not in ("all", "first"):
             raise UserError(f"data.given_labels must be all or first, got '{self.given_labels}'.")
+        Selection(self.caption_key or "", self.where or "")  # which finds what is wrong
+        if self.features and self.transforms:
+            raise UserError("data.features are of images as they are: use transforms=none.")
 
 
 def named_sources(spec: Any) -> dict[str, SourceConfig]:

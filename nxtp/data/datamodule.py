@@ -7,12 +7,14 @@ import os
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import lightning as L
 from torch.utils.data import DataLoader
 
+from nxtp.data.augmentation import Augmentation
 from nxtp.data.config import DataConfig
 from nxtp.data.dataset import Batch, BatchDataset
 from nxtp.data.mixture import OpenedSet, open_set
@@ -104,6 +106,7 @@ class WebDatasetDataModule(L.LightningDataModule):
             num_image_tokens=num_image_tokens,
             objective=Objective(objective),
             prompts=list(prompts) or [tokenizer.prompt],
+            augmentation=Augmentation(config.transforms) if config.transforms else None,
         )
         self._train_loader: ResumableDataLoader | None = None
         self._resume: dict[str, int] | None = None
@@ -117,10 +120,16 @@ class WebDatasetDataModule(L.LightningDataModule):
     def val_names(self) -> list[str]:
         return list(self.config.val)
 
-    def open(self, name: str, spec: Any) -> OpenedSet:
-        """The indexed shards of ``spec``, opened once per process."""
+    def open(self, name: str, spec: Any, *, whole: bool | None = None) -> OpenedSet:
+        """The indexed shards of ``spec``, opened once per process.
+
+        Args:
+            whole: ignore data.where and data.caption_key, which are of training sets. By default of any but "train".
+        """
         if name not in self.sets:
-            self.sets[name] = open_set(name, spec, self.config)
+            whole = name != "train" if whole is None else whole
+            config = replace(self.config, where=None, caption_key=None) if whole else self.config
+            self.sets[name] = open_set(name, spec, config)
         return self.sets[name]
 
     def train_dataloader(self) -> ResumableDataLoader:
@@ -154,11 +163,11 @@ class WebDatasetDataModule(L.LightningDataModule):
         """Batches of one set: shuffled and in whole steps for training, each sample once otherwise.
 
         Args:
-            whole: ignore data.max_samples and data.fraction, which bound the training set.
+            whole: ignore data.max_samples, data.fraction, data.where and data.caption_key, which are of training sets.
             share: (rank, number of ranks), without a trainer.
         """
         whole = not training if whole is None else whole
-        opened = self.open(name, spec)
+        opened = self.open(name, spec, whole=whole)
         shards = opened.shards
         rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else share
         config = self.config

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -40,6 +42,14 @@ class OpenedSet:
     def __len__(self) -> int:
         return len(self.shards)
 
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the names and sizes (in samples) of the sources' shards, wherever these are stored."""
+        names = [url.partition("?")[0].rpartition("/")[2] for url in self.shards.urls]
+        sizes = self.shards.sizes.tolist()
+        named = {source.name: [[names[i], sizes[i]] for i in source.shards] for source in self.sources}
+        return hashlib.sha256(json.dumps(named).encode()).hexdigest()
+
 
 def open_set(name: str, spec: Any, config: DataConfig) -> OpenedSet:
     """The indexed shards of the set ``data.<name>``.
@@ -69,6 +79,7 @@ def open_set(name: str, spec: Any, config: DataConfig) -> OpenedSet:
     for source, given in configs.items():
         own = sorted(number[url] for url in urls[source])
         sources.append(MixtureSource(source, own, given.repeat))
+        shards.selections |= dict.fromkeys(urls[source], given.selection(config))
         found, expected = int(shards.sizes[own].sum()), given.expected_samples
         if expected not in (None, found):
             log.warning("data.%s.%s has %d samples; the recipe expects %d.", name, source, found, expected)

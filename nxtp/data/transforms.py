@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -28,9 +29,16 @@ class ImageTransform:
         """That of an encoder, :attr:`Encoder.config`."""
         return cls(config.image_size, str(config.interpolation), str(config.resize_mode))
 
-    def __call__(self, source: Any, **options: Any) -> Tensor:
-        """Load and transform; ``source``, ``options`` and errors are those of :func:`load_image`."""
-        return to_pixels(load_image(source, near=self.size, **options), self.size, self.interpolation, self.resize_mode)
+    def __call__(
+        self, source: Any, *, augment: Callable[[Image.Image], Image.Image] | None = None, **options: Any
+    ) -> Tensor:
+        """Load and transform; ``source``, ``options`` and errors are those of :func:`load_image`.
+
+        Args:
+            augment: changes the RGB image, of any size, before it is resized.
+        """
+        image = load_image(source, near=self.size if augment is None else 2 * self.size, **options)
+        return to_pixels(augment(image) if augment else image, self.size, self.interpolation, self.resize_mode)
 
     def blank(self) -> Tensor:
         """In place of an image that cannot be used."""

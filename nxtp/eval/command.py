@@ -25,6 +25,7 @@ from torchmetrics import Metric
 from nxtp.config import to_dataclass
 from nxtp.data.config import DataConfig
 from nxtp.data.datamodule import ResumableDataLoader, WebDatasetDataModule
+from nxtp.data.dataset import check_skipped, report_skipped
 from nxtp.data.labels.from_samples import warn_if_nouns_differ
 from nxtp.distributed.ranks import fabric_of, shared, together, torchrun_ranks
 from nxtp.errors import UserError, by_kind
@@ -82,7 +83,7 @@ class Part:
     """A batch with its predictions.
 
     ``pictures``      uint8 [S, S, 3] of its first images, for predictions.png
-    ``samples_read``  samples read for it, of which ``skipped`` (by kind) could not be used
+    ``samples_read``  samples read for it, of which ``skipped`` (by kind) are not used; ``examples`` as of the batch
     ``seconds``       of the prediction
     """
 
@@ -92,6 +93,7 @@ class Part:
     pictures: list[np.ndarray]
     samples_read: int
     skipped: Counter
+    examples: dict[str, str]
     seconds: float
 
 
@@ -150,7 +152,7 @@ def evaluate_sets(
     )
     opened: dict[str, Any] = {"command": dict(enumerate(overrides)), "model": weights_hash(cfg.model_dir)}
     for name, spec in config.val.items():
-        shards = data.open(name, spec).shards
+        shards = data.open(name, spec, whole=False).shards
         opened[f"data.val.{name}"] = dict(zip(shards.urls, shards.sizes.tolist(), strict=True))
     named = read_classes(cfg.classes) if cfg.classes is not None else None
     classes = recognizer.prepare_classes(named) if named is not None else None
@@ -245,7 +247,8 @@ def predicted(loader: ResumableDataLoader, predict: Callable[[Tensor], list[Labe
         seconds = (time.perf_counter() - begin) / loader.sampler.world
         shown = [pixels.permute(1, 2, 0).cpu().numpy() for pixels in batch.images[:pictures]]
         pictures -= len(shown)
-        yield Part(batch.keys, batch.labels, predictions, shown, batch.samples_read, batch.skipped, seconds)
+        read = batch.samples_read, batch.skipped, batch.examples
+        yield Part(batch.keys, batch.labels, predictions, shown, *read, seconds)
 
 
 def evaluate_set(
@@ -278,17 +281,13 @@ def evaluate_set(
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
                 if len(result.shown) < cfg.grid:
                     result.shown.append(GridItem(Image.fromarray(next(pictures)), truth, ranked))
+            report_skipped(part.examples, result.skipped)
             result.skipped += part.skipped
             result.samples_read += part.samples_read
             result.images += len(part.keys)
             result.seconds += part.seconds
             progress.advance(task, part.samples_read)
-    skipped = result.skipped
-    if skipped.total() > cfg.data.max_skip_fraction * result.samples_read:
-        raise UserError(
-            f"{skipped.total()} of {result.samples_read} samples of '{name}' could not be used ({by_kind(skipped)}): "
-            f"more than data.max_skip_fraction = {cfg.data.max_skip_fraction:g}."
-        )
+    check_skipped(result.skipped, result.samples_read, cfg.data.max_skip_fraction, where=f" of '{name}'")
     return result
 
 

@@ -29,10 +29,12 @@ def data() -> None:
 @click.option("--top", type=click.IntRange(1), default=20, show_default=True, help="Most frequent labels to print.")
 @click.option("--nouns", default="hanta", show_default=True, help="Backend that makes labels of captions.")
 @click.option("--stop-nouns", default="", metavar="NOUN,…", help="Nouns that are no labels, as nouns.stop of training.")
+@click.option("--where", metavar="CONDITION", help="Only samples whose JSON fulfils this, as data.where of training.")
+@click.option("--caption-key", metavar="FIELD", help="Field of the JSON that is the caption, as data.caption_key.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Chooses the images.")
 @click.option("--cache-dir", type=click.Path(file_okay=False), help="Directory for copies of remote shards.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of tables.")
-def show(shards, out, images, samples, top, nouns, stop_nouns, seed, cache_dir, as_json):
+def show(shards, out, images, samples, top, nouns, stop_nouns, where, caption_key, seed, cache_dir, as_json):
     """Counts, sizes, labels and a contact sheet of SHARDS: directories, globs or brace expressions.
 
     nxtp data show data/shards/demo/train --out sheet.png
@@ -48,7 +50,8 @@ def show(shards, out, images, samples, top, nouns, stop_nouns, seed, cache_dir, 
     if images and not out.parent.is_dir():
         raise UserError(f"--out {out}: there is no directory {out.parent}.")  # before reading, which may take long
     backend = noun_backend(nouns, stop_nouns.split(","))
-    opened = open_set("shards", list(shards), DataConfig(cache_dir=cache_dir))
+    config = DataConfig(cache_dir=cache_dir, where=where, caption_key=caption_key)
+    opened = open_set("shards", list(shards), config)
     found = compute_statistics(opened, backend, samples, top)
     if as_json:
         click.echo(json.dumps(found, ensure_ascii=False))

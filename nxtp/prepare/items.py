@@ -77,7 +77,7 @@ def write_items(
         UserError: no items, two of one key, or ``out`` contains a set made with other options.
     """
     options = options or WriterOptions()
-    items = [item._replace(key=_readable_key(item.key)) for item in items]
+    items = [item._replace(key=readable_key(item.key)) for item in items]
     twice = [key for key, count in Counter(item.key for item in items).items() if count > 1]
     if twice:
         raise UserError(f"The source has {counted(len(twice), 'key')} more than once, the first is '{twice[0]}'.")
@@ -101,7 +101,7 @@ def write_items(
     )
 
 
-def _readable_key(key: str) -> str:
+def readable_key(key: str) -> str:
     """A key that is read back as it is: a dot would end it, a lone surrogate (an odd byte of a name) has no UTF-8."""
     return re.sub(r"[./\\\x00-\x1f\x7f\ud800-\udfff]", "_", key)
 

@@ -293,7 +293,7 @@ def metric_names(cfg: DictConfig) -> list[str]:
 
 
 def describe_data(data: WebDatasetDataModule) -> dict[str, Any]:
-    """For the run record: each set's number of samples, and the shards and manifest hash of each of its sources."""
+    """For the run record: samples and fingerprint of each set, shards and manifest hash of its sources."""
     described: dict[str, Any] = {}
     for name, spec in {"train": data.config.train, **data.config.val}.items():
         sources = {key: source.shards for key, source in named_sources(spec).items()}
@@ -304,7 +304,12 @@ def describe_data(data: WebDatasetDataModule) -> dict[str, Any]:
             }
             for key, shards in sources.items()
         }
-        described[name] = {**parts.get("", {"sources": parts}), "samples": len(data.open(name, spec))}
+        opened = data.open(name, spec)
+        described[name] = {
+            **parts.get("", {"sources": parts}),
+            "samples": len(opened),
+            "fingerprint": opened.fingerprint,
+        }
     return described
 
 

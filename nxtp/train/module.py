@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torchmetrics import MeanMetric
 
-from nxtp.data.dataset import Batch
+from nxtp.data.dataset import Batch, check_skipped, report_skipped
 from nxtp.data.features.store import FeatureStore
 from nxtp.distributed.checkpoints import OLD_FORMAT
 from nxtp.distributed.fsdp2 import FSDP2Strategy
 from nxtp.distributed.parallelize import ParallelConfig, parallelize, unsharded
-from nxtp.errors import UserError, by_kind
+from nxtp.errors import UserError
 from nxtp.eval.embedders import label_embedder
 from nxtp.eval.metrics import ExactMatch, SemanticMatch, meaningless, own_metrics
 from nxtp.inference.pretrained import rebuildable
@@ -60,11 +60,11 @@ class Sums:
     Args:
         values: float32 [n], on the device.
         step: the optimizer step that the batch is for.
-        keys: of its samples on this rank.
+        samples: of this rank, as :attr:`Batch.names`.
     """
 
-    def __init__(self, values: Tensor, step: int, keys: list[str]):
-        self.step, self.keys = step, keys
+    def __init__(self, values: Tensor, step: int, samples: list[str]):
+        self.step, self.samples = step, samples
         self._host = torch.empty(values.shape, dtype=values.dtype, pin_memory=values.is_cuda)
         self._host.copy_(values, non_blocking=values.is_cuda)
         self._copied = torch.cuda.current_stream(values.device).record_event() if values.is_cuda else None
@@ -166,7 +166,7 @@ class RecognitionModule(L.LightningModule):
         usable = len(batch) > 0
         mine = loss.total.detach() * usable
         sums = self._over_ranks(mine, loss.count * usable, self.stop_signal)
-        self._sums = Sums(torch.cat([sums, mine[None]]), self.global_step, batch.keys)
+        self._sums = Sums(torch.cat([sums, mine[None]]), self.global_step, batch.names)
         tokens = sums[1].clamp(min=1)
         self.log("train/loss", sums[0] / tokens)  # not prog_bar: Lightning reads such values at every step
         # Ranks average their gradients: times world_size is the sum. All batches that are accumulated for one step are
@@ -187,9 +187,9 @@ class RecognitionModule(L.LightningModule):
             return
         total, _, stop, mine = sums.read()
         if not math.isfinite(total):
-            keys = "see another rank's error" if math.isfinite(mine) else ", ".join(sums.keys)
+            samples = "see another rank's error" if math.isfinite(mine) else "; ".join(sums.samples)
             raise UserError(
-                f"The loss is {total} at step {sums.step}. Samples of the batch: {keys}. "
+                f"The loss is {total} at step {sums.step}. Samples of the batch: {samples}. "
                 "Check these samples, lower optim.lr, or use a wider trainer.precision."
             )
         self.stop_agreed = stop > 0
@@ -327,15 +327,12 @@ class RecognitionModule(L.LightningModule):
         }
 
     def _count(self, batch: Batch, training: bool = True) -> None:
+        report_skipped(batch.examples, self.skipped)
         self.skipped.update(batch.skipped)
         self.samples_read += batch.samples_read
         self.samples_seen += len(batch) if training else 0
-        skipped = self.skipped.total()
-        if batch.skipped and self.samples_read >= 100 and skipped > self.max_skip_fraction * self.samples_read:
-            raise UserError(
-                f"{skipped} of {self.samples_read} samples were skipped ({by_kind(self.skipped)}): more than "
-                f"data.max_skip_fraction = {self.max_skip_fraction:g}. Check the shards, or raise the limit."
-            )
+        if batch.skipped:
+            check_skipped(self.skipped, self.samples_read, self.max_skip_fraction, at_least=100)
 
     def own_counts(self) -> dict[str, Any]:
         """Samples skipped (by kind), read and seen on this rank, since the start of the run."""

@@ -11,30 +11,18 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from helpers import jpeg, sample, write_shards
+from helpers import jpeg, sample, shard_data, write_shards
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from PIL import Image
 
 from nxtp.data.config import DataConfig, named_sources
-from nxtp.data.datamodule import WebDatasetDataModule
 from nxtp.data.labels.from_samples import label_texts, warn_if_nouns_differ
 from nxtp.data.mixture import MixtureSource
 from nxtp.data.sampler import ElasticBatchSampler, subset_counts
-from nxtp.data.transforms import ImageTransform
 from nxtp.errors import UserError
-from nxtp.model.tokenizer import train_tokenizer
 from nxtp.prepare.writer import write_shard
-
-TOKENIZER = train_tokenizer(["rose", "lemon", "leaf", "ocean", "stone"], vocab_size=400)
-
-
-def shard_data(train=None, val=None, **settings) -> WebDatasetDataModule:
-    config = DataConfig(
-        train=train, val=val or {}, **{"batch_size": 4, "val_batch_size": 4, "num_workers": 0} | settings
-    )
-    return WebDatasetDataModule(config, TOKENIZER, transform=ImageTransform(32), num_image_tokens=16)
 
 
 def positions(plan: ElasticBatchSampler) -> list[int]:

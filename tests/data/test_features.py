@@ -95,6 +95,31 @@ def test_a_part_of_the_data_needs_a_part_of_the_features(root):
     assert not (root / "runs" / "features").exists()
 
 
+def test_two_ranks_compute_one_store(root):
+    """Each a share of what is missing."""
+    two = [*FROZEN, "data.features=ranks", "features_dtype=float32", "data.val_batch_size=8"]
+    here(root, "features", *two, "data.fraction=0.25")
+    assert "48 images computed, 16 before" in nxtp_runs("features", *two, cwd=root, ranks=2, NXTP_COMMAND="")
+    one, store = FeatureStore(root / "float32"), FeatureStore(root / "ranks")
+    assert len(store) == 64
+    assert len(store.parts) == 3
+    for number in range(63):
+        image = sample(number)["jpg"]
+        assert np.allclose(store.read(image), one.read(image), atol=1e-6)
+
+
+def test_ranks_write_parts_of_their_own(tmp_path):
+    meta, numbers = Meta("e", 2, 3, "float16"), iter(range(9))
+    for ranks in (3, 2):
+        writers = [FeatureWriter(tmp_path, meta, (rank, ranks)) for rank in range(ranks)]
+        for writer in (*writers, writers[0]):
+            writer.write([image_key(b"%d" % next(numbers))], np.zeros((1, 2, 3)), np.array([False]))
+        del writers, writer
+    store = FeatureStore(tmp_path)
+    assert len(store) == len(store.parts) == 7
+    assert all(image_key(b"%d" % number) in store for number in range(7))
+
+
 def test_images_that_have_no_features_are_counted(root):
     write_shards(root / "more", [32, 32, 8], labels=True)
     run = train(root, "more", "data.features=float32", "data.train=more", "data.max_skip_fraction=1")

@@ -7,15 +7,18 @@ import io
 import json
 import os
 import re
+import subprocess
 import sys
 import tarfile
 import tomllib
+import zipfile
 import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from hatchling.builders.wheel import WheelBuilder
 from PIL import Image
 from small_shards import contents, jpeg, json_of, picture, samples
 
@@ -129,6 +132,23 @@ def test_class_folders(tmp_path):
     assert "--classes" not in run("folder", tmp_path / "flat", "--out", tmp_path / "o", fails=True)
     message = run("folder", tmp_path / "flat", "--out", tmp_path / "o", "--classes", fails=True)
     assert f"--classes needs a folder for each class, as in {tmp_path / 'flat' / 'dog' / 'NAME.jpg'}." in message
+
+
+def test_folders_that_are_no_classes_are_named(tmp_path):
+    for name in ("train/cat/1", "test/cat/1", "train/n02123045/1"):
+        picture(tmp_path / "mine" / f"{name}.jpg")
+    message = run("folder", tmp_path / "mine", "--out", tmp_path / "out", "--classes", fails=True)
+    assert message.startswith(f"error: {tmp_path / 'mine'} has test and train: prepare each as a set of its own: ")
+    message = run("folder", tmp_path / "mine" / "train", "--out", tmp_path / "out", "--classes", fails=True)
+    assert "n02123045 is named by a number of WordNet: nxtp prepare imagenet knows" in message
+    run("folder", tmp_path / "mine" / "test", "--out", tmp_path / "out", "--classes")
+
+
+def test_images_that_differ_in_their_format_alone_have_keys_of_their_own(tmp_path):
+    for name in ("1.jpg", "1.png", "1.JPG", "a.b.jpg", "a_b.jpg"):
+        picture(tmp_path / "mine" / "cat" / name, len(name))
+    run("folder", tmp_path / "mine", "--out", tmp_path / "out", "--classes")
+    assert sorted(samples(tmp_path / "out")) == ["cat_1", "cat_1_2", "cat_1_3", "cat_a_b", "cat_a_b_2"]
 
 
 def test_img2dataset_is_read_in_place(tmp_path):
@@ -525,6 +545,44 @@ def test_prepare_writes_what_the_script_writes(coco, tmp_path):
     result = CliRunner().invoke(prepare, ["coco", str(tmp_path), "--out", str(tmp_path / "x")])
     assert isinstance(result.exception, UserError), "reported by `nxtp`, as for its other commands"
     assert "captions_train2017.json is missing" in str(result.exception)
+
+
+def test_an_installed_wheel_prepares_as_the_scripts_do(tmp_path):
+    """In an interpreter that sees the wheel alone: the same sources, options and help, and the same shards."""
+    (wheel,) = WheelBuilder(str(DATA.parent)).build(directory=str(tmp_path), versions=["standard"])
+    with zipfile.ZipFile(wheel) as file:
+        file.extractall(tmp_path / "installed")
+    picture(tmp_path / "mine" / "cat" / "1.jpg")
+    calls = {
+        "folder": [str(tmp_path / "mine"), "--classes", "--workers", "1"],
+        "scenes": ["--train", "2", "--val", "1", "--val-style", "1", "--workers", "1"],
+    }
+    code = f"""
+import json, nxtp
+from click.testing import CliRunner
+from nxtp.prepare.commands import prepare
+assert nxtp.__file__ == {str(tmp_path / "installed/nxtp/__init__.py")!r}
+helps = {{name: CliRunner().invoke(prepare, [name, "--help"]).output for name in prepare.list_commands(None)}}
+for name, arguments in {calls}.items():
+    done = CliRunner().invoke(prepare, [name, *arguments, "--out", f"command/{{name}}"])
+    assert done.exit_code == 0, (done.output, done.exception)
+print(json.dumps(helps))
+"""
+    environment = os.environ | {"PYTHONPATH": str(tmp_path / "installed")}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=100
+    )
+    assert done.returncode == 0, done.stderr
+    helps = json.loads(done.stdout)
+    assert sorted(helps) == SCRIPTS
+    for script, text in helps.items():
+        result = CliRunner().invoke(importlib.import_module(script).main, ["--help"])
+        assert text.partition("\n")[2] == result.output.partition("\n")[2], "all but the usage"
+    for script, arguments in calls.items():
+        out = tmp_path / "script" / script
+        assert CliRunner().invoke(importlib.import_module(script).main, [*arguments, "--out", str(out)]).exit_code == 0
+        for path in (path for path in out.rglob("*") if path.is_file()):
+            assert path.read_bytes() == (tmp_path / "command" / script / path.relative_to(out)).read_bytes()
 
 
 def test_the_wheel_contains_every_script():

@@ -110,7 +110,9 @@ def test_only_what_should_train_changes(tmp_path, shards):
 def batch_of(number: int = 2) -> Batch:
     layout = lay_out([[(5,)]] * number, prompt=[1], delimiter=4, num_image_tokens=16, objective=Objective.MATCHED)
     images = torch.zeros(number, 3, 32, 32, dtype=torch.uint8)
-    return Batch(images, layout, [f"key{i}" for i in range(number)], [["a"]] * number, number, Counter())
+    return Batch(
+        images, layout, [f"key{i}" for i in range(number)], ["s.tar"] * number, [["a"]] * number, number, Counter()
+    )
 
 
 def test_a_loss_that_is_not_finite_stops_with_the_keys(shards):
@@ -120,7 +122,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_keys(shards):
     with torch.no_grad():
         module.model.projection.weight.fill_(float("nan"))
     module.training_step(batch_of(), 0)
-    with pytest.raises(UserError, match=r"nan.*key0, key1"):
+    with pytest.raises(UserError, match=r"nan.*key0, key1 in s\.tar\."):
         module.training_step(batch_of(), 1)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 
 import lightning as L
@@ -22,6 +23,7 @@ from nxtp.data.mixture import open_set
 from nxtp.data.sampler import ElasticBatchSampler
 from nxtp.data.shards.reader import IndexedShards, SampleError
 from nxtp.data.transforms import ImageTransform
+from nxtp.distributed.ranks import fabric_of, shared, together, torchrun_ranks
 from nxtp.errors import UserError, nearest
 from nxtp.model.encoder import Encoder
 from nxtp.model.model import ModelConfig
@@ -29,13 +31,16 @@ from nxtp.model.model import ModelConfig
 log = logging.getLogger("nxtp")
 
 PART_BYTES = 1 << 29  # of one part, about
+PATIENCE = timedelta(days=1)  # of a rank whose share is computed, for the others
 
 
 def extract(cfg: DictConfig) -> None:
     """Add to ``data.features`` what it lacks of the images of ``data.train`` (``data.fraction``, ``data.max_samples``).
 
+    Ranks that torchrun has started share out the images and write one store.
+
     Raises:
-        UserError: no directory is set, it is another encoder's, or the disk has no room.
+        UserError: no directory is set, it is another encoder's, the disk has no room, or a rank has failed.
     """
     config = to_dataclass(DataConfig, cfg.data, "data")
     if config.features is None:
@@ -43,18 +48,37 @@ def extract(cfg: DictConfig) -> None:
     dtype = str(cfg.features_dtype)
     if dtype not in DTYPES:
         raise UserError(f"features_dtype must be {' or '.join(DTYPES)}, got '{dtype}'.{nearest(dtype, DTYPES)}")
+    ranks = torchrun_ranks("auto")
+    fabric = fabric_of(ranks, "torchrun", PATIENCE) if ranks else None
     L.seed_everything(cfg.seed, workers=True, verbose=False)
     encoder = Encoder(to_dataclass(ModelConfig, cfg.model, "model").encoder)
     encoder.requires_grad_(False).eval()
+    encoder.to(fabric.device if fabric else "cuda" if torch.cuda.is_available() else "cpu")
     meta = Meta(fingerprint(encoder), encoder.num_tokens, encoder.width, dtype)
-    writer = FeatureWriter(Path(config.features), meta)
-    store = FeatureStore(config.features)
+    with together(fabric, {"encoder": meta.encoder}) as share:
+        computed = sum(shared(compute(config, encoder, meta, share)))
+    if share[0] == 0:
+        each, before = meta.bytes_each / 1e3, len(FeatureStore(config.features)) - computed
+        log.info("%s: %d images computed, %d before; %.0f kB each.", config.features, computed, before, each)
 
+
+def compute(config: DataConfig, encoder: Encoder, meta: Meta, share: tuple[int, int]) -> Iterator[int]:
+    """Write a rank's share of what the store lacks. Yields 0 once the store exists, then the images of each part.
+
+    Args:
+        share: (rank, number of ranks).
+    """
+    rank, world = share
+    writer = FeatureWriter(Path(config.features or ""), meta, share)
+    yield 0
+    store = FeatureStore(writer.directory)
     shards = open_set("train", config.train, config).shards
     sampler = ElasticBatchSampler(
         shards.sizes,
         config.val_batch_size,
         shuffle=False,
+        rank=rank,
+        world=world,
         max_samples=config.max_samples,
         fraction=config.fraction,
         subset_seed=config.subset_seed,
@@ -66,25 +90,18 @@ def extract(cfg: DictConfig) -> None:
         batch_size=None,
         num_workers=config.num_workers,
     )
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    encoder.to(device)
 
-    computed = 0
-    with Progress() as progress:
+    def batches() -> Iterator[Part]:
+        for keys, pixels, unusable in progress.track(loader, description="features"):
+            if keys:
+                with torch.inference_mode():
+                    tokens = encoder(pixels.to(encoder.mean.device)).float().cpu()  # [n, N, D_encoder]
+                yield keys, tokens.numpy(), unusable
 
-        def batches() -> Iterator[Part]:
-            for keys, pixels, unusable in progress.track(loader, description="features"):
-                if keys:
-                    with torch.inference_mode():
-                        tokens = encoder(pixels.to(device)).float().cpu()  # [n, N, D_encoder]
-                    yield keys, tokens.numpy(), unusable
-
+    with Progress(disable=rank > 0) as progress:
         for part in in_parts(batches(), max(1, PART_BYTES // meta.bytes_each)):
             writer.write(*part)
-            computed += len(part[0])
-    log.info(
-        "%s: %d images computed, %d before; %.0f kB each.", config.features, computed, len(store), meta.bytes_each / 1e3
-    )
+            yield len(part[0])
 
 
 class Missing(Dataset):

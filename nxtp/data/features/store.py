@@ -157,14 +157,19 @@ class FeatureStore:
 
 
 class FeatureWriter:
-    """Adds parts to a store; one writer at a time.
+    """Adds parts to a store; one command at a time, of one or several ranks.
+
+    Args:
+        share: (rank, number of ranks). The first rank's writer comes first: it creates the store.
 
     Raises:
-        UserError: the directory cannot be written, is another encoder's, or another process writes to it.
+        UserError: the directory cannot be written, is another encoder's, or another command writes to it.
     """
 
-    def __init__(self, directory: Path, meta: Meta):
-        self.directory, self.meta = directory, meta
+    def __init__(self, directory: Path, meta: Meta, share: tuple[int, int] = (0, 1)):
+        self.directory, self.meta, self.share = directory, meta, share
+        if share[0] > 0:
+            return
         try:
             directory.mkdir(parents=True, exist_ok=True)
             self._lock = (directory / LOCK).open("w")  # held until this process ends, however it ends
@@ -203,7 +208,9 @@ class FeatureWriter:
         Raises:
             UserError: it cannot be written.
         """
-        number = 1 + max((int(p.name[5:]) for p in self.directory.glob("part-*")), default=-1)
+        rank, ranks = self.share
+        last = max((int(p.name[5:]) for p in self.directory.glob("part-*")), default=-1)
+        number = last + 1 + (rank - last - 1) % ranks  # the next that no other rank writes
         part = self.directory / f"part-{number:06d}"
         try:
             with atomic_directory(part) as new:

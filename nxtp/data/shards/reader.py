@@ -17,9 +17,11 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from nxtp.data.shards.cache import RemoteCache, RemoteError
+from nxtp.data.shards.captions import read_captions
 from nxtp.data.shards.tar_index import HEADER, IndexStore, ShardIndex, index_shard, stamp_of
 from nxtp.data.shards.urls import is_remote, local_path
-from nxtp.errors import UserError, by_kind
+from nxtp.data.where import FILTERED, Selection
+from nxtp.errors import UserError, by_kind, printable
 
 log = logging.getLogger(__name__)
 
@@ -29,6 +31,8 @@ MAX_IMAGE_BYTES = 1 << 28
 _MEMBERS = (("image", MAX_IMAGE_BYTES), ("caption", MAX_CAPTION_BYTES), ("json", MAX_JSON_BYTES))  # as in an index
 _OPEN_SHARDS = 16
 _OPEN_INDEXES = 32
+_OPEN_CAPTIONS = 8
+_ALL = Selection()
 _SPREAD_SHARDS = 32
 _GAP = 1 << 14  # unwanted bytes that are read along rather than skipped by another read
 
@@ -41,7 +45,7 @@ class SampleError(Exception):
         self.kind, self.key, self.shard = kind, key, shard
 
     def __str__(self) -> str:
-        return f"{self.kind}: {self.key} in {self.shard}"
+        return f"{self.kind}: {name_of(self.key, self.shard)}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +57,10 @@ class RawSample:
     image: bytes
     caption: str | None
     labels: list[str] | None
+
+    @property
+    def name(self) -> str:
+        return name_of(self.key, self.shard)
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +118,7 @@ class IndexedShards:
             self.skipped.update(shard.skipped)
             if shard.skipped:
                 log.warning("%s: %s", shard.url, by_kind(shard.skipped))
+        self.selections: dict[str, Selection] = {}  # by shard
         self._local = threading.local()
 
     def __len__(self) -> int:
@@ -157,29 +166,48 @@ class IndexedShards:
         Raises:
             SampleError: "shard vanished", "shard changed" (since it was indexed), "unreadable shard", "unreachable
                 shard", "stalled shard", "missing sample" (the manifest promised more), "truncated member",
-                "oversized image|caption|json", "corrupt json", "bad labels" (not a list of strings) or "damaged
-                image" (other bytes than its JSON's ``crc32``).
+                "oversized image|caption|json", "corrupt json", "bad labels" (not a list of strings), "damaged
+                image" (other bytes than its JSON's ``crc32``), "unreadable captions" (beside the shard), or FILTERED
+                (its shard's ``selections`` has it not).
             IndexError: no such position.
         """
         key, url, content = self._content(position, ("image", "caption", "json"))
         caption = decode_text(content["caption"]) if "caption" in content else None
-        labels = None
-        if "json" in content:
-            try:
-                record = json.loads(content["json"])
-            except (ValueError, RecursionError):
-                record = None
-            if not isinstance(record, dict):
-                raise SampleError("corrupt json", key, url)
-            if (labels := record.get("labels")) is not None:
-                if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
-                    raise SampleError("bad labels", key, url)
-                labels = [valid_text(label) for label in labels]
-            if not caption and isinstance(record.get("caption"), str):
-                caption = valid_text(record["caption"]).strip()
-            if isinstance(record.get("crc32"), int) and zlib.crc32(content["image"]) != record["crc32"]:
-                raise SampleError("damaged image", key, url)
+        try:
+            record = json.loads(content.get("json", b"{}"))
+        except (ValueError, RecursionError):
+            record = None
+        if not isinstance(record, dict):
+            raise SampleError("corrupt json", key, url)
+        selection = self.selections.get(url, _ALL)
+        if not selection.takes(record):
+            raise SampleError(FILTERED, key, url)
+        if (labels := record.get("labels")) is not None:
+            if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
+                raise SampleError("bad labels", key, url)
+            labels = [valid_text(label) for label in labels]
+        if selection.column:
+            caption = self._captions(position, selection.column).get(key)
+        elif selection.caption_key or not caption:
+            text = record.get(selection.caption_key or "caption")
+            caption = valid_text(text).strip() if isinstance(text, str) else None
+        if isinstance(record.get("crc32"), int) and zlib.crc32(content["image"]) != record["crc32"]:
+            raise SampleError("damaged image", key, url)
         return RawSample(key, url, content["image"], caption or None, labels)
+
+    def _captions(self, position: int, column: str) -> dict[str, str]:
+        """Those beside the shard of ``position``, from this thread's most recently used ones."""
+        number = self._locate(position)[0]
+        tables: OrderedDict[int, dict[str, str]] = self._local.__dict__.setdefault("captions", OrderedDict())
+        if number not in tables:
+            try:
+                tables[number] = read_captions(self.urls[number], column, self.cache)
+            except OSError as error:
+                raise SampleError("unreadable captions", self.key_of(position), self.urls[number]) from error
+            if len(tables) > _OPEN_CAPTIONS:
+                tables.popitem(last=False)
+        tables.move_to_end(number)
+        return tables[number]
 
     def read_image(self, position: int) -> bytes:
         """The image's bytes at ``position``, whatever the texts beside it contain; raises as :meth:`read`."""
@@ -299,6 +327,11 @@ class IndexedShards:
         if len(files) > _OPEN_SHARDS:
             files.popitem(last=False)[1].close()
         return file.fileno()
+
+
+def name_of(key: str, shard: str) -> str:
+    """A sample's name in messages."""
+    return f"{printable(key)} in {shard}" if key else shard
 
 
 def decode_text(text: bytes) -> str:

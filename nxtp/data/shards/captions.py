@@ -1,0 +1,37 @@
+"""Captions in a column of NNNNN.parquet beside the shard NNNNN.tar, where img2dataset writes its table."""
+
+from __future__ import annotations
+
+import io
+
+from nxtp.data.shards.cache import RemoteCache
+from nxtp.data.shards.remote import read_file
+from nxtp.data.shards.urls import is_remote, local_path
+from nxtp.errors import UserError, some_of
+
+
+def read_captions(shard: str, column: str, cache: RemoteCache | None) -> dict[str, str]:
+    """Key → caption of a shard's samples, without those whose caption is null.
+
+    Raises:
+        OSError: the table cannot be read; RemoteError of a remote one.
+        UserError: it has no such column.
+    """
+    import pyarrow
+    from pyarrow.parquet import ParquetFile
+
+    url = f"{shard.removesuffix('.tar')}.parquet"
+    source = local_path(url)
+    if is_remote(url) and cache is not None:
+        source = io.BytesIO(read_file(url, cache.pace, cache.retries))
+    try:
+        with ParquetFile(source) as file:
+            missing = {"key", column} - set(file.schema_arrow.names)
+            if missing:
+                found = some_of(file.schema_arrow.names)
+                raise UserError(f"data.caption_key: {url} has no column '{min(missing)}'. It has {found}.")
+            table = file.read(["key", column]).to_pydict()
+    except pyarrow.ArrowInvalid as error:
+        raise OSError(f"{url}: {error}") from error
+    pairs = zip(table["key"], table[column], strict=True)
+    return {str(key): text for key, text in pairs if isinstance(text, str)}
