@@ -35,7 +35,7 @@ from nxtp.model.layout import Layout, lay_out
 from nxtp.model.model import Model, ModelConfig
 from nxtp.sampling.one_shot import first_tokens, likeliest_
 from nxtp.train.checks import PRECISIONS, full_precision, strategy_name
-from nxtp.train.optim import OptimConfig, create_optimizer, groups_of
+from nxtp.train.optim import OptimConfig, local, state_bytes
 
 LABELS, LABEL_TOKENS, PROMPT_TOKENS = 8, 2, 7  # a typical caption
 PARTS = ("weights", "gradients", "optimizer", "activations", "working")
@@ -253,7 +253,7 @@ class _LiveBytes(TorchDispatchMode):
 
     def __init__(self, before: Iterable[Tensor]) -> None:
         super().__init__()
-        self._before = {_local(tensor).untyped_storage()._cdata for tensor in before}
+        self._before = {local(tensor).untyped_storage()._cdata for tensor in before}
         self.part = "working"
         self.bytes = dict.fromkeys(PARTS, 0)
         self.most_gathered = 0
@@ -273,7 +273,7 @@ class _LiveBytes(TorchDispatchMode):
     def mark(self, tensors: Iterable[Tensor], part: str) -> None:
         """Set the part of those of ``tensors`` that were allocated here."""
         for tensor in tensors:
-            number = self._number.get(_local(tensor).untyped_storage()._cdata)
+            number = self._number.get(local(tensor).untyped_storage()._cdata)
             if number is not None:
                 self.bytes[self._part_of[number]] -= self._alive[number]
                 self.bytes[part] += self._alive[number]
@@ -333,12 +333,8 @@ class _LiveBytes(TorchDispatchMode):
         self.bytes[self._part_of[number]] -= self._alive.pop(number)
 
 
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
 def _bytes(tensors: Iterable[Tensor]) -> int:
-    return sum(local.numel() * local.element_size() for local in map(_local, tensors))
+    return sum(local.numel() * local.element_size() for local in map(local, tensors))
 
 
 def _sum_up(
@@ -355,7 +351,7 @@ def _sum_up(
     gradients = _bytes(trained)
     always = {
         "weights": _bytes([*model.parameters(), *model.buffers()]),
-        "optimizer": _state_bytes(model, optim),
+        "optimizer": state_bytes(model, optim),
     }
     # Fused AdamW and torchao's AdamW work in place. With a loss scaler AdamW is not fused: on a GPU the roots of all
     # second moments exist at once, on a CPU those of one parameter.
@@ -376,30 +372,3 @@ def _sum_up(
         "activations": saved,
     }
     return Memory(most, totals[when], when)
-
-
-def _state_bytes(model: Model, optim: OptimConfig) -> int:
-    """Of the optimizer's state: that of small parameters after a step, in proportion."""
-    groups = groups_of(model, optim)
-    if optim.optimizer["_target_"].startswith("torchao."):
-        return 2 * sum(_bytes_of_8_bit_moment(p) for group in groups for p in group["params"])
-    smalls = [[nn.Parameter(torch.zeros((8,) * p.ndim, dtype=p.dtype)) for p in group["params"]] for group in groups]
-    optimizer = create_optimizer([group | {"params": s} for group, s in zip(groups, smalls, strict=True)], optim)
-    for small in (s for group in smalls for s in group):
-        small.grad = torch.zeros_like(small)
-    optimizer.step()
-
-    def bytes_per_number(small: nn.Parameter) -> float:
-        state = optimizer.state[small]
-        return _bytes(t for name, t in state.items() if isinstance(t, Tensor) and name != "step") / small.numel()
-
-    pairs = (
-        (p, s) for group, few in zip(groups, smalls, strict=True) for p, s in zip(group["params"], few, strict=True)
-    )
-    return round(sum(_local(p).numel() * bytes_per_number(s) for p, s in pairs))
-
-
-def _bytes_of_8_bit_moment(parameter: Tensor) -> int:
-    """torchao keeps a byte per number and a float32 per 256; small or odd parameters stay float32."""
-    count = _local(parameter).numel()
-    return count + count // 64 if count >= 4096 and count % 256 == 0 else 4 * count

@@ -10,6 +10,7 @@ from typing import Any
 import lightning as L
 import torch.distributed as dist
 
+from nxtp.distributed.before import Ranks
 from nxtp.errors import UserError
 
 _MISSING = "nothing"
@@ -25,12 +26,23 @@ class StartTogether(L.Callback):
         setting: the configuration key of ``timeout``, if it has one.
     """
 
-    def __init__(self, strategy: Any, timeout: float, opened: dict[str, Any], setting: str | None = None):
-        self.strategy, self.timeout, self.opened = strategy, timeout, opened
+    def __init__(
+        self, strategy: Any, timeout: float, opened: dict[str, Any] | None = None, setting: str | None = None
+    ):
+        self.strategy, self.timeout, self.opened = strategy, timeout, opened or {}
         self.setting = f" ({setting})" if setting else ""
         self.have_met = False
         if hasattr(strategy, "_timeout"):  # of several ranks
             self._later, strategy._timeout = strategy._timeout, timedelta(seconds=timeout)
+
+    def ranks(self) -> Ranks:
+        """The ranks before their process group exists.
+
+        Raises:
+            UserError: they do not come.
+        """
+        with self.waiting():
+            return Ranks.of(self.strategy, self.timeout)
 
     @contextmanager
     def waiting(self) -> Iterator[None]:

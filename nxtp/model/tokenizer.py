@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import string
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -99,6 +99,14 @@ class LabelTokenizer:
         with tempfile.TemporaryDirectory() as directory:
             self.save(Path(directory))
             return {name: Path(directory, name).read_text() for name in FILES}
+
+    @classmethod
+    def of_files(cls, files: Mapping[str, str], prompt: str = PROMPT) -> LabelTokenizer:
+        """From what :meth:`files` returns."""
+        with tempfile.TemporaryDirectory() as directory:
+            for name in FILES:
+                Path(directory, name).write_text(files[name])
+            return cls.load(directory, prompt)
 
     @classmethod
     def load(cls, source: str | Path, prompt: str = PROMPT) -> LabelTokenizer:

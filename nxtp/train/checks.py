@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import psutil
 import torch
 from omegaconf import DictConfig
 from torch import nn
@@ -11,7 +12,8 @@ from torch import nn
 from nxtp.config import rank_count, to_dataclass
 from nxtp.distributed.parallelize import mixed_precision
 from nxtp.errors import UserError, at_least, nearest
-from nxtp.train.optim import OptimConfig, create_optimizer, create_schedule
+from nxtp.model.model import Model
+from nxtp.train.optim import OptimConfig, create_optimizer, create_schedule, state_bytes
 
 PRECISIONS: dict[str, tuple[torch.dtype, torch.dtype | None]] = {  # dtype of the weights, and of autocast
     "32-true": (torch.float32, None),
@@ -73,6 +75,32 @@ def check_settings(cfg: DictConfig) -> None:
         raise UserError(
             "optim.optimizer is fused, and trainer.precision=16-mixed cannot clip its gradients: "
             "set optim.optimizer.fused=false, trainer.gradient_clip_val=null or trainer.precision=bf16-mixed."
+        )
+
+
+def check_memory(model: Model, cfg: DictConfig, optim: OptimConfig) -> None:
+    """Weights, gradients and the optimizer's state are the least that training needs.
+
+    Raises:
+        UserError: they are more than the memory of a GPU, or a process's part of this machine's.
+    """
+    parameters = list(model.parameters())
+    trained, ranks = sum(p.numel() for p in parameters if p.requires_grad), rank_count(cfg.trainer)
+    of_a_number = PRECISIONS[full_precision(cfg.trainer.precision)][0].itemsize
+    numbers = sum(p.numel() for p in parameters) + trained
+    if cfg.trainer.accelerator != "cpu" and torch.cuda.is_available():
+        has, what = torch.cuda.get_device_properties(0).total_memory, "a GPU"
+    else:
+        has, what = psutil.virtual_memory().total * int(cfg.trainer.num_nodes) // ranks, "this machine for each process"
+    sharers = ranks if strategy_name(cfg.trainer) == "FSDP2Strategy" else 1
+    if of_a_number * (numbers + 4 * trained) / sharers < has:
+        return
+    needed = of_a_number * (numbers + state_bytes(model, optim) / 4) / sharers
+    if needed > has:
+        raise UserError(
+            f"Training needs at least {needed / 1e9:.1f} GB (weights, gradients, optimizer state), and {what} has "
+            f"{has / 1e9:.1f} GB: keep fewer blocks (model.decoder.depth), train fewer parts (optim.trainable, "
+            "model.decoder.lora), or use trainer=fsdp."
         )
 
 

@@ -46,7 +46,7 @@ from nxtp.train.callbacks.averaging import keep_average
 from nxtp.train.callbacks.early_stopping import EarlyStopping
 from nxtp.train.callbacks.preemption import PreemptionHandler, call_handler, preempted_by
 from nxtp.train.callbacks.run_record import RunRecordWriter
-from nxtp.train.checks import check_machine, check_settings
+from nxtp.train.checks import check_machine, check_memory, check_settings
 from nxtp.train.module import RecognitionModule, ValidationConfig
 from nxtp.train.optim import OptimConfig
 
@@ -178,6 +178,7 @@ def build(cfg: DictConfig, run_dir: Path) -> tuple[WebDatasetDataModule, Recogni
     sections: dict[str, Any] = {name: to_dataclass(kind, cfg[name], name) for name, kind in SECTIONS.items()}
     model, config, optim = sections["model"], sections["data"], sections["optim"]
     shape = meta_model(model, None, optim.trainable)  # which finds what is wrong, before data is opened
+    check_memory(shape, cfg, optim)
     sets: dict[str, OpenedSet] = {}
     tokenizer = find_tokenizer(model, config, run_dir, sets, reuse=cfg.resume != "restart")
     data = WebDatasetDataModule(

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -160,3 +161,35 @@ def warmup_cosine(optimizer: Optimizer, total_steps: int, warmup: float = 0.05, 
         return final_lr + (1 - final_lr) * 0.5 * (1 + math.cos(math.pi * progress))
 
     return LambdaLR(optimizer, share)
+
+
+def state_bytes(model: Model, optim: OptimConfig) -> int:
+    """Bytes of the optimizer's state on this rank: that of small parameters after a step, in proportion."""
+    groups = groups_of(model, optim)
+    if optim.optimizer["_target_"].startswith("torchao."):
+        return 2 * sum(_bytes_of_8_bit_moment(p) for group in groups for p in group["params"])
+    smalls = [[nn.Parameter(torch.zeros((8,) * p.ndim, dtype=p.dtype)) for p in group["params"]] for group in groups]
+    optimizer = create_optimizer([group | {"params": s} for group, s in zip(groups, smalls, strict=True)], optim)
+    for small in (s for group in smalls for s in group):
+        small.grad = torch.zeros_like(small)
+    optimizer.step()
+
+    def bytes_per_number(small: nn.Parameter) -> float:
+        state = optimizer.state[small]
+        return sum(t.nbytes for name, t in state.items() if isinstance(t, Tensor) and name != "step") / small.numel()
+
+    pairs = (
+        (p, s) for group, few in zip(groups, smalls, strict=True) for p, s in zip(group["params"], few, strict=True)
+    )
+    return round(sum(local(p).numel() * bytes_per_number(s) for p, s in pairs))
+
+
+def _bytes_of_8_bit_moment(parameter: Tensor) -> int:
+    """torchao keeps a byte per number and a float32 per 256; small or odd parameters stay float32."""
+    count = local(parameter).numel()
+    return count + count // 64 if count >= 4096 and count % 256 == 0 else 4 * count
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a tensor, sharded or not."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -52,15 +52,26 @@ def test_a_rank_that_waits_in_vain_reports_for_what(tmp_path, rank):
     assert "Traceback" not in done.stderr
 
 
-def test_ranks_with_other_data_train_nothing(tmp_path):
+@pytest.mark.parametrize(
+    ("ranks", "last"),
+    [
+        pytest.param(2, [16], id="a missing shard"),
+        pytest.param(4, [16, 30], id="another shard", marks=pytest.mark.slow),  # of as many processes
+    ],
+)
+def test_ranks_with_other_data_train_nothing(tmp_path, ranks, last):
     """Each on a machine of its own, on which the same path has other shards."""
-    write_shards(tmp_path / "node0" / "train", [16, 8], labels=True)
-    write_shards(tmp_path / "node1" / "train", [16, 9], labels=True)
+    for rank in range(ranks):
+        write_shards(tmp_path / f"node{rank}" / "train", last if rank == ranks - 1 else [16, 8], labels=True)
     (tmp_path / "node.py").write_text("import os\nos.chdir(f'node{os.environ[\"LOCAL_RANK\"]}')\n")
     run_dir = f"hydra.run.dir={tmp_path}/run"
-    started = start_nxtp(*command("two", run_dir), cwd=tmp_path, ranks=2, NXTP_IMPORT="node")
+    overrides = [run_dir, f"trainer.devices={ranks}"]
+    started = start_nxtp(*command("two", *overrides), cwd=tmp_path, ranks=ranks, NXTP_IMPORT="node")
     assert started.wait() == 1
     errors = {line for line in started.output.splitlines() if line.startswith("error")}
-    text = "error: Rank 1 has opened something else than rank 0: data.train.train/part-00001.tar: "
-    assert errors == {text + "9 samples instead of 8 samples."}, started.output
+    shard = "train/part-00001.tar"
+    text = f"error: Rank {ranks - 1} has opened something else than rank 0: data.train.{shard}: "
+    sizes = [path.stat().st_size for rank in (0, ranks - 1) if (path := tmp_path / f"node{rank}" / shard).exists()]
+    there = [f"{size:,} bytes" for size in sizes] + ["nothing"] * (2 - len(sizes))
+    assert errors == {text + f"{there[1]} instead of {there[0]}."}, started.output
     assert not (tmp_path / "run" / "checkpoints").exists()

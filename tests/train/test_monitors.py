@@ -15,7 +15,7 @@ STOPPING = "+callbacks.stop={_target_: lightning.pytorch.callbacks.EarlyStopping
 
 def trainer(tmp_path, *overrides) -> L.Trainer:
     cfg = composed(tmp_path, "+data.val.val=x", *overrides)
-    return build_trainer(cfg, SimpleNamespace(val_names=list(cfg.data.val)), tmp_path)
+    return build_trainer(cfg, tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,9 @@
 import copy
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 import yaml
@@ -76,6 +78,18 @@ def test_an_impossible_number_is_one_line(recipe, override, message):
     assert str(caught.value).startswith(message)
     assert "\n" not in str(caught.value)
     assert not (run_dir / "checkpoints").exists()
+
+
+def test_a_model_larger_than_the_memory_is_one_line(recipe, monkeypatch):
+    total = psutil.virtual_memory().total
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(total=4 * 150_000))
+    sizes = r"Training needs at least 0.0 GB \(weights, gradients, optimizer state\), and this machine for each process"
+    with pytest.raises(UserError, match=sizes):
+        train(recipe)
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(total=total))
+    recipe.model.decoder.config.hidden_size = 65536
+    with pytest.raises(UserError, match=r"keep fewer blocks"):
+        train(recipe)
 
 
 @pytest.mark.parametrize(

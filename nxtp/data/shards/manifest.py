@@ -18,7 +18,7 @@ MANIFEST_FORMAT = 1
 
 @dataclass(frozen=True)
 class ShardInfo:
-    """One line of a manifest."""
+    """One line of a manifest; ``sha256`` is '' of a remote shard."""
 
     name: str
     samples: int
@@ -40,7 +40,22 @@ def write_manifest(
     nouns: Mapping[str, Any] | None = None,
     skipped: Mapping[str, int] | None = None,
 ) -> Path:
-    """Write ``manifest.json``: the same arguments, shards in any order, give the same bytes.
+    """Write ``manifest.json``, atomically; raises OSError. Arguments as of :func:`manifest_text`."""
+    path = Path(directory) / MANIFEST
+    text = manifest_text(shards, made_by=made_by, nouns=nouns, skipped=skipped)
+    with atomic_file(path) as file:
+        file.write(text)
+    return path
+
+
+def manifest_text(
+    shards: Iterable[ShardInfo],
+    *,
+    made_by: Mapping[str, Any],
+    nouns: Mapping[str, Any] | None = None,
+    skipped: Mapping[str, int] | None = None,
+) -> bytes:
+    """The content of ``manifest.json``: the same arguments, shards in any order, give the same bytes.
 
     Args:
         made_by: how the shards were made: script, options, versions.
@@ -57,11 +72,7 @@ def write_manifest(
         "nouns": dict(nouns or {}),
         "skipped": dict(skipped or {}),
     }
-    path = Path(directory) / MANIFEST
-    text = json.dumps(manifest, indent=1, sort_keys=True, ensure_ascii=False)
-    with atomic_file(path) as file:
-        file.write(f"{text}\n".encode())
-    return path
+    return f"{json.dumps(manifest, indent=1, sort_keys=True, ensure_ascii=False)}\n".encode()
 
 
 def read_manifest(directory: Path | str) -> dict[str, Any] | None:

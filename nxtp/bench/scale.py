@@ -1,0 +1,75 @@
+"""`nxtp bench data --scale N`: how soon N remote shards with a manifest are ready to be read, and in how much memory.
+
+No shard exists: what is measured happens before the first one is read. The set is opened by several ranks in turn, each
+as it would be in a process of its own.
+"""
+
+from __future__ import annotations
+
+import time
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import fsspec
+import numpy as np
+import psutil
+from rich.table import Table
+from torch.distributed import HashStore
+
+from nxtp.bench.reporting import build_table, machine_description, machine_line
+from nxtp.data.config import DataConfig
+from nxtp.data.mixture import open_set
+from nxtp.data.sampler import ElasticBatchSampler
+from nxtp.data.shards.manifest import MANIFEST, ShardInfo, manifest_text
+from nxtp.distributed.before import Ranks
+
+SAMPLES = 5_050  # of a shard on average: 14,000 of them have the 70.7 million of G70M
+LARGEST_GAP = 50  # that their numbers differ from it
+
+
+def measure_scale(*, shards: int, ranks: int, batch_size: int, seed: int) -> dict[str, Any]:
+    """Open ``shards`` shards by the first and the last of ``ranks``, and take the first step of an epoch.
+
+    Returns:
+        ``rows``: of either rank ``opened_s``, ``first_batch_s``, ``memory_mb`` (resident memory of the process so far)
+        and ``set_mb`` of it that are not of imported libraries; ``plan``, and whether both have the same one and parts
+        of the same step (``agree``); the machine.
+    """
+    generator = np.random.default_rng(seed)
+    sizes = generator.integers(SAMPLES - LARGEST_GAP, SAMPLES + LARGEST_GAP, shards).tolist()
+    infos = [ShardInfo(f"{i:05d}.tar", n, 50_000 * n, f"{i:064x}") for i, n in enumerate(sizes)]
+    bucket = fsspec.filesystem("memory")
+    bucket.pipe_file(f"/scale/{MANIFEST}", manifest_text(infos, made_by={"bench": "scale"}))
+    store, rows, plans, steps = HashStore(), {}, [], []
+    before = psutil.Process().memory_info().rss
+    with TemporaryDirectory() as temporary:
+        spec = f"memory://scale/{{00000..{shards - 1:05d}}}.tar"
+        config = DataConfig(batch_size=batch_size, cache_dir=f"{temporary}/cache", index_dir=f"{temporary}/index")
+        for rank in (0, ranks - 1):
+            begin = time.perf_counter()
+            opened = open_set("train", spec, config, Ranks(store, rank, ranks, running=False))
+            opened_s = time.perf_counter() - begin
+            sampler = ElasticBatchSampler(
+                opened.shards.sizes, batch_size, shuffle=True, sources=opened.sources, rank=rank, world=ranks
+            )
+            steps.append(set(next(iter(sampler))[1].tolist()))
+            memory = psutil.Process().memory_info().rss
+            rows[f"rank {rank}"] = {
+                "opened_s": opened_s,
+                "first_batch_s": time.perf_counter() - begin,
+                "memory_mb": memory / 1e6,
+                "set_mb": (memory - before) / 1e6,
+            }
+            plans.append(opened.plan)
+    bucket.rm("/scale", recursive=True)
+    agree = plans[0] == plans[-1] and not set.intersection(*steps)
+    return {"rows": rows, "plan": plans[0], "ranks": ranks, "agree": agree, "machine": machine_description()}
+
+
+def scale_table(result: dict[str, Any]) -> Table:
+    figures = (("opened_s", ".1f"), ("first_batch_s", ".1f"), ("set_mb", ",.0f"), ("memory_mb", ",.0f"))
+    rows = [(name, *(f"{row[key]:{form}}" for key, form in figures)) for name, row in result["rows"].items()]
+    agree = "the same plan, and parts of one step" if result["agree"] else "DIFFERENT plans, or the same samples"
+    caption = f"{result['plan']}; both of {result['ranks']} ranks have {agree}. {machine_line(result['machine'])}"
+    columns = ("", "s until opened", "s until the first batch", "MB for it", "MB of the process")
+    return build_table("Remote shards with a manifest", columns, rows, caption)

@@ -1,0 +1,176 @@
+"""How many samples shards have: as files beside them list, or by their headers."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import track
+
+from nxtp.data.shards.cache import RemoteCache
+from nxtp.data.shards.manifest import MANIFEST
+from nxtp.data.shards.remote import ForwardFile, RemoteError, open_store, read_file
+from nxtp.data.shards.tar_index import IndexStore, ShardIndex, index_shard, stamp_of
+from nxtp.data.shards.urls import is_remote, local_path
+from nxtp.errors import UserError
+
+log = logging.getLogger(__name__)
+
+UNAVAILABLE = ("shard vanished", "unreadable shard", "unreachable shard", "stalled shard")  # could not be had at all
+THREADS = 16  # files read at once
+_MANY = 100  # shards
+Count = tuple[int, dict[str, int]]  # samples of a shard, and what is skipped in it, by kind
+
+
+def listed_counts(urls: Sequence[str], cache: RemoteCache | None) -> dict[str, int]:
+    """Samples of those ``urls`` that a file beside them lists; nothing is read of the shards.
+
+    The files are, the first that lists a shard counts: manifest.json; sizes.json of open_clip; index.json of
+    WebDataset; of each shard, _stats.json or parquet of img2dataset. A manifest counts for a local shard of the bytes
+    that it lists.
+
+    Raises:
+        UserError: a remote shard without ``cache``.
+    """
+    if cache is None and (remote := next(filter(is_remote, urls), None)) is not None:
+        raise UserError(f"{remote} is remote: set a directory for fetched shards (data.cache_dir, --cache-dir).")
+    found: dict[str, int] = {}
+    directories: dict[str, list[str]] = {}
+    for url in urls:
+        if not url.startswith("pipe:"):  # nothing is beside a command
+            directories.setdefault(url.rpartition("/")[0], []).append(url)
+    with ThreadPoolExecutor(THREADS) as pool:
+        for directory, members in directories.items():
+            rest = members
+            for name, parse in _LISTS.items():
+                if rest and (content := read_json(f"{directory}/{name}" if directory else name, cache)) is not None:
+                    with suppress(AttributeError, KeyError, TypeError, ValueError):
+                        listed = parse(content)
+                        found |= {url: listed[n][0] for url in rest if _fits(url, listed.get(n := _name(url)))}
+                        rest = [url for url in rest if url not in found]
+            if rest and successes(rest[0], cache) is not None:
+                counted = pool.map(lambda url: successes(url, cache), rest)
+                found |= {url: samples for url, samples in zip(rest, counted, strict=True) if samples is not None}
+    return found
+
+
+def header_counts(
+    urls: Sequence[str], cache: RemoteCache | None, store: IndexStore, *, shown: bool = False
+) -> list[Count]:
+    """Samples of shards by their stored indexes, else by their headers, which are stored then.
+
+    Args:
+        shown: show progress, if it takes long.
+    """
+
+    def count(url: str) -> Count:
+        name = index_name(url)
+        with suppress(OSError):
+            if head := store.head(name, None if is_remote(url) else stamp_of(name)):
+                return head[0], dict(head[2])
+        try:
+            index = read_index(url, cache)
+        except RemoteError as error:
+            return 0, {error.kind: 1}
+        store.save(name, index)
+        return len(index), dict(index.skipped)
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        counts: Iterable[Count] = pool.map(count, urls)
+        if shown and len(urls) >= _MANY:
+            log.info("The headers of up to %s shards are read: no file beside them lists their samples.", len(urls))
+            counts = track(counts, "counting samples", len(urls), console=Console(stderr=True), transient=True)
+        return list(counts)
+
+
+def count_shards(urls: Sequence[str], cache: RemoteCache | None, store: IndexStore) -> list[Count]:
+    """Samples of shards, listed beside them or counted."""
+    listed = listed_counts(urls, cache)
+    unlisted = [url for url in urls if url not in listed]
+    found = dict(zip(unlisted, header_counts(unlisted, cache, store), strict=True))
+    return [found[url] if url in found else (listed[url], {}) for url in urls]
+
+
+def read_index(url: str, cache: RemoteCache | None) -> ShardIndex:
+    """A shard's index from its headers; of a remote one that is not in the cache, long members are not transferred.
+
+    Raises:
+        RemoteError: it is not available.
+    """
+    if not is_remote(url) or cache is None:
+        return index_shard(local_path(url))
+    if not (url.startswith("pipe:") or cache.path_of(url).exists()):
+        file = ForwardFile(url, cache.pace, cache.retries)
+        if file.stamp[0] >= 0:
+            return index_shard(url, file)
+    return index_shard(url, cache.open(url))
+
+
+def index_name(url: str) -> str:
+    """What a shard's index is stored under: the same from every working directory."""
+    return url if is_remote(url) else os.path.abspath(local_path(url))
+
+
+def successes(url: str, cache: RemoteCache | None) -> int | None:
+    """Samples of one shard, by what img2dataset has written beside it; None without."""
+    stem = url.removesuffix(".tar")
+    with suppress(KeyError, TypeError, ValueError):
+        return int(read_json(f"{stem}_stats.json", cache)["successes"])
+    return _rows_of_parquet(f"{stem}.parquet")
+
+
+def _rows_of_parquet(url: str) -> int | None:
+    """Rows whose download has succeeded."""
+    try:
+        from pyarrow.parquet import read_table
+
+        if is_remote(url):
+            store, path = open_store(url)
+            file = store.open(path)
+        else:
+            file = open(local_path(url), "rb")  # noqa: SIM115
+        with file:
+            return read_table(file, columns=["status"])["status"].to_pylist().count("success")
+    except (ImportError, OSError, ValueError, KeyError):  # pyarrow's errors are ValueErrors too
+        return None
+
+
+def read_json(url: str, cache: RemoteCache | None) -> Any:
+    """A small file's content; None if there is none, or it is no JSON."""
+    try:
+        if is_remote(url) and cache is not None:
+            return json.loads(read_file(url, cache.pace, cache.retries))
+        return json.loads(Path(local_path(url)).read_bytes())
+    except (OSError, RecursionError, ValueError) as error:
+        if not isinstance(error, OSError):
+            log.warning("%s is no JSON, and is not used.", url)
+        return None
+
+
+def _fits(url: str, listed: tuple[int, int | None] | None) -> bool:
+    """Whether a shard is listed, with the bytes that it has if that is known."""
+    if listed is None or listed[0] < 0:
+        return False
+    if listed[1] is None or is_remote(url):
+        return True
+    with suppress(OSError):
+        return os.stat(local_path(url)).st_size == listed[1]
+    return False
+
+
+def _name(url: str) -> str:
+    return url.partition("?")[0].rpartition("/")[2]
+
+
+_LISTS: dict[str, Callable[[Any], dict[str, tuple[int, int | None]]]] = {  # shard → samples, and bytes if listed
+    MANIFEST: lambda content: {row["name"]: (int(row["samples"]), int(row["bytes"])) for row in content["shards"]},
+    "sizes.json": lambda content: {name: (int(samples), None) for name, samples in content.items()},
+    "index.json": lambda content: {_name(row["url"]): (int(row["nsamples"]), None) for row in content["shardlist"]},
+}

@@ -1,0 +1,261 @@
+"""Opening a set: ranks agree or nothing starts; counts beside shards are believed, and checked when they are read."""
+
+import json
+import random
+import threading
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+
+import fsspec
+import numpy as np
+import pyarrow
+import pytest
+from helpers import TINY_OVERRIDES, call_nxtp
+from pyarrow import parquet
+from small_shards import sample, write_shards
+from torch.distributed import HashStore
+
+from nxtp.data.config import DataConfig
+from nxtp.data.datamodule import WebDatasetDataModule
+from nxtp.data.mixture import open_set
+from nxtp.data.sampler import ElasticBatchSampler
+from nxtp.data.shards import counts, remote
+from nxtp.data.shards.cache import RemoteCache
+from nxtp.data.shards.counts import count_shards, listed_counts
+from nxtp.data.shards.manifest import ShardInfo, manifest_text, write_manifest
+from nxtp.data.shards.remote import ForwardFile, Pace, RemoteError
+from nxtp.data.shards.tar_index import IndexStore, ShardIndex, index_shard
+from nxtp.data.transforms import ImageTransform
+from nxtp.distributed.before import Ranks
+from nxtp.errors import UserError
+from nxtp.model.tokenizer import train_tokenizer
+from nxtp.prepare.writer import write_shard
+
+
+@pytest.fixture
+def bucket():
+    """A remote store in memory."""
+    store = fsspec.filesystem("memory")
+    yield store
+    store.rm("/bucket", recursive=True) if store.exists("/bucket") else None
+
+
+def on_ranks(world: int, work, running: bool = True) -> list:
+    """``work`` of each of the ranks, or what it raised."""
+    store = HashStore()
+
+    def one(rank: int):
+        try:
+            return work(Ranks(store, rank, world, running=running, timeout=timedelta(seconds=20)))
+        except UserError as error:
+            return str(error)
+
+    with ThreadPoolExecutor(world) as pool:
+        return list(pool.map(one, range(world)))
+
+
+# --- ranks agree -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def flaky(bucket, monkeypatch):
+    """300 remote shards: how often the headers of each were read, and how probably that fails."""
+    read: Counter = Counter()
+    failing: Counter = Counter()  # "" is any
+    lock, chance = threading.Lock(), random.Random(0)
+
+    def read_index(url, cache):
+        with lock:
+            read[url] += 1
+            if chance.random() < failing[url] + failing[""]:
+                raise RemoteError("unreachable shard", "503")
+        number = int(url[-7:-4])
+        return ShardIndex([f"{number}-{i}" for i in range(20 + number % 7)], np.zeros((20 + number % 7, 7), np.int64))
+
+    monkeypatch.setattr(counts, "read_index", read_index)
+    return read, failing
+
+
+SPEC = "memory://bucket/{000..299}.tar"
+
+
+def test_64_ranks_of_8_workers_have_one_epoch_whatever_cannot_be_read(tmp_path, flaky):
+    read, failing = flaky
+    failing[""] = 0.03
+    config = DataConfig(cache_dir=str(tmp_path), index_dir=str(tmp_path), allow_missing_shards=True)
+    sets = on_ranks(64, lambda ranks: open_set("train", SPEC, config, ranks))
+    assert len(read) == 300
+    assert set(read.values()) == {1}, "the work is shared out"
+    assert len({opened.fingerprint for opened in sets}) == 1
+    shards = sets[0].shards
+    assert 0 < shards.skipped["unreachable shard"] < 30
+
+    def plan(opened, batch_size, rank=0, world=1):
+        return ElasticBatchSampler(
+            opened.shards.sizes, batch_size, shuffle=True, sources=opened.sources, rank=rank, world=world
+        )
+
+    steps = [run.tolist() for _, run in plan(sets[0], 64 * 4)]
+    seen = [[None] * 64 for _ in steps]
+    for rank, opened in enumerate(sets):
+        batches = [run.tolist() for _, run in plan(opened, 4, rank, 64)]
+        for worker in range(8):
+            for step, batch in zip(range(worker, len(batches), 8), batches[worker::8], strict=True):
+                seen[step][rank] = batch
+    assert [[position for batch in step for position in batch] for step in seen] == steps
+    together = [position for step in steps for position in step]
+    assert len(set(together)) == len(together) > len(shards) - 64 * 4
+
+
+def test_a_shard_that_cannot_be_had_ends_all_ranks_with_its_name(tmp_path, flaky):
+    _, failing = flaky
+    failing["memory://bucket/007.tar"] = 1
+    config = DataConfig(cache_dir=str(tmp_path), index_dir=str(tmp_path))
+    (error,) = set(on_ranks(8, lambda ranks: open_set("train", SPEC, config, ranks)))
+    assert error.startswith(
+        "data.train: 1 of 300 shards cannot be had (unreachable shard × 1): memory://bucket/007.tar. Restore them; "
+        "data.allow_missing_shards=true"
+    )
+    failing.update({f"memory://bucket/{i:03d}.tar": 1 for i in range(40)})
+    config = DataConfig(cache_dir=str(tmp_path), index_dir=str(tmp_path), allow_missing_shards=True)
+    (error,) = set(on_ranks(8, lambda ranks: open_set("train", SPEC, config, ranks)))
+    assert "40 of 300 shards cannot be had" in error, "more than data.max_skip_fraction"
+
+
+@pytest.mark.parametrize("running", [True, False])
+def test_an_error_of_one_rank_is_one_of_all(running):
+    def work(items):
+        if "c" in items:
+            raise UserError("no c")
+        return [item * 2 for item in items]
+
+    letters = list("abcdefg")
+    found = on_ranks(3, lambda ranks: ranks.share_out("x", letters, lambda own: [2 * item for item in own]), running)
+    assert found == [["aa", "bb", "cc", "dd", "ee", "ff", "gg"]] * 3
+    assert on_ranks(3, lambda ranks: ranks.share_out("x", letters, work), running) == ["no c"] * 3
+
+
+def test_a_rank_that_does_not_come_is_not_waited_for_in_vain():
+    with pytest.raises(RuntimeError, match="timeout"):
+        Ranks(HashStore(), 0, 2, timeout=timedelta(seconds=0.05))
+
+
+def test_a_run_is_not_resumed_over_another_set(tmp_path):
+    write_shards(tmp_path / "train", [8, 8, 8], labels=True)
+    command = ["train", "name=a", "data.train=train", *TINY_OVERRIDES, "data.batch_size=4", "data.num_workers=0"]
+    assert call_nxtp(*command, "trainer.max_steps=2", cwd=tmp_path).returncode == 0
+    config = DataConfig()
+    before = open_set("train", str(tmp_path / "train"), config).plan
+    (tmp_path / "train").rename(tmp_path / "elsewhere")
+    assert open_set("train", str(tmp_path / "elsewhere"), config).plan == before, "the same in another place"
+    (tmp_path / "elsewhere").rename(tmp_path / "train")
+    (tmp_path / "train" / "part-00002.tar").unlink()
+    longer = [*command, "trainer.max_steps=3", "resume=runs/a/checkpoints/last.ckpt"]
+    done = call_nxtp(*longer, cwd=tmp_path)
+    assert done.returncode == 1
+    assert "data.train was 3 shards of 24 samples (" in done.stderr.splitlines()[-1]
+    assert "and is 2 shards of 16 samples (" in done.stderr.splitlines()[-1]
+    assert call_nxtp(*longer, "data.allow_changed_shards=true", cwd=tmp_path).returncode == 0
+
+
+# --- counts beside shards --------------------------------------------------------------------------------------
+
+
+def img2dataset(number: int) -> bytes:
+    return json.dumps({"count": 9, "successes": number, "status_dict": {"success": number, "404": 9 - number}}).encode()
+
+
+def table(number: int) -> bytes:
+    sink = pyarrow.BufferOutputStream()
+    parquet.write_table(pyarrow.table({"status": ["success"] * number + ["failed_to_download"]}), sink)
+    return sink.getvalue().to_pybytes()
+
+
+SIZES = [2, 3, 4]
+LISTS = {
+    "manifest.json": lambda: manifest_text(
+        [ShardInfo(f"{i}.tar", n, 10240, "") for i, n in enumerate(SIZES)], made_by={}
+    ),
+    "sizes.json": lambda: json.dumps({f"{i}.tar": n for i, n in enumerate(SIZES)}).encode(),
+    "index.json": lambda: json.dumps(
+        {"shardlist": [{"url": f"x/{i}.tar", "nsamples": n} for i, n in enumerate(SIZES)]}
+    ).encode(),
+}
+EACH = {"{}_stats.json": img2dataset, "{}.parquet": table}
+
+
+@pytest.mark.parametrize("kind", [*LISTS, *EACH])
+def test_counts_beside_shards_are_believed_here_and_there(tmp_path, bucket, kind):
+    files = {kind.format(i): EACH[kind](n) for i, n in enumerate(SIZES)} if kind in EACH else {kind: LISTS[kind]()}
+    files |= {f"{i}.tar": bytes(10240) for i in range(3)}
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+        bucket.pipe_file(f"/bucket/{name}", content)
+    cache = RemoteCache(tmp_path / "cache")
+    for place in (str(tmp_path), "memory://bucket"):
+        found = listed_counts([f"{place}/{i}.tar" for i in range(3)], cache)
+        assert list(found.values()) == SIZES, place
+    bucket.pipe_file(f"/bucket/{kind.format(0)}", b"[{")
+    (tmp_path / kind.format(0)).write_bytes(b"[{")
+    damaged = listed_counts([f"{tmp_path}/0.tar", "memory://bucket/0.tar"], cache)
+    assert damaged == {}, "it is not believed"
+
+
+def test_a_manifest_of_other_shards_is_not_believed(tmp_path):
+    infos = [write_shard(tmp_path / f"{i}.tar", [sample(n) for n in range(3)]) for i in range(2)]
+    write_manifest(tmp_path, infos, made_by={})
+    write_shard(tmp_path / "1.tar", [sample(n) for n in range(40)])
+    assert listed_counts([str(tmp_path / f"{i}.tar") for i in range(2)], None) == {str(tmp_path / "0.tar"): 3}
+    (tmp_path / "sizes.json").write_text(json.dumps({"0.tar": -1, "1.tar": "many"}))
+    (tmp_path / "manifest.json").unlink()
+    assert listed_counts([str(tmp_path / f"{i}.tar") for i in range(2)], None) == {}
+
+
+def test_another_number_of_samples_than_promised_is_counted(tmp_path):
+    for name, size in (("fewer", 3), ("more", 6)):
+        write_shard(tmp_path / f"{name}.tar", [sample(n, labels=True) for n in range(size)])
+    (tmp_path / "sizes.json").write_text(json.dumps({"fewer.tar": 5, "more.tar": 4}))
+    config = DataConfig(train=str(tmp_path), batch_size=9, num_workers=0, index_dir=str(tmp_path / "index"))
+    tokenizer = train_tokenizer(["rose", "stone"], vocab_size=300)
+    data = WebDatasetDataModule(config, tokenizer, transform=ImageTransform(32), num_image_tokens=4)
+    (batch,) = data.loader("train", config.train, training=True)
+    assert (len(batch), batch.samples_read) == (7, 9)
+    assert batch.skipped == Counter({"missing sample": 2, "unlisted sample": 2})
+    assert str(tmp_path / "more.tar") in batch.examples["unlisted sample"]
+    assert data.open("train", None).plan == open_set("train", str(tmp_path), config).plan, "also when it is indexed"
+
+
+def test_headers_are_read_without_what_is_between_them(tmp_path, bucket, monkeypatch):
+    monkeypatch.setattr(remote, "PART", 2048)
+    path = tmp_path / "a.tar"
+    write_shard(path, [{"__key__": f"{i}", "jpg": bytes([i]) * 20_000, "txt": "a dog"} for i in range(8)])
+    bucket.pipe_file("/bucket/a.tar", path.read_bytes())
+    transferred = []
+    cat = type(bucket).cat_file
+    monkeypatch.setattr(type(bucket), "cat_file", lambda *a: transferred.append(cat(*a)) or transferred[-1])
+    index = index_shard("", ForwardFile("memory://bucket/a.tar", Pace(1.0), 0))
+    local = index_shard(path)
+    assert (index.keys, index.rows.tolist(), index.stamp[0]) == (local.keys, local.rows.tolist(), local.stamp[0])
+    assert sum(map(len, transferred)) < path.stat().st_size / 4
+    store, cache = IndexStore(tmp_path / "index"), RemoteCache(tmp_path / "cache")
+    transferred.clear()
+    for _ in range(2):
+        assert count_shards(["memory://bucket/a.tar"], cache, store) == [(8, {})]
+    assert sum(map(len, transferred)) < path.stat().st_size / 4, "the second time the index is there"
+    assert not (tmp_path / "cache").exists(), "nothing is fetched"
+    monkeypatch.setattr(remote, "PART", 1 << 22)
+    assert index_shard("", ForwardFile("memory://bucket/a.tar", Pace(1.0), 0)).keys == local.keys
+
+
+def test_a_local_shard_that_is_listed_is_indexed_once_when_it_is_read(tmp_path, monkeypatch):
+    write_shards(tmp_path / "a", [5, 5])
+    indexed = []
+    monkeypatch.setattr("nxtp.data.shards.reader.index_shard", lambda path: indexed.append(path) or index_shard(path))
+    config = DataConfig(index_dir=str(tmp_path / "index"))
+    shards = open_set("train", str(tmp_path / "a"), config).shards
+    assert len(shards) == 10
+    assert not indexed
+    with ThreadPoolExecutor(4) as pool:
+        assert {raw.key for raw in pool.map(shards.read, range(10))} == {f"{i:06d}" for i in range(10)}
+    assert sorted(indexed) == shards.urls
