@@ -58,9 +58,15 @@ class DataConfig:
     ``transforms``        steps by name, RGB image → RGB image, that change images of training before they are resized
     ``max_image_pixels``  a larger image is skipped before it is decoded; with a fourth channel from ¾ of it on
     ``max_skip_fraction`` a larger share of skipped samples ends the run
+    ``allow_missing_shards``  shards that cannot be had at the start are skipped, by all ranks alike, up to
+                          max_skip_fraction of them; otherwise an error
+    ``allow_changed_shards``  a run resumes although a set has other shards or numbers of samples than before: its epoch
+                          is then another one
     ``cache_dir``         where fetched remote shards are stored
     ``cache_gb``          size limit of it (10⁹ bytes): the least recently used shards are deleted
-    ``read_timeout``      seconds without progress after which a transfer fails
+    ``read_timeout``      seconds in which a part of a remote shard must arrive
+    ``retries``           how often a transfer continues after a fault, in a row, before samples count as skipped
+    ``nodes``             shared: every machine reads all shards; split: each reads a part of every window's shards
     ``features``          a directory of ``nxtp features``: train on a frozen encoder's tokens instead of images
     ``index_dir``         where the indexes of shards are stored; by default in the user's cache directory
     ``index_gb``          size limit of it (10⁹ bytes): the least recently read indexes are deleted
@@ -85,9 +91,13 @@ class DataConfig:
     transforms: dict[str, Any] | None = None
     max_image_pixels: int = 100_000_000
     max_skip_fraction: float = 0.1
+    allow_missing_shards: bool = False
+    allow_changed_shards: bool = False
     cache_dir: str | None = None
     cache_gb: float | None = None
     read_timeout: float = 60.0
+    retries: int = 3
+    nodes: str = "shared"
     features: str | None = None
     index_dir: str | None = None
     index_gb: float = 10.0
@@ -95,7 +105,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         lowests = {"batch_size": 1, "val_batch_size": 1, "num_workers": 0, "shuffle_window": 0, "max_labels": 1}
-        lowests["max_image_pixels"] = 1
+        lowests |= {"max_image_pixels": 1, "retries": 0}
         for name, lowest in lowests.items():
             at_least(f"data.{name}", getattr(self, name), lowest)
         if self.cache_gb is not None:
@@ -105,6 +115,8 @@ class DataConfig:
             raise UserError(f"data.max_skip_fraction must be ≥ 0 and ≤ 1, got {self.max_skip_fraction}.")
         if not self.read_timeout > 0:
             raise UserError(f"data.read_timeout must be > 0 seconds, got {self.read_timeout}.")
+        if self.nodes not in ("shared", "split"):
+            raise UserError(f"data.nodes must be shared or split, got '{self.nodes}'.")
         if self.given_labels not in ("all", "first"):
             raise UserError(f"data.given_labels must be all or first, got '{self.given_labels}'.")
         Selection(self.caption_key or "", self.where or "")  # which finds what is wrong

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import os
 import time
 from collections import Counter
@@ -20,9 +21,13 @@ from nxtp.data.dataset import Batch, BatchDataset
 from nxtp.data.mixture import OpenedSet, open_set
 from nxtp.data.sampler import ElasticBatchSampler
 from nxtp.data.transforms import ImageTransform
+from nxtp.distributed.before import Ranks
+from nxtp.errors import UserError
 from nxtp.model.layout import Objective
 from nxtp.model.tokenizer import LabelTokenizer
 from nxtp.runs.processes import deaf_children, end_with_parent
+
+log = logging.getLogger("nxtp")
 
 
 class ResumableDataLoader(DataLoader):
@@ -57,10 +62,15 @@ class ResumableDataLoader(DataLoader):
             batches = super().__iter__()
         for done in itertools.count(1):
             begin = time.perf_counter()
-            batch = next(batches, None)
+            try:
+                batch = next(batches, None)
+            except UserError as error:  # of a worker: after its traceback
+                raise UserError(str(error).strip().rpartition("UserError: ")[2]) from None
             self.waited += time.perf_counter() - begin
             if batch is None:
                 return
+            if (cache := self.dataset.shards.cache) is not None:
+                batch.remote.update(cache.take_usage())  # of the prefetch, in this process
             self._position = (sampler.epoch, sampler.start + done * sampler.per_step)
             yield batch
 
@@ -94,10 +104,11 @@ class WebDatasetDataModule(L.LightningDataModule):
         objective: Objective | str = Objective.MATCHED,
         prompts: Sequence[str] = (),
         sets: dict[str, OpenedSet] | None = None,  # those already opened
+        ranks: Ranks | None = None,  # which open the same sets
     ):
         super().__init__()
         self.config = config
-        self.sets = dict(sets or {})
+        self.sets, self.ranks = dict(sets or {}), ranks
         self._batches = partial(
             BatchDataset,
             tokenizer=tokenizer,
@@ -129,7 +140,7 @@ class WebDatasetDataModule(L.LightningDataModule):
         if name not in self.sets:
             whole = name != "train" if whole is None else whole
             config = replace(self.config, where=None, caption_key=None) if whole else self.config
-            self.sets[name] = open_set(name, spec, config)
+            self.sets[name] = open_set(name, spec, config, self.ranks)
         return self.sets[name]
 
     def train_dataloader(self) -> ResumableDataLoader:
@@ -142,9 +153,21 @@ class WebDatasetDataModule(L.LightningDataModule):
     # needs it before, to count the steps. So the position is saved here too.
 
     def state_dict(self) -> dict[str, Any]:
-        return {"train": self._train_loader.state_dict()} if self._train_loader is not None else {}
+        position = {"train": self._train_loader.state_dict()} if self._train_loader is not None else {}
+        return position | {"sets": {name: opened.plan for name, opened in self.sets.items()}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """
+        Raises:
+            UserError: a set is another one than at the checkpoint, and data.allow_changed_shards is not set.
+        """
+        for name, before in state.get("sets", {}).items():
+            if name in self.sets and (now := self.sets[name].plan) != before:
+                text = f"data.{name} was {before} when the checkpoint was written, and is {now}"
+                if not self.config.allow_changed_shards:
+                    advice = "Restore the set, or go on with another epoch: data.allow_changed_shards=true."
+                    raise UserError(f"{text}. {advice}")
+                log.warning("%s.", text)
         self._resume = state.get("train")
         if self._train_loader is not None and self._resume is not None:
             self._train_loader.load_state_dict(self._resume)
@@ -183,6 +206,7 @@ class WebDatasetDataModule(L.LightningDataModule):
             max_samples=None if whole else config.max_samples,
             fraction=None if whole else config.fraction,
             subset_seed=config.subset_seed,
+            nodes=self.trainer.num_nodes if training and self.trainer and config.nodes == "split" else 1,
         )
         if shards.cache is not None:
             sampler.prefetch = shards.prefetch

@@ -20,7 +20,7 @@ from nxtp.data.features.store import FeatureStore
 from nxtp.data.images import ImageError
 from nxtp.data.labels.from_samples import labels_of
 from nxtp.data.labels.nouns import noun_backend
-from nxtp.data.shards.reader import IndexedShards, RawSample, SampleError, name_of
+from nxtp.data.shards.reader import UNLISTED, IndexedShards, RawSample, SampleError, name_of
 from nxtp.data.transforms import ImageTransform
 from nxtp.data.where import FILTERED
 from nxtp.errors import UserError, by_kind
@@ -38,6 +38,7 @@ class Batch:
     ``layout``        their laid-out labels
     ``samples_read``  samples read for this batch, of which ``skipped`` (by kind) are not used
     ``examples``      of each kind of ``skipped`` the first sample: its key and shard, and perhaps the reason
+    ``remote``        of remote shards: samples read ("reads"), those that did not wait ("hits"), "bytes" fetched
 
     B may be smaller than the batch size, in evaluation even 0. In training a batch without a usable sample has no keys
     and one blank image whose loss does not count: every rank must take part in the step.
@@ -51,6 +52,7 @@ class Batch:
     samples_read: int
     skipped: Counter
     examples: dict[str, str] = field(default_factory=dict)
+    remote: Counter = field(default_factory=Counter)
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -109,6 +111,9 @@ class BatchDataset(Dataset):
         for position in positions.tolist():
             try:
                 raw = self.shards.read(position)
+                if raw.unlisted:
+                    skipped[UNLISTED] += raw.unlisted
+                    examples.setdefault(UNLISTED, f"{UNLISTED}: behind {raw.name}, the last that is listed")
                 labels = self.labels_of(raw)
                 pixels = self.pixels_of(raw, epoch, position)
             except (SampleError, ImageError) as error:
@@ -138,7 +143,8 @@ class BatchDataset(Dataset):
             multiple=self.multiple,
         )
         pixels = torch.stack(images) if images else self._blank[None][:0]
-        return Batch(pixels, layout, keys, shards, texts, len(positions), skipped, examples)
+        usage = self.shards.cache.take_usage() if self.shards.cache is not None else Counter()
+        return Batch(pixels, layout, keys, shards, texts, len(positions), skipped, examples, usage)
 
     @property
     def _blank(self) -> Tensor:

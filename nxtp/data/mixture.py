@@ -5,16 +5,19 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from nxtp.data.config import DataConfig, named_sources
+from nxtp.data.config import DataConfig, SourceConfig, named_sources
 from nxtp.data.shards.cache import RemoteCache
+from nxtp.data.shards.counts import UNAVAILABLE, Count, header_counts, listed_counts
 from nxtp.data.shards.reader import IndexedShards
 from nxtp.data.shards.tar_index import IndexStore
 from nxtp.data.shards.urls import expand_shards, identity
-from nxtp.errors import UserError, by_kind
+from nxtp.distributed.before import Ranks
+from nxtp.errors import UserError, by_kind, counted, some_of
 
 log = logging.getLogger("nxtp")
 
@@ -50,28 +53,37 @@ class OpenedSet:
         named = {source.name: [[names[i], sizes[i]] for i in source.shards] for source in self.sources}
         return hashlib.sha256(json.dumps(named).encode()).hexdigest()
 
+    @property
+    def plan(self) -> str:
+        """What its epochs are a function of besides settings, in words, with the first digits of the fingerprint."""
+        return f"{counted(len(self.shards.urls), 'shard')} of {len(self):,} samples ({self.fingerprint[:16]})"
 
-def open_set(name: str, spec: Any, config: DataConfig) -> OpenedSet:
-    """The indexed shards of the set ``data.<name>``.
+
+def open_set(name: str, spec: Any, config: DataConfig, ranks: Ranks | None = None) -> OpenedSet:
+    """The indexed shards of the set ``data.<name>``: on all ``ranks`` the same, which the first lists.
 
     Raises:
-        UserError: ``spec`` is None, no shard is found, none has a sample, or two sources share one.
+        UserError: ``spec`` is None, no shard is found, one cannot be had, none has a sample, or two sources share one.
     """
     if spec is None:
         raise UserError(f"data.{name} is not set: give a directory of shards, a glob or a brace expression.")
+    ranks = ranks or Ranks()
     configs = named_sources(spec)
-    urls = {source: expand_shards(given.shards) for source, given in configs.items()}
-    owner: dict[str, str] = {}
-    for source, members in urls.items():
-        for url in members:
-            if (first := owner.setdefault(identity(url), source)) != source:
-                raise UserError(f"data.{name}: the sources '{first}' and '{source}' both name {url}.")
     cache = None
     if config.cache_dir is not None:
         limit = None if config.cache_gb is None else int(config.cache_gb * 1e9)
-        cache = RemoteCache(config.cache_dir, limit, config.read_timeout)
+        cache = RemoteCache(config.cache_dir, limit, config.read_timeout, config.retries)
+    store = IndexStore(config.index_dir, config.index_gb * 1e9)
+    urls = ranks.from_first(f"{name}/urls", lambda: _list_shards(name, configs))
     every = sorted(url for members in urls.values() for url in members)
-    shards = IndexedShards(every, cache, IndexStore(config.index_dir, config.index_gb * 1e9))
+    listed = ranks.from_first(f"{name}/listed", lambda: listed_counts(every, cache))
+    unlisted = [url for url in every if url not in listed]
+    by_headers = ranks.share_out(
+        f"{name}/headers", unlisted, lambda share: header_counts(share, cache, store, shown=ranks.rank == 0)
+    )
+    counts = dict(zip(unlisted, by_headers, strict=True)) | {url: (samples, {}) for url, samples in listed.items()}
+    _check_available(name, counts, config)
+    shards = IndexedShards(every, cache, store, [counts[url] for url in every])
     if len(shards) == 0:
         raise UserError(f"data.{name}: the shards of {spec} contain no sample ({by_kind(shards.skipped)}).")
     number = {url: i for i, url in enumerate(shards.urls)}
@@ -84,3 +96,29 @@ def open_set(name: str, spec: Any, config: DataConfig) -> OpenedSet:
         if expected not in (None, found):
             log.warning("data.%s.%s has %d samples; the recipe expects %d.", name, source, found, expected)
     return OpenedSet(shards, sources)
+
+
+def _list_shards(name: str, sources: Mapping[str, SourceConfig]) -> dict[str, list[str]]:
+    """The shards of each source."""
+    urls = {source: expand_shards(given.shards) for source, given in sources.items()}
+    owner: dict[str, str] = {}
+    for source, members in urls.items():
+        for url in members:
+            if (first := owner.setdefault(identity(url), source)) != source:
+                raise UserError(f"data.{name}: the sources '{first}' and '{source}' both name {url}.")
+    return urls
+
+
+def _check_available(name: str, counts: Mapping[str, Count], config: DataConfig) -> None:
+    """
+    Raises:
+        UserError: shards cannot be had, or of those that may be missing too many.
+    """
+    kinds = {url: kind for url, (_, skipped) in counts.items() for kind in skipped if kind in UNAVAILABLE}
+    limit = config.max_skip_fraction * len(counts) if config.allow_missing_shards else 0
+    if len(kinds) > limit:
+        allow = "data.allow_missing_shards=true trains without them, up to data.max_skip_fraction of all shards"
+        raise UserError(
+            f"data.{name}: {len(kinds):,} of {counted(len(counts), 'shard')} cannot be had "
+            f"({by_kind(Counter(kinds.values()))}): {some_of(sorted(kinds))}. Restore them; {allow}."
+        )

@@ -51,6 +51,7 @@ def show(shards, out, images, samples, top, nouns, stop_nouns, where, caption_ke
         raise UserError(f"--out {out}: there is no directory {out.parent}.")  # before reading, which may take long
     backend = noun_backend(nouns, stop_nouns.split(","))
     config = DataConfig(cache_dir=cache_dir, where=where, caption_key=caption_key)
+    config.allow_missing_shards, config.max_skip_fraction = True, 1.0
     opened = open_set("shards", list(shards), config)
     found = compute_statistics(opened, backend, samples, top)
     if as_json:

@@ -11,11 +11,11 @@ from nxtp.runs.atomic import recover
 from nxtp.runs.record import FILE, read_record
 
 # Settings of data that may differ between the machines of a run.
-PER_MACHINE = ("num_workers", "cache_dir", "cache_gb", "read_timeout", "index_dir", "index_gb")
+PER_MACHINE = ("num_workers", "cache_dir", "cache_gb", "read_timeout", "retries", "index_dir", "index_gb")
 # Settings that may differ between two commands of one run: where it is computed, and what is logged.
 MAY_CHANGE = (
     *("resume", "lock_timeout", "logger", "callbacks", "parallel", "debug", "hydra"),
-    *(f"data.{key}" for key in PER_MACHINE),
+    *(f"data.{key}" for key in (*PER_MACHINE, "allow_missing_shards", "allow_changed_shards", "nodes")),
     *(f"trainer.{key}" for key in ("accelerator", "devices", "num_nodes", "strategy", "inference_mode", "benchmark")),
     *(f"trainer.{key}" for key in ("log_every_n_steps", "profiler", "detect_anomaly", "num_sanity_val_steps")),
     *(f"trainer.enable_{key}" for key in ("checkpointing", "model_summary", "progress_bar")),

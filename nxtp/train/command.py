@@ -7,6 +7,7 @@ import subprocess
 import sys
 import warnings
 import zlib
+from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from nxtp.data.labels.from_samples import label_texts, warn_if_nouns_differ
 from nxtp.data.mixture import OpenedSet, open_set
 from nxtp.data.shards.manifest import manifest_hash
 from nxtp.data.transforms import ImageTransform
+from nxtp.distributed.before import Ranks
 from nxtp.distributed.checkpoints import BackgroundCheckpoints
 from nxtp.distributed.fsdp2 import FSDP2Strategy
 from nxtp.distributed.parallelize import ParallelConfig
@@ -89,8 +91,10 @@ def train_from(checkpoint: str | None, cfg: DictConfig, run_dir: Path, record: R
         L.seed_everything(cfg.seed, workers=True, verbose=False)
         if cfg.matmul_precision is not None:
             torch.set_float32_matmul_precision(cfg.matmul_precision)
-        data, module = build(cfg, run_dir)
-        trainer = build_trainer(cfg, data, run_dir)
+        trainer = build_trainer(cfg, run_dir)
+        timeout = to_dataclass(ParallelConfig, cfg.parallel, "parallel").start_timeout
+        start = StartTogether(trainer.strategy, timeout, setting="parallel.start_timeout")
+        data, module = build(cfg, run_dir, start.ranks)
         record.data = describe_data(data)
     except Exception as error:
         if cfg.sweep is not None and is_first_rank():  # for the sweep's status; otherwise nothing is written
@@ -107,8 +111,7 @@ def train_from(checkpoint: str | None, cfg: DictConfig, run_dir: Path, record: R
     }
     for name, spec in {"train": data.config.train, **data.config.val}.items():
         warn_if_nouns_differ(name, spec, data.config.nouns, data.config.nouns)
-    opened = opened_by_rank(record, module, checkpoint, data)
-    start = StartTogether(trainer.strategy, module.parallel.start_timeout, opened, "parallel.start_timeout")
+    start.opened = opened_by_rank(record, module, checkpoint, data)
     trainer.callbacks += [start, RunRecordWriter(run_dir, cfg, record)]
     ranks = getattr(trainer.strategy.launcher, "procs", [])  # those that this process starts
     preempted = None
@@ -173,14 +176,17 @@ def filter_lightning_messages() -> None:
         logging.getLogger(name).addFilter(lambda record: not any(text in record.getMessage() for text in noise))
 
 
-def build(cfg: DictConfig, run_dir: Path) -> tuple[WebDatasetDataModule, RecognitionModule]:
-    """Tokenizer, data and module of a composed configuration."""
+def build(
+    cfg: DictConfig, run_dir: Path, ranks_of_run: Callable[[], Ranks] = Ranks
+) -> tuple[WebDatasetDataModule, RecognitionModule]:
+    """Tokenizer, data and module of a composed configuration; ``ranks_of_run`` is called before data is opened."""
     sections: dict[str, Any] = {name: to_dataclass(kind, cfg[name], name) for name, kind in SECTIONS.items()}
     model, config, optim = sections["model"], sections["data"], sections["optim"]
     shape = meta_model(model, None, optim.trainable)  # which finds what is wrong, before data is opened
     check_memory(shape, cfg, optim)
     sets: dict[str, OpenedSet] = {}
-    tokenizer = find_tokenizer(model, config, run_dir, sets, reuse=cfg.resume != "restart")
+    ranks = ranks_of_run()
+    tokenizer = find_tokenizer(model, config, run_dir, sets, ranks, reuse=cfg.resume != "restart")
     data = WebDatasetDataModule(
         config,
         tokenizer,
@@ -189,6 +195,7 @@ def build(cfg: DictConfig, run_dir: Path) -> tuple[WebDatasetDataModule, Recogni
         objective=cfg.objective.name,
         prompts=cfg.objective.prompts,
         sets=sets,
+        ranks=ranks,
     )
     module = RecognitionModule(
         model,
@@ -205,29 +212,32 @@ def build(cfg: DictConfig, run_dir: Path) -> tuple[WebDatasetDataModule, Recogni
 
 
 def find_tokenizer(
-    model: ModelConfig, data: DataConfig, run_dir: Path, sets: dict[str, OpenedSet], reuse: bool = True
+    model: ModelConfig, data: DataConfig, run_dir: Path, sets: dict[str, OpenedSet], ranks: Ranks, reuse: bool = True
 ) -> LabelTokenizer:
     """The tokenizer that the configuration names, the decoder's own, or one trained on the training labels.
 
-    Training it opens the training set and adds it to ``sets``: opened again, it would warn again.
+    The last one is the first rank's, for all. It needs the training set, which is opened and added to ``sets``.
 
     Args:
         reuse: take the one that this run has trained before.
     """
     trained = run_dir / "tokenizer"
-    source = model.tokenizer or model.decoder.source or (trained if reuse and trained.is_dir() else None)
-    if source is not None:
+    if source := model.tokenizer or model.decoder.source:
         return LabelTokenizer.load(source, model.prompt)
-    sets["train"] = open_set("train", data.train, data)
-    labels = label_texts(sets["train"].shards, data)
-    tokenizer = train_tokenizer(labels, vocab_size=model.vocab_size, prompts=[model.prompt])
-    if is_first_rank():
-        with atomic_directory(trained) as directory:  # other ranks load all of it, or train the same one
-            tokenizer.save(directory)
-    return tokenizer
+    sets["train"] = open_set("train", data.train, data, ranks)
+
+    def train() -> dict[str, str]:
+        if not (reuse and trained.is_dir()):
+            labels = label_texts(sets["train"].shards, data)
+            tokenizer = train_tokenizer(labels, vocab_size=model.vocab_size, prompts=[model.prompt])
+            with atomic_directory(trained) as directory:
+                tokenizer.save(directory)
+        return LabelTokenizer.load(trained, model.prompt).files()
+
+    return LabelTokenizer.of_files(ranks.from_first("tokenizer", train), model.prompt)
 
 
-def build_trainer(cfg: DictConfig, data: WebDatasetDataModule, run_dir: Path) -> L.Trainer:
+def build_trainer(cfg: DictConfig, run_dir: Path) -> L.Trainer:
     loggers = configured_loggers(cfg)
     callbacks: list[Callback] = []
     for name, node in (cfg.callbacks or {}).items():
@@ -236,8 +246,8 @@ def build_trainer(cfg: DictConfig, data: WebDatasetDataModule, run_dir: Path) ->
         callback = instantiated(node, f"callbacks.{name}")
         is_best = isinstance(callback, ModelCheckpoint) and Path(callback.filename or "").name == "best"
         if is_best or isinstance(callback, EarlyStopping):
-            callback.monitor = callback.monitor or monitored(data.val_names, cfg.validation.top_k)
-            if is_best and not data.val_names:
+            callback.monitor = callback.monitor or monitored(list(cfg.data.val), cfg.validation.top_k)
+            if is_best and not cfg.data.val:
                 continue
             if callback.monitor is None:
                 raise UserError(f"callbacks.{name} needs a validation set (data.val), or a monitor that needs none.")
@@ -320,10 +330,10 @@ def opened_by_rank(
     """What all ranks must have in common: :func:`nxtp.distributed.start.require_same`."""
     config = {key: value for key, value in record.config.items() if key != "logger"}
     config["data"] = {key: value for key, value in config["data"].items() if key not in PER_MACHINE}
-    shards = {
-        name: {url: f"{size} samples" for url, size in zip(opened.shards.urls, opened.shards.sizes, strict=True)}
-        for name, opened in data.sets.items()
-    }
+    shards = {}
+    for name, opened in data.sets.items():
+        local = {shard.url: f"{shard.stamp[0]:,} bytes" for shard in opened.shards.shards if shard.stamp}
+        shards[name] = {"plan": opened.plan} | ({} if data.config.allow_missing_shards else local)
     tokenizer = zlib.crc32(module.tokenizer.files()["tokenizer.json"].encode())
     return {"configuration": config, "checkpoint": checkpoint, "data": shards, "tokenizer": tokenizer}
 

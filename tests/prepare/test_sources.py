@@ -15,6 +15,7 @@ import zipfile
 import zlib
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
 from click.testing import CliRunner
@@ -26,6 +27,7 @@ from nxtp.data.labels.imagenet import by_wnid, imagenet_classes, real_labels, su
 from nxtp.data.shards.manifest import read_manifest, sha256_of
 from nxtp.errors import UserError
 from nxtp.prepare.commands import prepare
+from nxtp.prepare.verification import verify_set
 from nxtp.prepare.writer import write_shard
 
 DATA = Path(__file__).parents[2] / "data"
@@ -189,6 +191,28 @@ def test_img2dataset_is_read_in_place(tmp_path):
     run("img2dataset", tmp_path)
     assert read_manifest(tmp_path)["shards"][0]["sha256"] == sha256_of(damaged)
     assert "has no *.tar" in run("img2dataset", DATA, fails=True)
+
+
+def test_img2dataset_is_counted_where_it_is(tmp_path):
+    bucket = fsspec.filesystem("memory")
+    for shard in range(3):
+        write_shard(tmp_path / "a.tar", [{"__key__": str(i), "jpg": b"x"} for i in range(2 + shard)])
+        bucket.pipe_file(f"/bucket/laion/{shard:05d}.tar", (tmp_path / "a.tar").read_bytes())
+        if shard != 2:
+            stats = {"successes": 2 + shard, "status_dict": {"success": 2 + shard, "HTTP Error 404": 7 - shard}}
+            bucket.pipe_file(f"/bucket/laion/{shard:05d}_stats.json", json.dumps(stats).encode())
+    text = run("img2dataset", "memory://bucket/laion/")
+    assert "9 samples in 3 shards" in text
+    assert "13  img2dataset: HTTP Error 404" in text
+    (tmp_path / "manifest.json").write_bytes(bucket.cat_file("/bucket/laion/manifest.json"))
+    manifest = read_manifest(tmp_path)
+    assert [row["samples"] for row in manifest["shards"]] == [2, 3, 4]
+    assert manifest["skipped"] == {"img2dataset: HTTP Error 404": 13, "unfinished shard": 1}
+    for shard in range(3):
+        (tmp_path / f"{shard:05d}.tar").write_bytes(bucket.cat_file(f"/bucket/laion/{shard:05d}.tar"))
+    (tmp_path / "a.tar").unlink()
+    assert verify_set(tmp_path, 1, images=False)[0] == [], "without hashes, the rest is compared"
+    assert "has no *.tar" in run("img2dataset", "memory://bucket/nothing", fails=True)
 
 
 def test_openimages(tmp_path):

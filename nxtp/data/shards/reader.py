@@ -12,16 +12,19 @@ from collections.abc import Container, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
-from nxtp.data.shards.cache import RemoteCache, RemoteError
+from nxtp.data.shards.cache import RemoteCache, RemoteFile
 from nxtp.data.shards.captions import read_captions
-from nxtp.data.shards.tar_index import HEADER, IndexStore, ShardIndex, index_shard, stamp_of
+from nxtp.data.shards.counts import THREADS, Count, count_shards, index_name
+from nxtp.data.shards.prefetch import Prefetcher
+from nxtp.data.shards.remote import RemoteError
+from nxtp.data.shards.tar_index import HEADER, Indexing, IndexStore, LocalFile, ShardIndex, index_shard, stamp_of
 from nxtp.data.shards.urls import is_remote, local_path
 from nxtp.data.where import FILTERED, Selection
-from nxtp.errors import UserError, by_kind, printable
+from nxtp.errors import by_kind, printable
 
 log = logging.getLogger(__name__)
 
@@ -29,6 +32,7 @@ MAX_CAPTION_BYTES = 1 << 16
 MAX_JSON_BYTES = 1 << 20
 MAX_IMAGE_BYTES = 1 << 28
 _MEMBERS = (("image", MAX_IMAGE_BYTES), ("caption", MAX_CAPTION_BYTES), ("json", MAX_JSON_BYTES))  # as in an index
+UNLISTED = "unlisted sample"  # a kind that is counted: its shard has more than a file beside it lists
 _OPEN_SHARDS = 16
 _OPEN_INDEXES = 32
 _OPEN_CAPTIONS = 8
@@ -50,13 +54,17 @@ class SampleError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class RawSample:
-    """A sample as its shard stores it: the image's encoded bytes, texts decoded; None if absent."""
+    """A sample as its shard stores it: the image's encoded bytes, texts decoded; None if absent.
+
+    ``unlisted``, of the last sample that the list of counts promises: how many more its shard has.
+    """
 
     key: str
     shard: str
     image: bytes
     caption: str | None
     labels: list[str] | None
+    unlisted: int = 0
 
     @property
     def name(self) -> str:
@@ -67,7 +75,7 @@ class RawSample:
 class _Shard:
     """What is known of a shard without its index.
 
-    ``stamp`` is the size and time of its file, None if only the manifest's count is known.
+    ``stamp`` is the size and time of a local file that is there.
     """
 
     url: str
@@ -77,40 +85,40 @@ class _Shard:
 
     @property
     def name(self) -> str:
-        """What its index is stored under: the same from every working directory."""
-        return self.url if is_remote(self.url) else os.path.abspath(local_path(self.url))
+        """What its index is stored under."""
+        return index_name(self.url)
 
 
 class IndexedShards:
     """Many shards as one sequence of samples, positions 0 … len-1, in the order of ``urls``.
 
-    Each shard is indexed once and its index stored on disk (``store``). Remote shards (``://`` and ``pipe:``) are
-    fetched whole into ``cache``: when a sample is first read if a manifest beside them lists their number of samples,
-    else at once. What is readable in damaged shards is used; ``skipped`` counts the rest by kind. Copies (pickles,
-    forks) share nothing: each process and thread opens its own files.
+    A shard is indexed once and its index stored on disk (``store``): at once, or when a sample is first read if a file
+    beside it lists their number. Remote shards (``://`` and ``pipe:``) are fetched into ``cache`` and read while they
+    arrive. What is readable in damaged shards is used; ``skipped`` counts the rest by kind. Copies (pickles, forks)
+    share nothing: each process and thread opens its own files.
+
+    Args:
+        counts: of each shard; by default :func:`~nxtp.data.shards.counts.count_shards` finds them.
 
     Raises:
         UserError: a remote shard without ``cache``, or with a scheme that cannot be opened.
     """
 
     def __init__(
-        self, urls: Sequence[str | os.PathLike], cache: RemoteCache | None = None, store: IndexStore | None = None
+        self,
+        urls: Sequence[str | os.PathLike],
+        cache: RemoteCache | None = None,
+        store: IndexStore | None = None,
+        counts: Sequence[Count] | None = None,
     ):
         self.urls = [os.fspath(url) for url in urls]
         self.store = store or IndexStore()
         self.cache = cache
-        remote = [url for url in self.urls if is_remote(url)]
-        if remote and cache is None:
-            raise UserError(f"{remote[0]} is remote: set a directory for fetched shards (data.cache_dir, --cache-dir).")
-        unknown = [url for url in remote if self.store.head(url, None) is None]
-        counts = cache.counts(unknown) if cache is not None and unknown else {}
-        # Processes that start together share the work: each starts elsewhere and uses what others have stored.
-        start = os.getpid() % max(len(self.urls), 1)
-        order = [*range(start, len(self.urls)), *range(start)]
-        with ThreadPoolExecutor(max_workers=8) as pool:
-            described = pool.map(lambda i: self._describe(self.urls[i], counts), order)
-            found = dict(zip(order, described, strict=True))
-        self.shards = [found[i] for i in range(len(self.urls))]
+        counts = count_shards(self.urls, cache, self.store) if counts is None else counts
+        with ThreadPoolExecutor(THREADS) as pool:
+            stamps = pool.map(_stamp_here, self.urls)
+            parts = zip(self.urls, counts, stamps, strict=True)
+            self.shards = [_Shard(url, n, stamp, Counter(skipped)) for url, (n, skipped), stamp in parts]
         self.sizes = np.array([shard.samples for shard in self.shards], dtype=np.int64)
         self._ends = np.cumsum(self.sizes)
         self.skipped: Counter = Counter()
@@ -137,10 +145,10 @@ class IndexedShards:
     def key_of(self, position: int) -> str:
         """The key at ``position``; its number in the shard, in brackets, if the shard can no longer be read."""
         number, row = self._locate(position)
-        try:
-            return self._index(number).keys[row]
-        except (SampleError, IndexError):
-            return f"[{row}]"
+        with suppress(RemoteError):
+            if found := self._find(number, row):
+                return found[0]
+        return f"[{row}]"
 
     def spread(self, most: int) -> list[int]:
         """Up to ``most`` positions, spread evenly over 32 shards, or over so many as have twice as many samples."""
@@ -153,12 +161,10 @@ class IndexedShards:
         at = np.searchsorted(ends, places, side="right")
         return (places - ends[at] + self._ends[numbers[at]]).tolist()
 
-    def prefetch(self, numbers: Iterable[int]) -> None:
-        """Fetch the remote ones among the shards ``numbers``; failures are reported when a sample is read."""
-        for number in numbers:
-            if self.cache is not None and is_remote(self.urls[number]):
-                with suppress(RemoteError):
-                    self.cache.fetch(self.urls[number])
+    def prefetch(self, numbers: Iterable[int]) -> Prefetcher | None:
+        """Fetch the remote ones among the shards ``numbers``, in this order, before they are read."""
+        urls = [self.urls[number] for number in numbers]
+        return Prefetcher(self.cache, urls) if self.cache is not None and any(map(is_remote, urls)) else None
 
     def read(self, position: int) -> RawSample:
         """The sample at ``position``.
@@ -193,7 +199,7 @@ class IndexedShards:
             caption = valid_text(text).strip() if isinstance(text, str) else None
         if isinstance(record.get("crc32"), int) and zlib.crc32(content["image"]) != record["crc32"]:
             raise SampleError("damaged image", key, url)
-        return RawSample(key, url, content["image"], caption or None, labels)
+        return RawSample(key, url, content["image"], caption or None, labels, self._unlisted(position))
 
     def _captions(self, position: int, column: str) -> dict[str, str]:
         """Those beside the shard of ``position``, from this thread's most recently used ones."""
@@ -216,12 +222,17 @@ class IndexedShards:
     def _content(self, position: int, wanted: Container[str]) -> tuple[str, str, dict[str, bytes]]:
         """Key, shard and the bytes of a sample's ``wanted`` members; of the others the headers are checked."""
         number, row = self._locate(position)
-        url = self.urls[number]
-        index = self._index(number)
-        if row >= len(index):
-            raise SampleError("missing sample", f"{url}[{row}]", url)
-        key = index.keys[row]
-        *places, checksum = index.rows[row].tolist()
+        url, cache = self.urls[number], self.cache
+        if cache is not None and is_remote(url):
+            cache.usage["reads"] += 1
+            waits = cache.usage["waits"]
+        try:
+            found = self._find(number, row)
+        except RemoteError as error:
+            raise SampleError(error.kind, f"[{row}]", url) from error
+        if found is None:
+            raise SampleError("missing sample", f"[{row}]", url)
+        key, (*places, checksum) = found
         members: list[tuple[str, int, int]] = []  # begin and end, with the header
         for (what, limit), offset, size in zip(_MEMBERS, places[::2], places[1::2], strict=True):
             if offset >= 0:
@@ -234,10 +245,10 @@ class IndexedShards:
         content, headers = {}, b""
         try:
             file = self._open(number, key)
-            data = os.pread(file, last - first, first) if neighbours else b""
+            data = file.read(last - first, first) if neighbours else b""
             for what, begin, end in members:
                 if not neighbours:
-                    first, data = begin, os.pread(file, end - begin, begin)
+                    first, data = begin, file.read(end - begin, begin)
                 if len(data) < end - first:
                     raise SampleError("truncated member", key, url)
                 headers += data[begin - first : begin - first + HEADER]
@@ -248,6 +259,8 @@ class IndexedShards:
             raise SampleError("shard vanished", key, url) from None
         except OSError as error:
             raise SampleError("unreadable shard", key, url) from error
+        if cache is not None and is_remote(url):
+            cache.usage["hits"] += cache.usage["waits"] == waits
         if zlib.crc32(headers) != checksum:
             self.store.forget(self.shards[number].name)  # size and time are those of the indexed file, its content not
             raise SampleError("shard changed", key, url)
@@ -255,8 +268,7 @@ class IndexedShards:
 
     def close(self) -> None:
         """Close the files that this thread has open; they are opened again when needed."""
-        for file in self._local.__dict__.pop("files", {}).values():
-            file.close()
+        self._local.__dict__.clear()
 
     def _locate(self, position: int) -> tuple[int, int]:
         if not 0 <= position < len(self):
@@ -264,69 +276,75 @@ class IndexedShards:
         number = int(np.searchsorted(self._ends, position, side="right"))
         return number, int(position - self._ends[number] + self.sizes[number])
 
-    def _describe(self, url: str, counts: dict[str, int]) -> _Shard:
-        """From the stored index, else the manifest's count, else by reading the shard's headers."""
-        shard = _Shard(url, counts.get(url, 0), None, Counter())
-        with suppress(OSError):
-            stamp = None if is_remote(url) else stamp_of(local_path(url))  # the time of a fetched file means nothing
-            if head := self.store.head(shard.name, stamp):
-                return _Shard(url, *head)
-        if url in counts:
-            return shard
-        try:
-            index = self._read_index(url)
-        except RemoteError as error:
-            return _Shard(url, 0, None, Counter({error.kind: 1}))
-        self.store.save(shard.name, index)
-        return _Shard(url, len(index), index.stamp, index.skipped)
+    def _find(self, number: int, row: int) -> tuple[str, list[int]] | None:
+        """Key and places of a shard's sample; None if it has fewer.
 
-    def _index(self, number: int) -> ShardIndex:
-        """A shard's index, from this thread's most recently used ones."""
-        indexes: OrderedDict[int, ShardIndex] = self._local.__dict__.setdefault("indexes", OrderedDict())
-        if number in indexes:
-            indexes.move_to_end(number)
-            return indexes[number]
+        Of a shard that is not indexed yet, and still arrives, only so many headers are read as it takes.
+        """
+        indexes: OrderedDict[int, ShardIndex | Indexing] = self._local.__dict__.setdefault("indexes", OrderedDict())
         shard = self.shards[number]
-        index = self.store.load(shard.name, None if is_remote(shard.url) else shard.stamp)
-        if index is None:  # counted by its manifest, or the store was emptied
-            try:
-                index = self._read_index(shard.url)
-            except RemoteError as error:
-                raise SampleError(error.kind, "", shard.url) from error
-            self.store.save(shard.name, index)
+        index = indexes.pop(number, None)
+        if index is None:
+            index = self.store.load(shard.name, None if is_remote(shard.url) else shard.stamp)
+        if index is None:  # counted by a list, or the store was emptied
+            index = self._index_here(shard) or Indexing(shard.url, self._remote_file(shard.url))
+        sample = None
+        if isinstance(index, Indexing):
+            found = index.find(None if index.arrived or row == shard.samples - 1 else row)
+            if isinstance(found, ShardIndex):
+                self.store.save(shard.name, found)
+                index = found
+            else:
+                sample = found
         indexes[number] = index
         if len(indexes) > _OPEN_INDEXES:
             indexes.popitem(last=False)
+        if isinstance(index, ShardIndex) and row < len(index):
+            sample = index.keys[row], index.rows[row].tolist()
+        return sample
+
+    def _index_here(self, shard: _Shard) -> ShardIndex | None:
+        """The index of a local shard, made by one process while others wait for it."""
+        if is_remote(shard.url):
+            return None
+        with self.store.locked(shard.name):
+            index = self.store.load(shard.name, shard.stamp)
+            if index is None:
+                index = index_shard(local_path(shard.url))
+                self.store.save(shard.name, index)
         return index
 
-    def _read_index(self, url: str) -> ShardIndex:
-        """A shard's index from its headers, or RemoteError."""
-        if self.cache is None or not is_remote(url):
-            return index_shard(local_path(url))
-        with self.cache.opened(url) as file:
-            return index_shard(url, file)
+    def _unlisted(self, position: int) -> int:
+        number, row = self._locate(position)
+        index, listed = self._local.indexes[number], self.shards[number].samples
+        return max(len(index) - listed, 0) if isinstance(index, ShardIndex) and row == listed - 1 else 0
 
-    def _open(self, number: int, key: str) -> int:
-        """A descriptor of the shard's file, from this thread's most recently used ones."""
+    def _remote_file(self, url: str) -> RemoteFile | None:
+        """A shard's file while it is fetched; None of a local one."""
+        return self.cache.open(url) if self.cache is not None and is_remote(url) else None
+
+    def _open(self, number: int, key: str) -> LocalFile | RemoteFile:
+        """A shard's file, from this thread's most recently used ones; :meth:`_find` comes first."""
         shard = self.shards[number]
-        files: OrderedDict[int, BinaryIO] = self._local.__dict__.setdefault("files", OrderedDict())
+        files: OrderedDict[int, LocalFile | RemoteFile] = self._local.__dict__.setdefault("files", OrderedDict())
         if number in files:
             files.move_to_end(number)
-            return files[number].fileno()
-        remote = is_remote(shard.url)
-        if self.cache is not None and remote:
-            file = self.cache.opened(shard.url)
-        else:
-            file = open(local_path(shard.url), "rb", buffering=0)  # noqa: SIM115
-        known, found = shard.stamp or self._index(number).stamp or (-1, -1), stamp_of(file.fileno())
-        if found != known and not (remote and found[0] == known[0]):
-            file.close()
+            return files[number]
+        file = self._remote_file(shard.url) or LocalFile(local_path(shard.url))
+        known = shard.stamp or self._local.indexes[number].stamp or (-1, -1)
+        if file.stamp != known and not (is_remote(shard.url) and file.stamp[0] == known[0]):
             self.store.forget(shard.name)
             raise SampleError("shard changed", key, shard.url)
         files[number] = file
         if len(files) > _OPEN_SHARDS:
-            files.popitem(last=False)[1].close()
-        return file.fileno()
+            files.popitem(last=False)
+        return file
+
+
+def _stamp_here(url: str) -> tuple[int, int] | None:
+    with suppress(OSError):
+        return None if is_remote(url) else stamp_of(local_path(url))
+    return None
 
 
 def name_of(key: str, shard: str) -> str:
