@@ -40,7 +40,7 @@ class Pace:
     """
 
     def __init__(self, limit: float):
-        self.limit, self._usual = limit, limit / 100
+        self.limit, self._usual = limit, limit / 300
 
     def patience(self, failures: int) -> float:
         """Seconds for the next part after so many failures in a row."""
