@@ -233,7 +233,7 @@ def test_headers_are_read_without_what_is_between_them(tmp_path, bucket, monkeyp
     bucket.pipe_file("/bucket/a.tar", path.read_bytes())
     transferred = []
     cat = type(bucket).cat_file
-    monkeypatch.setattr(type(bucket), "cat_file", lambda *a: transferred.append(cat(*a)) or transferred[-1])
+    monkeypatch.setattr(type(bucket), "cat_file", lambda *a, **k: transferred.append(cat(*a, **k)) or transferred[-1])
     index = index_shard("", ForwardFile("memory://bucket/a.tar", Pace(1.0), 0))
     local = index_shard(path)
     assert (index.keys, index.rows.tolist(), index.stamp[0]) == (local.keys, local.rows.tolist(), local.stamp[0])
