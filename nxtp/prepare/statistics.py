@@ -122,7 +122,7 @@ def print_statistics(console: Console, found: dict[str, Any]) -> None:
     formats, labels = by_kind(found["formats"]) or "no image can be read", found["labels"]
     console.print(f"Formats: {formats}. Given labels: {labels['given']:,}.", highlight=False)
     if found["skipped"]:
-        console.print(f"Cannot be used: {by_kind(found['skipped'])}.", style="red", highlight=False)
+        console.print(f"Not used: {by_kind(found['skipped'])}.", style="red", highlight=False)
     _print_bars(console, "Labels per image", [(str(n), count) for n, count in per_image.items()])
     _print_bars(console, f"Most frequent of {labels['distinct']:,} labels", labels["most_frequent"])
 

@@ -112,12 +112,14 @@ def test_ranks_write_parts_of_their_own(tmp_path):
     meta, numbers = Meta("e", 2, 3, "float16"), iter(range(9))
     for ranks in (3, 2):
         writers = [FeatureWriter(tmp_path, meta, (rank, ranks)) for rank in range(ranks)]
-        for writer in (*writers, writers[0]):
+        for writer in (writers[1], writers[0], writers[-1], writers[1]):
             writer.write([image_key(b"%d" % next(numbers))], np.zeros((1, 2, 3)), np.array([False]))
+            newest = max(int(part.name[5:]) for part in tmp_path.glob("part-*"))
+            assert newest % ranks == writer.share[0], "another rank may write at the same time"
         del writers, writer
     store = FeatureStore(tmp_path)
-    assert len(store) == len(store.parts) == 7
-    assert all(image_key(b"%d" % number) in store for number in range(7))
+    assert len(store) == len(store.parts) == 8
+    assert all(image_key(b"%d" % number) in store for number in range(8))
 
 
 def test_images_that_have_no_features_are_counted(root):

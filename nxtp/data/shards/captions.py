@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from typing import Any
 
 from nxtp.data.shards.cache import RemoteCache
 from nxtp.data.shards.remote import read_file
@@ -21,7 +22,7 @@ def read_captions(shard: str, column: str, cache: RemoteCache | None) -> dict[st
     from pyarrow.parquet import ParquetFile
 
     url = f"{shard.removesuffix('.tar')}.parquet"
-    source = local_path(url)
+    source: Any = local_path(url)
     if is_remote(url) and cache is not None:
         source = io.BytesIO(read_file(url, cache.pace, cache.retries))
     try:
