@@ -44,7 +44,7 @@ class Pace:
 
     def patience(self, failures: int) -> float:
         """Seconds for the next part after so many failures in a row."""
-        return min(self.limit, max(2.0, 10 * self._usual) * 4**failures)
+        return min(self.limit, max(1.0, 10 * self._usual) * 4**failures)
 
     def took(self, seconds: float) -> None:
         self._usual = max(seconds, 0.95 * self._usual)
@@ -151,7 +151,7 @@ def received(url: str, start: int, pace: Pace, retries: int) -> Iterator[tuple[i
                 raise RemoteError(kind, (str(error) or type(error).__name__)[:200]) from error
             if url.startswith("pipe:"):
                 have = 0
-            time.sleep(pace.limit / 120 * 2 ** (failures - 1) * random.uniform(0.5, 1.5))
+            time.sleep(pace.limit / 240 * 2 ** (failures - 1) * random.uniform(0.5, 1.5))
 
 
 class ForwardFile:
