@@ -1,4 +1,4 @@
-"""Tar shards: finding (urls), listing (manifest), indexing (tar_index), fetching (remote, cache,
+"""Tar shards: finding (urls), listing (manifest), counting (counts), indexing (tar_index), fetching (remote, cache,
 prefetch) and reading them (reader).
 
 Imports only errors and runs; no torch. Start with :class:`nxtp.data.shards.reader.IndexedShards`.
