@@ -26,9 +26,7 @@ class StartTogether(L.Callback):
         setting: the configuration key of ``timeout``, if it has one.
     """
 
-    def __init__(
-        self, strategy: Any, timeout: float, opened: dict[str, Any] | None = None, setting: str | None = None
-    ):
+    def __init__(self, strategy: Any, timeout: float, opened: dict[str, Any] | None = None, setting: str | None = None):
         self.strategy, self.timeout, self.opened = strategy, timeout, opened or {}
         self.setting = f" ({setting})" if setting else ""
         self.have_met = False

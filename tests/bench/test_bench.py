@@ -207,7 +207,6 @@ def test_many_shards_are_opened_without_one():
     assert all(row["opened_s"] < row["first_batch_s"] < 20 for row in found["rows"].values())
 
 
-
 def test_results_that_differ_are_refused():
     good = {"loss": np.float32(2.0), "gradient": np.ones((2, 3))}
     assert assert_equal(good, good, "step") == 0
