@@ -21,7 +21,7 @@ from nxtp.data.config import DataConfig
 from nxtp.data.mixture import open_set
 from nxtp.data.sampler import ElasticBatchSampler
 from nxtp.data.shards.manifest import MANIFEST, ShardInfo, manifest_text
-from nxtp.distributed.before import Ranks
+from nxtp.distributed.rendezvous import Ranks
 
 SAMPLES = 5_050  # of a shard on average: 14,000 of them have the 70.7 million of G70M
 LARGEST_GAP = 50  # that their numbers differ from it

@@ -334,7 +334,7 @@ class _LiveBytes(TorchDispatchMode):
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
-    return sum(local.numel() * local.element_size() for local in map(local, tensors))
+    return sum(part.nbytes for part in map(local, tensors))
 
 
 def _sum_up(

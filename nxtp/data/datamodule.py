@@ -21,7 +21,7 @@ from nxtp.data.dataset import Batch, BatchDataset
 from nxtp.data.mixture import OpenedSet, open_set
 from nxtp.data.sampler import ElasticBatchSampler
 from nxtp.data.transforms import ImageTransform
-from nxtp.distributed.before import Ranks
+from nxtp.distributed.rendezvous import Ranks
 from nxtp.errors import UserError
 from nxtp.model.layout import Objective
 from nxtp.model.tokenizer import LabelTokenizer

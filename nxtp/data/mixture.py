@@ -8,6 +8,7 @@ import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from nxtp.data.config import DataConfig, SourceConfig, named_sources
@@ -16,7 +17,7 @@ from nxtp.data.shards.counts import UNAVAILABLE, Count, header_counts, listed_co
 from nxtp.data.shards.reader import IndexedShards
 from nxtp.data.shards.tar_index import IndexStore
 from nxtp.data.shards.urls import expand_shards, identity
-from nxtp.distributed.before import Ranks
+from nxtp.distributed.rendezvous import Ranks
 from nxtp.errors import UserError, by_kind, counted, some_of
 
 log = logging.getLogger("nxtp")
@@ -45,7 +46,7 @@ class OpenedSet:
     def __len__(self) -> int:
         return len(self.shards)
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """SHA-256 of the names and sizes (in samples) of the sources' shards, wherever these are stored."""
         names = [url.partition("?")[0].rpartition("/")[2] for url in self.shards.urls]

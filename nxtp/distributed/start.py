@@ -10,7 +10,7 @@ from typing import Any
 import lightning as L
 import torch.distributed as dist
 
-from nxtp.distributed.before import Ranks
+from nxtp.distributed.rendezvous import Ranks
 from nxtp.errors import UserError
 
 _MISSING = "nothing"

@@ -27,10 +27,10 @@ from nxtp.data.labels.from_samples import label_texts, warn_if_nouns_differ
 from nxtp.data.mixture import OpenedSet, open_set
 from nxtp.data.shards.manifest import manifest_hash
 from nxtp.data.transforms import ImageTransform
-from nxtp.distributed.before import Ranks
 from nxtp.distributed.checkpoints import BackgroundCheckpoints
 from nxtp.distributed.fsdp2 import FSDP2Strategy
 from nxtp.distributed.parallelize import ParallelConfig
+from nxtp.distributed.rendezvous import Ranks
 from nxtp.distributed.start import StartTogether
 from nxtp.errors import UserError, by_kind, nearest
 from nxtp.eval.metrics import HIT_CUTS

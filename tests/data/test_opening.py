@@ -27,7 +27,7 @@ from nxtp.data.shards.manifest import ShardInfo, manifest_text, write_manifest
 from nxtp.data.shards.remote import ForwardFile, Pace, RemoteError
 from nxtp.data.shards.tar_index import IndexStore, ShardIndex, index_shard
 from nxtp.data.transforms import ImageTransform
-from nxtp.distributed.before import Ranks
+from nxtp.distributed.rendezvous import Ranks
 from nxtp.errors import UserError
 from nxtp.model.tokenizer import train_tokenizer
 from nxtp.prepare.writer import write_shard
