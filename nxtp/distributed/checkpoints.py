@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.tensor import DTensor
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from nxtp.errors import UserError, root_cause
 from nxtp.model.weights import Spec, Weights, assign
@@ -67,11 +67,14 @@ class BackgroundCheckpoints(TorchCheckpointIO):
         self.pause_s += time.perf_counter() - begin
 
     def _on_host(self, checkpoint: dict[str, Any]) -> dict[str, Any]:
-        """A copy. PyTorch's stager, which pins memory, cannot copy the 8-bit blocks of torchao's optimizers."""
-        tensors = (leaf for leaf in tree_leaves(checkpoint.get("optimizer_states")) if isinstance(leaf, Tensor))
-        if all(type(tensor) is Tensor for tensor in tensors):
-            return self._stager.stage(checkpoint)
-        return tree_map_only(Tensor, lambda tensor: tensor.detach().to("cpu", copy=True), checkpoint)
+        """A copy. PyTorch's stager, which pins memory, gets plain tensors only: it cannot copy the 8-bit blocks of
+        torchao's optimizers nor, in PyTorch 2.11, every object."""
+        leaves, structure = tree_flatten(checkpoint)
+        staged = self._stager.stage({i: leaf for i, leaf in enumerate(leaves) if type(leaf) is Tensor})
+        for i, leaf in enumerate(leaves):
+            if i not in staged:
+                staged[i] = leaf.detach().to("cpu", copy=True) if isinstance(leaf, Tensor) else copy.deepcopy(leaf)
+        return tree_unflatten([staged[i] for i in range(len(leaves))], structure)
 
     def _save_shards(self, checkpoint: dict[str, Any], path: Path) -> Future:
         if self._group is None:

@@ -2,6 +2,7 @@
 
 import pickle
 import threading
+from fractions import Fraction
 from types import SimpleNamespace
 
 import pytest
@@ -170,6 +171,21 @@ def test_training_does_not_change_what_is_being_written(tmp_path, monkeypatch):
     begin.set()
     io.teardown()
     assert read_file(tmp_path / "x.ckpt")["state_dict"]["x"].tolist() == [1, 1]
+
+
+def test_the_stager_copies_tensors_alone(tmp_path, monkeypatch):
+    """PyTorch 2.11's cannot copy every object. Tensors that share memory are written once."""
+    weight, io, staged = torch.ones(1000), BackgroundCheckpoints(), []
+    stage = io._stager.stage
+    monkeypatch.setattr(io._stager, "stage", lambda tensors: staged.extend(tensors.values()) or stage(tensors))
+    rest = {"callbacks": {"x": Fraction(1, 2)}, "loops": [{"a": (1, None)}]}
+    io.save_checkpoint({"state_dict": {"x": weight, "tied": weight[:]}, **rest}, tmp_path / "x.ckpt")
+    io.teardown()
+    assert [type(value) for value in staged] == [torch.Tensor] * 2
+    with torch.serialization.safe_globals([Fraction]):
+        written = read_file(tmp_path / "x.ckpt")
+    assert {name: written[name] for name in rest} == rest
+    assert (tmp_path / "x.ckpt").stat().st_size < 2 * weight.nbytes
 
 
 def test_an_error_while_writing_leaves_the_previous_one(tmp_path, one_rank, monkeypatch):
