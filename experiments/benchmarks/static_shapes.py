@@ -63,14 +63,14 @@ class StaticOneShot:
     def __init__(self, compiled: bool, device: torch.device):
         mode = "reduce-overhead" if device.type == "cuda" else None
         self.step = torch.compile(static_step, dynamic=False, mode=mode) if compiled else static_step
-        self.caches: dict[tuple[int, int, int], StaticCache] = {}
+        self.caches: dict[tuple, StaticCache] = {}  # by shape and dtype
 
     @torch.inference_mode()
     def __call__(self, model: Model, images: Tensor, *, prompt, delimiter, top_k, max_tokens, never_first) -> Samples:
         logits_BV, prefilled = model.prefill(images, prompt)
         prefix = model.num_image_tokens + 1 + len(prompt)
         probs_BK, tokens_BK = first_tokens(logits_BV, top_k, never_first)
-        shape = *tokens_BK.shape, max_tokens
+        shape = *tokens_BK.shape, max_tokens, prefilled.layers[0].keys.dtype
         if shape not in self.caches:
             length = prefix + shape[1] * (max_tokens - 1)
             self.caches[shape] = StaticCache(model.decoder.lm.config, max_cache_len=length)
