@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.tensor import DTensor
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from nxtp.errors import UserError, root_cause
 from nxtp.model.weights import Spec, Weights, assign
@@ -35,6 +35,7 @@ from nxtp.runs.atomic import recover, remove, replace
 OLD_FORMAT = "of an older nxtp, which can export it; its run cannot be resumed by this one: train again"
 REST = "rest.pt"  # in a directory: what is not a tensor of the model or an optimizer
 INDEX = ".metadata"  # PyTorch's
+STAGERS_LAST = torch.__version__ >= (2, 13)  # older ones are closed by the first copy they make
 
 
 class BackgroundCheckpoints(TorchCheckpointIO):
@@ -48,11 +49,14 @@ class BackgroundCheckpoints(TorchCheckpointIO):
 
     def __init__(self) -> None:
         self.pause_s = 0.0
-        gpu = torch.cuda.is_available()  # then copied to pinned memory, which is kept for the next
-        self._stager = DefaultStager(StagingOptions(gpu, False, False, gpu))
+        self._kept_stager = _stager()
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: tuple[Path, Future] | None = None
         self._group: dist.ProcessGroup | None = None  # of its own: training's collectives go on meanwhile
+
+    @property
+    def _stager(self) -> DefaultStager:
+        return self._kept_stager if STAGERS_LAST else _stager()
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
         """A collective call if weights are sharded."""
@@ -67,14 +71,11 @@ class BackgroundCheckpoints(TorchCheckpointIO):
         self.pause_s += time.perf_counter() - begin
 
     def _on_host(self, checkpoint: dict[str, Any]) -> dict[str, Any]:
-        """A copy. PyTorch's stager, which pins memory, gets plain tensors only: it cannot copy the 8-bit blocks of
-        torchao's optimizers nor, in PyTorch 2.11, every object."""
-        leaves, structure = tree_flatten(checkpoint)
-        staged = self._stager.stage({i: leaf for i, leaf in enumerate(leaves) if type(leaf) is Tensor})
-        for i, leaf in enumerate(leaves):
-            if i not in staged:
-                staged[i] = leaf.detach().to("cpu", copy=True) if isinstance(leaf, Tensor) else copy.deepcopy(leaf)
-        return tree_unflatten([staged[i] for i in range(len(leaves))], structure)
+        """A copy. PyTorch's stager, which pins memory, cannot copy the 8-bit blocks of torchao's optimizers."""
+        tensors = (leaf for leaf in tree_leaves(checkpoint.get("optimizer_states")) if isinstance(leaf, Tensor))
+        if all(type(tensor) is Tensor for tensor in tensors):
+            return self._stager.stage(checkpoint)
+        return tree_map_only(Tensor, lambda tensor: tensor.detach().to("cpu", copy=True), checkpoint)
 
     def _save_shards(self, checkpoint: dict[str, Any], path: Path) -> Future:
         if self._group is None:
@@ -117,6 +118,11 @@ class BackgroundCheckpoints(TorchCheckpointIO):
 
     def teardown(self) -> None:
         self.wait()
+
+
+def _stager() -> DefaultStager:
+    gpu = torch.cuda.is_available()  # then copied to pinned memory, which is kept for the next
+    return DefaultStager(StagingOptions(gpu, False, False, gpu))
 
 
 def _part(path: Path) -> Path:
