@@ -18,7 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torchmetrics import Metric
 
 from nxtp.config import instantiated
-from nxtp.data.labels.cleaning import normalise
+from nxtp.data.labels.cleaning import distinct
 from nxtp.errors import UserError, at_least
 from nxtp.eval.embedders import TextEmbedder, full_precision
 
@@ -103,17 +103,12 @@ def exact_scores(
     _check(predictions, targets, top_k)
     rows = []
     for predicted, wanted in zip(predictions, targets, strict=True):
-        found, truth = _distinct(predicted)[:top_k], set(_distinct(wanted))
+        found, truth = distinct(predicted)[:top_k], set(distinct(wanted))
         hits, total = len(truth.intersection(found)), len(truth) + len(found)
         # F1 = 2PR/(P+R) = 2 hits / (targets + predictions)
         scores = (hits / len(truth), hits / max(len(found), 1), 2 * hits / total) if truth else (torch.nan,) * 3
         rows.append(scores)
     return Scores(*torch.tensor(rows, dtype=torch.float32).reshape(-1, 3).T)
-
-
-def _distinct(labels: Sequence[str]) -> list[str]:
-    """Normalised, without duplicates and empty ones, in order."""
-    return [label for label in dict.fromkeys(map(normalise, labels)) if label]
 
 
 def _check(predictions: Sequence[Sequence[str]], targets: Sequence[Sequence[str]], top_k: int | None) -> None:
@@ -210,7 +205,7 @@ class ExactMatch(_MeanScores):
         self._add([exact_scores(predictions, targets, top_k=k) for k in self.top_k])
         hits = [(exact_scores(predictions, targets, top_k=k).recall > 0).sum() for k in self.hit_cuts]
         self.hits_H = self.hits_H + torch.stack(hits).to(self.hits_H)
-        hashes = [zlib.crc32(label.encode()) % _LABEL_HASHES for labels in targets for label in _distinct(labels)]
+        hashes = [zlib.crc32(label.encode()) % _LABEL_HASHES for labels in targets for label in distinct(labels)]
         self.seen = self.seen.index_fill(0, torch.tensor(hashes, dtype=torch.long, device=self.seen.device), 1)
 
     def compute(self) -> dict[str, Tensor]:

@@ -69,6 +69,16 @@ def cpu_name() -> str:
         return platform.processor() or platform.machine()
 
 
+def others_seconds() -> float:
+    """CPU time that this machine has used, without this process and those that it has started."""
+    machine, own = psutil.cpu_times(), 0.0
+    for process in (psutil.Process(), *psutil.Process().children(recursive=True)):
+        with suppress(psutil.Error):
+            times = process.cpu_times()
+            own += times.user + times.system + times.children_user + times.children_system
+    return sum(machine) - machine.idle - getattr(machine, "iowait", 0.0) - own
+
+
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
@@ -85,6 +95,7 @@ class RunRecord:
     ``ended_by``      the limit that ended the training: trainer.max_steps=…, trainer.max_epochs=…, early stopping, …
     ``samples_read``  samples read, of which ``samples_skipped`` (by kind) could not be used
     ``monitor``       the metric that selects the best weights
+    ``other_cores``   how many cores the other processes of this machine used meanwhile
     ``metrics``       measured values only: of the last validation while training, of the exported weights at the end
     """
 
@@ -99,6 +110,7 @@ class RunRecord:
     started: str = field(default_factory=_now)
     updated: str = ""
     wall_time_s: float = 0.0
+    other_cores: float = 0.0
     step: int = 0
     steps: int = 0
     validated: int = 0
@@ -118,6 +130,7 @@ class RunRecord:
 
     def __post_init__(self) -> None:
         self._begin = time.perf_counter() - self.wall_time_s
+        self._start, self._others = time.perf_counter(), others_seconds()
 
     def fail(self, error: BaseException) -> None:
         self.status = "failed"
@@ -125,7 +138,9 @@ class RunRecord:
 
     def write(self, directory: Path) -> None:
         """Replace run.json in ``directory``. Metrics that are not finite are skipped."""
-        self.wall_time_s = round(time.perf_counter() - self._begin, 2)
+        now = time.perf_counter()
+        self.wall_time_s = round(now - self._begin, 2)
+        self.other_cores = round(max(0.0, others_seconds() - self._others) / max(now - self._start, 1e-9), 3)
         self.updated = _now()
         self.metrics = {k: v for k, v in self.metrics.items() if v is not None and math.isfinite(v)}
         write_json(directory / FILE, asdict(self))

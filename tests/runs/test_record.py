@@ -3,6 +3,10 @@
 import json
 import subprocess
 import sys
+from collections import namedtuple
+from types import SimpleNamespace
+
+import psutil
 
 from nxtp.runs.record import FILE, RunRecord, read_record
 
@@ -24,3 +28,18 @@ def test_reading_records_imports_no_torch():
     code = "import json, sys, nxtp.runs.record, nxtp.runs.resume; print(json.dumps(sorted(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert not {"torch", "lightning", "wandb", "hydra"} & set(json.loads(done.stdout))
+
+
+Times = namedtuple("Times", "user system idle iowait children_user children_system", defaults=[0.0] * 6)
+
+
+def test_cores_that_others_use_are_measured_without_ones_own(monkeypatch, tmp_path):
+    machine, own, now = Times(user=10.0, idle=3.0, iowait=1.0), Times(user=5.0), [0.0]
+    process = SimpleNamespace(cpu_times=lambda: own, children=lambda recursive: [process])
+    monkeypatch.setattr(psutil, "cpu_times", lambda: machine)
+    monkeypatch.setattr(psutil, "Process", lambda: process)
+    monkeypatch.setattr("nxtp.runs.record.time.perf_counter", lambda: now[0])
+    record = RunRecord("a", {}, [], 0)
+    machine, own, now[0] = Times(user=45.0, idle=8.0, iowait=2.0), Times(user=10.0, children_user=5.0), 10.0
+    record.write(tmp_path)
+    assert json.loads((tmp_path / "run.json").read_text())["other_cores"] == 1.5

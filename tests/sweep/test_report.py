@@ -1,16 +1,21 @@
 """nxtp report: records of runs → results.csv, table and plot."""
 
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import wandb
 from click.testing import CliRunner
 
 from nxtp.errors import UserError
+from nxtp.eval.metrics import ExactMatch
 from nxtp.sweep.report import records as rec
 from nxtp.sweep.report.command import differing, generated, report
+from nxtp.sweep.report.comparison import interval
+from nxtp.sweep.report.hits import Hits
 from nxtp.sweep.report.spec import Spec
 
 EXPERIMENTS = Path(__file__).resolve().parents[2] / "experiments"
@@ -39,7 +44,7 @@ def record(depth=1, which="first", seed=0, sweep="depth/laptop", recall=None, **
         "sweep": sweep,
         "command": "train",
         "status": "finished",
-        "started": f"2026-01-01T00:00:0{seed}+00:00",
+        "started": f"2026-01-0{1 + depth}T{12 * (which == 'spread') + seed:02}:00:00+00:00",
         "wall_time_s": 100.0 + seed,
         "samples_seen": 9600,
         "parameters": {"total": 1000 * depth},
@@ -86,7 +91,7 @@ def test_table_has_means_and_spreads_and_published_values_apart_from_laptop_rows
 
 
 def test_published_value_stands_in_the_full_row(study):
-    write(study.parent.parent / "runs", record(2, sweep="depth/full", recall=0.7))
+    write(study.parent.parent / "runs", record(2, sweep="depth/full", recall=0.7, started="2026-02-01"))
     run(study)
     readme = (study / "README.md").read_text()
     assert "| full | 2 | first | 0.700 | 0.731 (Table A.5) | 100 |" in readme
@@ -338,3 +343,156 @@ def test_an_edited_file_of_a_study_is_noticed(study, name, capsys):
     path = study / name
     path.write_text(path.read_text().replace("0.6", "0.7") if name != "plot.svg" else "<svg/>")
     assert complaints(study, capsys) == [name]
+
+
+# ---- hits of each image, differences and intervals ---------------------------------------------------------------
+
+
+def test_the_bootstrap_interval_of_a_normal_sample_is_the_known_one():
+    images = np.random.default_rng(0).normal(0.3, 0.4, (1, 1500))
+    low, high = interval(images)
+    width = 2 * 1.96 * images.std(ddof=1) / 1500**0.5
+    assert high - low == pytest.approx(width, rel=0.05)
+    assert (low + high) / 2 == pytest.approx(images.mean(), abs=0.03 * width)
+    assert interval(np.ones((1, 1))) is None
+    assert interval(np.full((3, 7), 0.25)) == pytest.approx((0.25, 0.25))
+
+
+@pytest.mark.parametrize("seeds", [3, 5])
+@pytest.mark.parametrize("images", [1, 100])
+def test_an_interval_over_seeds_and_images_covers_the_mean_as_often_as_it_says(seeds, images):
+    rng, covered = np.random.default_rng(seeds), 0
+    for _ in range(200):
+        values = rng.normal(0, 0.02, (seeds, 1)) + (images > 1) * rng.normal(0, 0.1, (1, images))
+        low, high = interval(values + (images > 1) * rng.normal(0, 0.1, (seeds, images)))
+        covered += low <= 0 <= high
+    assert 184 <= covered <= 200  # at least 92 %; 78 and 85 % if seeds were drawn as images are
+
+
+TRUTHS = [["cat", "dog"], ["Dog "], ["cow", "cat", "hen"], ["hen"]]
+
+
+def evaluation(directory, guesses, seed=0, **config):
+    """A finished evaluation of a sweep, with its predictions; metrics as `nxtp evaluate` measures them."""
+    metric = ExactMatch(2)
+    metric.update(guesses, TRUTHS)
+    metrics = {f"val/{name}": float(value) for name, value in metric.compute().items()}
+    made = record(seed=seed, sweep="depth/laptop") | {"metrics": metrics, "command": "evaluate"}
+    made |= {"config": config, "name": f"{config},seed={seed}".replace("'", ""), "started": f"2026-01-0{seed + 1}"}
+    made["data"] = {"train": {"frequent_labels": ["dog", "hen"]}}
+    directory.mkdir(parents=True)
+    (directory / "run.json").write_text(json.dumps(made))
+    rows = [
+        {"set": "val", "key": str(i), "labels": truth, "predictions": [[label, 0.5] for label in labels]}
+        for i, (labels, truth) in enumerate(zip(guesses, TRUTHS, strict=True))
+    ]
+    rows.append({"set": "val", "key": "none", "labels": [], "predictions": [["cat", 0.5]]})
+    (directory / "predictions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return made
+
+
+GOOD = [["cat", "dog"], ["dog"], ["cow", "x"], ["x", "hen"]]
+BAD_ONES = [["cat", "x"], ["x"], ["y", "x"], ["x", "hen"]]  # recall@2 of 1/2, 0, 0, 1
+
+
+def test_metrics_of_each_image_have_the_records_means_also_packed(tmp_path):
+    made = evaluation(tmp_path / "a", GOOD)
+    (kept,) = rec.collect([tmp_path])
+    hits = Hits.unpacked(kept["hits"]["val"]["packed"])
+    assert hits.metric("recall@2").tolist() == pytest.approx([1, 1, 1 / 3, 1])
+    assert hits.metric("hit@1").tolist() == [1, 1, 1, 0]
+    for name in ("recall@2", "precision@2", "f1@2", "hit@1"):
+        assert hits.metric(name).mean() == pytest.approx(made["metrics"][f"val/{name}"])
+    assert hits.metric("loss") is None
+    assert len(json.dumps(kept["hits"])) < 1500
+    rows = [json.loads(line) for line in (tmp_path / "a" / "predictions.jsonl").read_text().splitlines()]
+    rows[0]["predictions"] = []
+    (tmp_path / "a" / "predictions.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert rec.collect([tmp_path])[0]["hits"] == {}, "of another evaluation than the record"
+    (tmp_path / "a" / "predictions.jsonl").write_text("[1]")
+    with pytest.raises(UserError, match=r"not the predictions\.jsonl of an evaluation"):
+        rec.collect([tmp_path])
+
+
+def test_chance_is_the_mean_of_random_guesses_and_the_prior_that_of_frequent_labels(tmp_path):
+    evaluation(tmp_path / "a", GOOD)
+    kept = rec.collect([tmp_path])[0]["hits"]["val"]
+    labels, rng = ["cat", "dog", "cow", "hen"], np.random.default_rng(0)
+    guesses = [[list(rng.choice(labels, 2, replace=False)) for _ in TRUTHS] for _ in range(4000)]
+    truths = [[label.strip().lower() for label in truth] for truth in TRUTHS]
+    drawn = Hits.of([each for guess in guesses for each in guess], truths * len(guesses))
+    for name, value in kept["chance"].items():
+        if name != "hit@5":
+            assert value == pytest.approx(drawn.metric(name).mean(), abs=0.01), name
+    prior = Hits.of([["dog", "hen"]] * 4, truths)
+    assert kept["label prior"] == pytest.approx({n: prior.metric(n).mean() for n in kept["label prior"]}, abs=1e-6)
+    assert "recall@2" in kept["label prior"]
+
+
+BASELINE = """
+columns: {sampler: sampler, k: k}
+metrics: {val/recall@2: recall@2, val/hit@1: hit@1, val/images_per_s: images/s}
+baseline: {sampler: good}
+"""
+
+
+@pytest.fixture
+def arms(study):
+    """Three seeds of a good sampler, of the same under another name, and of a bad one, 60 images."""
+    (study / "report.yaml").write_text(BASELINE)
+    runs = study.parent.parent / "runs"
+    shutil.rmtree(runs)
+    for seed in range(3):
+        for name, guesses in {"good": GOOD, "same": GOOD, "bad": BAD_ONES}.items():
+            evaluation(runs / "depth" / "laptop" / f"{name}{seed}", guesses, seed, sampler=name, k=2)
+    return study
+
+
+def test_differences_are_paired_and_what_overlaps_is_not_ranked(arms, capsys):
+    assert run(arms).exit_code == 0
+    readme = (arms / "README.md").read_text()
+    assert "| size | sampler | k | Δ recall@2 (4 images) | Δ hit@1 (4 images) |" in readme
+    assert "| laptop | same | 2 | +0.000 [+0.000, +0.000] ≈ | +0.000 [+0.000, +0.000] ≈ |" in readme
+    bad = next(line for line in readme.splitlines() if line.startswith("| laptop | bad | 2 | -0.4"))
+    assert "] |" in bad
+    assert "- recall@2: {good 2, same 2, bad 2}" in readme, "four images: their intervals overlap"
+    assert "| label prior |  |  |" in readme
+    assert "| chance |  |  | 0.500 |" in readme
+    before = {p.name: p.read_bytes() for p in arms.iterdir()}
+    shutil.rmtree(arms.parent.parent / "runs")
+    assert run(arms, "--check").exit_code == 0, "from the records alone"
+    assert {p.name: p.read_bytes() for p in arms.iterdir()} == before
+
+
+def test_arms_whose_intervals_are_apart_are_ranked_and_old_records_compared_by_seeds(arms):
+    for file in (arms.parent.parent / "runs").glob("**/predictions.jsonl"):
+        file.unlink()
+    run(arms)
+    readme = (arms / "README.md").read_text()
+    assert "Δ recall@2 (seeds only)" in readme
+    assert "- recall@2: {good 2, same 2} > bad 2" in readme
+    assert "chance" not in readme
+
+
+def test_images_of_another_set_are_not_paired(arms):
+    for file in (arms.parent.parent / "runs").glob("**/bad*/predictions.jsonl"):
+        file.write_text(file.read_text().replace('"key": "0"', '"key": "other"'))
+    run(arms)
+    readme = (arms / "README.md").read_text()
+    assert "Δ recall@2 (4 images)" in readme
+    assert "| laptop | bad | 2 | -0.458 [-0.458, -0.458] |" in readme, "by seeds, which agree"
+
+
+def test_a_baseline_must_be_a_column(arms):
+    (arms / "report.yaml").write_text(BASELINE.replace("{sampler: good}", "{samplr: good}"))
+    with pytest.raises(UserError, match=r"baseline: unknown 'samplr'\. Did you mean 'sampler'"):
+        Spec.read(arms / "report.yaml")
+
+
+def test_times_beside_other_work_are_left_out(study):
+    runs = study.parent.parent / "runs"
+    shutil.rmtree(runs)
+    for seed, (minute, others) in enumerate([(0, None), (1, None), (10, None), (20, 0.6), (21, 0.02)]):
+        write(runs, record(1, seed=seed, started=f"2026-01-01T00:{minute:02}:00", other_cores=others))
+    run(study)
+    assert "| laptop | 1 | first | 0.570 ± 0.016 (5) |  | 103 ± 1 (2) |" in (study / "README.md").read_text()

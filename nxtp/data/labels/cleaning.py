@@ -25,3 +25,8 @@ def clean_labels(labels: Iterable[str]) -> list[str]:
     for label in cleaned:
         distinct.setdefault(normalise(label), label)
     return [label for form, label in distinct.items() if form]
+
+
+def distinct(labels: Iterable[str]) -> list[str]:
+    """Normalised, without duplicates and empty ones, in order."""
+    return [label for label in dict.fromkeys(map(normalise, labels)) if label]

@@ -12,8 +12,8 @@ import click
 
 from nxtp.config import NOT_A_SWEEP, study_dirs
 from nxtp.errors import UserError, nearest
+from nxtp.sweep.report import comparison, tables
 from nxtp.sweep.report import records as rec
-from nxtp.sweep.report import tables
 from nxtp.sweep.report.plot import svg
 from nxtp.sweep.report.spec import Plot, Spec
 
@@ -37,7 +37,9 @@ def generated(folder: Path, records: list[rec.Record]) -> tuple[dict[str, str], 
     rows = tables.rows(records, spec)
     if not rows:
         raise UserError(f"{folder.name}: no finished run and no published value; nothing to show.")
-    files = {"README.md": _with_table(folder / "README.md", tables.markdown(rows, spec))}
+    files = {
+        "README.md": _with_table(folder / "README.md", tables.markdown(rows, spec) + comparison.markdown(records, spec))
+    }
     files |= {"records.jsonl": rec.as_lines(records)} if records else {}
     return files | drawn(rows, spec), rows, spec
 

@@ -7,7 +7,7 @@ import math
 from typing import TYPE_CHECKING
 
 from nxtp.sweep.report.spec import Plot, Spec
-from nxtp.sweep.report.tables import Line, Row, lines, number, order
+from nxtp.sweep.report.tables import REFERENCES, Line, Row, lines, number, order
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -26,7 +26,8 @@ def svg(table: list[Row], spec: Spec) -> str | None:
     plot = spec.plot
     if plot is None or not plot.y:
         return None
-    drawn = [line for line in lines(table, spec) if any(y in line.values for y in plot.y)]
+    every = [line for line in lines(table, spec) if any(y in line.values for y in plot.y)]
+    drawn = [line for line in every if line.size not in REFERENCES]
     if not drawn:
         return None
     import matplotlib  # takes seconds
@@ -37,6 +38,9 @@ def svg(table: list[Row], spec: Spec) -> str | None:
         panels = figure.subplots(1, len(plot.y), squeeze=False)[0]
         for axes, metric in zip(panels, plot.y, strict=True):
             _panel(axes, drawn, metric, spec, plot)
+            for line, style in zip([line for line in every if line not in drawn], (":", "--"), strict=False):
+                if metric in line.values:
+                    axes.axhline(line.values[metric].mean, color="#555555", ls=style, lw=1.2, label=line.size)
         handles = {label: h for a in panels for h, label in zip(*a.get_legend_handles_labels(), strict=True)}
         if len(handles) > 1 or any("paper" in label for label in handles):
             widest = 0.7 + 0.085 * max(map(len, handles))  # inches, about
@@ -57,7 +61,7 @@ def _panel(axes: Axes, drawn: list[Line], metric: str, spec: Spec, plot: Plot) -
     values = [value for x in xs if (value := number(x)) is not None]
     numeric = plot.kind == "line" and len(values) == len(xs)
     position = dict(zip(xs, values if numeric else map(float, range(len(xs))), strict=True))
-    groups = sorted({group for group, _ in series}, key=_order)
+    groups = sorted({tuple(line.columns[c] for c in apart) for line in drawn}, key=_order)  # as in the other panels
     bars = [bar for bar in series if bar[1] != "paper"]
     several = len({size for _, size in bars}) > 1
     width = 0.8 / max(1, len(bars))

@@ -15,6 +15,7 @@ import click
 from nxtp.errors import UserError
 from nxtp.runs import secrets
 from nxtp.runs.record import FILE, FORMAT
+from nxtp.sweep.report.hits import read_hits
 
 Record = dict[str, Any]
 
@@ -22,7 +23,7 @@ NEEDED = ("name", "config", "metrics", "seed")
 KEPT = (
     *("format", "name", "sweep", "command", "config", "seed", "data", "started", "wall_time_s", "step", "steps"),
     *("samples_seen", "samples_read", "samples_skipped", "parameters", "monitor", "metrics"),
-    *("code", "versions", "device"),
+    *("code", "versions", "device", "other_cores", "hits"),
 )
 ELSEWHERE = ("callbacks", "logger", "hydra", "debug", "resume", "out", "device", "name", "sweep", "seed", "grid")
 TRAINER = ("max_steps", "max_epochs", "precision", "devices")
@@ -89,10 +90,17 @@ def _is_path(value: Any) -> bool:
 
 
 def collect(directories: Iterable[Path]) -> list[Record]:
-    """Of the runs in ``directories`` and in all directories below; W&B's copies of records are skipped."""
+    """Of the runs in ``directories`` and in all directories below, with the hits of their predictions.jsonl; W&B's
+    copies of records are skipped."""
     found = {file for directory in directories for file in directory.glob(f"**/{FILE}")}
     files = sorted(file for file in found if not file.match(f"wandb/*/files/{FILE}"))
-    return unique(parsed(f.read_text(), f"{f.parent.parent.name}/{f.parent.name}/{FILE}") for f in files)
+    records = []
+    for file in files:
+        record = parsed(file.read_text(), f"{file.parent.parent.name}/{file.parent.name}/{FILE}")
+        if record and (predictions := file.with_name("predictions.jsonl")).is_file():
+            record |= {"hits": read_hits(predictions, record)}
+        records.append(record)
+    return unique(records)
 
 
 def read_lines(path: Path) -> list[Record]:

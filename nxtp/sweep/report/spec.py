@@ -36,11 +36,13 @@ class Published:
 
 @dataclass
 class Spec:
-    """``columns`` title → configuration key; ``over`` keys averaged over; ``metrics`` metric → title."""
+    """``columns`` title → configuration key; ``over`` keys averaged over; ``metrics`` metric → title; ``baseline``
+    column → value of the arms that others are compared with."""
 
     columns: dict[str, str] = field(default_factory=dict)
     metrics: dict[str, str] = field(default_factory=dict)
     over: list[str] = field(default_factory=lambda: ["seed"])
+    baseline: dict[str, Any] = field(default_factory=dict)
     paper: list[Published] = field(default_factory=list)
     plot: Plot | None = None
 
@@ -59,6 +61,7 @@ class Spec:
         if not isinstance(content, dict):
             raise UserError(f"'{path}' must be a mapping, got '{content}'.")
         spec = to_dataclass(cls, content, f"{path}: ")
+        _require(spec.baseline, spec.columns, f"{path}, baseline")
         for paper in spec.paper:
             _require([paper.metric], spec.metrics, f"{path}, paper")
             _require(paper.where, [*spec.columns, "size"], f"{path}, paper, where")

@@ -7,6 +7,7 @@ import io
 import math
 import statistics
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
 from nxtp.sweep.report.records import Record, is_finite
@@ -15,7 +16,9 @@ from nxtp.sweep.report.spec import Published, Spec
 Row = dict[str, str]  # as in results.csv; "" is blank
 RUN = ("wall_time_s", "samples_seen")
 HEAD, TAIL = ("size", "sweep", "run"), ("source",)
-ORDER = ("laptop", "full", "paper")
+REFERENCES = ("label prior", "chance")
+ORDER = ("laptop", "full", *REFERENCES, "paper")
+OTHERS = 0.1  # cores that other work may use beside a time
 
 
 @dataclass
@@ -69,10 +72,29 @@ def settings(record: Record) -> dict[str, Any]:
     return leaves(record["config"]) | {"seed": record["seed"]}
 
 
+def is_time(metric: str) -> bool:
+    return metric == "run.wall_time_s" or metric.endswith("_per_s")
+
+
 def measured(record: Record) -> dict[str, float]:
     parts = {f"run.parameters.{k}": v for k, v in (record.get("parameters") or {}).items()}
     values = record["metrics"] | {f"run.{k}": record.get(k) for k in RUN} | parts
     return {k: v for k, v in values.items() if is_finite(v)}
+
+
+def beside_others(records: list[Record]) -> list[bool]:
+    """Whether other work ran beside each run: as its record measured it, or of an older record, whether another run on
+    such a device overlaps with it."""
+    spans = []
+    for record in records:
+        begin = datetime.fromisoformat(record["started"]).timestamp() if record.get("started") else math.nan
+        spans.append((record.get("device"), begin, begin + (record.get("wall_time_s") or 0)))
+    return [
+        record["other_cores"] > OTHERS
+        if record.get("other_cores") is not None
+        else any(i != j and device == d and begin < e and b < end for j, (d, b, e) in enumerate(spans))
+        for i, (record, (device, begin, end)) in enumerate(zip(records, spans, strict=True))
+    ]
 
 
 def text(value: Any) -> str:
@@ -82,14 +104,21 @@ def text(value: Any) -> str:
 
 
 def rows(records: list[Record], spec: Spec) -> list[Row]:
-    """All of results.csv."""
+    """All of results.csv. A time that was measured beside other work is blank."""
     table = []
-    for record in records:
-        known, values = settings(record), measured(record)
+    for record, beside in zip(records, beside_others(records), strict=True):
+        known = settings(record)
+        values = {k: v for k, v in measured(record).items() if not (beside and is_time(k))}
         row = {"size": size(record), "sweep": text(record.get("sweep")), "run": record["name"]}
         row |= {title: text(known.get(k)) for title, k in spec.columns.items()}
         row |= {k: text(known.get(k)) for k in spec.over}
         table.append(row | {k: text(v) for k, v in values.items()})
+    for name in REFERENCES:
+        found: dict[str, list[float]] = {}
+        for where, kept in ((w, kept) for record in records for w, kept in record.get("hits", {}).items()):
+            for metric, value in kept.get(name, {}).items():
+                found.setdefault(f"{where}/{metric}", []).append(value)
+        table += [{"size": name} | {k: text(statistics.fmean(v)) for k, v in found.items()}] if found else []
     for paper in spec.paper:
         row = {"size": "paper", paper.metric: text(paper.value), "source": paper.source}
         table.append(row | {title: text(paper.where.get(title)) for title in spec.columns})
@@ -177,7 +206,11 @@ def _cited(paper: Published) -> str:
 
 
 def markdown(table: list[Row], spec: Spec) -> str:
-    header, body, start = cells(table, spec)
+    return as_markdown(*cells(table, spec))
+
+
+def as_markdown(header: list[str], body: list[list[str]], start: int) -> str:
+    """A table whose columns from ``start`` on are numbers."""
     rule = ["---" if i < start else "---:" for i in range(len(header))]
     escaped = [[c.replace("|", "\\|") for c in row] for row in (header, rule, *body)]
     return "".join(f"| {' | '.join(row)} |\n" for row in escaped)

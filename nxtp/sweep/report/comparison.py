@@ -1,0 +1,145 @@
+"""Arms of a study compared: differences from a baseline, paired by seed, and an order of those that can be ordered."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+
+import numpy as np
+
+from nxtp.sweep.report.hits import Hits
+from nxtp.sweep.report.records import Record, note
+from nxtp.sweep.report.spec import Spec
+from nxtp.sweep.report.tables import as_markdown, is_time, measured, order, settings, size, text
+
+RESAMPLES = 2_000
+# Student's t at 97.5 % for 1, 2, … degrees of freedom, over the normal distribution's 1.96: 3 seeds know little
+_STUDENT = [t / 1.96 for t in (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)]
+Interval = tuple[float, float]
+Arm = tuple[str, ...]  # its size and its columns
+Runs = Mapping[Arm, Mapping[Arm, Record]]  # arm → what is averaged over, as the seed → record
+
+
+@cache
+def _weights(count: int, of: int) -> np.ndarray:
+    """[resamples, of]: how often each of ``of`` is among ``count`` draws with replacement, divided by ``count``."""
+    return np.random.default_rng([count, of]).multinomial(count, np.full(of, 1 / of), RESAMPLES) / count
+
+
+def interval(values_SN: np.ndarray) -> Interval | None:
+    """The 95 % bootstrap interval of a mean over S seeds and N images; None of one seed without images (N = 1).
+
+    Seeds and images are drawn independently, as all seeds have the same images. Few seeds would give too narrow an
+    interval: S - 1 are drawn (Rao and Wu, 1988), and their distances from the mean are widened as Student's t is. One
+    seed is no sample of seeds: then only images are drawn.
+    """
+    seeds, images = values_SN.shape
+    if seeds * images == 1:
+        return None
+    if seeds > 1:
+        means_S1 = values_SN.mean(axis=1, keepdims=True)
+        wider = _STUDENT[seeds - 2] if seeds - 2 < len(_STUDENT) else 1 + 1.2 / (seeds - 1)
+        values_SN = values_SN + (wider - 1) * (means_S1 - means_S1.mean())
+    means_RS = _weights(images, images) @ values_SN.T
+    low, high = np.quantile((means_RS * _weights(max(seeds - 1, 1), seeds)).sum(axis=1), (0.025, 0.975))
+    return float(low), float(high)
+
+
+def arms(records: list[Record], spec: Spec) -> Runs:
+    found: dict[Arm, dict[Arm, Record]] = {}
+    for record in records:
+        known = settings(record)
+        arm = (size(record), *(text(known.get(key)) for key in spec.columns.values()))
+        found.setdefault(arm, {})[tuple(text(known.get(key)) for key in spec.over)] = record
+    return dict(sorted(found.items(), key=lambda item: [order(part) for part in item[0]]))
+
+
+def _images(record: Record, metric: str) -> tuple[int, np.ndarray] | None:
+    """The metric of each image, with the fingerprint of the images; None where the record has no hits."""
+    name, _, kind = metric.partition("/")
+    kept = record.get("hits", {}).get(name)
+    values = Hits.unpacked(kept["packed"]).metric(kind) if kept else None
+    return None if kept is None or values is None else (kept["images"], values)
+
+
+def values(runs: list[Mapping[Arm, Record]], metric: str) -> list[np.ndarray]:
+    """Of each arm [S, N], over the seeds that all have; [S, 1] unless all records have hits of the same images."""
+    having = [{seed: r for seed, r in each.items() if metric in measured(r)} for each in runs]
+    seeds = [seed for seed in having[0] if all(seed in each for each in having)]
+    found = [_images(each[seed], metric) for each in having for seed in seeds]
+    if found and all(found) and len({images for images, _ in filter(None, found)}) == 1:
+        stacked = np.stack([each for _, each in filter(None, found)])
+        return list(stacked.reshape(len(runs), len(seeds), -1))
+    return [np.array([[measured(each[seed])[metric]] for seed in seeds]).reshape(-1, 1) for each in having]
+
+
+def differences(records: list[Record], spec: Spec) -> list[tuple[Arm, dict[str, tuple[float, Interval | None, int]]]]:
+    """Arm → metric → mean difference from its baseline, interval, and number of images (1: of seeds only).
+
+    An arm's baseline is the one that differs from it in no other column than those that ``spec.baseline`` names.
+    """
+    runs, found = arms(records, spec), []
+    for arm, of in runs.items():
+        columns = dict(zip(spec.columns, arm[1:], strict=True)) | {c: text(v) for c, v in spec.baseline.items()}
+        base = (arm[0], *columns.values())
+        if base == arm or base not in runs:
+            continue
+        row = {}
+        for metric in filter(lambda m: not is_time(m), spec.metrics):
+            ours, theirs = values([of, runs[base]], metric)
+            if ours.size:
+                row[metric] = float((ours - theirs).mean()), interval(ours - theirs), ours.shape[1]
+        found.append((arm, row))
+    return found
+
+
+def ranked(records: list[Record], spec: Spec, metric: str) -> list[list[Arm]]:
+    """Arms by a metric, best first; those whose intervals overlap, or that have none, are in one group."""
+    known = {arm: v for arm, of in arms(records, spec).items() if (v := values([of], metric)[0]).size}
+    best = -1 if metric.endswith("loss") else 1
+    groups: list[tuple[float, list[Arm]]] = []  # with the lowest bound of each
+    for arm, each in sorted(known.items(), key=lambda item: -best * item[1].mean()):
+        bounds = interval(each) or (-np.inf, np.inf)
+        low, high = sorted(best * bound for bound in bounds)
+        if groups and high >= groups[-1][0]:
+            groups[-1] = min(groups[-1][0], low), [*groups[-1][1], arm]
+        else:
+            groups.append((low, [arm]))
+    return [group for _, group in groups]
+
+
+def markdown(records: list[Record], spec: Spec) -> str:
+    """The second table of a study with a baseline, and its arms in order; '' without a baseline."""
+    found = differences(records, spec) if spec.baseline else []
+    if spec.baseline and records and not found:
+        note(f"report.yaml, baseline: no run has {spec.baseline}; nothing is compared")
+    if not found:
+        return ""
+    shown = [m for m in spec.metrics if any(m in row for _, row in found)]
+    images = {m: {row[m][2] for _, row in found if m in row} for m in shown}
+    body = [[*arm, *(_difference(*row[m][:2]) if m in row else "" for m in shown)] for arm, row in found]
+    basis = {m: "seeds only" if counts == {1} else f"{min(counts - {1}):,} images" for m, counts in images.items()}
+    header = ["size", *spec.columns, *(f"Δ {spec.metrics[m]} ({basis[m]})" for m in shown)]
+    where = ", ".join(f"{column} {text(value)}" for column, value in spec.baseline.items())
+    about = (
+        f"Difference from {where}, paired by {', '.join(spec.over)}, with its 95 % bootstrap interval over seeds and\n"
+        "images (seeds only: the records have no hits per image). ≈: it contains 0, the arms are not distinguishable."
+    )
+    table = as_markdown(header, body, 1 + len(spec.columns))
+    places = [f"- {spec.metrics[m]}: {_places(ranked(records, spec, m))}" for m in shown]
+    order_of = (
+        "Best first; arms in braces are not ranked, as their own intervals overlap (the paired ones above tell more):"
+    )
+    return "\n".join(["", about, "", table, order_of, "", *places, ""])
+
+
+def _difference(mean: float, bounds: Interval | None) -> str:
+    if bounds is None:
+        return f"{mean:+z.3f} (one run)"
+    return f"{mean:+z.3f} [{bounds[0]:+z.3f}, {bounds[1]:+z.3f}]" + (" ≈" if bounds[0] <= 0 <= bounds[1] else "")
+
+
+def _places(groups: list[list[Arm]]) -> str:
+    sizes = {arm[0] for group in groups for arm in group}
+    names = [[" ".join(filter(None, arm if len(sizes) > 1 else arm[1:])) for arm in group] for group in groups]
+    return " > ".join(f"{{{', '.join(group)}}}" if len(group) > 1 else group[0] for group in names)

@@ -1,0 +1,122 @@
+"""Hits of each image, from an evaluation's predictions.jsonl: packed into its record, for intervals over images."""
+
+from __future__ import annotations
+
+import io
+import json
+import zlib
+from base64 import b64decode, b64encode
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import comb
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nxtp.data.labels.cleaning import distinct
+from nxtp.errors import UserError
+
+
+@dataclass
+class Hits:
+    """Which predictions of N images are right.
+
+    ``hits_NK``   bool, whether each of the first K predictions, best first, is among the image's labels
+    ``truths_N``  int64, how many labels it has, at least 1
+    ``said_N``    int64, how many predictions it has
+    """
+
+    hits_NK: np.ndarray
+    truths_N: np.ndarray
+    said_N: np.ndarray
+
+    @classmethod
+    def of(cls, predictions: Sequence[Sequence[str]], targets: Sequence[Sequence[str]]) -> Hits:
+        """Of normalised labels without duplicates; each image has a target."""
+        said_N = np.array([len(labels) for labels in predictions])
+        hits_NK = np.zeros((len(targets), said_N.max(initial=1)), dtype=bool)
+        for row, labels, truth in zip(hits_NK, predictions, map(set, targets), strict=True):
+            row[: len(labels)] = [label in truth for label in labels]
+        return cls(hits_NK, np.array([len(labels) for labels in targets]), said_N)
+
+    def metric(self, name: str) -> np.ndarray | None:
+        """Float64 [N]: recall@k, precision@k, f1@k or hit@k of each image, as :mod:`nxtp.eval.metrics` defines them;
+        None for another metric."""
+        kind, _, k = name.partition("@")
+        if kind not in ("recall", "precision", "f1", "hit") or not k.isdigit():
+            return None
+        found_N, said_N = self.hits_NK[:, : int(k)].sum(axis=1), np.minimum(self.said_N, int(k))
+        below = {"recall": self.truths_N, "precision": np.maximum(said_N, 1), "f1": (self.truths_N + said_N) / 2}
+        return found_N / below[kind] if kind in below else (found_N > 0).astype(float)
+
+    def packed(self) -> str:
+        """Base64 of a compressed .npz: about two bytes per image."""
+        small = {"hits": np.packbits(self.hits_NK, axis=1), "width": np.array(self.hits_NK.shape[1])}
+        buffer = io.BytesIO()
+        np.savez_compressed(buffer, **small, truths=self.truths_N.astype("u2"), said=self.said_N.astype("u2"))
+        return b64encode(buffer.getvalue()).decode()
+
+    @classmethod
+    def unpacked(cls, text: str) -> Hits:
+        with np.load(io.BytesIO(b64decode(text)), allow_pickle=False) as stored:
+            hits_NK = np.unpackbits(stored["hits"], axis=1, count=int(stored["width"])).astype(bool)
+            return cls(hits_NK, stored["truths"].astype(int), stored["said"].astype(int))
+
+
+def chance(name: str, truths_N: np.ndarray, vocabulary: int) -> float:
+    """What a metric is expected to be for k different labels drawn at random from those that the set has.
+
+    Args:
+        name: recall@k, precision@k, f1@k or hit@k.
+        truths_N: labels of each image.
+        vocabulary: different labels of the set.
+    """
+    kind, _, digits = name.partition("@")
+    k = min(int(digits), vocabulary)
+    found_N = k * truths_N / vocabulary  # the mean of a hypergeometric distribution
+    if kind == "hit":
+        return 1 - float(np.mean([comb(vocabulary - n, k) / comb(vocabulary, k) for n in truths_N.tolist()]))
+    return float(np.mean(found_N / {"recall": truths_N, "precision": k, "f1": (truths_N + k) / 2}[kind]))
+
+
+def read_hits(path: Path, record: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """What a record keeps of its predictions.jsonl: set → hits and reference values.
+
+    ``images``       a fingerprint of the images and their labels: only equal ones can be paired
+    ``packed``       :meth:`Hits.packed`
+    ``chance``       metric → :func:`chance`
+    ``label prior``  metric → its value for the most frequent training labels, where the record has these
+
+    A set whose hits do not give the record's metrics is skipped: its predictions are of another evaluation.
+
+    Raises:
+        UserError: the file is not what `nxtp evaluate` writes.
+    """
+    rows: dict[str, list[tuple[str, list[str], list[str]]]] = {}
+    try:
+        for row in map(json.loads, path.read_text().splitlines()):
+            if truth := distinct(row["labels"]):
+                said = distinct(label for label, _ in row["predictions"])
+                rows.setdefault(row["set"], []).append((row["key"], truth, said))
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"'{path}' is not the predictions.jsonl of an evaluation: {error}.") from error
+    frequent = distinct(record.get("data", {}).get("train", {}).get("frequent_labels", []))
+    found = {}
+    for name, images in rows.items():
+        keys, truths, said = zip(*images, strict=True)
+        hits, prior = Hits.of(said, truths), Hits.of([frequent] * len(truths), truths)
+        own = {m.partition("/")[2]: v for m, v in record["metrics"].items() if m.partition("/")[0] == name}
+        values = {metric: each for metric in own if (each := hits.metric(metric)) is not None}
+        if not values or any(abs(each.mean() - own[metric]) > 1e-3 for metric, each in values.items()):
+            continue
+        vocabulary = len({label for labels in truths for label in labels})
+        found[name] = {
+            "images": zlib.crc32(json.dumps([keys, truths]).encode()),
+            "packed": hits.packed(),
+            "chance": {metric: round(chance(metric, hits.truths_N, vocabulary), 6) for metric in values},
+        }
+        if frequent:
+            means = {m: prior.metric(m) for m in values if int(m.partition("@")[2]) <= len(frequent)}
+            found[name]["label prior"] = {m: round(float(v.mean()), 6) for m, v in means.items() if v is not None}
+    return found
