@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import pkgutil
 import re
+import shlex
 import sys
 import textwrap
 from argparse import Namespace
@@ -260,7 +262,7 @@ def composed(config_name: str, overrides: Sequence[str], config_dir: str | Path 
 
 def explain(error: BaseException, config_name: str) -> str:
     """A configuration error in one line, with the nearest known name where there is one."""
-    from hydra.errors import MissingConfigException
+    from hydra.errors import MissingConfigException, OverrideParseException
 
     if isinstance(error, (MissingMandatoryValue, InterpolationToMissingValueError)):
         found = re.search(r"[Mm]issing(?: mandatory)? value:? *'?([\w.]+)", str(error))
@@ -275,10 +277,14 @@ def explain(error: BaseException, config_name: str) -> str:
                 known = sorted({*known, *(group for group in _groups(config_name) if "/" not in group)} - {"hydra"})
             where = str(getattr(cause, "full_key", "") or key)
             near = nearest(str(key), known, where.removesuffix(str(key)))
-            hint = re.search(r"To append to your config use (\S+)", text)
+            hint = re.search(r"To append to your config use (\+.+)", text)
             add = f" To add a key: {hint[1]}" if hint else ""
             return f"No configuration key '{where}'.{near} Known keys: {', '.join(known) or 'none'}.{add}"
         cause = cause.__cause__ or cause.__context__
+    if isinstance(error, OverrideParseException):
+        key, _, value = error.override.partition("=")
+        quoted = shlex.quote(f"{key}={json.dumps(value, ensure_ascii=False)}")
+        return f"{text.split(' See https')[0]}: is this one text? Then it needs two pairs of quotes: {quoted}"
     if isinstance(error, MissingConfigException):
         group, _, option = (error.missing_cfg_file or "").rpartition("/")
         if group.split("/")[0] == "study":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -113,7 +114,7 @@ class DataConfig:
         at_least("data.index_gb", self.index_gb, 0)
         if not 0 <= self.max_skip_fraction <= 1:
             raise UserError(f"data.max_skip_fraction must be ≥ 0 and ≤ 1, got {self.max_skip_fraction}.")
-        if not self.read_timeout > 0:
+        if not 0 < self.read_timeout < math.inf:
             raise UserError(f"data.read_timeout must be > 0 seconds, got {self.read_timeout}.")
         if self.nodes not in ("shared", "split"):
             raise UserError(f"data.nodes must be shared or split, got '{self.nodes}'.")
@@ -125,7 +126,12 @@ class DataConfig:
 
 
 def named_sources(spec: Any) -> dict[str, SourceConfig]:
-    """A set's sources by name; shards without names are one source, named ''."""
+    """A set's sources by name: each a :class:`SourceConfig`, or its shards. Without names they are one source, ''."""
     if not isinstance(spec, Mapping):
         return {"": SourceConfig(spec)}
-    return {name: to_dataclass(SourceConfig, source, f"data.train.{name}") for name, source in spec.items()}
+    return {
+        name: to_dataclass(SourceConfig, source, f"data.train.{name}")
+        if isinstance(source, Mapping)
+        else SourceConfig(source)
+        for name, source in spec.items()
+    }

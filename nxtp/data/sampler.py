@@ -16,6 +16,7 @@ from nxtp.data.shards.prefetch import Prefetcher
 from nxtp.errors import UserError, at_least
 
 _SUBSET, _ROTATION = 0xDA7A, 0x2077  # distinct streams of random numbers
+_MOST_REPEATS = 10_000  # each is a piece of an epoch, of each shard
 _UNSHUFFLED = 65_536  # positions at a time if nothing is shuffled
 Prefetch = Callable[[Sequence[int]], Prefetcher | None]  # shards in the order of their use → who fetches them
 
@@ -69,8 +70,9 @@ class ElasticBatchSampler(Sampler[tuple[int, np.ndarray]]):
         self.shuffle, self.window, self.nodes = shuffle, shuffle_window, nodes
         self.sources = list(sources) if sources is not None else [MixtureSource("", range(len(self.sizes)))]
         for source in self.sources:
-            if not (math.isfinite(source.repeat) and source.repeat > 0):
-                raise UserError(f"The repeat of source '{source.name}' must be > 0, got {source.repeat}.")
+            if not 0 < source.repeat <= _MOST_REPEATS:
+                most = f"> 0 and ≤ {_MOST_REPEATS:,}"
+                raise UserError(f"The repeat of source '{source.name}' must be {most}, got {source.repeat}.")
         self._starts = np.cumsum(self.sizes) - self.sizes
         counts = [int(self.sizes[list(source.shards)].sum()) for source in self.sources]
         used = subset_counts(counts, subset_size(sum(counts), max_samples, fraction))

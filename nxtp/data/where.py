@@ -35,7 +35,7 @@ class Selection:
     """``caption_key`` is the JSON field that is the caption, or parquet:COLUMN; ``where`` a condition on fields; or ''.
 
     Raises:
-        UserError: ``where`` is no condition, with the place where it is wrong; pyarrow is missing.
+        UserError: ``where`` is no condition, with the place where it is wrong; no column is named; pyarrow is missing.
     """
 
     caption_key: str = ""
@@ -44,6 +44,8 @@ class Selection:
     def __post_init__(self) -> None:
         if self.where:
             condition(self.where)
+        if self.caption_key == "parquet:":
+            raise UserError("data.caption_key=parquet: names no column: write parquet:COLUMN.")
         if self.column and find_spec("pyarrow") is None:
             raise UserError(f"data.caption_key={self.caption_key} needs pyarrow: pip install 'nxtp[parquet]'.")
 
@@ -68,13 +70,13 @@ def condition(where: str) -> Value:
     where = where.replace("\n", " ").strip()
     try:
         tree = ast.parse(where, mode="eval").body
+        if not isinstance(tree, ast.BoolOp | ast.UnaryOp | ast.Compare | ast.Name):
+            raise _wrong(where, f"no comparison: {_ALLOWED}", where)
+        return _value(tree, where)
     except SyntaxError as error:
         raise _wrong(where, error.msg, where[error.offset - 1 :] if error.offset else "") from None
     except (ValueError, RecursionError, MemoryError) as error:  # a NUL byte; too deep
         raise _wrong(where, str(error) or "nested too deeply", "") from None
-    if not isinstance(tree, ast.BoolOp | ast.UnaryOp | ast.Compare | ast.Name):
-        raise _wrong(where, f"no comparison: {_ALLOWED}", where)
-    return _value(tree, where)
 
 
 def _value(node: ast.expr, where: str) -> Value:

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -15,7 +17,11 @@ from nxtp.errors import UserError
 
 T = TypeVar("T")
 R = TypeVar("R")
-_PATIENCE = timedelta(days=2)  # for a rank that has come and works; its death is noticed at once
+_PATIENCE = timedelta(days=2)  # for the first rank, which works; its death is noticed at once
+_BEAT, _SILENCE = (
+    timedelta(seconds=5),
+    timedelta(seconds=60),
+)  # between the beats of a rank that works; of one that died
 
 
 class Ranks:
@@ -77,18 +83,57 @@ class Ranks:
         return self._hear(key)
 
     def share_out(self, key: str, items: Sequence[T], work: Callable[[Sequence[T]], list[R]]) -> list[R]:
-        """``work`` of all ``items`` on all ranks; each does an equal share of it. Raises as :meth:`from_first`."""
-        if self.workers == 1:
-            return self.from_first(key, lambda: work(items))
-        self._tell(f"{key}/{self.rank}", lambda: work(items[self.rank :: self.workers]))
+        """``work`` of all ``items`` on all ranks; each does an equal share of it.
+
+        Raises:
+            UserError: on all ranks, if ``work`` fails on one, or one ends.
+        """
+
+        def own() -> list[R]:
+            return work(items[self.rank :: self.workers])
 
         def gathered() -> list[R]:
             every: list[Any] = [None] * len(items)
-            for rank in range(self.workers):
+            every[0 :: self.workers] = own()
+            for rank in range(1, self.workers):
+                self._wait_for(rank, f"{key}/{rank}")
                 every[rank :: self.workers] = self._hear(f"{key}/{rank}")
             return every
 
+        if self.rank > 0 and self.workers > 1:
+            with self._beating():
+                self._tell(f"{key}/{self.rank}", own)
         return self.from_first(key, gathered)
+
+    @contextmanager
+    def _beating(self) -> Iterator[None]:
+        """In this block the first rank can see that this one lives: a store tells only others that it has ended."""
+        done = threading.Event()
+
+        def beat() -> None:
+            while not done.wait(_BEAT.total_seconds()):
+                self.store.add(f"nxtp/beats/{self.rank}", 1)
+
+        thread = threading.Thread(target=beat, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()
+
+    def _wait_for(self, rank: int, key: str) -> None:
+        """
+        Raises:
+            UserError: ``rank`` has ended, or stands still.
+        """
+        beats = -1
+        while not self.store.check([f"nxtp/{key}"]):
+            before, beats = beats, self.store.add(f"nxtp/beats/{rank}", 0)
+            if beats == before:
+                raise UserError(f"Rank {rank} has ended, or stands still: see its output.")
+            with suppress(RuntimeError):  # not yet
+                self.store.wait([f"nxtp/{key}"], _SILENCE)
 
     def _tell(self, key: str, make: Callable[[], Any]) -> None:
         try:

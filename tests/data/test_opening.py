@@ -27,6 +27,7 @@ from nxtp.data.shards.manifest import ShardInfo, manifest_text, write_manifest
 from nxtp.data.shards.remote import ForwardFile, Pace, RemoteError
 from nxtp.data.shards.tar_index import IndexStore, ShardIndex, index_shard
 from nxtp.data.transforms import ImageTransform
+from nxtp.distributed import rendezvous
 from nxtp.distributed.rendezvous import Ranks
 from nxtp.errors import UserError
 from nxtp.model.tokenizer import train_tokenizer
@@ -108,11 +109,12 @@ def test_64_ranks_of_8_workers_have_one_epoch_whatever_cannot_be_read(tmp_path, 
     assert len(set(together)) == len(together) > len(shards) - 64 * 4
 
 
-def test_a_shard_that_cannot_be_had_ends_all_ranks_with_its_name(tmp_path, flaky):
+def test_a_shard_that_cannot_be_had_ends_all_ranks_with_its_name(tmp_path, flaky, caplog):
     _, failing = flaky
     failing["memory://bucket/007.tar"] = 1
     config = DataConfig(cache_dir=str(tmp_path), index_dir=str(tmp_path))
     (error,) = set(on_ranks(8, lambda ranks: open_set("train", SPEC, config, ranks)))
+    assert "memory://bucket/007.tar: unreachable shard: 503" in caplog.text, "and why"
     assert error.startswith(
         "data.train: 1 of 300 shards cannot be had (unreachable shard × 1): memory://bucket/007.tar. Restore them; "
         "data.allow_missing_shards=true"
@@ -136,6 +138,36 @@ def test_an_error_of_one_rank_is_one_of_all(running):
     assert on_ranks(3, lambda ranks: ranks.share_out("x", letters, work), running) == ["no c"] * 3
 
 
+@pytest.mark.parametrize("bad", [0, 1])
+def test_what_fails_on_one_rank_is_said_on_all(bad):
+    def work(items):
+        if items[0] == bad:
+            raise UserError(f"no {bad}")
+        return items
+
+    assert on_ranks(2, lambda ranks: ranks.share_out("x", [0, 1, 2], work)) == [f"no {bad}"] * 2
+
+
+def test_a_rank_that_dies_while_it_counts_ends_the_others(monkeypatch):
+    """Only the death of the first rank closes the store: the others were waited for for two days."""
+    monkeypatch.setattr(rendezvous, "_SILENCE", timedelta(seconds=0.2))
+    monkeypatch.setattr(rendezvous, "_BEAT", timedelta(seconds=0.02))
+    slow = threading.Event()
+
+    def work(ranks):
+        if ranks.rank == 2:
+            slow.wait(20)  # it works for longer than one may be silent
+            return "dead"
+        if ranks.rank == 1:
+            return ranks.share_out("x", [1, 2, 3], lambda own: [slow.wait(0.5)])
+        try:
+            return ranks.share_out("x", [1, 2, 3], list)
+        finally:
+            slow.set()
+
+    assert on_ranks(3, work) == [error := "Rank 2 has ended, or stands still: see its output.", error, "dead"]
+
+
 def test_a_rank_that_does_not_come_is_not_waited_for_in_vain():
     with pytest.raises(RuntimeError, match="timeout"):
         Ranks(HashStore(), 0, 2, timeout=timedelta(seconds=0.05))
@@ -157,6 +189,18 @@ def test_a_run_is_not_resumed_over_another_set(tmp_path):
     assert "data.train was 3 shards of 24 samples (" in done.stderr.splitlines()[-1]
     assert "and is 2 shards of 16 samples (" in done.stderr.splitlines()[-1]
     assert call_nxtp(*longer, "data.allow_changed_shards=true", cwd=tmp_path).returncode == 0
+
+
+def test_a_validation_set_has_another_name_than_the_training_set(tmp_path):
+    """Before, it was validated on the training set, and its loss was logged over that of training."""
+    write_shards(tmp_path / "a", [4])
+    done = call_nxtp("train", "name=a", "data.train=a", "+data.val.train=b", *TINY_OVERRIDES, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (
+        1,
+        "error: data.val.train: 'train' is the training set: give the validation set another name.\n",
+    )
+    done = call_nxtp("train", "name=a", "data.train=b", "data.val=null", *TINY_OVERRIDES, cwd=tmp_path)
+    assert "nothing found at 'b'" in done.stderr, "no validation sets is no error"
 
 
 # --- counts beside shards --------------------------------------------------------------------------------------
@@ -210,6 +254,33 @@ def test_a_manifest_of_other_shards_is_not_believed(tmp_path):
     (tmp_path / "sizes.json").write_text(json.dumps({"0.tar": -1, "1.tar": "many"}))
     (tmp_path / "manifest.json").unlink()
     assert listed_counts([str(tmp_path / f"{i}.tar") for i in range(2)], None) == {}
+
+
+@pytest.mark.parametrize("number", ["1" + 30 * "0", "Infinity", "-3", "0", "NaN", "1e999", "9e18"])
+def test_an_impossible_number_of_samples_is_not_believed(tmp_path, number):
+    """Before: a traceback; of 0 samples, a shard that nobody looked at again."""
+    size = write_shard(tmp_path / "0.tar", [sample(n) for n in range(3)]).bytes
+    rows = f'{{"shards": [{{"name": "0.tar", "samples": {number}, "bytes": {size}}}]}}'
+    for name, content in {
+        "manifest.json": rows,
+        "sizes.json": f'{{"0.tar": {number}}}',
+        "index.json": f'{{"shardlist": [{{"url": "0.tar", "nsamples": {number}}}]}}',
+        "0_stats.json": f'{{"successes": {number}}}',
+    }.items():
+        (tmp_path / name).write_text(content)
+        assert listed_counts([str(tmp_path / "0.tar")], None) == {}, name
+        (tmp_path / name).unlink()
+
+
+def test_a_remote_shard_without_samples_is_looked_at_again(tmp_path, bucket):
+    """What a first start found empty, half written or a proxy's page may have come since."""
+    cache, store = RemoteCache(tmp_path / "cache"), IndexStore(tmp_path / "index")
+    for content, kind in ((b"<html>", "corrupt shard"), (b"", "empty shard")):
+        bucket.pipe_file("/bucket/a.tar", content)
+        assert count_shards(["memory://bucket/a.tar"], cache, store) == [(0, {kind: 1})]
+    write_shard(tmp_path / "a.tar", [sample(n) for n in range(3)])
+    bucket.pipe_file("/bucket/a.tar", (tmp_path / "a.tar").read_bytes())
+    assert count_shards(["memory://bucket/a.tar"], cache, store) == [(3, {})]
 
 
 def test_another_number_of_samples_than_promised_is_counted(tmp_path):

@@ -187,6 +187,7 @@ def test_expand_shards(tmp_path, monkeypatch):
     assert expand_shards(str(tmp_path)) == [a0, a1, b0]
     assert expand_shards(tmp_path) == [a0, a1, b0]
     assert expand_shards(f"{tmp_path}/a-*.tar") == [a0, a1]
+    assert expand_shards(f"{tmp_path}/*") == [a0, a1, b0], "as in a remote store"
     assert expand_shards(f"{tmp_path}/a-{{0..1}}.tar") == [a0, a1]
     assert expand_shards(f"{tmp_path}/{{b,a}}-*.tar") == [a0, a1, b0]
     assert expand_shards([b0, f"{tmp_path}/a-?.tar", a0]) == [a0, a1, b0]
@@ -207,7 +208,11 @@ def test_two_spellings_of_a_shard_are_one(tmp_path, shard):
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("none/here-*.tar", "nothing found at 'none/here-*.tar'"),
+        ("none/here-*.tar", "no *.tar file found at 'none/here-*.tar'"),
+        ("*", "no *.tar file found at '*'"),  # neither a file of another kind nor a directory is a shard
+        (5, "give a directory, a glob, a URL, or a list of these, not 5."),
+        (["a-0.tar", None], "not None."),
+        ([""], "not ''."),
         ("missing.tar", "nothing found at 'missing.tar'"),
         ("a-{0..2}.tar", "nothing found at 'a-2.tar'"),
         ("a-{0..1.tar", "'a-{0..1.tar'"),
@@ -219,7 +224,8 @@ def test_two_spellings_of_a_shard_are_one(tmp_path, shard):
 def test_no_shards_names_what_was_asked(tmp_path, monkeypatch, spec, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
-    for i in range(2):
+    (tmp_path / "manifest.json").touch()
+    for i in range(2 * (spec != "*")):
         (tmp_path / f"a-{i}.tar").touch()
     with pytest.raises(UserError) as error:
         expand_shards(spec)

@@ -23,7 +23,7 @@ from nxtp.errors import UserError
 log = logging.getLogger(__name__)
 
 RETRY_AFTER = 300.0  # seconds before a shard that could not be fetched is tried again
-_NOTE = 1024  # bytes: what a transfer tells other processes, in its lock file
+_NOTE = 4096  # bytes: what a transfer tells other processes, in its lock file
 T = TypeVar("T")
 
 
@@ -130,7 +130,7 @@ class RemoteCache:
                 raise _local_error(path, error) from error
         except (RemoteError, UserError) as error:
             told = {"kind": error.kind, "detail": error.detail} if isinstance(error, RemoteError) else {}
-            _write_note(lock, {"time": time.time(), **(told or {"fatal": str(error)})})
+            _write_note(lock, {"time": time.time(), **(told or {"fatal": str(error)[:600]})})
             Path(file.name).unlink(missing_ok=True)
             if told:
                 log.warning("%s: %s", url, error)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
@@ -16,7 +17,7 @@ from rich.progress import track
 
 from nxtp.data.shards.cache import RemoteCache
 from nxtp.data.shards.manifest import MANIFEST
-from nxtp.data.shards.remote import ForwardFile, RemoteError, open_store, read_file
+from nxtp.data.shards.remote import ForwardFile, RemoteError, read_file
 from nxtp.data.shards.tar_index import IndexStore, ShardIndex, index_shard, stamp_of
 from nxtp.data.shards.urls import is_remote, local_path
 from nxtp.errors import UserError
@@ -26,6 +27,7 @@ log = logging.getLogger(__name__)
 UNAVAILABLE = ("shard vanished", "unreadable shard", "unreachable shard", "stalled shard")  # could not be had at all
 THREADS = 16  # files read at once
 _MANY = 100  # shards
+_MOST = 10**9  # samples of a shard: a list that has more of one is damaged
 Count = tuple[int, dict[str, int]]  # samples of a shard, and what is skipped in it, by kind
 
 
@@ -34,7 +36,7 @@ def listed_counts(urls: Sequence[str], cache: RemoteCache | None) -> dict[str, i
 
     The files are, the first that lists a shard counts: manifest.json; sizes.json of open_clip; index.json of
     WebDataset; of each shard, _stats.json or parquet of img2dataset. A manifest counts for a local shard of the bytes
-    that it lists.
+    that it lists. A shard without a sample is not believed to have none: its headers are few.
 
     Raises:
         UserError: a remote shard without ``cache``.
@@ -51,7 +53,7 @@ def listed_counts(urls: Sequence[str], cache: RemoteCache | None) -> dict[str, i
             rest = members
             for name, parse in _LISTS.items():
                 if rest and (content := read_json(f"{directory}/{name}" if directory else name, cache)) is not None:
-                    with suppress(AttributeError, KeyError, TypeError, ValueError):
+                    with suppress(ArithmeticError, AttributeError, KeyError, TypeError, ValueError):
                         listed = parse(content)
                         found |= {url: listed[n][0] for url in rest if _fits(url, listed.get(n := _name(url)))}
                         rest = [url for url in rest if url not in found]
@@ -70,14 +72,20 @@ def header_counts(
         shown: show progress, if it takes long.
     """
 
+    failed: list[str] = []
+
     def count(url: str) -> Count:
         name = index_name(url)
         with suppress(OSError):
-            if head := store.head(name, None if is_remote(url) else stamp_of(name)):
+            head = store.head(name, None if is_remote(url) else stamp_of(name))
+            if head and head[0]:  # one without samples may have been replaced: no reader would notice
                 return head[0], dict(head[2])
         try:
             index = read_index(url, cache)
         except RemoteError as error:
+            if not failed:  # all are named by who asks, not why
+                log.warning("%s: %s", url, error)
+            failed.append(url)
             return 0, {error.kind: 1}
         store.save(name, index)
         return len(index), dict(index.skipped)
@@ -121,33 +129,34 @@ def index_name(url: str) -> str:
 def successes(url: str, cache: RemoteCache | None) -> int | None:
     """Samples of one shard, by what img2dataset has written beside it; None without."""
     stem = url.removesuffix(".tar")
-    with suppress(KeyError, TypeError, ValueError):
-        return int(read_json(f"{stem}_stats.json", cache)["successes"])
-    return _rows_of_parquet(f"{stem}.parquet")
+    with suppress(ArithmeticError, KeyError, TypeError, ValueError):
+        if 0 < (count := int(read_json(f"{stem}_stats.json", cache)["successes"])) < _MOST:
+            return count
+    return _rows_of_parquet(f"{stem}.parquet", cache)
 
 
-def _rows_of_parquet(url: str) -> int | None:
+def _rows_of_parquet(url: str, cache: RemoteCache | None) -> int | None:
     """Rows whose download has succeeded."""
     try:
         from pyarrow.parquet import read_table
 
-        if is_remote(url):
-            store, path = open_store(url)
-            file = store.open(path)
-        else:
-            file = open(local_path(url), "rb")  # noqa: SIM115
-        with file:
-            return read_table(file, columns=["status"])["status"].to_pylist().count("success")
+        content = read_content(url, cache)
+        return read_table(io.BytesIO(content), columns=["status"])["status"].to_pylist().count("success")
     except (ImportError, OSError, ValueError, KeyError):  # pyarrow's errors are ValueErrors too
         return None
+
+
+def read_content(url: str, cache: RemoteCache | None) -> bytes:
+    """A small file's content; raises OSError."""
+    if is_remote(url) and cache is not None:
+        return read_file(url, cache.pace, cache.retries)
+    return Path(local_path(url)).read_bytes()
 
 
 def read_json(url: str, cache: RemoteCache | None) -> Any:
     """A small file's content; None if there is none, or it is no JSON."""
     try:
-        if is_remote(url) and cache is not None:
-            return json.loads(read_file(url, cache.pace, cache.retries))
-        return json.loads(Path(local_path(url)).read_bytes())
+        return json.loads(read_content(url, cache))
     except (OSError, RecursionError, ValueError) as error:
         if not isinstance(error, OSError):
             log.warning("%s is no JSON, and is not used.", url)
@@ -156,7 +165,7 @@ def read_json(url: str, cache: RemoteCache | None) -> Any:
 
 def _fits(url: str, listed: tuple[int, int | None] | None) -> bool:
     """Whether a shard is listed, with the bytes that it has if that is known."""
-    if listed is None or listed[0] < 0:
+    if listed is None or not 0 < listed[0] < _MOST:
         return False
     if listed[1] is None or is_remote(url):
         return True

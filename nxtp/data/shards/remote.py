@@ -245,6 +245,8 @@ def _streamed(store: Any, url: str, start: int, wait: Callable[..., Any], pace: 
         headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={start}-"} if start else {})
         response = await session.get(store.encode_url(url), headers=headers)
         store._raise_not_found_for_status(response, url)
+        if response.content_type == "text/html":
+            raise OSError("a web page came in its place: check the address, and proxies")
         return response
 
     response = wait(get())

@@ -36,9 +36,11 @@ def expand_shards(spec: str | os.PathLike | Sequence[str | os.PathLike]) -> list
     Raises:
         UserError: nothing is found, a named file does not exist, or a store cannot be listed.
     """
-    parts = [spec] if isinstance(spec, str | os.PathLike) else list(spec)
+    parts = list(spec) if isinstance(spec, Sequence) and not isinstance(spec, str) else [spec]
     if not parts:
         raise UserError("No shards: the list of shards is empty.")
+    if wrong := [part for part in parts if not (isinstance(part, str | os.PathLike) and os.fspath(part))]:
+        raise UserError(f"No shards: give a directory, a glob, a URL, or a list of these, not {wrong[0]!r}.")
     found = {url for part in parts for url in _expand_one(os.fspath(part))}
     return sorted({identity(url): url for url in sorted(found)}.values())
 
@@ -61,10 +63,11 @@ def _expand_one(spec: str) -> list[str]:
     if is_remote(spec):
         return _expand_remote(expanded[0])
     path = os.path.expanduser(local_path(expanded[0]))
-    found = sorted(glob.glob(path)) if glob.has_magic(path) else [path] * os.path.exists(path)
+    found = [file for file in sorted(glob.glob(path)) if file.endswith(".tar")] or [path] * os.path.exists(path)
     if not found:
+        what = "no *.tar file" if glob.has_magic(path) else "nothing"
         raise UserError(
-            f"No shards: nothing found at '{spec}'. Give a directory of *.tar files, a glob, a brace expression such "
+            f"No shards: {what} found at '{spec}'. Give a directory of *.tar files, a glob, a brace expression such "
             "as 'cc3m-{000..331}.tar', or a list of these; nxtp prepare makes shards."
         )
     return found
