@@ -1,14 +1,29 @@
 """Tests keep indexes of shards to themselves; files with costly fixtures start first; commands are forked."""
 
+import gc
 import os
 import tempfile
 from unittest import mock
 
 import xdist
+from hydra._internal.hydra import Hydra
+from hydra.types import RunMode
 
+gc.disable()  # until all is imported and collected
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # the default trainer would use a GPU
 _cache = tempfile.TemporaryDirectory(prefix="nxtp-tests-")
 os.environ["XDG_CACHE_HOME"] = _cache.name
+
+
+# Hydra composes each command once more to learn its mode, also where the mode is given: half of many tests' time.
+_get_mode = Hydra.get_mode
+
+
+def get_mode(self, config_name, overrides):
+    return RunMode.RUN if "hydra.mode=RUN" in overrides else _get_mode(self, config_name, overrides)
+
+
+Hydra.get_mode = get_mode
 
 
 def pytest_sessionstart(session):
@@ -20,6 +35,12 @@ def pytest_sessionstart(session):
 
             with mock.patch("multiprocessing.util.spawnv_passfds", become_fork_server):
                 start_fork_server()
+
+
+def pytest_collection_finish():
+    """Libraries and tests stay until the end: collections of garbage pass them over."""
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_collection_modifyitems(items):

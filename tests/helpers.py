@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gc
 import io
 import multiprocessing
 import os
@@ -111,6 +112,7 @@ def fork(function, *arguments) -> multiprocessing.Process:
 def nxtp_here(arguments: list[str], cwd: str, out: str, error: str, environment: dict[str, str]) -> None:
     for number, path in ((1, out), (2, error)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    gc.enable()  # off while tests are imported
     multiprocessing.set_start_method("fork", force=True)  # as in a user's process: loader workers import nothing
     os.chdir(cwd)
     os.environ.update(environment)
@@ -209,7 +211,9 @@ def call_nxtp(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
     """`nxtp …` in this process, with what it printed."""
     out, error = io.StringIO(), io.StringIO()
     code = 0
-    with chdir(cwd), redirect_stdout(out), redirect_stderr(error), mock.patch.object(sys, "argv", ["nxtp", *arguments]):
+    environment = mock.patch.dict(os.environ)  # a command changes it for the ranks that it starts
+    given = mock.patch.object(sys, "argv", ["nxtp", *arguments])
+    with chdir(cwd), redirect_stdout(out), redirect_stderr(error), environment, given:
         try:
             main()
         except SystemExit as stop:

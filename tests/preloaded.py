@@ -1,6 +1,8 @@
 """What the tests' fork server imports once, so that each forked command starts with it: libraries, nouns' tables."""
 
 # ruff: noqa: F401
+import gc
+
 import lightning
 import open_clip
 import transformers.models.llama.modeling_llama
@@ -16,3 +18,4 @@ import nxtp.train.command
 from nxtp.data.labels.nouns import noun_backend
 
 noun_backend()("Two dogs leaped over fences.")
+gc.freeze()  # forks leave these pages as they are

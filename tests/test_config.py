@@ -2,6 +2,7 @@
 
 import sys
 from dataclasses import asdict, fields
+from itertools import zip_longest
 
 import pytest
 import torch
@@ -46,7 +47,15 @@ GROUPS = {
         *("logger", "debug", "experiment"),
     )
 }
-CHOICES = [f"{group}={option}" for group, options in GROUPS.items() for option in options]
+# Options of groups that do not set the same keys, composed together; the others alone.
+ALONE = ("model", "debug", "experiment")
+BESIDE = {"optim=published", "model/decoder=hugging_face"}  # the model they need
+TOGETHER = [
+    tuple(f"{group}={option}" for group, option in zip(GROUPS, row, strict=True) if option and group not in ALONE)
+    for row in zip_longest(*([o for o in GROUPS[g] if f"{g}={o}" not in BESIDE] for g in GROUPS))
+]
+TOGETHER += [(f"{group}={option}",) for group in ALONE for option in GROUPS[group]]
+TOGETHER += [("model=published", "optim=published"), ("model/decoder=hugging_face",)]
 
 
 # Parameters as published; of encoders without their pooling, so as timm and open_clip have them.
@@ -80,11 +89,10 @@ def parameters(key: str, model: ModelConfig, optim: OptimConfig) -> dict[str, in
     return COUNTED[key]
 
 
-@pytest.mark.parametrize("choice", CHOICES)
-def test_every_shipped_option_composes_and_instantiates(tmp_path, choice, monkeypatch):
+@pytest.mark.parametrize("choices", TOGETHER, ids=" ".join)
+def test_every_shipped_option_composes_and_instantiates(tmp_path, choices, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
-    fitting = {"optim=published": ["model=published"]}  # it trains the last six blocks of an encoder
-    cfg = composed(tmp_path, choice, *fitting.get(choice, ()))
+    cfg = composed(tmp_path, *choices)
     for part, kind in (("encoder", EncoderConfig), ("decoder", DecoderConfig)):  # so that none needs a plus
         assert cfg.model[part].keys() == {f.name for f in fields(kind)}
     model = to_dataclass(ModelConfig, cfg.model, "model")
@@ -96,11 +104,12 @@ def test_every_shipped_option_composes_and_instantiates(tmp_path, choice, monkey
     if model.decoder.config:
         counts = parameters(repr((model, optim.trainable)), model, optim)
         assert counts["total_trained"] > 0
-        part = choice.partition("=")[0].removeprefix("model/")
-        assert counts.get(part) == PUBLISHED.get(choice, counts.get(part))
+        for choice in choices:
+            part = choice.partition("=")[0].removeprefix("model/")
+            assert counts.get(part) == PUBLISHED.get(choice, counts.get(part))
     for callback in cfg.callbacks.values():
         instantiate(callback)
-    if not choice.startswith("logger=wandb"):  # started for real in test_train.py
+    if "logger=wandb" not in choices:  # started for real in test_train.py
         for logger in cfg.logger.values():
             instantiate(logger)
     trainer = OmegaConf.to_container(cfg.trainer, resolve=True)
@@ -108,16 +117,20 @@ def test_every_shipped_option_composes_and_instantiates(tmp_path, choice, monkey
         instantiate({**trainer, "logger": False, "callbacks": [], "profiler": None}, _convert_="all")
 
 
+def test_all_options_are_among_these():
+    options = {f"{group}={option}" for group, options in GROUPS.items() for option in options}
+    assert {choice for choices in TOGETHER for choice in choices} == options
+
+
 @pytest.mark.parametrize("base", ["train", "evaluate"])
 def test_nouns_are_chosen_by_name_and_skipped_by_list(base):
     needed = "name=x" if base == "train" else "model_dir=m"
-    for override, backend, stop in (
-        ("nouns=hanta", "hanta", []),
-        ("nouns=nltk_published", "nltk_published", []),
-        ("data.nouns=textblob", "textblob", []),
-        ("nouns.stop=[person,view]", "hanta", ["person", "view"]),
+    for overrides, backend, stop in (
+        ([], "hanta", []),
+        (["nouns=nltk_published", "nouns.stop=[person,view]"], "nltk_published", ["person", "view"]),
+        (["data.nouns=textblob"], "textblob", []),
     ):
-        data = to_dataclass(DataConfig, config.composed(base, [needed, override]).data, "data")
+        data = to_dataclass(DataConfig, config.composed(base, [needed, *overrides]).data, "data")
         assert (data.nouns, data.stop_nouns) == (backend, stop)
 
 
@@ -155,6 +168,9 @@ def test_experiments_are_short_and_say_their_command(experiment):
             r"'optim.ler'\. Did you mean 'optim.lr'\? Known keys: .*\. To add a key: \+optim.ler=3",
         ),
         (["data.val.mine=x", "name=x"], r"'data.val.mine'\. Known keys: none\. To add a key: \+data.val.mine=x$"),
+        (["data.val={a: x}", "name=x"], r"To add a key: \+data.val={a: x}$"),
+        (["data.where=w > 3 and a", "name=x"], r"two pairs of quotes: 'data.where=\"w > 3 and a\"'$"),
+        (["data.where=lang == 'a'", "name=x"], r"two pairs of quotes: 'data.where=\"lang == '\"'\"'a'\"'\"'\"'$"),
         (
             ["name=x", "model/encoder=vit_tiiny"],
             "^No option 'model/encoder=vit_tiiny'. Did you mean 'model/encoder=vit_tiny'",
@@ -249,16 +265,17 @@ def test_modules_of_the_working_directory_can_be_targets(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("experiment", ["demo", "scenes"])
 def test_the_precision_is_the_trainers(tmp_path, experiment):
-    for trainer in ("gpu", "ddp", "fsdp"):
+    for trainer in ("ddp", "fsdp"):  # cpu and gpu: below
         assert composed(tmp_path, f"experiment={experiment}", f"trainer={trainer}").trainer.precision == "bf16-mixed"
-    assert composed(tmp_path, f"experiment={experiment}", "trainer=cpu").trainer.precision == "32-true"
 
 
 @pytest.mark.parametrize("recipe", [[], ["experiment=demo"], ["experiment=scenes"], ["experiment=laptop"]])
 def test_a_gpu_is_used_where_there_is_one(tmp_path, monkeypatch, recipe):
-    def chosen(*overrides):
-        trainer = composed(tmp_path, *recipe, *overrides).trainer
-        return trainer.accelerator, trainer.precision
+    given = ("", "trainer=gpu", "trainer=cpu", "trainer.accelerator=cpu")
+    trainers = {override: composed(tmp_path, *recipe, *filter(None, [override])).trainer for override in given}
+
+    def chosen(override=""):  # resolved anew each time
+        return trainers[override].accelerator, trainers[override].precision
 
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
     on_cpu = "bf16-mixed" if recipe in (["experiment=demo"], ["experiment=scenes"]) else "32-true"
