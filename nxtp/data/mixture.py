@@ -59,6 +59,11 @@ class OpenedSet:
         """What its epochs are a function of besides settings, in words, with the first digits of the fingerprint."""
         return f"{counted(len(self.shards.urls), 'shard')} of {len(self):,} samples ({self.fingerprint[:16]})"
 
+    @property
+    def local(self) -> dict[str, str]:
+        """The bytes of the shards that this machine has: the same on all, if these have the same ones."""
+        return {shard.url: f"{shard.stamp[0]:,} bytes" for shard in self.shards.shards if shard.stamp}
+
 
 def open_set(name: str, spec: Any, config: DataConfig, ranks: Ranks | None = None) -> OpenedSet:
     """The indexed shards of the set ``data.<name>``: on all ``ranks`` the same, which the first lists.

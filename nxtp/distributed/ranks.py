@@ -6,7 +6,7 @@ import logging
 import os
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch.distributed as dist
 
 from nxtp.config import instantiated
+from nxtp.distributed.rendezvous import Ranks
 from nxtp.errors import UserError
 
 if TYPE_CHECKING:
@@ -47,23 +48,30 @@ def fabric_of(ranks: Mapping[str, Any], where: str, patience: timedelta) -> Fabr
 
 
 @contextmanager
-def together(fabric: Fabric | None, opened: dict[str, Any]) -> Iterator[tuple[int, int]]:
-    """(rank, number of ranks) in the block; those that no launcher has started are started here. (0, 1) without fabric.
+def together(
+    fabric: Fabric | None, open_data: Callable[[Ranks], tuple[T, dict[str, Any]]]
+) -> Iterator[tuple[T, tuple[int, int]]]:
+    """The opened data and (rank, number of ranks) in the block, (0, 1) without fabric.
+
+    Ranks that no launcher has started are started here, after the first one has opened the data.
 
     Args:
-        opened: what this rank works on and with: nested dictionaries of plain values.
+        open_data: opens what the ranks share out, which the first one lists; returns it and what all ranks must have in
+            common: nested dictionaries of plain values.
 
     Raises:
         UserError: a rank does not come, has opened something else, or there are more or fewer than specified.
     """
     if fabric is None:
-        yield 0, 1
+        yield open_data(Ranks())[0], (0, 1)
         return
     from nxtp.distributed.start import StartTogether
 
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)  # what it would report of each rank
     strategy: Any = fabric.strategy
-    start = StartTogether(strategy, START_S, opened)
+    start = StartTogether(strategy, START_S)
+    ranks = start.ranks()  # their store is needed until all have opened the data
+    data, start.opened = open_data(ranks)
     try:
         with start.waiting():
             fabric.launch()
@@ -73,7 +81,7 @@ def together(fabric: Fabric | None, opened: dict[str, Any]) -> Iterator[tuple[in
     started = strategy.launcher.procs[:]
     strategy.launcher.procs.clear()  # of a rank in this list that dies, Lightning would kill this process
     try:
-        yield fabric.global_rank, fabric.world_size
+        yield data, (fabric.global_rank, fabric.world_size)
     finally:
         dist.destroy_process_group()
         for process in started:  # they die with this process: each may report its own error

@@ -26,9 +26,12 @@ from nxtp.config import to_dataclass
 from nxtp.data.config import DataConfig
 from nxtp.data.datamodule import ResumableDataLoader, WebDatasetDataModule
 from nxtp.data.dataset import check_skipped, report_skipped
-from nxtp.data.labels.from_samples import warn_if_nouns_differ
+from nxtp.data.labels.from_samples import label_counts, warn_if_nouns_differ
+from nxtp.data.mixture import open_set
 from nxtp.distributed.ranks import fabric_of, shared, together, torchrun_ranks
+from nxtp.distributed.rendezvous import Ranks
 from nxtp.errors import UserError, by_kind
+from nxtp.eval.curves import Curve, LabelHits, write_curves
 from nxtp.eval.embedders import label_embedder
 from nxtp.eval.metrics import ExactMatch, SemanticMatch, meaningless, own_metrics
 from nxtp.inference.figures import GridItem, save_grid
@@ -40,7 +43,7 @@ from nxtp.runs.processes import is_first_rank
 from nxtp.runs.record import FILE, RunRecord, read_record
 from nxtp.runs.tracking import configured_loggers, end_tracking, log_evaluation
 from nxtp.sampling.closed_vocabulary import read_classes
-from nxtp.sampling.ranking import Labels
+from nxtp.sampling.ranking import Labels, ranking_config, threshold_of
 
 if TYPE_CHECKING:
     from lightning import Fabric
@@ -56,10 +59,12 @@ class SetResult:
     """What has been measured on one set.
 
     ``scores``   metrics by their names, or by the prefix of the names of their values; "" is the exact match
+    ``hits``     for a curve
     ``seconds``  of the prediction, per rank
     """
 
     scores: dict[str, Metric]
+    hits: LabelHits = field(default_factory=LabelHits)
     images: int = 0
     samples_read: int = 0
     seconds: float = 0.0
@@ -144,26 +149,34 @@ def evaluate_sets(
         raise UserError("data.val has no set to evaluate on: add +data.val.mine=DIR, or data=scenes.")
     fabric = ranks_of(cfg, overrides)
     recognizer = Recognizer.from_pretrained(cfg.model_dir, device=fabric.device if fabric else cfg.device)
-    data = WebDatasetDataModule(
-        config,
-        recognizer.tokenizer,
-        transform=recognizer.pixels,
-        num_image_tokens=recognizer.model.num_image_tokens,
-    )
-    opened: dict[str, Any] = {"command": dict(enumerate(overrides)), "model": weights_hash(cfg.model_dir)}
-    for name, spec in config.val.items():
-        shards = data.open(name, spec, whole=False).shards
-        opened[f"data.val.{name}"] = dict(zip(shards.urls, shards.sizes.tolist(), strict=True))
+
+    def open_data(ranks: Ranks) -> tuple[WebDatasetDataModule, dict[str, Any]]:
+        data = WebDatasetDataModule(
+            config,
+            recognizer.tokenizer,
+            transform=recognizer.pixels,
+            num_image_tokens=recognizer.model.num_image_tokens,
+            ranks=ranks,
+        )
+        opened: dict[str, Any] = {"command": dict(enumerate(overrides)), "model": weights_hash(cfg.model_dir)}
+        for name, spec in config.val.items():
+            each = data.open(name, spec, whole=False)
+            opened[f"data.val.{name}"] = {"plan": each.plan} | ({} if config.allow_missing_shards else each.local)
+        return data, opened
+
+    threshold = threshold_of(cfg.threshold, ranking_config(cfg.ranking))
+    if cfg.curve and (threshold is not None or ranking_config(cfg.ranking).name != "prob"):
+        raise UserError("curve=true is over all thresholds on probabilities: omit threshold and ranking.")
     named = read_classes(cfg.classes) if cfg.classes is not None else None
     classes = recognizer.prepare_classes(named) if named is not None else None
 
     def predict(pixels: Tensor) -> list[Labels]:
         if classes is not None:
-            return recognizer.classify_pixels(pixels, classes, cfg.top_k)
-        return recognizer.predict_pixels(pixels, cfg.top_k, cfg.sampler, cfg.ranking)
+            return recognizer.classify_pixels(pixels, classes, cfg.top_k, threshold)
+        return recognizer.predict_pixels(pixels, cfg.top_k, cfg.sampler, cfg.ranking, threshold=threshold)
 
     if record is None:
-        with together(fabric, opened) as share:
+        with together(fabric, open_data) as (data, share):
             for name, spec in config.val.items():
                 loader = data.loader(name, spec, training=False, whole=False, share=share)
                 deque(shared(predicted(loader, predict, cfg.grid)), maxlen=0)
@@ -173,12 +186,16 @@ def evaluate_sets(
     found: dict[str, SetResult] = {}
     first = next(iter(config.val))
     record.data = {name: {"shards": str(spec)} for name, spec in config.val.items()}
+    if cfg.prior is not None:
+        counts = label_counts(open_set("prior", cfg.prior, config).shards, config)
+        frequent = sorted(counts, key=lambda label: (-counts[label], label))[: cfg.top_k]
+        record.data["train"] = {"shards": str(cfg.prior), "frequent_labels": frequent}
     record.parameters = {"model": sum(p.numel() for p in recognizer.model.parameters())}
     record.monitor = f"{first}/recall@{cfg.top_k}"
     embedder = label_embedder(cfg.semantic, recognizer.device) if cfg.semantic else None
     out.mkdir(parents=True, exist_ok=True)
     predictions = out / ".predictions.jsonl.part"
-    with together(fabric, opened) as share, predictions.open("w") as file:
+    with together(fabric, open_data) as (data, share), predictions.open("w") as file:
         for name, spec in config.val.items():
             loader = data.loader(name, spec, training=False, whole=False, share=share)
             warn_if_nouns_differ(name, spec, config.nouns, recognizer.provenance.get("nouns"))
@@ -199,6 +216,10 @@ def evaluate_sets(
         if result.shown:
             save_grid(out / f"predictions{'' if name == first else '_' + name}.png", result.shown)
     predictions.replace(out / "predictions.jsonl")
+    if cfg.curve:
+        curves = {name: Curve.of(result.hits) for name, result in found.items()}
+        write_curves(curves, out)
+        metrics |= {f"{name}/average_precision": each.average_precision for name, each in curves.items()}
     skipped += data.shard_faults
     write_json(out / "metrics.json", metrics)
     record.metrics, record.samples_skipped = dict(metrics), dict(skipped)
@@ -274,6 +295,8 @@ def evaluate_set(
             labels = [[label for label, _ in ranked] for ranked in part.predictions]
             for metric in scores.values():
                 metric.update(labels, part.labels)
+            if cfg.curve:
+                result.hits.update(part.predictions, part.labels)
             pictures = iter(part.pictures)
             for key, truth, ranked in zip(part.keys, part.labels, part.predictions, strict=True):
                 rounded = [[label, round(probability, 6)] for label, probability in ranked]

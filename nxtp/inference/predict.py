@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from torch import Tensor
 
+    from nxtp.distributed.rendezvous import Ranks
     from nxtp.inference.figures import AttentionItem
     from nxtp.inference.recognizer import Recognizer
     from nxtp.inference.streaming import ImageSource, Prediction
@@ -35,6 +36,7 @@ _COMMON = (
     click.argument("images", nargs=-1),
     click.option("--model", required=True, help="A model directory or hub name."),
     click.option("--top-k", type=click.IntRange(min=1), default=10, show_default=True, help="Labels per image."),
+    click.option("--threshold", help="Only labels of at least this probability; f1: those with the best expected F1."),
     click.option("--out", type=_FILE, help="Write a .jsonl or .parquet file. The same command resumes a stopped one."),
     click.option("--overwrite", is_flag=True, help="Replace the file of --out, finished or not."),
     click.option("--json", "as_json", is_flag=True, help="Print one JSON object per image and line."),
@@ -62,7 +64,7 @@ def _common_options(command: Callable) -> Callable:
 @click.option("--sampler", default="one_shot", show_default=True, help="one_shot, exact, greedy or beam.")
 @click.option("--ranking", default="prob", show_default=True, help="prob, ppl, sim_mean, sim_max, clip or none.")
 @click.option("--classes", help="Write only these labels: a file with one class per line, or imagenet1k.")
-def predict(images, model, top_k, device, sampler, ranking, classes, **options):
+def predict(images, model, top_k, threshold, device, sampler, ranking, classes, **options):
     """Labels of IMAGES, most probable first. IMAGES are files, directories, shards, or - for standard input.
 
     \b
@@ -74,17 +76,21 @@ def predict(images, model, top_k, device, sampler, ranking, classes, **options):
     the images and write one file: torchrun --nproc-per-node 8 -m nxtp predict pictures/ --model DIR --out labels.jsonl
     """
     from nxtp.sampling.closed_vocabulary import read_classes
-    from nxtp.sampling.ranking import ranking_config
+    from nxtp.sampling.ranking import ranking_config, threshold_of
     from nxtp.sampling.samplers import sampler_config
 
     config, order = sampler_config(sampler), ranking_config(ranking)
+    limit = threshold_of(threshold, order)
     read = None if classes is None else read_classes(classes)
     fabric, recognizer = _load(model, device)
     prepared = recognizer.prepare_classes(read) if read else None
-    settings = _settings("predict", model, top_k, read) | {"sampler": asdict(config), "ranking": asdict(order)}
+    settings = _settings("predict", model, top_k, read, limit, recognizer) | {
+        "sampler": asdict(config),
+        "ranking": asdict(order),
+    }
 
     def label(pixels: Tensor) -> list[Labels]:
-        return recognizer.predict_pixels(pixels, top_k, config, order, prepared)
+        return recognizer.predict_pixels(pixels, top_k, config, order, prepared, limit)
 
     _run(images, fabric, recognizer, label, "probability" if ranking == "prob" else "score", settings, **options)
 
@@ -92,7 +98,7 @@ def predict(images, model, top_k, device, sampler, ranking, classes, **options):
 @click.command()
 @_common_options
 @click.option("--classes", required=True, help="A file: one class per line, its names separated by commas; imagenet1k.")
-def classify(images, model, top_k, device, classes, **options):
+def classify(images, model, top_k, threshold, device, classes, **options):
     """The probability of each class for IMAGES: files, directories, shards, or - for standard input.
 
     \b
@@ -103,15 +109,17 @@ def classify(images, model, top_k, device, classes, **options):
     that cannot be read is reported and skipped; the exit code is then 1.
     """
     from nxtp.sampling.closed_vocabulary import read_classes
+    from nxtp.sampling.ranking import RankingConfig, threshold_of
 
-    read = read_classes(classes)
+    read, limit = read_classes(classes), threshold_of(threshold, RankingConfig())
     fabric, recognizer = _load(model, device)
     prepared = recognizer.prepare_classes(read)
 
     def label(pixels: Tensor) -> list[Labels]:
-        return recognizer.classify_pixels(pixels, prepared, top_k)
+        return recognizer.classify_pixels(pixels, prepared, top_k, limit)
 
-    _run(images, fabric, recognizer, label, "probability", _settings("classify", model, top_k, read), **options)
+    settings = _settings("classify", model, top_k, read, limit, recognizer)
+    _run(images, fabric, recognizer, label, "probability", settings, **options)
 
 
 def _load(model: str, device: str) -> tuple[Fabric | None, Recognizer]:
@@ -124,12 +132,22 @@ def _load(model: str, device: str) -> tuple[Fabric | None, Recognizer]:
     return fabric, Recognizer.from_pretrained(model, device=fabric.device if fabric else device)
 
 
-def _settings(command: str, model: str, top_k: int, classes: list[list[str]] | None) -> dict[str, Any]:
+def _settings(
+    command: str,
+    model: str,
+    top_k: int,
+    classes: list[list[str]] | None,
+    threshold: str | float | None,
+    recognizer: Recognizer,
+) -> dict[str, Any]:
     """What rows depend on."""
     from nxtp.inference.model_directory import weights_hash
 
     listed = classes and f"sha256:{hashlib.sha256(json.dumps(classes).encode()).hexdigest()[:16]}"
-    return {"command": command, "top_k": top_k, "classes": listed, "model": weights_hash(model)}
+    given = {} if threshold is None else {"threshold": threshold}  # so that files of before can be resumed
+    if recognizer.calibrations:
+        given["calibration"] = {n: [c.temperature, c.offset] for n, c in recognizer.calibrations.items()}
+    return {"command": command, "top_k": top_k, "classes": listed, "model": weights_hash(model)} | given
 
 
 def _run(
@@ -168,10 +186,14 @@ def _run(
         _check_attention(recognizer, block, head)
     if fabric and not out:
         raise UserError("Several ranks need --out: they write one file.")
-    source = _source(images, stdin, null, cache_dir)
     console, err = Console(), Console(stderr=True)
     shown: dict[int, Prediction] = {}
-    with together(fabric, settings | {"images": source.count}) as share:
+
+    def open_data(ranks: Ranks) -> tuple[ImageSource, dict[str, Any]]:
+        source = _source(images, stdin, null, cache_dir, ranks)
+        return source, settings | {"images": source.count, "shards": source.local}
+
+    with together(fabric, open_data) as (source, share):
         is_first = share[0] == 0
         if fabric:
             settings |= {"ranks": share[1], "batch_size": batch_size, "images": source.count}
@@ -231,7 +253,7 @@ def _spread(count: int, pictures: int) -> list[int]:
     return [i * max(count, pictures) // pictures for i in range(pictures)]
 
 
-def _source(images: Sequence[str], stdin: bool, null: bool, cache_dir: str | None) -> ImageSource:
+def _source(images: Sequence[str], stdin: bool, null: bool, cache_dir: str | None, ranks: Ranks) -> ImageSource:
     from nxtp.inference.streaming import ImageItem, ImageSource
 
     pipe: Any = sys.stdin.buffer
@@ -244,7 +266,7 @@ def _source(images: Sequence[str], stdin: bool, null: bool, cache_dir: str | Non
     if not images:
         raise UserError("No images: give files, directories or shards, - for an image on standard input, or --stdin.")
     if "-" not in images:
-        return ImageSource.from_paths(images, cache_dir)
+        return ImageSource.from_paths(images, cache_dir, ranks)
     if len(images) > 1:
         raise UserError("'-' is one image on standard input: give no other IMAGES.")
     content = pipe.read(_MAX_BYTES)

@@ -7,7 +7,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from io import BufferedIOBase
 from itertools import chain, islice
@@ -17,11 +17,13 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 from torch import Tensor
 
+from nxtp.data.config import DataConfig
 from nxtp.data.images import ImageError, find_images
-from nxtp.data.shards.cache import RemoteCache
-from nxtp.data.shards.reader import IndexedShards, SampleError
-from nxtp.data.shards.urls import expand_shards, is_remote
-from nxtp.errors import UserError, by_kind
+from nxtp.data.mixture import open_set
+from nxtp.data.shards.reader import SampleError
+from nxtp.data.shards.urls import is_remote
+from nxtp.distributed.rendezvous import Ranks
+from nxtp.errors import UserError
 
 if TYPE_CHECKING:
     from nxtp.sampling.ranking import Labels
@@ -64,10 +66,15 @@ class Prediction:
 
 @dataclass(frozen=True)
 class ImageSource:
-    """Images in a fixed order; ``count`` is None if their number is not known in advance."""
+    """Images in a fixed order.
+
+    ``count``  None if their number is not known in advance
+    ``local``  what ranks that share them out must have in common besides: the local shards
+    """
 
     items: Iterable[ImageItem]
     count: int | None = None
+    local: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def open(cls, source: Any, cache_dir: str | None = None) -> ImageSource:
@@ -86,16 +93,20 @@ class ImageSource:
         return cls(_named(source), len(source) if hasattr(source, "__len__") else None)
 
     @classmethod
-    def from_paths(cls, paths: Iterable[str], cache_dir: str | None = None) -> ImageSource:
-        """Several paths: first the images of files and directories, each once, then those of shards."""
+    def from_paths(cls, paths: Iterable[str], cache_dir: str | None = None, ranks: Ranks | None = None) -> ImageSource:
+        """Several paths: first the images of files and directories, each once, then those of shards.
+
+        Of ``ranks``, the first one lists and counts the shards.
+        """
         shards: list[str] = []
         files: list[str] = []
         for path in paths:
             (shards if _is_shards(path) else files).append(path)
         parts = [_files(files)] if files else []
         if shards:
-            parts.append(_shards(shards, cache_dir))
-        return cls(chain.from_iterable(part.items for part in parts), sum(part.count or 0 for part in parts))
+            parts.append(_shards(shards, cache_dir, ranks))
+        items, count = chain.from_iterable(part.items for part in parts), sum(part.count or 0 for part in parts)
+        return cls(items, count, parts[-1].local if parts else {})
 
     @classmethod
     def from_pipe(cls, pipe: BufferedIOBase, separator: bytes = b"\n") -> ImageSource:
@@ -117,7 +128,7 @@ def shared_out(source: ImageSource, batch_size: int, share: tuple[int, int]) -> 
     own = islice(batches(source.items, batch_size), rank, None, ranks)
     rounds, rest = divmod(source.count, batch_size * ranks)
     count = rounds * batch_size + min(max(rest - rank * batch_size, 0), batch_size)
-    return ImageSource(chain.from_iterable(own), count)
+    return replace(source, items=chain.from_iterable(own), count=count)
 
 
 def stream(
@@ -193,12 +204,11 @@ def _files(paths: Iterable[str | Path]) -> ImageSource:
     return ImageSource(chain(unreadable, images), len(found) + len(problems))
 
 
-def _shards(specs: list[str], cache_dir: str | None) -> ImageSource:
+def _shards(specs: list[str], cache_dir: str | None, ranks: Ranks | None) -> ImageSource:
     """The images of shards in order; before them what is wrong with whole shards."""
-    shards = IndexedShards(expand_shards(specs), None if cache_dir is None else RemoteCache(cache_dir))
-    if not len(shards):
-        skipped = f" ({by_kind(shards.skipped)})" if shards.skipped else ""
-        raise UserError(f"No image in the shards of {', '.join(specs)}{skipped}.")
+    config = DataConfig(cache_dir=cache_dir, allow_missing_shards=True, max_skip_fraction=1)
+    opened = open_set("images", specs, config, ranks)
+    shards = opened.shards
 
     def read(position: int) -> bytes:
         try:
@@ -212,7 +222,7 @@ def _shards(specs: list[str], cache_dir: str | None) -> ImageSource:
         for kind, count in sorted(shard.skipped.items())
     ]
     images = (ImageItem(shards.key_of(i), partial(read, i), shards.shard_of(i)) for i in range(len(shards)))
-    return ImageSource(chain(damaged, images), len(shards) + len(damaged))
+    return ImageSource(chain(damaged, images), len(shards) + len(damaged), opened.local)
 
 
 def _named(images: Iterable[Any]) -> Iterator[ImageItem]:

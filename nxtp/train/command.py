@@ -86,6 +86,9 @@ def train(cfg: DictConfig) -> float | None:
 def train_from(checkpoint: str | None, cfg: DictConfig, run_dir: Path, record: RunRecord) -> float | None:
     """:func:`train` from a checkpoint or from the start; ``record`` is filled in and written."""
     try:
+        cfg.data.val = cfg.data.val or {}
+        if "train" in cfg.data.val:
+            raise UserError("data.val.train: 'train' is the training set: give the validation set another name.")
         check_settings(cfg)
         check_machine(cfg)
         L.seed_everything(cfg.seed, workers=True, verbose=False)
@@ -332,8 +335,7 @@ def opened_by_rank(
     config["data"] = {key: value for key, value in config["data"].items() if key not in PER_MACHINE}
     shards = {}
     for name, opened in data.sets.items():
-        local = {shard.url: f"{shard.stamp[0]:,} bytes" for shard in opened.shards.shards if shard.stamp}
-        shards[name] = {"plan": opened.plan} | ({} if data.config.allow_missing_shards else local)
+        shards[name] = {"plan": opened.plan} | ({} if data.config.allow_missing_shards else opened.local)
     tokenizer = zlib.crc32(module.tokenizer.files()["tokenizer.json"].encode())
     return {"configuration": config, "checkpoint": checkpoint, "data": shards, "tokenizer": tokenizer}
 

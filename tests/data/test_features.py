@@ -29,6 +29,11 @@ FROZEN = [
     "data.batch_size=8",
 ]
 TRAINING = ["trainer.max_epochs=2", "trainer.log_every_n_steps=1", "optim.lr=3e-3", "+data.val.val=val"]
+ONLY_FIRST = """import os
+from nxtp.data import mixture
+if os.environ["LOCAL_RANK"] == "1":
+    mixture.expand_shards = mixture.listed_counts = None
+"""
 CPU = ["trainer.accelerator=cpu", "trainer.precision=32-true"]
 
 
@@ -65,12 +70,13 @@ def record(run) -> dict:
     return json.loads((run / "run.json").read_text())
 
 
-def test_training_from_features_is_training_from_images(root):
-    images, exact, half = (
-        train(root, "images"),
-        train(root, "exact", "data.features=float32"),
-        train(root, "half", "data.features=float16"),
-    )
+@pytest.fixture(scope="module")
+def exact(root):
+    return train(root, "exact", "data.features=float32")
+
+
+def test_training_from_features_is_training_from_images(root, exact):
+    images, half = train(root, "images"), train(root, "half", "data.features=float16")
     assert curve(exact) == pytest.approx(curve(images), rel=1e-6)
     assert curve(half) == pytest.approx(curve(images), rel=2e-3)
     assert curve(half) != curve(exact)
@@ -80,9 +86,9 @@ def test_training_from_features_is_training_from_images(root):
 
 
 @pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])  # reads as ddp does
-def test_two_ranks_share_the_features(root, strategy):
+def test_two_ranks_share_the_features(root, exact, strategy):
     two = ["data.features=float32", f"trainer={strategy}", *CPU, "data.batch_size=4"]
-    assert curve(train(root, strategy, *two, ranks=2)) == pytest.approx(curve(root / "runs" / "exact"), rel=1e-5)
+    assert curve(train(root, strategy, *two, ranks=2)) == pytest.approx(curve(exact), rel=1e-5)
 
 
 def test_a_part_of_the_data_needs_a_part_of_the_features(root):
@@ -96,10 +102,11 @@ def test_a_part_of_the_data_needs_a_part_of_the_features(root):
 
 
 def test_two_ranks_compute_one_store(root):
-    """Each a share of what is missing."""
+    """Each a share of what is missing; the images are listed by the first one."""
+    (root / "only_first.py").write_text(ONLY_FIRST)
     two = [*FROZEN, "data.features=ranks", "features_dtype=float32", "data.val_batch_size=8"]
     here(root, "features", *two, "data.fraction=0.25")
-    assert "48 images computed, 16 before" in nxtp_runs("features", *two, cwd=root, ranks=2, NXTP_COMMAND="")
+    assert "48 images computed, 16 before" in nxtp_runs("features", *two, cwd=root, ranks=2, NXTP_IMPORT="only_first")
     one, store = FeatureStore(root / "float32"), FeatureStore(root / "ranks")
     assert len(store) == 64
     assert len(store.parts) == 3

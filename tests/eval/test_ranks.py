@@ -1,6 +1,7 @@
 """Evaluation over ranks: the files of one process, to the last digit, whatever the sets' sizes."""
 
 import json
+import shutil
 import signal
 
 import pytest
@@ -20,6 +21,15 @@ class Order(Metric):  # its value depends on the order and the size of the batch
         self.value = self.value / 3 + len(predictions) + sum(len("".join(labels)) for labels in predictions + targets)
     def compute(self):
         return self.value
+"""
+ONLY_FIRST = """import os
+from nxtp.data import mixture
+if os.environ["LOCAL_RANK"] == "1":
+    mixture.expand_shards = mixture.listed_counts = None
+"""
+ELSEWHERE = """import os
+if os.environ["LOCAL_RANK"] == "1":
+    os.chdir("other")
 """
 FAIL = """import os, signal
 from nxtp.errors import UserError
@@ -51,7 +61,9 @@ def metrics(directory) -> dict[str, float]:
 
 
 def test_two_ranks_give_what_one_process_gives(place):
-    nxtp_runs(*GIVEN, *OWN, *TWO, "out=two", cwd=place, ranks=2)
+    """The sets are listed and counted by the first one."""
+    (place / "only_first.py").write_text(ONLY_FIRST)
+    nxtp_runs(*GIVEN, *OWN, *TWO, "out=two", cwd=place, ranks=2, NXTP_IMPORT="only_first")
     one, two = place / "one", place / "two"
     assert metrics(two) == metrics(one)
     assert (metrics(one)["uneven/images"], metrics(one)["uneven/skipped"]) == (13, 2)
@@ -82,6 +94,22 @@ def test_a_rank_that_fails_or_dies_ends_all_in_one_line(place, how, line):
     assert len(errors) == 1, command.output
     assert errors[0].startswith(line)
     assert not (place / name / "metrics.json").exists()
+
+
+def test_a_rank_without_a_shard_evaluates_nothing(place):
+    """On a machine where the same path has another one: it was a skipped sample there."""
+    (place / "elsewhere.py").write_text(ELSEWHERE)
+    shutil.copytree(place / "few", place / "other" / "few")
+    (place / "other" / "model").symlink_to(place / "model")
+    write_shards(place / "other" / "uneven", [7], labels=True)
+    command = start_nxtp(*GIVEN, *TWO, "out=other", cwd=place, ranks=2, NXTP_IMPORT="elsewhere")
+    assert command.wait(60) == 1
+    errors = {text for text in command.output.splitlines() if text.startswith("error")}
+    size = (place / "uneven" / "part-00001.tar").stat().st_size
+    where = "data.val.uneven.uneven/part-00001.tar"
+    assert errors == {
+        f"error: Rank 1 has opened something else than rank 0: {where}: nothing instead of {size:,} bytes."
+    }
 
 
 @pytest.mark.parametrize(

@@ -3,8 +3,11 @@
 import json
 
 import pytest
-from helpers import COLOURS, call_nxtp, jpeg, nxtp_runs, recognizer
+from helpers import COLOURS, call_nxtp, jpeg, nxtp_runs, recognizer, write_shards
+from torch.distributed import HashStore
 
+from nxtp.data import mixture
+from nxtp.distributed.rendezvous import Ranks
 from nxtp.errors import UserError
 from nxtp.inference.streaming import ImageItem, ImageSource, Prediction, shared_out
 from nxtp.inference.writer import PredictionWriter
@@ -56,6 +59,18 @@ def test_another_number_of_ranks_is_refused(tmp_path):
             PredictionWriter(out, {}, share=(0, ranks))
     PredictionWriter(out, {}, overwrite=True).finish()
     assert [path.name for path in tmp_path.iterdir()] == ["o.jsonl"]
+
+
+def test_shards_are_listed_and_counted_by_the_first_rank(tmp_path, monkeypatch):
+    write_shards(tmp_path, [3, 4], labels=True)
+    store = HashStore()
+    first = ImageSource.from_paths([str(tmp_path)], ranks=Ranks(store, 0, 2, running=False))
+    monkeypatch.setattr(mixture, "expand_shards", None)
+    monkeypatch.setattr(mixture, "listed_counts", None)
+    other = ImageSource.from_paths([str(tmp_path)], ranks=Ranks(store, 1, 2, running=False))
+    assert list(other.items) == list(first.items)
+    assert len(other.local) == 2
+    assert (other.count, other.local) == (7, first.local)
 
 
 def test_two_ranks_write_the_file_of_one(tmp_path, monkeypatch):

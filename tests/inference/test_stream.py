@@ -83,7 +83,7 @@ def test_damaged_shards_are_told_and_the_rest_is_done(loaded, shards, tmp_path):
     assert next(prediction.image for prediction in found if not prediction.error) == "000000"
     assert len(found) == ImageSource.open(tmp_path).count
     (tmp_path / "part.tar").write_bytes(whole[:100])
-    with pytest.raises(UserError, match="No image in the shards"):
+    with pytest.raises(UserError, match="contain no sample"):
         loaded.predict_batches(tmp_path)
     with pytest.raises(UserError, match="No shards"):
         loaded.predict_batches(str(tmp_path / "gone-{0..3}.tar"))

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import numpy as np
@@ -19,11 +20,12 @@ from nxtp.config import to_dataclass
 from nxtp.data.config import DataConfig
 from nxtp.data.features.store import DTYPES, FeatureStore, FeatureWriter, Meta, Part, fingerprint, image_key, in_parts
 from nxtp.data.images import ImageError
-from nxtp.data.mixture import open_set
+from nxtp.data.mixture import OpenedSet, open_set
 from nxtp.data.sampler import ElasticBatchSampler
 from nxtp.data.shards.reader import IndexedShards, SampleError
 from nxtp.data.transforms import ImageTransform
 from nxtp.distributed.ranks import fabric_of, shared, together, torchrun_ranks
+from nxtp.distributed.rendezvous import Ranks
 from nxtp.errors import UserError, nearest
 from nxtp.model.encoder import Encoder
 from nxtp.model.model import ModelConfig
@@ -55,15 +57,22 @@ def extract(cfg: DictConfig) -> None:
     encoder.requires_grad_(False).eval()
     encoder.to(fabric.device if fabric else "cuda" if torch.cuda.is_available() else "cpu")
     meta = Meta(fingerprint(encoder), encoder.num_tokens, encoder.width, dtype)
-    with together(fabric, {"encoder": meta.encoder}) as share:
-        computed = sum(shared(compute(config, encoder, meta, share)))
+
+    def open_data(ranks: Ranks) -> tuple[OpenedSet, dict[str, Any]]:
+        opened = open_set("train", config.train, config, ranks)
+        return opened, {"encoder": meta.encoder, "data.train": {"plan": opened.plan} | opened.local}
+
+    with together(fabric, open_data) as (opened, share):
+        computed = sum(shared(compute(opened, config, encoder, meta, share)))
     if share[0] == 0:
         each, before = meta.bytes_each / 1e3, len(FeatureStore(config.features)) - computed
         log.info("%s: %d images computed, %d before; %.0f kB each.", config.features, computed, before, each)
 
 
-def compute(config: DataConfig, encoder: Encoder, meta: Meta, share: tuple[int, int]) -> Iterator[int]:
-    """Write a rank's share of what the store lacks. Yields 0 once the store exists, then the images of each part.
+def compute(
+    opened: OpenedSet, config: DataConfig, encoder: Encoder, meta: Meta, share: tuple[int, int]
+) -> Iterator[int]:
+    """Write a rank's share of what the store lacks of a set. Yields 0 once the store exists, then each part's images.
 
     Args:
         share: (rank, number of ranks).
@@ -72,11 +81,11 @@ def compute(config: DataConfig, encoder: Encoder, meta: Meta, share: tuple[int, 
     writer = FeatureWriter(Path(config.features or ""), meta, share)
     yield 0
     store = FeatureStore(writer.directory)
-    shards = open_set("train", config.train, config).shards
     sampler = ElasticBatchSampler(
-        shards.sizes,
+        opened.shards.sizes,
         config.val_batch_size,
         shuffle=False,
+        sources=opened.sources,  # whose shares a part of the data has, as in training
         rank=rank,
         world=world,
         max_samples=config.max_samples,
@@ -85,7 +94,7 @@ def compute(config: DataConfig, encoder: Encoder, meta: Meta, share: tuple[int, 
     )
     writer.check_room(max(sampler.total - len(store), 0))
     loader = DataLoader(
-        Missing(shards, store, ImageTransform.of(encoder.config), config.max_image_pixels),
+        Missing(opened.shards, store, ImageTransform.of(encoder.config), config.max_image_pixels),
         sampler=sampler,
         batch_size=None,
         num_workers=config.num_workers,
