@@ -19,6 +19,7 @@ COMMANDS = {
     "sweep": ("nxtp.sweep.commands:sweep", "Show the runs of a sweep: state, progress, best metric"),
     "report": ("nxtp.sweep.report.command:report", "Make a table and a plot from run records"),
     "evaluate": ("hydra", "Measure a model directory on shards"),
+    "calibrate": ("hydra", "Fit label probabilities to what is right on held-out images"),
     "predict": ("nxtp.inference.predict:predict", "Label images, most probable label first"),
     "classify": ("nxtp.inference.predict:classify", "Give the probability of each of your classes"),
     "describe": ("nxtp.cost.command:describe", "Count parameters, FLOPs and memory of a configuration; plan its hours"),
@@ -37,6 +38,12 @@ COMMANDS = {
 HYDRA_COMMANDS = {
     "train": ("nxtp.train.command:train", "train", (), "experiment=demo optim.lr=3e-4 name=mine"),
     "evaluate": ("nxtp.eval.command:evaluate", "evaluate", (), "model=runs/demo/model data=scenes top_k=5"),
+    "calibrate": (
+        "nxtp.eval.calibrate:calibrate",
+        "evaluate",
+        ("name=calibrate", "hydra.run.dir=.", "hydra.job.name=calibrate"),
+        "runs/demo/model data=scenes",
+    ),
     "features": (
         "nxtp.data.features.compute:extract",
         "train",
@@ -92,14 +99,16 @@ def _hydra_command(name: str) -> click.Command:
         from nxtp.sweep.sweep import run_or_sweep
 
         arguments = [*overrides, *context.args]
-        if name == "evaluate":  # `model` is a configuration group of training; here it names a directory
+        if name == "calibrate" and context.args and "=" not in context.args[0] and context.args[0][0] not in "-+~":
+            arguments = [*overrides, f"model_dir={context.args[0]}", *context.args[1:]]
+        if name in ("evaluate", "calibrate"):  # `model` is a configuration group of training; here it names a directory
             arguments = [f"model_dir={a.removeprefix('model=')}" if a.startswith("model=") else a for a in arguments]
         if {"--help", "-h"} & set(arguments):
             text = help_text(name, config_name, arguments)
             text = text.replace("model_dir: ???", "model: ???     (needed: a model directory or hub name)")
             click.echo(f"{COMMANDS[name][1]}: nxtp {name} {example}\n\n{text}")
             return
-        (compose_and_run if name == "features" else run_or_sweep)(function, config_name, arguments)
+        (compose_and_run if name in ("features", "calibrate") else run_or_sweep)(function, config_name, arguments)
 
     settings = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}
     return click.Command(name, callback=click.pass_context(run), context_settings=settings, add_help_option=False)

@@ -173,7 +173,7 @@ def evaluate_sets(
     def predict(pixels: Tensor) -> list[Labels]:
         if classes is not None:
             return recognizer.classify_pixels(pixels, classes, cfg.top_k, threshold)
-        return recognizer.predict_pixels(pixels, cfg.top_k, cfg.sampler, cfg.ranking, threshold=threshold)
+        return recognizer.predict_pixels(pixels, cfg.top_k, cfg.sampler, cfg.ranking, None, threshold)
 
     if record is None:
         with together(fabric, open_data) as (data, share):

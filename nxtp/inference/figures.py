@@ -62,7 +62,7 @@ def save_grid(path: Path | str | BinaryIO, items: Sequence[GridItem], *, top: in
     panels = [1, 1, 1.25] if looks else [1, 1.25]
     columns, side = (1, max(2.05, 0.2 * top)) if looks else (4, 2.05)  # inches of an image
     rows = -(-len(items) // columns)
-    figure, height = _new_figure(0.89 * side * sum(panels) * columns, side * rows + 0.75)
+    figure, height = new_figure(0.89 * side * sum(panels) * columns, side * rows + 0.75)
     margins = {"left": 0.01, "right": 0.985, "top": 1 - 0.62 / height, "bottom": 0.12 / height}
     grid = figure.add_gridspec(rows, columns, **margins, wspace=0.08, hspace=0.45 / side)
     for index, item in enumerate(items):
@@ -77,7 +77,7 @@ def save_grid(path: Path | str | BinaryIO, items: Sequence[GridItem], *, top: in
     figure.text(0.012, 1 - 0.3 / height, title, fontsize=15, weight="bold")
     legend = "blue: among the true labels · orange: not" if any(item.truth for item in items) else ""
     figure.text(0.985, 1 - 0.3 / height, legend, fontsize=11, color="#555555", ha="right")
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def overlay(image: Image.Image, weights: np.ndarray) -> Image.Image:
@@ -107,7 +107,7 @@ def heat_map(weights: np.ndarray) -> Image.Image:
 def save_attention(path: Path | str | BinaryIO, items: Sequence[AttentionItem]) -> None:
     """A PNG with one row per image: the image, then the image under the attention of each label."""
     columns = 1 + max(len(item.maps) for item in items)
-    figure, height = _new_figure(2.1 * columns, 2.35 * len(items) + 0.6)
+    figure, height = new_figure(2.1 * columns, 2.35 * len(items) + 0.6)
     margins = {"left": 0.01, "right": 0.99, "top": 1 - 0.75 / height, "bottom": 0.05 / height}
     grid = figure.add_gridspec(len(items), columns, **margins, wspace=0.05, hspace=0.2)
     for row, item in enumerate(items):
@@ -115,13 +115,13 @@ def save_attention(path: Path | str | BinaryIO, items: Sequence[AttentionItem]) 
         for column, (label, weights) in enumerate(item.maps, start=1):
             _draw_image(figure.add_subplot(grid[row, column]), overlay(item.image, weights), _short(label, 24))
     figure.text(0.012, 1 - 0.32 / height, "Where each label looks", **_TITLE)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def save_contact_sheet(path: Path | str, items: Sequence[SheetItem], *, title: str) -> None:
     """A PNG of images, each with its key, its caption on two lines, and its labels."""
     columns, rows = 6, max(1, -(-len(items) // 6))
-    figure, height = _new_figure(2.5 * columns, 3.25 * rows + 0.6)
+    figure, height = new_figure(2.5 * columns, 3.25 * rows + 0.6)
     margins = {"left": 0.01, "right": 0.99, "top": 1 - 0.75 / height, "bottom": 0.85 / height}
     grid = figure.add_gridspec(rows, columns, **margins, wspace=0.08, hspace=0.48)
     for index, item in enumerate(items):
@@ -140,10 +140,10 @@ def save_contact_sheet(path: Path | str, items: Sequence[SheetItem], *, title: s
     while len(title) > 20 and _width(figure, title, _TITLE) > 0.97 * figure.bbox.width:
         title = "…" + title[6:]  # the end of a long path says more
     figure.text(0.012, 1 - 0.32 / height, title, parse_math=False, **_TITLE)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
-def _new_figure(width: float, height: float) -> tuple[Figure, float]:
+def new_figure(width: float, height: float) -> tuple[Figure, float]:
     """A figure of so many inches, and its height: margins are fractions of it."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -180,7 +180,7 @@ def _lines(text: str, count: int, width: int = 36) -> str:
     return "\n".join(lines)
 
 
-def _save(figure: Figure, path: Path | str | BinaryIO) -> None:
+def save_figure(figure: Figure, path: Path | str | BinaryIO) -> None:
     with _missing_glyphs_are_boxes():
         figure.savefig(path, format="png")
 

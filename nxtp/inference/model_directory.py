@@ -80,8 +80,10 @@ def locate(source: str | Path) -> Path:
         raise UserError(f"No model directory '{source}'.")
     from huggingface_hub import snapshot_download
 
+    from nxtp.inference.calibration import FILE as CALIBRATION
+
     try:
-        return Path(snapshot_download(str(source), allow_patterns=[CONFIG, *FILES]))
+        return Path(snapshot_download(str(source), allow_patterns=[CONFIG, CALIBRATION, *FILES]))
     except Exception as error:
         raise UserError(f"No directory '{source}', and the hub has no such model: {reason(error)}.") from error
 
@@ -108,8 +110,12 @@ def read_config(directory: Path) -> dict[str, Any]:
 
 def weights_hash(source: str | Path) -> str:
     """What identifies the weights of a model directory or hub name, whatever its name."""
-    files = read_config(locate(source)).get("files") or {}
-    return f"sha256:{(files.get(WEIGHTS) or {}).get('sha256', str(source))[:16]}"
+    return f"sha256:{(weights_sum(read_config(locate(source))) or str(source))[:16]}"
+
+
+def weights_sum(content: Mapping[str, Any]) -> str | None:
+    """The SHA-256 of the weights, in the contents of ``config.yaml``."""
+    return ((content.get("files") or {}).get(WEIGHTS) or {}).get("sha256")
 
 
 def check_sizes(directory: Path, files: Mapping[str, Any]) -> None:

@@ -18,6 +18,7 @@ from transformers.initialization import no_init_weights
 from nxtp.config import to_dataclass
 from nxtp.errors import UserError
 from nxtp.inference import model_directory as model_dir
+from nxtp.inference.calibration import Calibration, read_calibrations, write_calibrations
 from nxtp.model import decoder
 from nxtp.model.decoder import DecoderConfig, plain_config
 from nxtp.model.flops import meta_model
@@ -60,7 +61,8 @@ class Pretrained(  # type: ignore[call-arg]  # the mixin takes these; its types 
 ):
     """A model in evaluation mode with its tokenizer and configuration.
 
-    ``provenance``  where the weights come from: run, code, objective, noun backend, data
+    ``provenance``    where the weights come from: run, code, objective, noun backend, data
+    ``calibrations``  sampler → its calibration, from calibration.json; without one probabilities are the model's own
     """
 
     def __init__(
@@ -68,6 +70,7 @@ class Pretrained(  # type: ignore[call-arg]  # the mixin takes these; its types 
     ):
         self.model, self.tokenizer, self.config = model.eval(), tokenizer, config
         self.provenance = provenance or {}
+        self.calibrations: dict[str, Calibration] = {}
         self._is_int8 = False
 
     @property
@@ -134,6 +137,7 @@ class Pretrained(  # type: ignore[call-arg]  # the mixin takes these; its types 
             return directory
         rebuilt = rebuildable(self.config, self.model)
         model_dir.write_model_dir(directory, weights, self.tokenizer, rebuilt, self.provenance)
+        write_calibrations(directory, model_dir.weights_sum(model_dir.read_config(directory)), self.calibrations)
         if model_card_kwargs is not None:
             self.generate_model_card(**model_card_kwargs).save(directory / "README.md")
         return directory
@@ -177,8 +181,11 @@ class Pretrained(  # type: ignore[call-arg]  # the mixin takes these; its types 
             with no_init_weights():  # every number comes from the file
                 model = Model(config, load_pretrained=False)
             load_weights(model, weights, stored, directory)
+            calibrations = read_calibrations(directory, model_dir.weights_sum(content))
         model.requires_grad_(False)
-        return cls(model.to(device=device, dtype=dtype), tokenizer, config, content.get("provenance"))
+        found = cls(model.to(device=device, dtype=dtype), tokenizer, config, content.get("provenance"))
+        found.calibrations = calibrations
+        return found
 
 
 def usable_device(device: str | torch.device) -> torch.device:

@@ -15,20 +15,22 @@ from torch import Tensor
 
 from nxtp.data.transforms import ImageTransform
 from nxtp.errors import UserError
+from nxtp.inference.calibration import CLASSIFY
 from nxtp.inference.pretrained import Pretrained
 from nxtp.inference.streaming import WORKERS, ImageSource, Prediction, batches, stream
 from nxtp.model.attention_maps import label_attention, label_relevance, patch_attention
 from nxtp.sampling.autoregressive import AutoregressiveConfig
 from nxtp.sampling.clip import ClipSimilarity
 from nxtp.sampling.closed_vocabulary import Classes, Vocabulary, class_log_probs
-from nxtp.sampling.ranking import Labels, RankingConfig, rank, ranking_config
-from nxtp.sampling.samplers import SamplerConfig, sample, sampler_config
+from nxtp.sampling.ranking import Labels, RankingConfig, cut, rank, ranking_config, threshold_of
+from nxtp.sampling.samplers import SamplerConfig, sample, sampler_config, settings_of
 
 log = logging.getLogger("nxtp")
 
 ImageLike: TypeAlias = str | Path | bytes | Image.Image | Tensor | np.ndarray
 Sampler: TypeAlias = str | Mapping[str, Any] | SamplerConfig
 Ranking: TypeAlias = str | Mapping[str, Any] | RankingConfig
+Threshold: TypeAlias = str | float | None
 Source: TypeAlias = str | Path | Iterable[ImageLike | tuple[str, ImageLike]]
 
 
@@ -54,6 +56,7 @@ class Recognizer(Pretrained):
         sampler: Sampler = "one_shot",
         ranking: Ranking = "prob",
         classes: Classes | Vocabulary | None = None,
+        threshold: Threshold = None,
     ):
         """Ranked labels with their probabilities.
 
@@ -66,6 +69,8 @@ class Recognizer(Pretrained):
             ranking: prob, ppl, sim_mean, sim_max, clip, none, or ``{"name": …}`` with settings; see
                 :class:`nxtp.sampling.ranking.RankingConfig`. All but prob give scores instead of probabilities.
             classes: one-shot sampling may write only these labels. :meth:`classify` gives the probability of each.
+            threshold: the lowest probability of a label that is returned; or "f1", as many labels as have the highest
+                expected F1 (:func:`nxtp.sampling.ranking.cut`).
 
         Returns:
             ``[(label, probability), …]``, most probable first, for one image; a list of those for a list.
@@ -75,7 +80,7 @@ class Recognizer(Pretrained):
             UserError: an unknown sampler, ranking or setting.
             ValueError: ``top_k`` below 1.
         """
-        return self._map(images, batch_size, self._predictor(top_k, sampler, ranking, classes))
+        return self._map(images, batch_size, self._predictor(top_k, sampler, ranking, classes, threshold))
 
     def predict_batches(
         self,
@@ -87,6 +92,7 @@ class Recognizer(Pretrained):
         classes: Classes | Vocabulary | None = None,
         workers: int = WORKERS,
         cache_dir: str | None = None,
+        threshold: Threshold = None,
     ) -> Iterator[Prediction]:
         """:meth:`predict` for any number of images, in the order of ``source``. Two batches are in memory at a time.
 
@@ -99,7 +105,7 @@ class Recognizer(Pretrained):
         Raises:
             UserError: missing shards, an unknown sampler, ranking or setting. Raised here, not by the iterator.
         """
-        label = self._predictor(top_k, sampler, ranking, classes)
+        label = self._predictor(top_k, sampler, ranking, classes, threshold)
         return stream(ImageSource.open(source, cache_dir), label, self.transform, batch_size, workers)
 
     def classify(
@@ -154,6 +160,7 @@ class Recognizer(Pretrained):
         sampler: Sampler = "one_shot",
         ranking: Ranking = "prob",
         classes: Vocabulary | None = None,
+        threshold: Threshold = None,
     ) -> list[Labels]:
         """:meth:`predict` of uint8 [B, 3, S, S], S = ``image_size``, on any device."""
         if top_k < 1:
@@ -174,11 +181,15 @@ class Recognizer(Pretrained):
                 len(images),
             )
         clip = self._clip(order.clip) if order.name == "clip" else None
-        return _numbers(
-            rank(samples, self.tokenizer.decode_label, order, top_k, model=self.model, images=images, clip=clip)
-        )
+        decode, limit = self.tokenizer.decode_label, threshold_of(threshold, order)
+        ranked = _numbers(rank(samples, decode, order, top_k, model=self.model, images=images, clip=clip))
+        if order.name == "prob" and not order.published:
+            ranked = self._calibrated(ranked, *settings_of(config))
+        return [cut(labels, limit) for labels in ranked]
 
-    def classify_pixels(self, images: Tensor, classes: Vocabulary, top_k: int | None = None) -> list[Labels]:
+    def classify_pixels(
+        self, images: Tensor, classes: Vocabulary, top_k: int | None = None, threshold: Threshold = None
+    ) -> list[Labels]:
         """:meth:`classify` of uint8 [B, 3, S, S], S = ``image_size``, on any device."""
         if top_k is not None and top_k < 1:
             raise ValueError(f"top_k must be ≥ 1, got {top_k}")
@@ -188,7 +199,14 @@ class Recognizer(Pretrained):
         best = log_probs_BC.sort(dim=1, descending=True, stable=True)
         names = [each[0] for each in classes.classes]
         rows = zip(best.values[:, :top_k].exp().tolist(), best.indices[:, :top_k].tolist(), strict=True)
-        return _numbers([[(names[c], p) for p, c in zip(*row, strict=True)] for row in rows])
+        ranked = _numbers([[(names[c], p) for p, c in zip(*row, strict=True)] for row in rows])
+        limit = threshold_of(threshold, RankingConfig())
+        return [cut(labels, limit) for labels in self._calibrated(ranked, CLASSIFY, {})]
+
+    def _calibrated(self, ranked: list[Labels], sampler: str, settings: dict[str, Any]) -> list[Labels]:
+        """With calibrated probabilities, if this sampler with these settings has been calibrated."""
+        known = self.calibrations.get(sampler)
+        return [known(labels) for labels in ranked] if known and known.settings == settings else ranked
 
     @torch.inference_mode()
     def embed(
@@ -269,12 +287,18 @@ class Recognizer(Pretrained):
         return self.pixels(image)
 
     def _predictor(
-        self, top_k: int, sampler: Sampler, ranking: Ranking, classes: Classes | Vocabulary | None
+        self,
+        top_k: int,
+        sampler: Sampler,
+        ranking: Ranking,
+        classes: Classes | Vocabulary | None,
+        threshold: Threshold,
     ) -> Callable[[Tensor], list[Labels]]:
         """Pixels → labels, with the settings checked now."""
         config, order = sampler_config(sampler), ranking_config(ranking)
         prepared = None if classes is None else self.prepare_classes(classes)
-        return lambda pixels: self.predict_pixels(pixels, top_k, config, order, prepared)
+        limit = threshold_of(threshold, order)
+        return lambda pixels: self.predict_pixels(pixels, top_k, config, order, prepared, limit)
 
     def _classifier(self, classes: Classes | Vocabulary, top_k: int | None) -> Callable[[Tensor], list[Labels]]:
         prepared = self.prepare_classes(classes)

@@ -14,6 +14,7 @@ from nxtp.errors import UserError, printable
 from nxtp.model.hub import reason
 
 _MAX_BYTES = {"config.yaml": 1 << 16, "tokenizer.json": 1 << 26, "tokenizer_config.json": 1 << 20}
+_MAX_BYTES |= {"calibration.json": 1 << 18}
 _MAX_DEPTH = 20  # of YAML
 _MAX_TEXT = 1 << 14  # characters of a value in YAML
 _MAX_PARTS = 5_000_000  # strings, lists and objects of a JSON file; Gemma 3's tokenizer (33 MB) has about 3.3 million

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ from nxtp.sampling.label_probability import Samples
 if TYPE_CHECKING:
     from nxtp.sampling.clip import ClipSimilarity
 
+EXPECTED_F1 = "f1"
 RANKINGS = ("prob", "ppl", "sim_mean", "sim_max", "clip", "none")
 Labels = list[tuple[str, float]]
 
@@ -115,6 +117,44 @@ def rank(
             labels.sort(key=lambda item: (sign * item[1], item[0]))
         ranked.append(labels[:top_k])
     return ranked
+
+
+def threshold_of(value: str | float | None, ranking: RankingConfig) -> str | float | None:
+    """How many labels to say: those of at least this probability, or "f1": see :func:`cut`. None: all.
+
+    Raises:
+        UserError: something else, or the ranking gives no probabilities.
+    """
+    if value is None or value == EXPECTED_F1:
+        number = None
+    else:
+        try:
+            number = float(value)
+        except ValueError:
+            raise UserError(f"threshold must be a probability or {EXPECTED_F1}, got '{value}'.") from None
+        if not 0 <= number <= 1:
+            raise UserError(f"threshold must be from 0 to 1, or {EXPECTED_F1}, got {value}.")
+    if value is not None and ranking.name != "prob":
+        raise UserError(f"threshold needs probabilities: ranking '{ranking.name}' gives scores, use prob.")
+    return value if number is None else number
+
+
+def cut(labels: Labels, threshold: str | float | None) -> Labels:
+    """The labels of one image that are said.
+
+    Args:
+        labels: with their probabilities, best first.
+        threshold: the lowest probability; or "f1": as many labels as have the highest expected F1, 2·(right among
+            them) / (how many + how many labels the image has), each expectation the sum of probabilities of being
+            right. At least one. It assumes calibrated probabilities (:mod:`nxtp.inference.calibration`).
+    """
+    if threshold is None or not labels:
+        return labels
+    if threshold != EXPECTED_F1:
+        return [(label, probability) for label, probability in labels if probability >= float(threshold)]
+    sums = list(itertools.accumulate(probability for _, probability in labels))
+    best = max(range(len(sums)), key=lambda i: sums[i] / (i + 1 + sums[-1]))
+    return labels[: best + 1]
 
 
 def _merged(scores: list[float], config: RankingConfig, disjoint: bool) -> float:

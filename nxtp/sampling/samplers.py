@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from torch import Tensor
@@ -38,6 +39,11 @@ def sampler_config(choice: str | Mapping[str, Any] | SamplerConfig = "one_shot")
     if name not in SAMPLERS:
         raise UserError(f"No sampler '{name}'.{nearest(name, SAMPLERS)} Known: {', '.join(SAMPLERS)}.")
     return to_dataclass(SAMPLERS[name], settings, "sampler")
+
+
+def settings_of(config: SamplerConfig) -> tuple[str, dict[str, Any]]:
+    """Name and settings: the reverse of :func:`sampler_config`."""
+    return next(name for name, kind in SAMPLERS.items() if type(config) is kind), asdict(config)
 
 
 def sample(

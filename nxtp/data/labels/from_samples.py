@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections import Counter
 from contextlib import suppress
 from typing import Any
 
@@ -29,15 +30,20 @@ def warn_if_nouns_differ(name: str, spec: Any, nouns: str, trained: str | None) 
             log.warning("Set '%s': noun backend '%s'; the model was trained with '%s'.", name, here, trained)
 
 
-def label_texts(shards: IndexedShards, config: DataConfig, limit: int = 20_000) -> list[str]:
-    """Distinct labels of up to ``limit`` samples spread over the shards, sorted, to train a tokenizer on."""
+def label_counts(shards: IndexedShards, config: DataConfig, limit: int = 20_000) -> Counter[str]:
+    """How often each label occurs in up to ``limit`` samples spread over the shards."""
     nouns = noun_backend(config.nouns, config.stop_nouns)
-    found: set[str] = set()
+    found: Counter[str] = Counter()
     for position in shards.spread(limit):
         with suppress(SampleError):
             found.update(labels_of(shards.read(position), nouns))
     shards.close()  # loader workers open their own
-    return sorted(found)
+    return found
+
+
+def label_texts(shards: IndexedShards, config: DataConfig) -> list[str]:
+    """The labels of :func:`label_counts`, sorted, to train a tokenizer on."""
+    return sorted(label_counts(shards, config))
 
 
 def labels_of(raw: RawSample, nouns: NounBackend) -> list[str]:

@@ -21,7 +21,8 @@ from nxtp.errors import UserError
 from nxtp.inference.recognizer import Recognizer
 from nxtp.model.model import Model
 from nxtp.runs.atomic import atomic_directory
-from nxtp.sampling.one_shot import MAX_LABEL_TOKENS
+from nxtp.sampling.one_shot import MAX_LABEL_TOKENS, OneShotConfig
+from nxtp.sampling.samplers import settings_of
 
 NEEDED = ("onnx", "onnxscript", "onnxruntime")
 
@@ -123,6 +124,8 @@ def quantize(path: Path) -> None:
 
 def runner_config(recognizer: Recognizer, weights: str) -> Config:
     model, tokenizer = recognizer.model, recognizer.tokenizer
+    name, settings = settings_of(OneShotConfig())
+    known = recognizer.calibrations.get(name)
     lm = model.decoder.lm.config
     return Config(
         image_size=recognizer.image_size,
@@ -140,6 +143,7 @@ def runner_config(recognizer: Recognizer, weights: str) -> Config:
         provenance=recognizer.provenance,
         interpolation=recognizer.pixels.interpolation,
         resize_mode=recognizer.pixels.resize_mode,
+        calibration=[known.temperature, known.offset] if known and known.settings == settings else None,
     )
 
 

@@ -16,6 +16,7 @@ from nxtp.data.images import load_image
 from nxtp.data.labels.cleaning import normalise
 from nxtp.deploy.onnx.pixels import to_pixels
 from nxtp.errors import UserError
+from nxtp.inference.calibration import Calibration
 from nxtp.model.hub import reason
 
 FORMAT = 2
@@ -46,6 +47,7 @@ class Config:
     provenance: dict[str, Any]  # where the weights come from
     interpolation: str = "bicubic"  # this and the next: as in EncoderConfig; format 1 has no others
     resize_mode: str = "shortest"
+    calibration: list[float] | None = None  # temperature and offset of one-shot sampling
     format: int = FORMAT
 
 
@@ -183,7 +185,11 @@ class OnnxRecognizer:
         for ids, length, probability in zip(tokens_KL, lengths, probs_KL.prod(axis=1).tolist(), strict=True):
             if text := normalise(self._text(ids[:length].tolist())):
                 merged[text] = merged.get(text, 0.0) + probability
-        return sorted(merged.items(), key=lambda item: (-item[1], item[0]))[:top_k]
+        ranked = sorted(merged.items(), key=lambda item: (-item[1], item[0]))[:top_k]
+        if self.config.calibration is None:
+            return ranked
+        temperature, offset = self.config.calibration
+        return Calibration(temperature, offset)(ranked)
 
     def _text(self, ids: list[int]) -> str:
         text = self.tokenizer.decode(ids, skip_special_tokens=True)

@@ -74,10 +74,11 @@ def chance(name: str, truths_N: np.ndarray, vocabulary: int) -> float:
     """
     kind, _, digits = name.partition("@")
     k = min(int(digits), vocabulary)
-    found_N = k * truths_N / vocabulary  # the mean of a hypergeometric distribution
     if kind == "hit":
         return 1 - float(np.mean([comb(vocabulary - n, k) / comb(vocabulary, k) for n in truths_N.tolist()]))
-    return float(np.mean(found_N / {"recall": truths_N, "precision": k, "f1": (truths_N + k) / 2}[kind]))
+    found_N = k * truths_N / vocabulary  # the mean of a hypergeometric distribution
+    below = {"recall": truths_N, "precision": np.full_like(truths_N, k), "f1": (truths_N + k) / 2}
+    return float(np.mean(found_N / below[kind]))
 
 
 def read_hits(path: Path, record: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -97,8 +98,8 @@ def read_hits(path: Path, record: dict[str, Any]) -> dict[str, dict[str, Any]]:
     try:
         for row in map(json.loads, path.read_text().splitlines()):
             if truth := distinct(row["labels"]):
-                said = distinct(label for label, _ in row["predictions"])
-                rows.setdefault(row["set"], []).append((row["key"], truth, said))
+                ranked = distinct(label for label, _ in row["predictions"])
+                rows.setdefault(row["set"], []).append((row["key"], truth, ranked))
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"'{path}' is not the predictions.jsonl of an evaluation: {error}.") from error
     frequent = distinct(record.get("data", {}).get("train", {}).get("frequent_labels", []))

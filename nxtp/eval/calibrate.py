@@ -1,0 +1,102 @@
+"""`nxtp calibrate`: fit label probabilities to what is right on held-out images; stored in the model directory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+from rich.progress import track
+
+from nxtp.config import to_dataclass
+from nxtp.data.config import DataConfig
+from nxtp.data.datamodule import WebDatasetDataModule
+from nxtp.errors import UserError
+from nxtp.eval.curves import BINS, LabelHits, calibration_error, fit, reliability, save_reliability
+from nxtp.inference.calibration import CLASSIFY, FILE, Calibration, write_calibrations
+from nxtp.inference.model_directory import WEIGHTS, read_config, weights_sum
+from nxtp.inference.recognizer import Recognizer
+from nxtp.sampling.closed_vocabulary import read_classes
+from nxtp.sampling.ranking import ranking_config
+from nxtp.sampling.samplers import sampler_config, settings_of
+
+LEAST = 10  # labels that are right, and as many that are not, of each half
+
+
+def calibrate(cfg: DictConfig) -> dict[str, float]:
+    """Calibrate one sampler on the first set of ``data.val``: fitted on every second image, measured on the others.
+
+    The result replaces that of the same sampler in calibration.json of the model directory; calibration.png shows all.
+    Returns the expected calibration error ``before`` and ``after``.
+
+    Raises:
+        UserError: the set has too few labels, or none that the model predicts; or the directory is not a local one.
+    """
+    directory = Path("" if OmegaConf.is_missing(cfg, "model_dir") else str(cfg.model_dir))
+    if not (directory / WEIGHTS).is_file():
+        raise UserError(f"'{directory}' is no local model directory, to write {FILE} to: nxtp calibrate DIR data=…")
+    config = to_dataclass(DataConfig, cfg.data, "data")
+    if not config.val:
+        raise UserError("data.val has no set to calibrate on: add +data.val.held_out=DIR, or data=scenes.")
+    if ranking_config(cfg.ranking).name != "prob" or cfg.threshold is not None:
+        raise UserError("Probabilities of all predicted labels are calibrated: omit ranking and threshold.")
+    recognizer = Recognizer.from_pretrained(directory, device=cfg.device)
+    sampler = sampler_config(cfg.sampler)
+    classes = recognizer.prepare_classes(read_classes(cfg.classes)) if cfg.classes is not None else None
+    name, settings = (CLASSIFY, {}) if classes is not None else settings_of(sampler)
+    known, recognizer.calibrations = recognizer.calibrations, {}
+    data = WebDatasetDataModule(
+        config, recognizer.tokenizer, transform=recognizer.pixels, num_image_tokens=recognizer.model.num_image_tokens
+    )
+    where, spec = next(iter(config.val.items()))
+    hits = LabelHits()
+    for batch in track(data.loader(where, spec, training=False, whole=False), where, transient=True):
+        if classes is not None:
+            predictions = recognizer.classify_pixels(batch.images, classes, cfg.top_k)
+        else:
+            predictions = recognizer.predict_pixels(batch.images, cfg.top_k, sampler)
+        hits.update(predictions, batch.labels)
+    found = calibration_of(hits, where)
+    found.settings = settings
+    found.measured |= {"shards": str(spec), "top_k": cfg.top_k}
+    known[name] = found
+    write_calibrations(directory, weights_sum(read_config(directory)), known)
+    save_reliability({n: each for n, each in known.items() if "bins" in each.measured}, directory / "calibration.png")
+    error: Mapping[str, float] = found.measured["ece"]
+    text = f"{name}: temperature {found.temperature:.3f}, offset {found.offset:+.3f}; expected calibration error"
+    Console().print(f"{text} {error['before']:.4f} before, {error['after']:.4f} after", highlight=False)
+    Console().print(f"{FILE} and calibration.png in {directory}", highlight=False, soft_wrap=True)
+    return dict(error)
+
+
+def calibration_of(hits: LabelHits, where: str) -> Calibration:
+    """Fitted on the images of even number, measured on those of odd number.
+
+    Raises:
+        UserError: there are too few labels, or what is more probable is right less often.
+    """
+    p, right = np.array(hits.probabilities), np.array(hits.right, dtype=bool)
+    odd = np.array(hits.images, dtype=int) % 2 == 1
+    if not hits.count:
+        raise UserError(f"data.val.{where}: no image has labels; calibration needs some that are known.")
+    if not right.any():
+        text = f"data.val.{where}: none of {len(right):,} predicted labels is right"
+        raise UserError(f"{text}. Is the model of another vocabulary? Its labels and the set's have none in common.")
+    least = min(count for half in (odd, ~odd) for count in (right[half].sum(), (~right[half]).sum()))
+    if least < LEAST:
+        raise UserError(f"data.val.{where}: each half needs {LEAST} labels that are right and {LEAST} that are not, "
+                        f"one has {least}. Use a larger set.")  # fmt: skip
+    temperature, offset = fit(p[~odd], right[~odd])
+    try:
+        found = Calibration(temperature, offset)
+    except ValueError:
+        text = f"data.val.{where}: labels of higher probability are right less often"
+        raise UserError(f"{text}: no temperature mends that. Is it the right set?") from None
+    after = np.array([q for _, q in found([("", each) for each in p[odd].tolist()])])
+    bins = {"before": reliability(p[odd], right[odd]), "after": reliability(after, right[odd])}
+    ece = {when: round(calibration_error(each), 6) for when, each in bins.items()}
+    rounded = {when: [[round(x, 6) for x in point] for point in each] for when, each in bins.items()}
+    measured = {"set": where, "images": hits.count, "labels": len(p), "bin_count": BINS, "ece": ece, "bins": rounded}
+    return Calibration(temperature, offset, measured=measured)

@@ -1,0 +1,234 @@
+"""Calibrated probabilities, precision-recall curves and thresholds."""
+
+import csv
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from helpers import call_nxtp, ending_recognizer, write_shards
+from sklearn.metrics import average_precision_score
+from torchmetrics.functional.classification import binary_calibration_error
+
+from nxtp.errors import UserError
+from nxtp.eval.calibrate import calibration_of
+from nxtp.eval.curves import Curve, LabelHits, calibration_error, fit, reliability
+from nxtp.inference.calibration import Calibration, logit, read_calibrations
+from nxtp.inference.recognizer import Recognizer
+from nxtp.sampling.ranking import RankingConfig, cut, threshold_of
+
+
+def drawn(temperature, offset, count=40_000):
+    """Probabilities, and hits that are true of logit(p) / temperature + offset."""
+    rng = np.random.default_rng(0)
+    p = rng.uniform(0.01, 0.99, count)
+    true = np.array([q for _, q in Calibration(temperature, offset)([("", each) for each in p])])
+    return p, rng.uniform(size=count) < true
+
+
+def test_the_error_of_a_constructed_set_is_the_known_one():
+    p = np.array([0.25] * 8 + [0.75] * 4)
+    right = np.array([1] * 4 + [0] * 4 + [1] * 1 + [0] * 3)
+    found = reliability(p, right.astype(bool), bins=2)
+    assert found == [[0.25, 0.5, 8], [0.75, 0.25, 4]]
+    assert calibration_error(found) == pytest.approx((8 * 0.25 + 4 * 0.5) / 12)
+    p, right = drawn(3.0, 1.0)
+    expected = binary_calibration_error(torch.tensor(p), torch.tensor(right).long(), n_bins=15, norm="l1")
+    assert calibration_error(reliability(p, right)) == pytest.approx(float(expected), abs=1e-6)
+
+
+def test_what_was_drawn_is_fitted():
+    temperature, offset = fit(*drawn(2.5, 0.7))
+    assert temperature == pytest.approx(2.5, rel=0.05)
+    assert offset == pytest.approx(0.7, abs=0.05)
+    assert fit(*drawn(1.0, 0.0)) == (pytest.approx(1, rel=0.05), pytest.approx(0, abs=0.05))
+
+
+def test_calibration_keeps_the_order_and_stays_within_0_and_1():
+    labels = Calibration(0.01, 3.0)([("a", 1.0), ("b", 0.6), ("c", 0.0)])
+    assert [q for _, q in labels] == sorted((q for _, q in labels), reverse=True)
+    assert all(0 <= q <= 1 for _, q in labels)
+    assert Calibration(1.0, 0.0)([("a", 0.3)])[0][1] == pytest.approx(0.3)
+    assert logit(0.5) == 0
+    for wrong in ((0.0, 0.0), (-1.0, 0.0), (1.0, float("nan")), ("1", 0.0)):
+        with pytest.raises(ValueError, match="must be finite"):
+            Calibration(*wrong)
+
+
+def hits_of(p, right):
+    """One label per image."""
+    hits = LabelHits()
+    hits.update([[("a", each)] for each in p], [["a" if hit else "b"] for hit in right])
+    return hits
+
+
+def test_every_second_image_is_fitted_and_the_others_are_measured():
+    p, right = drawn(2.5, 0.7, 8000)
+    found = calibration_of(hits_of(p, right), "val")
+    assert found.measured["ece"]["after"] < 0.03 < found.measured["ece"]["before"]
+    right[1::2] = False
+    with pytest.raises(UserError, match=r"each half needs 10 labels that are right and 10 that are not, one has 0\."):
+        calibration_of(hits_of(p, right), "val")
+
+
+@pytest.mark.parametrize(
+    ("hits", "line"),
+    [
+        (LabelHits(), "data.val.val: no image has labels"),
+        (hits_of([0.5] * 50, [False] * 50), "none of 50 predicted labels is right"),
+        (hits_of(np.linspace(0, 1, 400), np.linspace(1, 0, 400) > 0.5), "no temperature mends that"),
+    ],
+)
+def test_a_set_that_cannot_calibrate_is_refused_in_one_line(hits, line):
+    with pytest.raises(UserError, match=line) as error:
+        calibration_of(hits, "val")
+    assert "\n" not in str(error.value)
+
+
+# ---- curves and thresholds -----------------------------------------------------------------------------------------
+
+
+def test_average_precision_is_that_of_scikit_learn():
+    rng = np.random.default_rng(0)
+    scores = rng.uniform(size=(200, 6)).round(2)  # with ties
+    right = rng.uniform(size=(200, 6)) < scores**2
+    hits = LabelHits()
+    names = list("abcdef")
+    hits.update(
+        [sorted(zip(names, row, strict=True), key=lambda each: -each[1]) for row in scores.tolist()],
+        [[name for name, hit in zip(names, row, strict=True) if hit] for row in right],
+    )
+    some = right.any(axis=1)  # an image without labels counts in no metric
+    curve = Curve.of(hits)
+    assert hits.truths == right.sum()
+    assert curve.average_precision == pytest.approx(average_precision_score(right[some].ravel(), scores[some].ravel()))
+    place = int((curve.threshold == 0.5).argmax())
+    said = scores[some] >= 0.5
+    assert curve.precision[place] == pytest.approx(right[some][said].mean())
+    assert curve.recall[place] == pytest.approx(right[some][said].sum() / right.sum())
+    assert curve.labels_per_image[place] == pytest.approx(said.sum() / some.sum())
+    hits.truths *= 2  # as many labels that no prediction has
+    assert Curve.of(hits).average_precision == pytest.approx(curve.average_precision / 2)
+    assert Curve.of(LabelHits()).average_precision == 0
+
+
+def brute_force_f1(probabilities, said):
+    """2 · E[right] / (said + E[labels])."""
+    return 2 * sum(probabilities[:said]) / (said + sum(probabilities))
+
+
+def test_a_threshold_or_the_expected_f1_says_how_many_labels():
+    labels = [("a", 0.9), ("b", 0.8), ("c", 0.3), ("d", 0.02)]
+    assert cut(labels, 0.3) == labels[:3]
+    assert cut(labels, 0.95) == []
+    assert cut(labels, None) == labels
+    assert cut(labels, "f1") == labels[:2]
+    assert cut([], "f1") == []
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        p = sorted(rng.uniform(size=8) ** 3, reverse=True)
+        best = max(range(1, 9), key=lambda said: brute_force_f1(p, said))
+        assert len(cut([("x", each) for each in p], "f1")) == best
+    assert threshold_of("0.25", RankingConfig()) == 0.25
+    for value, ranking, line in ((2, "prob", "from 0 to 1"), ("much", "prob", "got 'much'"), (0.1, "ppl", "use prob")):
+        with pytest.raises(UserError, match=line):
+            threshold_of(value, RankingConfig(ranking))
+
+
+# ---- the commands --------------------------------------------------------------------------------------------------
+
+DATA = ["+data.val.val=val", "data.num_workers=0"]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A model of random weights, and a set whose labels it predicts about as often as chance has it."""
+    root = tmp_path_factory.mktemp("calibration")
+    model = ending_recognizer()
+    model.save_pretrained(root / "model")
+    write_shards(root / "val", [40], labels=True)
+    return root
+
+
+@pytest.fixture
+def calibrated(place, tmp_path):
+    """The model with a calibration, without running the command."""
+    directory = tmp_path / "model"
+    shutil.copytree(place / "model", directory)
+    recognizer = Recognizer.from_pretrained(directory, device="cpu")
+    recognizer.calibrations = {"one_shot": Calibration(2.0, 0.5, {"max_tokens": 19, "temperature": 1.0})}
+    recognizer.save_pretrained(directory)
+    return directory
+
+
+def test_predictions_are_calibrated_where_the_model_directory_says_so(place, calibrated):
+    image = torch.randint(0, 256, (1, 3, 32, 32), dtype=torch.uint8)
+    plain, found = (Recognizer.from_pretrained(d, device="cpu") for d in (place / "model", calibrated))
+    raw = plain.predict_pixels(image)
+    assert found.predict_pixels(image) == [Calibration(2.0, 0.5)(raw[0])]
+    assert found.predict_pixels(image)[0][0][1] > 2 * raw[0][0][1]
+    greedy = {"name": "greedy", "max_new_tokens": 2}
+    for others in ({"sampler": {"name": "one_shot", "temperature": 2.0}}, {"ranking": "ppl"}, {"sampler": greedy}):
+        assert found.predict_pixels(image, **others) == plain.predict_pixels(image, **others)
+    limit = found.predict_pixels(image)[0][2][1]
+    assert len(found.predict_pixels(image, threshold=limit)[0]) == 3
+
+
+def test_a_calibration_of_other_weights_is_not_used_and_a_damaged_one_refused(calibrated, caplog):
+    path = calibrated / "calibration.json"
+    content = json.loads(path.read_text())
+    weights = content["weights"]
+    assert read_calibrations(calibrated, weights)
+    assert read_calibrations(calibrated, "other") == {}
+    assert "is of other weights" in caplog.text
+    content["samplers"]["one_shot"]["temperature"] = -1
+    path.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"calibration\.json' is damaged"):
+        Recognizer.from_pretrained(calibrated)
+    path.write_text(json.dumps(content | {"format": 9}))
+    with pytest.raises(UserError, match="has format 9, this nxtp reads 1"):
+        Recognizer.from_pretrained(calibrated)
+
+
+def test_calibrate_writes_into_the_model_directory_and_evaluate_draws_a_curve(place, monkeypatch):
+    shutil.copytree(place / "model", place / "mine")
+    rng = np.random.default_rng(0)
+    pieces = lambda self, images, *rest, **more: [  # noqa: E731
+        [("stone", 0.5 + a / 2), ("rose", b), ("x", 0.01)] for a, b in rng.uniform(size=(len(images), 2)).tolist()
+    ]
+    with monkeypatch.context() as patch:
+        patch.setattr(Recognizer, "predict_pixels", pieces)
+        done = call_nxtp("calibrate", "mine", *DATA, cwd=place)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert "one_shot: temperature" in done.stdout
+        content = json.loads((place / "mine" / "calibration.json").read_text())
+        assert content["samplers"]["one_shot"]["measured"]["images"] == 40
+        assert (place / "mine" / "calibration.png").stat().st_size > 5_000
+        given = [*DATA, "semantic=null", "grid=0", "top_k=3", "prior=val", "out=curve", "curve=true"]
+        assert call_nxtp("evaluate", "model=mine", *given, cwd=place).returncode == 0
+    metrics = json.loads((place / "curve" / "metrics.json").read_text())
+    rows = list(csv.DictReader((place / "curve" / "curve.csv").open()))
+    assert 0 < metrics["val/average_precision"] < 1
+    assert [float(row["recall"]) for row in rows] == sorted(float(row["recall"]) for row in rows)
+    assert (place / "curve" / "curve.png").stat().st_size > 5_000
+    assert len(json.loads((place / "curve" / "run.json").read_text())["data"]["train"]["frequent_labels"]) == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["calibrate", *DATA], "'.' is no local model directory, to write calibration.json to"),
+        (["calibrate", "model"], "data.val has no set to calibrate on"),
+        (["calibrate", "model", *DATA, "ranking=ppl"], "omit ranking and threshold"),
+        (["calibrate", "model", *DATA, "top_k=1"], "none of 40 predicted labels is right. Is the model of another"),
+        (["evaluate", "model=model", *DATA, "curve=true", "threshold=f1"], "omit threshold and ranking"),
+        (["evaluate", "model=model", *DATA, "threshold=2"], "threshold must be from 0 to 1, or f1, got 2."),
+        (["predict", "x.jpg", "--model", "model", "--threshold", "lots"], "threshold must be a probability or f1"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_in_one_line(place, arguments, line):
+    done = call_nxtp(*arguments, cwd=place)
+    assert done.returncode == 1
+    assert line in done.stderr
+    assert len(done.stderr.splitlines()) == 1
