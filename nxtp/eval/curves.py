@@ -153,7 +153,7 @@ def save_reliability(samplers: Mapping[str, Calibration], path: Path) -> None:
         for when, colour in (("before", MISS), ("after", HIT)):
             _draw_bins(axes, each.measured["bins"][when], colour, f"{when}: error {each.measured['ece'][when]:.3f}")
         axes.set(xlabel="probability of a label", xlim=(0, 1), ylim=(0, 1), title=name, aspect="equal")
-        axes.legend(frameon=False, loc="upper left", fontsize=9)
+        axes.legend(frameon=False, loc="best", fontsize=9)
         axes.grid(alpha=0.3)
     figure.axes[0].set_ylabel("share that is right")
     figure.tight_layout()

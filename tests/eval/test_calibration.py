@@ -11,6 +11,8 @@ from helpers import call_nxtp, ending_recognizer, write_shards
 from sklearn.metrics import average_precision_score
 from torchmetrics.functional.classification import binary_calibration_error
 
+from nxtp.deploy.onnx.export import runner_config
+from nxtp.deploy.onnx.runner import OnnxRecognizer
 from nxtp.errors import UserError
 from nxtp.eval.calibrate import calibration_of
 from nxtp.eval.curves import Curve, LabelHits, calibration_error, fit, reliability
@@ -173,6 +175,16 @@ def test_predictions_are_calibrated_where_the_model_directory_says_so(place, cal
         assert found.predict_pixels(image, **others) == plain.predict_pixels(image, **others)
     limit = found.predict_pixels(image)[0][2][1]
     assert len(found.predict_pixels(image, threshold=limit)[0]) == 3
+
+
+def test_an_exported_model_is_calibrated_as_its_model_directory(place, calibrated, monkeypatch):
+    runner, plain = object.__new__(OnnxRecognizer), object.__new__(OnnxRecognizer)
+    runner.config = runner_config(Recognizer.from_pretrained(calibrated, device="cpu"), "float32")
+    plain.config = runner_config(Recognizer.from_pretrained(place / "model", device="cpu"), "float32")
+    monkeypatch.setattr(OnnxRecognizer, "_text", lambda self, ids: str(ids))
+    tokens = np.array([[5, runner.config.delimiter], [6, runner.config.delimiter]])
+    labels = plain._ranked(tokens, np.array([[0.3, 0.5], [0.2, 0.5]]), 2)
+    assert runner._ranked(tokens, np.array([[0.3, 0.5], [0.2, 0.5]]), 2) == Calibration(2.0, 0.5)(labels)
 
 
 def test_a_calibration_of_other_weights_is_not_used_and_a_damaged_one_refused(calibrated, caplog):

@@ -52,9 +52,9 @@ class Hits:
 
     def packed(self) -> str:
         """Base64 of a compressed .npz: about two bytes per image."""
-        small = {"hits": np.packbits(self.hits_NK, axis=1), "width": np.array(self.hits_NK.shape[1])}
-        buffer = io.BytesIO()
-        np.savez_compressed(buffer, **small, truths=self.truths_N.astype("u2"), said=self.said_N.astype("u2"))
+        buffer, hits, width = io.BytesIO(), np.packbits(self.hits_NK, axis=1), np.array(self.hits_NK.shape[1])
+        truths, said = self.truths_N.astype("u2"), self.said_N.astype("u2")
+        np.savez_compressed(buffer, hits=hits, width=width, truths=truths, said=said)
         return b64encode(buffer.getvalue()).decode()
 
     @classmethod
