@@ -53,6 +53,7 @@ class Site(SimpleHTTPRequestHandler):
             body = body[begin:end]
         else:
             self.send_response(200)
+        self.send_header("Content-Type", self.guess_type(str(path)))
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         half = 100 if name in self.stall else len(body) // 2

@@ -15,10 +15,11 @@ from nxtp.data.config import DataConfig
 from nxtp.data.datamodule import WebDatasetDataModule
 from nxtp.data.mixture import open_set
 from nxtp.data.sampler import ElasticBatchSampler
-from nxtp.data.shards.cache import RemoteCache
+from nxtp.data.shards.cache import RemoteCache, RemoteFile, _lock
 from nxtp.data.shards.manifest import write_manifest
 from nxtp.data.shards.prefetch import Prefetcher
 from nxtp.data.shards.reader import IndexedShards, SampleError
+from nxtp.data.shards.remote import RemoteError
 from nxtp.data.shards.tar_index import IndexStore
 from nxtp.data.shards.urls import expand_shards
 from nxtp.data.transforms import ImageTransform
@@ -119,6 +120,47 @@ def test_ranks_share_transfers(root, tmp_path):
             thread.join()
     assert kinds == 4 * [Counter({True: len(KEYS) - SAMPLES, "unreachable shard": 1})]
     assert all(handler.asked.count(f"r-{i}.tar") == 1 for i in range(SHARDS))
+
+
+def test_a_transfer_of_a_frozen_process_is_taken_over(root, tmp_path):
+    """Such as of a run stopped by Ctrl-Z that shares the cache: each sample waited for it, and was lost."""
+    with serving(root) as (url, _):
+        shards = opened(url, tmp_path, 1, retries=0, read_timeout=0.3)
+        shard, cache = f"{url}/r-0.tar", shards.cache
+        path, part = cache.path_of(shard), cache.path_of(shard).with_suffix(".part")
+        part.parent.mkdir()
+        lock, file = _lock(part.with_suffix(".lock")), part.open("wb", buffering=0)
+        file.write(b"half")
+        assert [shards.read(n).key for n in range(SAMPLES)] == KEYS[:SAMPLES]
+        part.write_bytes(b"of a third one")
+        file.seek(0)
+        cache._transfer(shard, lock, file)  # it goes on
+        assert path.read_bytes() == (root / "r-0.tar").read_bytes()
+
+
+def test_a_web_page_is_no_shard(root, tmp_path, caplog):
+    (root / "login.html").write_text("<html>")
+    config = DataConfig(cache_dir=str(tmp_path / "cache"), index_dir=str(tmp_path / "index"), retries=0)
+    with serving(root) as (url, _), pytest.raises(UserError, match=r"cannot be had \(unreachable shard × 1\)"):
+        open_set("train", f"{url}/login.html?of=a.tar", config)
+    assert "a web page came in its place: check the address, and proxies" in caplog.text
+
+
+def test_a_failure_is_one_line_for_all_processes(tmp_path, monkeypatch):
+    """A reason too long for the note made every process fetch again, as fast as it could, for minutes."""
+    tried = []
+
+    def received(url, *_):
+        tried.append(url)
+        raise RuntimeError("é\n" + "é" * 300)
+        yield
+
+    monkeypatch.setattr("nxtp.data.shards.remote._chunks", received)
+    cache = RemoteCache(tmp_path, retries=0)
+    for _ in range(2):
+        with pytest.raises(RemoteError, match=r"^unreachable shard: é é+$"):
+            RemoteFile(cache, "https://x/a.tar").read(1, 0)
+    assert len(tried) == 1
 
 
 class Noted:

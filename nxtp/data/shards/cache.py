@@ -87,6 +87,11 @@ class RemoteCache:
         """``url``, which is fetched if it is missing, to read from at once; raises as :meth:`fetch`."""
         return RemoteFile(self, url)
 
+    def take_over(self, url: str) -> None:
+        """Let this process fetch what one that stands still has begun: whose files lose their names."""
+        for suffix in (".lock", ".part"):
+            self.path_of(url).with_suffix(suffix).unlink(missing_ok=True)
+
     def _check(self, url: str) -> None:
         """Raise the failure of a transfer of ``url`` a while ago: RemoteError or UserError."""
         note = self.note(url)
@@ -123,7 +128,9 @@ class RemoteCache:
                 with file:
                     transfer(url, file, self.pace, self.retries, arrived)
                     os.fsync(file.fileno())
-                    os.replace(file.name, path)
+                    with suppress(FileNotFoundError):  # nor if another process has taken over
+                        if os.path.samestat(os.fstat(file.fileno()), os.stat(file.name)):
+                            os.replace(file.name, path)
             except RemoteError:
                 raise
             except OSError as error:
@@ -223,14 +230,17 @@ class RemoteFile:
         """What ``found`` returns, as soon as it is not None."""
         if (value := found()) is not None:
             return value
-        cache, pause, size, deadline = self._cache, 0.001, -1, 0.0
+        cache, pause, size, deadline, taken_over = self._cache, 0.001, -1, 0.0, False
         cache.usage["waits"] += 1
         while (value := found()) is None:
             now = time.monotonic()
             if self._size() != size:
                 size, deadline = self._size(), now + 2 * cache.pace.limit * (cache.retries + 1)
-            elif now > deadline:  # whoever fetches it is frozen
-                raise RemoteError("stalled shard", "another process fetches it, and stands still")
+            elif now > deadline and taken_over:
+                raise RemoteError("stalled shard", "other processes fetch it, and stand still")
+            elif now > deadline:  # whoever fetches it is frozen: a run that shares the cache, stopped by Ctrl-Z
+                cache.take_over(self._url)
+                size, taken_over = -1, True
             cache.fetch(self._url, background=True)
             time.sleep(pause)
             pause = min(2 * pause, 0.05)

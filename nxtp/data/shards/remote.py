@@ -85,7 +85,8 @@ def find_files(url: str, *, matching: bool = False) -> list[dict[str, Any]]:
     except FileNotFoundError:
         return []
     except Exception as error:  # each store has errors of its own
-        raise UserError(f"{url} cannot be listed: {str(error) or type(error).__name__}") from error
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(f"{url} cannot be listed: {reason}") from error
     before = url.removesuffix("/").removesuffix(path)  # what comes before a path in this store
     return [entry | {"url": before + store._strip_protocol(entry["name"])} for entry in found]
 
@@ -148,7 +149,7 @@ def received(url: str, start: int, pace: Pace, retries: int) -> Iterator[tuple[i
                 if isinstance(error, RemoteError):
                     raise
                 kind = "stalled shard" if isinstance(error, TimeoutError) else "unreachable shard"
-                raise RemoteError(kind, (str(error) or type(error).__name__)[:200]) from error
+                raise RemoteError(kind, (" ".join(str(error).split()) or type(error).__name__)[:200]) from error
             if url.startswith("pipe:"):
                 have = 0
             time.sleep(pace.limit / 240 * 2 ** (failures - 1) * random.uniform(0.5, 1.5))
