@@ -118,6 +118,7 @@ def test_a_step_takes_what_its_slower_half_takes():
     assert A100.step_seconds(flops=0, sent=5e9, ranks=9, mfu=0.5)[2] == pytest.approx(0.2)
 
 
+@pytest.mark.slow  # 7 s of a real model's operators; the arithmetic is tested with small ones
 def test_the_recipe_of_open_parts_fits_a_gpu_of_24_gb():
     cfg = composed("train", ["experiment=open"])
     config, vocabulary, optim, parallel = sections(cfg)

@@ -251,7 +251,8 @@ def wait_until(condition) -> None:
         time.sleep(0.02)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+# 5 s each; SIGUSR1 differs in its number only
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.slow)])
 def test_a_signal_to_the_process_group(root, number):
     """Also to the loader's workers, and to the run twice: `timeout` signals its command, then the group."""
     name = f"group_{number}"
