@@ -156,7 +156,7 @@ def test_a_failure_is_one_line_for_all_processes(tmp_path, monkeypatch):
         yield
 
     monkeypatch.setattr("nxtp.data.shards.remote._chunks", received)
-    cache = RemoteCache(tmp_path, retries=0)
+    cache = RemoteCache(tmp_path, None, 0.3, 0)
     for _ in range(2):
         with pytest.raises(RemoteError, match=r"^unreachable shard: é é+$"):
             RemoteFile(cache, "https://x/a.tar").read(1, 0)
