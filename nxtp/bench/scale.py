@@ -15,12 +15,14 @@ import numpy as np
 import psutil
 from rich.table import Table
 from torch.distributed import HashStore
+from torch.utils.data import DataLoader, Dataset
 
 from nxtp.bench.reporting import build_table, machine_description, machine_line
 from nxtp.data.config import DataConfig
 from nxtp.data.mixture import open_set
 from nxtp.data.sampler import ElasticBatchSampler
 from nxtp.data.shards.manifest import MANIFEST, ShardInfo, manifest_text
+from nxtp.data.shards.reader import IndexedShards
 from nxtp.distributed.rendezvous import Ranks
 
 SAMPLES = 5_050  # of a shard on average: 14,000 of them have the 70.7 million of G70M
@@ -31,9 +33,10 @@ def measure_scale(*, shards: int, ranks: int, batch_size: int, seed: int) -> dic
     """Open ``shards`` shards by the first and the last of ``ranks``, and take the first step of an epoch.
 
     Returns:
-        ``rows``: of either rank ``opened_s``, ``first_batch_s``, ``memory_mb`` (resident memory of the process so far)
-        and ``set_mb`` of it that are not of imported libraries; ``plan``, and whether both have the same one and parts
-        of the same step (``agree``); the machine.
+        ``rows``: of either rank ``opened_s``, ``first_batch_s``, ``set_mb`` (resident memory that the set and its order
+        have added so far), ``memory_mb`` (all of it, with imported libraries), ``own_mb`` of it that no other process
+        shares, and ``worker_mb`` that a loader process adds; ``plan``, and whether both have the same one and parts of
+        the same step (``agree``); the machine.
     """
     generator = np.random.default_rng(seed)
     sizes = generator.integers(SAMPLES - LARGEST_GAP, SAMPLES + LARGEST_GAP, shards).tolist()
@@ -53,12 +56,15 @@ def measure_scale(*, shards: int, ranks: int, batch_size: int, seed: int) -> dic
                 opened.shards.sizes, batch_size, shuffle=True, sources=opened.sources, rank=rank, world=ranks
             )
             steps.append(set(next(iter(sampler))[1].tolist()))
-            memory = psutil.Process().memory_info().rss
+            memory = psutil.Process().memory_full_info()
+            worker = next(iter(DataLoader(_OwnMemory(opened.shards), None, sampler=sampler, num_workers=1)))
             rows[f"rank {rank}"] = {
                 "opened_s": opened_s,
                 "first_batch_s": time.perf_counter() - begin,
-                "memory_mb": memory / 1e6,
-                "set_mb": (memory - before) / 1e6,
+                "set_mb": (memory.rss - before) / 1e6,
+                "memory_mb": memory.rss / 1e6,
+                "own_mb": memory.uss / 1e6,
+                "worker_mb": worker / 1e6,
             }
             plans.append(opened.plan)
     bucket.rm("/scale", recursive=True)
@@ -66,10 +72,24 @@ def measure_scale(*, shards: int, ranks: int, batch_size: int, seed: int) -> dic
     return {"rows": rows, "plan": plans[0], "ranks": ranks, "agree": agree, "machine": machine_description()}
 
 
+class _OwnMemory(Dataset):
+    """What a loader process has of its own, in bytes, once it has found the shards of a batch."""
+
+    def __init__(self, shards: IndexedShards):
+        self.shards = shards
+
+    def __getitem__(self, item: tuple[int, np.ndarray]) -> int:
+        for position in item[1].tolist():
+            self.shards.shard_of(position)
+        return psutil.Process().memory_full_info().uss
+
+
 def scale_table(result: dict[str, Any]) -> Table:
-    figures = (("opened_s", ".1f"), ("first_batch_s", ".1f"), ("set_mb", ",.0f"), ("memory_mb", ",.0f"))
+    sizes = ((key, ",.0f") for key in ("set_mb", "memory_mb", "own_mb", "worker_mb"))
+    figures = (("opened_s", ".1f"), ("first_batch_s", ".1f"), *sizes)
     rows = [(name, *(f"{row[key]:{form}}" for key, form in figures)) for name, row in result["rows"].items()]
     agree = "the same plan, and parts of one step" if result["agree"] else "DIFFERENT plans, or the same samples"
     caption = f"{result['plan']}; both of {result['ranks']} ranks have {agree}. {machine_line(result['machine'])}"
-    columns = ("", "s until opened", "s until the first batch", "MB for it", "MB of the process")
+    memory = ("MB for it", "the process", "not shared", "a loader process")
+    columns = ("", "s until opened", "until the first batch", *memory)
     return build_table("Remote shards with a manifest", columns, rows, caption)

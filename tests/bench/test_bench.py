@@ -205,6 +205,7 @@ def test_many_shards_are_opened_without_one():
     assert found["plan"].startswith("300 shards of 1,51")
     assert found["agree"]
     assert all(row["opened_s"] < row["first_batch_s"] < 20 for row in found["rows"].values())
+    assert all(0 < row["worker_mb"] < row["own_mb"] < row["memory_mb"] for row in found["rows"].values())
 
 
 def test_results_that_differ_are_refused():
