@@ -39,9 +39,12 @@ def folder_items(source: Path, classes: bool = False) -> tuple[list[Item], Skipp
     images, problems = find_images([source])
     if not images:
         raise UserError(str(problems[0]) if problems else f"{source}: no image in this directory")
-    splits = sorted({image.relative_to(source).parts[0] for image in images} & SPLITS)
+    below = {folder for image in images for folder in image.relative_to(source).parents}
+    splits = {name: folder for folder in sorted(below, reverse=True) if (name := folder.name.lower()) in SPLITS}
     if classes and len(splits) > 1:
-        raise UserError(f"{source} has {' and '.join(splits)}: prepare each as a set of its own: {source / splits[0]}.")
+        found = sorted(splits.values())
+        names = " and ".join(map(str, found))
+        raise UserError(f"{source} has {names}: prepare each as a set of its own: {source / found[0]}.")
     items, skipped, keys = [], Skipped(), Counter[str]()
     for image in images:
         name = str(image.relative_to(source))
@@ -76,7 +79,8 @@ def _class(folder: Path, source: Path) -> dict[str, Any]:
         raise Skip("not in a class folder")
     if re.fullmatch(r"n\d{8}", folder.name):
         raise UserError(f"{folder} is named by a number of WordNet: nxtp prepare imagenet knows the names of these.")
-    labels = clean_labels([folder.name.replace("_", " ")])
+    name = re.sub(r"^(n\d{8}-|\d{3}\.)", "", folder.name)  # numbers of Stanford Dogs, CUB-200 and Caltech-256
+    labels = clean_labels([name.replace("_", " ")])
     if not labels:
         raise Skip("folder name without a label")
     return {"labels": labels}

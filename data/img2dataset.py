@@ -22,12 +22,12 @@ from rich.console import Console
 from rich.progress import track
 
 from nxtp.data.shards.cache import RemoteCache
-from nxtp.data.shards.counts import THREADS, header_counts, read_json, successes
+from nxtp.data.shards.counts import THREADS, UNAVAILABLE, header_counts, read_json, successes
 from nxtp.data.shards.manifest import MANIFEST, ShardInfo, manifest_text, read_manifest, sha256_of, write_manifest
 from nxtp.data.shards.remote import find_files, open_store
 from nxtp.data.shards.tar_index import IndexStore, index_shard
 from nxtp.data.shards.urls import is_remote
-from nxtp.errors import UserError
+from nxtp.errors import UserError, by_kind
 from nxtp.prepare.options import Script
 from nxtp.prepare.writer import size_of
 
@@ -96,7 +96,7 @@ def main(directory: str, workers: int) -> None:
 def remote(directory: str, workers: int, console: Console) -> tuple[list[ShardInfo], Counter]:
     """Samples as img2dataset has counted them, else by the shards' headers."""
     sizes = {entry["url"]: entry["size"] for entry in find_files(directory) if entry["type"] == "file"}
-    urls = sorted(url for url in sizes if url.endswith(".tar"))
+    urls = sorted(url for url in sizes if url.endswith(".tar") and url != directory)  # a file is listed as itself
     if not urls:
         raise _no_shards(directory)
     cache = RemoteCache(Path(tempfile.gettempdir()) / "nxtp")  # nothing is fetched from a store that lists its files
@@ -110,6 +110,8 @@ def remote(directory: str, workers: int, console: Console) -> tuple[list[ShardIn
     skipped = sum((more for _, more in rows), Counter())
     rest = [url for url in urls if samples[url] is None]
     for url, (count, more) in zip(rest, header_counts(rest, cache, IndexStore(), shown=True), strict=True):
+        if set(more) & set(UNAVAILABLE):
+            raise UserError(f"{url} cannot be read ({by_kind(more)}): nothing is written. Run this again.")
         samples[url] = count
         skipped.update(more)
     infos = [ShardInfo(url.rpartition("/")[2], samples[url] or 0, sizes[url], "") for url in urls]

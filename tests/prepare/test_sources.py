@@ -25,6 +25,7 @@ from small_shards import contents, jpeg, json_of, picture, samples
 
 from nxtp.data.labels.imagenet import by_wnid, imagenet_classes, real_labels, subset
 from nxtp.data.shards.manifest import read_manifest, sha256_of
+from nxtp.data.shards.remote import RemoteError
 from nxtp.errors import UserError
 from nxtp.prepare.commands import prepare
 from nxtp.prepare.verification import verify_set
@@ -144,6 +145,13 @@ def test_folders_that_are_no_classes_are_named(tmp_path):
     message = run("folder", tmp_path / "mine" / "train", "--out", tmp_path / "out", "--classes", fails=True)
     assert "n02123045 is named by a number of WordNet: nxtp prepare imagenet knows" in message
     run("folder", tmp_path / "mine" / "test", "--out", tmp_path / "out", "--classes")
+    for name in ("pets/Train/002.Laysan_Albatross/1", "pets/Train/n02085620-Chihuahua/1", "pets/Val/cat/1"):
+        picture(tmp_path / "other" / f"{name}.jpg")
+    message = run("folder", tmp_path / "other", "--out", tmp_path / "o", "--classes", fails=True)
+    assert f"has pets/Train and pets/Val: prepare each as a set of its own: {tmp_path}/other/pets/Train." in message
+    run("folder", tmp_path / "other" / "pets" / "Train", "--out", tmp_path / "o", "--classes")
+    labels = {key: record["labels"] for key, record in json_of(tmp_path / "o").items()}
+    assert labels == {"002_Laysan_Albatross_1": ["Laysan Albatross"], "n02085620-Chihuahua_1": ["Chihuahua"]}
 
 
 def test_images_that_differ_in_their_format_alone_have_keys_of_their_own(tmp_path):
@@ -193,7 +201,7 @@ def test_img2dataset_is_read_in_place(tmp_path):
     assert "has no *.tar" in run("img2dataset", DATA, fails=True)
 
 
-def test_img2dataset_is_counted_where_it_is(tmp_path):
+def test_img2dataset_is_counted_where_it_is(tmp_path, monkeypatch):
     bucket = fsspec.filesystem("memory")
     for shard in range(3):
         write_shard(tmp_path / "a.tar", [{"__key__": str(i), "jpg": b"x"} for i in range(2 + shard)])
@@ -213,6 +221,15 @@ def test_img2dataset_is_counted_where_it_is(tmp_path):
     (tmp_path / "a.tar").unlink()
     assert verify_set(tmp_path, 1, images=False)[0] == [], "without hashes, the rest is compared"
     assert "has no *.tar" in run("img2dataset", "memory://bucket/nothing", fails=True)
+    assert "has no *.tar" in run("img2dataset", "memory://bucket/laion/00000.tar", fails=True), (
+        "nothing is written in it"
+    )
+    monkeypatch.setattr("nxtp.data.shards.counts.read_index", failing(RemoteError("unreachable shard", "503")))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "indexes"))  # without those of before
+    bucket.rm("/bucket/laion/manifest.json")
+    text = run("img2dataset", "memory://bucket/laion", fails=True)
+    assert "00002.tar cannot be read (unreachable shard × 1): nothing is written." in text, "before, it had no samples"
+    assert not bucket.exists("/bucket/laion/manifest.json")
 
 
 def test_openimages(tmp_path):
