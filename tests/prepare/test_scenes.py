@@ -113,6 +113,24 @@ def test_concepts_from_another_number_on():
         scenes._check(scenes.SceneOptions(20, first=540))
 
 
+def test_concepts_chosen_by_name(tmp_path):
+    first = [concept.noun for concept in scenes.concept_table()[:6]]
+    names = tmp_path / "names.txt"
+    names.write_text("\n".join([*first[1::2], ""]))
+    options = [*("--concepts", "6", "--max-objects", "1", "--train", "0", "--val", "40", "--val-style", "0")]
+    for option, kept in (("--only", first[1::2]), ("--without", first[::2])):
+        out = tmp_path / option
+        command = [*options, "--out", str(out), "--workers", "1", option, str(names)]
+        assert CliRunner().invoke(scenes.main, command, catch_exceptions=False).exit_code == 0
+        assert read_manifest(out / "val")["made_by"]["labels"] == kept
+        shards = IndexedShards(expand_shards(str(out / "val")))
+        assert {label for n in range(40) for label in shards.read(n).labels} == set(kept)
+    with pytest.raises(UserError, match="no such concept: unicorns"):
+        scenes._check(scenes.SceneOptions(6, without=("unicorns",)))
+    with pytest.raises(UserError, match="leave 1 concepts"):
+        scenes._check(scenes.SceneOptions(6, max_objects=2, only=(first[0],)))
+
+
 def test_synonyms_are_labels_and_no_other_concepts_name():
     nouns = {concept.noun for concept in scenes.concept_table()}
     names = [name for others in scenes.synonyms().values() for name in others]

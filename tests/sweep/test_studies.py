@@ -16,7 +16,10 @@ from nxtp.sweep.report.tables import leaves
 from nxtp.sweep.sweep import Sweep
 from nxtp.train.optim import OptimConfig
 
-STUDIES = ["dataset_scale", "decoder_depth", "encoder", "imagenet_variants", "objective", "sampling"]
+STUDIES = [
+    *("dataset_scale", "decoder_depth", "encoder", "imagenet_variants"),
+    *("language_model", "new_words", "objective", "sampling"),
+]
 SWEEPS = [f"{study}/{size}" for study in STUDIES for size in ("laptop", "full")]
 
 
