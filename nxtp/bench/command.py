@@ -58,6 +58,7 @@ def bench() -> None:
 @bench.command(short_help="Training steps per second, MFU and peak memory.")
 @of_a_model
 @number("--batch-size", 8, "Images per step.")
+@click.option("--compile", "compiled", is_flag=True, help="Also ours with parallel.compile=true.")
 @click.option("--profile", metavar="DIR", help="Also a few of our steps with PyTorch's profiler: table and trace.")
 def train(**options: Any) -> None:
     """Training images per second, MFU and peak memory: ours as `nxtp train` does it, and published."""

@@ -21,6 +21,7 @@ from nxtp.data.datamodule import WebDatasetDataModule
 from nxtp.data.labels.from_samples import label_texts
 from nxtp.data.mixture import open_set
 from nxtp.data.transforms import ImageTransform
+from nxtp.distributed.parallelize import ParallelConfig, parallelize
 from nxtp.model.decoder import DecoderConfig
 from nxtp.model.encoder import EncoderConfig
 from nxtp.model.flops import ModelFlops
@@ -227,17 +228,18 @@ class Trainer(Worker):
             torch.cuda.empty_cache()  # for the process of the other way
         return {"loss": loss.detach().cpu().numpy()} | gradients
 
-    def measure(self, objective: str, profile: str | None = None) -> dict[str, float]:
+    def measure(self, objective: str, profile: str | None = None, compiled: bool = False) -> dict[str, float]:
         """Images per second, model TFLOP/s of real tokens and, of ours, the share of the time that waits for data.
 
         Args:
+            compiled: of ours, with ``parallel.compile``.
             profile: a directory for the table and the trace of PyTorch's profiler, which slows our steps down.
         """
         steps = STEPS[self.device.type]
         if self.is_published:
             return self._measure_published(steps)
         module = RecognitionModule(self.size.config, self.tokenizer, self.size.optim)
-        module.model = self.model
+        module.model = parallelize(self.model, ParallelConfig(compile=compiled))
         profiler = profile and PyTorchProfiler(profile, "train", export_to_chrome=True)
         trainer = instantiated(
             self.size.recipe.trainer,
@@ -257,7 +259,8 @@ class Trainer(Worker):
             enable_progress_bar=False,
             profiler=profiler or None,
         )
-        trainer.fit(module, datamodule=self.data(objective))
+        with torch.compiler.set_stance("default" if compiled else "force_eager"):
+            trainer.fit(module, datamodule=self.data(objective))
         return {
             name: float(trainer.callback_metrics[f"perf/{name}"]) for name in ("images_per_s", "tflops", "data_wait")
         }

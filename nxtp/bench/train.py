@@ -11,14 +11,22 @@ from rich.table import Table
 
 from nxtp.bench.data import write_photos
 from nxtp.bench.models import SIZES, STEPS, Trainer
-from nxtp.bench.processes import assert_equal, children
+from nxtp.bench.processes import Child, assert_equal, children
 from nxtp.bench.reporting import build_table, caption, machine_description, memory_caption, ratio
 from nxtp.model.flops import compute_dtype, peak_flops
 from nxtp.model.layout import Objective
 
 
 def measure_train(
-    *, size: str, repeats: int, batch_size: int, device: str, precision: str, seed: int, profile: str | None = None
+    *,
+    size: str,
+    repeats: int,
+    batch_size: int,
+    device: str,
+    precision: str,
+    seed: int,
+    compiled: bool = False,
+    profile: str | None = None,
 ) -> dict[str, Any]:
     """Training images per second, model FLOP/s and peak memory of both ways.
 
@@ -28,6 +36,7 @@ def measure_train(
         batch_size: weights, gradients, AdamW's state and the libraries (2.5 GB at full size) need the same memory in
             both ways, so the memory ratio falls as the batch grows; the published batch is 16 per GPU.
         size, device, precision, seed: of :class:`nxtp.bench.models.Worker`.
+        compiled: also ours with ``parallel.compile``.
         profile: a directory: after the measurement, ours runs once more with PyTorch's profiler.
 
     Returns:
@@ -46,16 +55,18 @@ def measure_train(
         with children(Trainer, **options, seed=seed, shards=str(shards)) as (ours, published):
             difference = assert_equal(ours.call("result"), published.call("result"), "training step")
             published.call("use_precision")
-            cases = {
-                "ours": (ours, Objective.PUBLISHED),
-                "published": (published, Objective.PUBLISHED),
-                "ours, matched": (ours, Objective.MATCHED),
+            cases: dict[str, tuple[Child, dict[str, Any]]] = {
+                "ours": (ours, {"objective": Objective.PUBLISHED}),
+                "published": (published, {"objective": Objective.PUBLISHED}),
+                "ours, matched": (ours, {"objective": Objective.MATCHED}),
             }
+            if compiled:
+                cases["ours, compiled"] = ours, {"objective": Objective.PUBLISHED, "compiled": True}
             peaks = {}
             measured: dict[str, list[dict[str, float]]] = {name: [] for name in cases}
             for _ in range(repeats):
-                for name, (child, objective) in cases.items():
-                    measured[name].append(child.call("measure", objective=objective))
+                for name, (child, settings) in cases.items():
+                    measured[name].append(child.call("measure", **settings))
                     peaks[name] = (child.peak, child.peak - child.baseline)
             if profile:
                 ours.call("measure", objective=Objective.PUBLISHED, profile=profile)
@@ -83,7 +94,9 @@ def measure_train(
 def train_table(result: dict[str, Any]) -> Table:
     rows = []
     for name, row in result["rows"].items():
-        shared = name == "ours, matched" and "gpu" not in result["machine"]  # the same process as ours
+        shared = (
+            name in ("ours, matched", "ours, compiled") and "gpu" not in result["machine"]
+        )  # the same process as ours
         memory = ("", "") if shared else (f"{row[k] / 1e9:.2f}" for k in ("peak_bytes", "peak_above_model_bytes"))
         mfu, wait = (f"{row[key]:.1%}" if row.get(key) is not None else "" for key in ("mfu", "data_wait"))
         speed = f"{row['seconds']:.3f}", f"{row['images_per_s']:.2f}", f"{row['tflops']:.3g}"

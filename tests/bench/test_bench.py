@@ -270,11 +270,13 @@ def test_gpu_prints_a_table_and_one_object_last(here, monkeypatch):
     assert numbers["forecast_bytes"] > 4 * 4 * numbers["train"]["parameters"], "weights, gradients, two moments"
     assert {"1 labels, ms", "20 labels, ms", "100 labels, ms", "100 labels, batches of 8, images/s"} < set(cells)
 
+    numbers["train"]["rows"]["ours, compiled"] = dict(numbers["train"]["rows"]["ours"])
     for row in numbers["train"]["rows"].values():
         row |= {"mfu": 0.4567, "peak_bytes": 2 * numbers["forecast_bytes"]}
     numbers["static"] = {"rows": {f"compiled@{k}": {"seconds": 0.0123, "ratio": 1.5} for k in (1, 20, 100)}}
     text = gpu.markdown(numbers | {"device": "cuda"})
     assert "| MFU | 45.7% |" in text
+    assert "| compiled: MFU | 45.7% |" in text
     assert "0.50× measured" in text
     assert "| static shapes with CUDA graphs, 20 labels, ms | 12.3 |  | 1.50× as it is |" in text
 
