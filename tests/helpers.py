@@ -138,6 +138,16 @@ def nxtp_here(arguments: list[str], cwd: str, out: str, error: str, environment:
     os._exit(code)
 
 
+def kernel_here(arguments: list[str], cwd: str, environment: dict[str, str]) -> None:
+    """A notebook's kernel."""
+    os.setpgrp()  # it is stopped by a signal to its group
+    os.chdir(cwd)
+    os.environ.update(environment)
+    from ipykernel.kernelapp import launch_new_instance
+
+    launch_new_instance(argv=[*arguments, "--matplotlib=inline"])  # as where Matplotlib is imported later
+
+
 @dataclass
 class Command:
     """One command on one or several ranks."""

@@ -1,18 +1,23 @@
-"""The notebooks, executed one after the other in one kernel, on a tiny study, run and model."""
+"""The notebooks, executed one after the other in one forked kernel, on a tiny study, run and model."""
 
 import base64
 import io
 import json
+import os
 import re
 import sys
+import time
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
 import numpy as np
 import pytest
-from helpers import TINY_OVERRIDES, jpeg, nxtp_runs, write_shards
+from helpers import TINY_OVERRIDES, fork, jpeg, kernel_here, nxtp_runs, write_shards
 from jupyter_client.kernelspec import KernelSpec
 from jupyter_client.manager import AsyncKernelManager
+from jupyter_client.provisioning import local_provisioner
 from nbclient import NotebookClient
 from PIL import Image
 
@@ -31,6 +36,19 @@ class ThisInterpreter(AsyncKernelManager):
     def kernel_spec(self) -> KernelSpec:
         command = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
         return KernelSpec(argv=command, display_name="tests", language="python")
+
+
+def forked_kernel(command: list[str], cwd: str, env: dict[str, str], **_) -> SimpleNamespace:
+    """In place of Jupyter's ``launch_kernel``: a process that has imported the libraries, as far as it needs one."""
+    process = fork(kernel_here, command[3:], cwd, {k: v for k, v in env.items() if k.startswith("NXTP_")})
+    while os.getpgid(process.pid) != process.pid:
+        assert process.is_alive()
+        time.sleep(0.01)
+    streams = dict.fromkeys(("stdin", "stdout", "stderr"))
+    signalled = partial(os.kill, process.pid)
+    return SimpleNamespace(
+        pid=process.pid, poll=lambda: process.exitcode, wait=process.join, send_signal=signalled, **streams
+    )
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +83,7 @@ def executed(tmp_path_factory):
         patch.setenv("NXTP_RUN", str(root / "runs" / "r"))
         patch.setenv("NXTP_MODEL", str(root / "runs" / "r" / "model"))
         patch.setenv("NXTP_PICTURES", str(pictures))
+        patch.setattr(local_provisioner, "launch_kernel", forked_kernel)
         client = NotebookClient(
             notebook,
             timeout=120,
