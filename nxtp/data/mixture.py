@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from nxtp.data.config import DataConfig, SourceConfig, named_sources
@@ -75,10 +76,7 @@ def open_set(name: str, spec: Any, config: DataConfig, ranks: Ranks | None = Non
         raise UserError(f"data.{name} is not set: give a directory of shards, a glob or a brace expression.")
     ranks = ranks or Ranks()
     configs = named_sources(spec)
-    cache = None
-    if config.cache_dir is not None:
-        limit = None if config.cache_gb is None else int(config.cache_gb * 1e9)
-        cache = RemoteCache(config.cache_dir, limit, config.read_timeout, config.retries)
+    cache = _cache_of(name, config)
     store = IndexStore(config.index_dir, config.index_gb * 1e9)
     urls = ranks.from_first(f"{name}/urls", lambda: _list_shards(name, configs))
     every = sorted(url for members in urls.values() for url in members)
@@ -102,6 +100,22 @@ def open_set(name: str, spec: Any, config: DataConfig, ranks: Ranks | None = Non
         if expected not in (None, found):
             log.warning("data.%s.%s has %d samples; the recipe expects %d.", name, source, found, expected)
     return OpenedSet(shards, sources)
+
+
+def _cache_of(name: str, config: DataConfig) -> RemoteCache | None:
+    """The cache of a set's shards; under a limit, remote validation sets have ¼ of it, apart from the training set's.
+
+    In one directory, validation would delete what is fetched ahead for the next steps.
+    """
+    if config.cache_dir is None:
+        return None
+    directory, limit = Path(config.cache_dir), None if config.cache_gb is None else config.cache_gb * 1e9
+    if limit is not None and all("://" in str(spec) for spec in (config.train, config.val)):
+        if name in config.val:
+            directory, limit = directory / "val", 0.25 * limit
+        else:
+            limit = 0.75 * limit
+    return RemoteCache(directory, None if limit is None else int(limit), config.read_timeout, config.retries)
 
 
 def _list_shards(name: str, sources: Mapping[str, SourceConfig]) -> dict[str, list[str]]:

@@ -343,3 +343,24 @@ def test_shards_in_s3_are_read(bucket, tmp_path, monkeypatch):
     shards = open_set("train", f"{bucket}/laion", config).shards
     assert not (tmp_path / "cache").exists(), "counted by the manifest"
     assert [shards.read(i).key for i in range(len(shards))] == KEYS
+
+
+def test_validation_deletes_nothing_that_training_has_fetched_ahead(root, tmp_path):
+    limit = 8 * (root / "r-0.tar").stat().st_size / 1e9
+    with serving(root) as (url, handler):
+        specs = {"train": f"{url}/r-{{0..3}}.tar", "val": f"{url}/r-{{4..9}}.tar"}
+        config = DataConfig(
+            train=specs["train"],
+            val={"val": specs["val"]},
+            cache_dir=str(tmp_path / "cache"),
+            cache_gb=limit,
+            index_dir=str(tmp_path / "index"),
+        )
+        train, val = (open_set(name, spec, config).shards for name, spec in specs.items())
+        prefetch = train.prefetch(range(4))
+        until(lambda: len(list(train.cache.directory.glob("*.tar"))) == 4)
+        assert [val.read(i).key for i in range(len(val))] == KEYS[4 * SAMPLES :]
+        assert [train.read(i).key for i in range(len(train))] == KEYS[: 4 * SAMPLES]
+        prefetch.close()
+    assert {handler.asked.count(f"r-{i}.tar") for i in range(SHARDS)} == {1}
+    assert sum(path.stat().st_size for path in (tmp_path / "cache").rglob("*.tar")) <= 1e9 * limit
