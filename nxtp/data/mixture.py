@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -49,10 +50,16 @@ class OpenedSet:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of the names and sizes (in samples) of the sources' shards, wherever these are stored."""
-        names = [url.partition("?")[0].rpartition("/")[2] for url in self.shards.urls]
-        sizes = self.shards.sizes.tolist()
-        named = {source.name: [[names[i], sizes[i]] for i in source.shards] for source in self.sources}
+        """SHA-256 of the names and sizes (in samples) of the sources' shards, wherever these are stored.
+
+        A name is the path below the source's common directory: a/0.tar and b/0.tar are not b/0.tar and c/0.tar.
+        """
+        named = {}
+        for source in self.sources:
+            paths = [self.shards.urls[i].partition("?")[0] for i in source.shards]
+            common = os.path.commonprefix([path[: path.rfind("/") + 1] for path in paths])  # noqa: RUF071  cut at a /
+            names = [path[common.rfind("/") + 1 :] for path in paths]
+            named[source.name] = list(zip(names, self.shards.sizes[list(source.shards)].tolist(), strict=True))
         return hashlib.sha256(json.dumps(named).encode()).hexdigest()
 
     @property

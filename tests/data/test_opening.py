@@ -203,6 +203,17 @@ def test_a_validation_set_has_another_name_than_the_training_set(tmp_path):
     assert "nothing found at 'b'" in done.stderr, "no validation sets is no error"
 
 
+def test_shards_of_one_name_in_several_directories_are_told_apart(tmp_path):
+    """Their order is that of the directories' names: one that is renamed changes every position behind it."""
+    for name in ("set/x1", "set/x2"):
+        write_shards(tmp_path / name, [4])
+    before = open_set("train", f"{tmp_path}/set/*/*.tar", DataConfig()).plan
+    (tmp_path / "set").rename(tmp_path / "moved")
+    assert open_set("train", f"{tmp_path}/moved/*/*.tar", DataConfig()).plan == before
+    (tmp_path / "moved" / "x1").rename(tmp_path / "moved" / "x3")
+    assert open_set("train", f"{tmp_path}/moved/*/*.tar", DataConfig()).plan != before
+
+
 # --- counts beside shards --------------------------------------------------------------------------------------
 
 
