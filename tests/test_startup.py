@@ -45,7 +45,15 @@ def place(tmp_path_factory):
 
 def test_help_and_status_import_no_heavy_library(place):
     """All in one process: of a library that is not to be imported, the first to do so is named."""
-    commands = ["--help", "train --help", "evaluate --help", "describe --help", "sweep --help", "sweep status mine"]
+    commands = [
+        "--help",
+        "train --help",
+        "evaluate --help",
+        "calibrate --help",
+        "describe --help",
+        "sweep --help",
+        "sweep status mine",
+    ]
     commands += ["report --help", "report runs/mine", "data --help", "prepare --help", "predict --help"]
     commands += ["classify --help", "serve --help", "app --help", "export --help", "convert --help", "parity --help"]
     for command, modules in imported(*commands, cwd=place).items():

@@ -15,7 +15,7 @@ from nxtp.eval.metrics import ExactMatch
 from nxtp.sweep.report import records as rec
 from nxtp.sweep.report.command import differing, generated, report
 from nxtp.sweep.report.comparison import interval
-from nxtp.sweep.report.hits import Hits
+from nxtp.sweep.report.hits import Hits, chance
 from nxtp.sweep.report.spec import Spec
 
 EXPERIMENTS = Path(__file__).resolve().parents[2] / "experiments"
@@ -336,6 +336,20 @@ def test_committed_studies_are_as_their_records_say(capsys):
     assert {f.name: c for f in folders if (c := complaints(f, capsys))} == {}
 
 
+def test_studies_and_the_page_on_the_paper_quote_the_same_numbers():
+    page = (EXPERIMENTS.parent / "docs" / "reproduce.md").read_text().splitlines()
+    quoted = 0
+    for file in EXPERIMENTS.glob("*/report.yaml"):
+        for paper in Spec.read(file).paper:
+            table, _, model = paper.source.partition(", ")
+            start = {"Table 1": f"| {model or 'G3M'} | Table 1 of the paper |", "Table A.5": "| 3, A.5:"}.get(table)
+            if start:
+                (line,) = (line for line in page if line.startswith(start))
+                assert f"{paper.value:.3f}".lstrip("0") in line, f"{file}: {paper}"
+                quoted += 1
+    assert quoted >= 13
+
+
 @pytest.mark.parametrize("name", ["results.csv", "plot.svg", "README.md"])
 def test_an_edited_file_of_a_study_is_noticed(study, name, capsys):
     run(study)
@@ -421,9 +435,10 @@ def test_chance_is_the_mean_of_random_guesses_and_the_prior_that_of_frequent_lab
     guesses = [[list(rng.choice(labels, 2, replace=False)) for _ in TRUTHS] for _ in range(4000)]
     truths = [[label.strip().lower() for label in truth] for truth in TRUTHS]
     drawn = Hits.of([each for guess in guesses for each in guess], truths * len(guesses))
-    for name, value in kept["chance"].items():
-        if name != "hit@5":
-            assert value == pytest.approx(drawn.metric(name).mean(), abs=0.01), name
+    hits = Hits.unpacked(kept["packed"])
+    assert kept["chance"].keys() == {"recall@2", "precision@2", "f1@2", "hit@1"}
+    for name, value in {**kept["chance"], "hit@2": chance("hit@2", hits.truths_N, 4)}.items():
+        assert value == pytest.approx(drawn.metric(name).mean(), abs=0.01), name
     prior = Hits.of([["dog", "hen"]] * 4, truths)
     assert kept["label prior"] == pytest.approx({n: prior.metric(n).mean() for n in kept["label prior"]}, abs=1e-6)
     assert "recall@2" in kept["label prior"]

@@ -155,6 +155,17 @@ def test_ranks_add_up_and_the_worst_is_logged(monkeypatch):
     assert values["perf/tflops"] == pytest.approx((alone + 3 * alone) / 2 / 2.1), "of one device"
 
 
+def test_samples_that_batches_lack_are_logged_if_there_are_any(monkeypatch):
+    run = Run(monkeypatch, others=(3.0,))
+    run.step()
+    run.step()
+    assert "perf/unused" not in run.logged[0]
+    run.step(replace(BATCH, samples_read=6, skipped=Counter(filtered=4)))
+    run.step()
+    assert run.logged[1]["perf/unused"] == pytest.approx(0.5)
+    assert "unused samples 50.0%" in run.callback.line
+
+
 def test_remote_shards_are_logged_where_there_are_some(monkeypatch):
     run = Run(monkeypatch, others=(3.0,))
     run.step()

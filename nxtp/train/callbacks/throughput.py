@@ -26,6 +26,7 @@ class Throughput(L.Callback):
         perf/images_per_s     samples
         perf/tokens_per_s     tokens: image tokens included, padding excluded
         perf/data_wait        share of the time spent waiting for batches, on the rank that waited longest
+        perf/unused           share of the samples read that batches lack: filtered by data.where, or skipped; if any
         perf/cache_hits       of remote shards: share of the samples that were there when they were read
         perf/download_mb_per_s  10⁶ bytes/s that were fetched of them
         perf/padding          share of the decoder's positions that are padding
@@ -46,7 +47,7 @@ class Throughput(L.Callback):
         self._reset()
 
     def _reset(self) -> None:
-        self._images = self._tokens = self._positions = 0
+        self._read = self._images = self._tokens = self._positions = 0
         self._remote: Counter = Counter()
         self._flops = self._seconds = self._waited = 0.0
 
@@ -88,6 +89,7 @@ class Throughput(L.Callback):
             self._resume(trainer)
 
     def on_train_batch_end(self, trainer, module, outputs, batch: Batch, batch_idx: int) -> None:
+        self._read += batch.samples_read
         if len(batch):
             self._images += len(batch)
             self._tokens += batch.layout.num_tokens
@@ -113,11 +115,11 @@ class Throughput(L.Callback):
     def _together(self, trainer, device: torch.device) -> dict[str, float]:
         """The values to log; one collective call."""
         remote = self._remote["reads"], self._remote["hits"], self._remote["bytes"] / 1e6
-        sums = self._images, self._tokens, self._positions, self._flops / 1e12, *remote
+        sums = self._read, self._images, self._tokens, self._positions, self._flops / 1e12, *remote
         mine = torch.tensor([*sums, self._seconds, self._waited, peak_memory_bytes(device) / 1e9], device=device)
         every_RX = trainer.strategy.all_gather(mine).view(-1, len(mine)).cpu()
-        images, tokens, positions, tflop, reads, hits, fetched_mb = every_RX[:, :7].sum(dim=0).tolist()
-        seconds, waited, memory = every_RX[:, 7:].amax(dim=0).tolist()
+        read, images, tokens, positions, tflop, reads, hits, fetched_mb = every_RX[:, :8].sum(dim=0).tolist()
+        seconds, waited, memory = every_RX[:, 8:].amax(dim=0).tolist()
         values = {
             "perf/images_per_s": images / seconds,
             "perf/tokens_per_s": tokens / seconds,
@@ -127,6 +129,8 @@ class Throughput(L.Callback):
         }
         if not math.isnan(waited):
             values["perf/data_wait"] = waited / seconds
+        if images < read:
+            values["perf/unused"] = 1 - images / read
         if reads:
             values |= {"perf/cache_hits": hits / reads, "perf/download_mb_per_s": fetched_mb / seconds}
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
@@ -142,6 +146,7 @@ def speed_line(values: dict[str, float]) -> str:
         "perf/images_per_s": "{:,.0f} images/s",
         "perf/tokens_per_s": "{:,.0f} tokens/s",
         "perf/data_wait": "data wait {:.1%}",
+        "perf/unused": "unused samples {:.1%}",
         "perf/cache_hits": "cache hits {:.1%}",
         "perf/download_mb_per_s": "{:,.1f} MB/s fetched",
         "perf/padding": "padding {:.1%}",
