@@ -8,6 +8,7 @@ from helpers import call_nxtp, jpeg, shard_data
 
 from nxtp.data.config import DataConfig
 from nxtp.data.dataset import check_skipped
+from nxtp.data.labels.from_samples import label_texts
 from nxtp.data.where import Selection
 from nxtp.errors import UserError
 from nxtp.prepare.writer import write_shard
@@ -110,6 +111,20 @@ def test_a_sample_without_the_field_has_no_caption(root):
     batches = list(shard_data(str(root), caption_key="new").train_dataloader())
     assert {tuple(names) for batch in batches for names in batch.labels} == {("rose",)}
     assert sum((batch.skipped for batch in batches), Counter()) == {"no caption": 2}
+
+
+@pytest.mark.parametrize(
+    ("settings", "kinds"),
+    [
+        ({"caption_key": "nwe"}, "no caption × 24"),
+        ({"where": "wdth > 3"}, "filtered × 24"),
+        ({"caption_key": "parquet:new"}, "unreadable captions × 24"),
+    ],
+)
+def test_a_misspelt_field_is_found_before_a_tokenizer_is_trained_on_nothing(root, settings, kinds):
+    data = shard_data(str(root), **settings)
+    with pytest.raises(UserError, match=rf"^None of 24 samples of the shards has a label \({kinds}\): compare data\."):
+        label_texts(data.open("train", str(root)).shards, data.config)
 
 
 def test_what_is_filtered_is_not_damaged():

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 from collections import Counter
-from contextlib import suppress
 from typing import Any
 
 from nxtp.data.config import DataConfig, named_sources
@@ -13,6 +12,7 @@ from nxtp.data.labels.cleaning import clean_labels
 from nxtp.data.labels.nouns import NounBackend, noun_backend
 from nxtp.data.shards.manifest import read_manifest
 from nxtp.data.shards.reader import IndexedShards, RawSample, SampleError
+from nxtp.errors import UserError, by_kind, counted
 
 log = logging.getLogger("nxtp")
 
@@ -31,13 +31,25 @@ def warn_if_nouns_differ(name: str, spec: Any, nouns: str, trained: str | None) 
 
 
 def label_counts(shards: IndexedShards, config: DataConfig, limit: int = 20_000) -> Counter[str]:
-    """How often each label occurs in up to ``limit`` samples spread over the shards."""
+    """How often each label occurs in up to ``limit`` samples spread over the shards.
+
+    Raises:
+        UserError: none of them has a label.
+    """
     nouns = noun_backend(config.nouns, config.stop_nouns)
     found: Counter[str] = Counter()
+    skipped: Counter[str] = Counter()
     for position in shards.spread(limit):
-        with suppress(SampleError):
+        try:
             found.update(labels_of(shards.read(position), nouns))
+        except SampleError as error:
+            skipped[error.kind] += 1
     shards.close()  # loader workers open their own
+    if not found:
+        raise UserError(
+            f"None of {counted(skipped.total(), 'sample')} of the shards has a label ({by_kind(skipped)}): compare "
+            "data.caption_key and data.where with the samples' JSON, and the shards with docs/data.md."
+        )
     return found
 
 
