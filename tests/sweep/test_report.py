@@ -466,7 +466,7 @@ def arms(study):
 def test_differences_are_paired_and_what_overlaps_is_not_ranked(arms, capsys):
     assert run(arms).exit_code == 0
     readme = (arms / "README.md").read_text()
-    assert "| size | sampler | k | Δ recall@2 (4 images) | Δ hit@1 (4 images) |" in readme
+    assert "| size | sampler | k | Δ recall@2 (3 seeds, 4 images) | Δ hit@1 (3 seeds, 4 images) |" in readme
     assert "| laptop | same | 2 | +0.000 [+0.000, +0.000] ≈ | +0.000 [+0.000, +0.000] ≈ |" in readme
     bad = next(line for line in readme.splitlines() if line.startswith("| laptop | bad | 2 | -0.4"))
     assert "] |" in bad
@@ -484,7 +484,7 @@ def test_arms_whose_intervals_are_apart_are_ranked_and_old_records_compared_by_s
         file.unlink()
     run(arms)
     readme = (arms / "README.md").read_text()
-    assert "Δ recall@2 (seeds only)" in readme
+    assert "Δ recall@2 (3 seeds only)" in readme
     assert "- recall@2: {good 2, same 2} > bad 2" in readme
     assert "chance" not in readme
 
@@ -494,7 +494,7 @@ def test_images_of_another_set_are_not_paired(arms):
         file.write_text(file.read_text().replace('"key": "0"', '"key": "other"'))
     run(arms)
     readme = (arms / "README.md").read_text()
-    assert "Δ recall@2 (4 images)" in readme
+    assert "Δ recall@2 (3 seeds, 4 images)" in readme
     assert "| laptop | bad | 2 | -0.458 [-0.458, -0.458] |" in readme, "by seeds, which agree"
 
 

@@ -7,6 +7,7 @@ from functools import cache
 
 import numpy as np
 
+from nxtp.errors import counted
 from nxtp.sweep.report.hits import Hits
 from nxtp.sweep.report.records import Record, note
 from nxtp.sweep.report.spec import Spec
@@ -73,8 +74,10 @@ def values(runs: list[Mapping[Arm, Record]], metric: str) -> list[np.ndarray]:
     return [np.array([[measured(each[seed])[metric]] for seed in seeds]).reshape(-1, 1) for each in having]
 
 
-def differences(records: list[Record], spec: Spec) -> list[tuple[Arm, dict[str, tuple[float, Interval | None, int]]]]:
-    """Arm → metric → mean difference from its baseline, interval, and number of images (1: of seeds only).
+def differences(
+    records: list[Record], spec: Spec
+) -> list[tuple[Arm, dict[str, tuple[float, Interval | None, tuple[int, int]]]]]:
+    """Arm → metric → mean difference from its baseline, interval, and numbers of seeds and images (1: of seeds only).
 
     An arm's baseline is the one that differs from it in no other column than those that ``spec.baseline`` names.
     """
@@ -88,7 +91,7 @@ def differences(records: list[Record], spec: Spec) -> list[tuple[Arm, dict[str, 
         for metric in filter(lambda m: not is_time(m), spec.metrics):
             ours, theirs = values([of, runs[base]], metric)
             if ours.size:
-                row[metric] = float((ours - theirs).mean()), interval(ours - theirs), ours.shape[1]
+                row[metric] = float((ours - theirs).mean()), interval(ours - theirs), (len(ours), ours.shape[1])
         found.append((arm, row))
     return found
 
@@ -116,10 +119,9 @@ def markdown(records: list[Record], spec: Spec) -> str:
     if not found:
         return ""
     shown = [m for m in spec.metrics if any(m in row for _, row in found)]
-    images = {m: {row[m][2] for _, row in found if m in row} for m in shown}
+    counts = {m: max((row[m][2] for _, row in found if m in row), key=lambda each: each[1]) for m in shown}
     body = [[*arm, *(_difference(*row[m][:2]) if m in row else "" for m in shown)] for arm, row in found]
-    basis = {m: "seeds only" if counts == {1} else f"{min(counts - {1}):,} images" for m, counts in images.items()}
-    header = ["size", *spec.columns, *(f"Δ {spec.metrics[m]} ({basis[m]})" for m in shown)]
+    header = ["size", *spec.columns, *(f"Δ {spec.metrics[m]} ({_basis(*counts[m])})" for m in shown)]
     where = ", ".join(f"{column} {text(value)}" for column, value in spec.baseline.items())
     about = (
         f"Difference from {where}, paired by {', '.join(spec.over)}, with its 95 % bootstrap interval over seeds and\n"
@@ -133,6 +135,10 @@ def markdown(records: list[Record], spec: Spec) -> str:
     return "\n".join(["", about, "", table, order_of, "", *places, ""])
 
 
+def _basis(seeds: int, images: int) -> str:
+    return counted(seeds, "seed") + (" only" if images == 1 else f", {counted(images, 'image')}")
+
+
 def _difference(mean: float, bounds: Interval | None) -> str:
     if bounds is None:
         return f"{mean:+z.3f} (one run)"
@@ -141,5 +147,7 @@ def _difference(mean: float, bounds: Interval | None) -> str:
 
 def _places(groups: list[list[Arm]]) -> str:
     sizes = {arm[0] for group in groups for arm in group}
-    names = [[" ".join(filter(None, arm if len(sizes) > 1 else arm[1:])) for arm in group] for group in groups]
+    names = [
+        [" ".join(part or "–" for part in (arm if len(sizes) > 1 else arm[1:])) for arm in group] for group in groups
+    ]
     return " > ".join(f"{{{', '.join(group)}}}" if len(group) > 1 else group[0] for group in names)
