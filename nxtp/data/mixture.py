@@ -15,7 +15,7 @@ from typing import Any
 
 from nxtp.data.config import DataConfig, SourceConfig, named_sources
 from nxtp.data.shards.cache import RemoteCache
-from nxtp.data.shards.counts import UNAVAILABLE, Count, header_counts, listed_counts
+from nxtp.data.shards.counts import UNAVAILABLE, Count, header_counts, listed_counts, missing_shards
 from nxtp.data.shards.reader import IndexedShards
 from nxtp.data.shards.tar_index import IndexStore
 from nxtp.data.shards.urls import expand_shards, identity
@@ -86,6 +86,8 @@ def open_set(name: str, spec: Any, config: DataConfig, ranks: Ranks | None = Non
     cache = _cache_of(name, config)
     store = IndexStore(config.index_dir, config.index_gb * 1e9)
     urls = ranks.from_first(f"{name}/urls", lambda: _list_shards(name, configs))
+    if not config.allow_missing_shards:
+        ranks.from_first(f"{name}/complete", lambda: _check_complete(name, configs, urls, cache))
     every = sorted(url for members in urls.values() for url in members)
     listed = ranks.from_first(f"{name}/listed", lambda: listed_counts(every, cache))
     unlisted = [url for url in every if url not in listed]
@@ -134,6 +136,22 @@ def _list_shards(name: str, sources: Mapping[str, SourceConfig]) -> dict[str, li
             if (first := owner.setdefault(identity(url), source)) != source:
                 raise UserError(f"data.{name}: the sources '{first}' and '{source}' both name {url}.")
     return urls
+
+
+def _check_complete(
+    name: str, sources: Mapping[str, SourceConfig], urls: Mapping[str, list[str]], cache: RemoteCache | None
+) -> None:
+    """
+    Raises:
+        UserError: a directory lacks shards that its manifest lists.
+    """
+    for source, given in sources.items():
+        if missing := missing_shards(given.shards, urls[source], cache):
+            raise UserError(
+                f"data.{name}: the manifest of {given.shards} lists {counted(len(missing), 'shard')} that it does not "
+                f"contain: {some_of(missing)}. Restore them; a glob, as {given.shards.rstrip('/')}/*.tar, or "
+                "data.allow_missing_shards=true trains without them."
+            )
 
 
 def _check_available(name: str, counts: Mapping[str, Count], config: DataConfig) -> None:

@@ -183,6 +183,7 @@ def test_a_run_is_not_resumed_over_another_set(tmp_path):
     assert open_set("train", str(tmp_path / "elsewhere"), config).plan == before, "the same in another place"
     (tmp_path / "elsewhere").rename(tmp_path / "train")
     (tmp_path / "train" / "part-00002.tar").unlink()
+    (tmp_path / "train" / "manifest.json").unlink()
     longer = [*command, "trainer.max_steps=3", "resume=runs/a/checkpoints/last.ckpt"]
     done = call_nxtp(*longer, cwd=tmp_path)
     assert done.returncode == 1
@@ -201,6 +202,22 @@ def test_a_validation_set_has_another_name_than_the_training_set(tmp_path):
     )
     done = call_nxtp("train", "name=a", "data.train=b", "data.val=null", *TINY_OVERRIDES, cwd=tmp_path)
     assert "nothing found at 'b'" in done.stderr, "no validation sets is no error"
+
+
+def test_an_unfinished_copy_is_not_taken_for_the_set(tmp_path, bucket):
+    """Its manifest lists all shards: before, a mixture trained on those that had come, without a word."""
+    write_shards(tmp_path / "a", [4, 4, 4])
+    (tmp_path / "a" / "part-00001.tar").unlink()
+    for path in (tmp_path / "a").iterdir():
+        bucket.pipe_file(f"/bucket/a/{path.name}", path.read_bytes())
+    for place in (f"{tmp_path}/a/", "memory://bucket/a"):
+        config = DataConfig(cache_dir=str(tmp_path / "cache"))
+        errors = on_ranks(2, lambda ranks, place=place, config=config: open_set("train", {"x": place}, config, ranks))
+        assert errors == [errors[0]] * 2
+        assert f"the manifest of {place} lists 1 shard that it does not contain: part-00001.tar." in errors[0]
+        assert len(open_set("train", f"{place.rstrip('/')}/*.tar", config)) == 8
+        config.allow_missing_shards = True
+        assert len(open_set("train", place, config)) == 8
 
 
 def test_shards_of_one_name_in_several_directories_are_told_apart(tmp_path):

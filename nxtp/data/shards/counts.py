@@ -63,6 +63,17 @@ def listed_counts(urls: Sequence[str], cache: RemoteCache | None) -> dict[str, i
     return found
 
 
+def missing_shards(spec: Any, urls: Sequence[str], cache: RemoteCache | None) -> list[str]:
+    """Names that the manifest of a directory lists, if ``spec`` is one, and that are not among ``urls``: of a copy that
+    is not finished."""
+    directory = spec.rstrip("/") if isinstance(spec, str) else None
+    if {url.rpartition("/")[0] for url in urls} == {directory}:
+        with suppress(KeyError, TypeError):
+            rows = read_json(f"{directory}/{MANIFEST}", cache)["shards"]
+            return sorted({row["name"] for row in rows if row["samples"]} - set(map(_name, urls)))
+    return []
+
+
 def header_counts(
     urls: Sequence[str], cache: RemoteCache | None, store: IndexStore, *, shown: bool = False
 ) -> list[Count]:
