@@ -102,6 +102,14 @@ def test_a_part_of_the_data_needs_a_part_of_the_features(root):
     assert not (root / "runs" / "features").exists()
 
 
+def test_a_part_of_a_mixture_has_the_images_that_training_reads(root):
+    sources = "data.train={a: {shards: train/part-00000.tar}, b: {shards: train/part-00001.tar}}"
+    part = [*FROZEN, sources, "data.fraction=0.5", "data.features=mixed"]
+    assert "32 images computed, 0 before" in here(root, "features", *part)
+    here(root, "train", "name=mixed", *part, "data.max_skip_fraction=0", "trainer.max_epochs=1")
+    assert record(root / "runs" / "mixed")["samples_skipped"] == {}
+
+
 def test_two_ranks_compute_one_store(root):
     """Each a share of what is missing; the images are listed by the first one."""
     (root / "only_first.py").write_text(ONLY_FIRST)
