@@ -141,9 +141,12 @@ def test_a_transfer_of_a_frozen_process_is_taken_over(root, tmp_path):
 def test_a_web_page_is_no_shard(root, tmp_path, caplog):
     (root / "login.html").write_text("<html>")
     config = DataConfig(cache_dir=str(tmp_path / "cache"), index_dir=str(tmp_path / "index"), retries=0)
-    with serving(root) as (url, _), pytest.raises(UserError, match=r"cannot be had \(unreachable shard × 1\)"):
-        open_set("train", f"{url}/login.html?of=a.tar", config)
+    with serving(root) as (url, _):
+        for name in ("login.html?of=a.tar", "nope.tar"):
+            with pytest.raises(UserError, match=r"cannot be had \(unreachable shard × 1\)"):
+                open_set("train", f"{url}/{name}", config)
     assert "a web page came in its place: check the address, and proxies" in caplog.text
+    assert f"{url}/nope.tar: unreachable shard: not found" in caplog.text
 
 
 def test_a_failure_is_one_line_for_all_processes(tmp_path, monkeypatch):

@@ -149,7 +149,8 @@ def received(url: str, start: int, pace: Pace, retries: int) -> Iterator[tuple[i
                 if isinstance(error, RemoteError):
                     raise
                 kind = "stalled shard" if isinstance(error, TimeoutError) else "unreachable shard"
-                raise RemoteError(kind, (" ".join(str(error).split()) or type(error).__name__)[:200]) from error
+                reason = "not found" if isinstance(error, FileNotFoundError) else " ".join(str(error).split())
+                raise RemoteError(kind, reason[:200] or type(error).__name__) from error
             if url.startswith("pipe:"):
                 have = 0
             time.sleep(pace.limit / 240 * 2 ** (failures - 1) * random.uniform(0.5, 1.5))
