@@ -49,7 +49,7 @@ class Calibration:
 
     def __post_init__(self) -> None:
         numbers = [self.temperature, self.offset]
-        if not all(isinstance(n, int | float) and abs(n) < math.inf for n in numbers) or self.temperature <= 0:
+        if not all(isinstance(n, int | float) and abs(n) < 1e300 for n in numbers) or self.temperature <= 0:
             raise ValueError(f"temperature {self.temperature} and offset {self.offset} must be finite, the first > 0")
         if not isinstance(self.settings, dict) or not isinstance(self.measured, dict):
             raise ValueError("settings and measured must be objects")

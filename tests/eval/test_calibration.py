@@ -53,7 +53,7 @@ def test_calibration_keeps_the_order_and_stays_within_0_and_1():
     assert all(0 <= q <= 1 for _, q in labels)
     assert Calibration(1.0, 0.0)([("a", 0.3)])[0][1] == pytest.approx(0.3)
     assert logit(0.5) == 0
-    for wrong in ((0.0, 0.0), (-1.0, 0.0), (1.0, float("nan")), ("1", 0.0)):
+    for wrong in ((0.0, 0.0), (-1.0, 0.0), (1.0, float("nan")), ("1", 0.0), (10**400, 0.0)):
         with pytest.raises(ValueError, match="must be finite"):
             Calibration(*wrong)
 
