@@ -112,7 +112,8 @@ class Ranks:
 
         def beat() -> None:
             while not done.wait(_BEAT.total_seconds()):
-                self.store.add(f"nxtp/beats/{self.rank}", 1)
+                with suppress(RuntimeError):  # the first rank has ended: who asks it for something reports that
+                    self.store.add(f"nxtp/beats/{self.rank}", 1)
 
         thread = threading.Thread(target=beat, daemon=True)
         thread.start()
