@@ -51,7 +51,7 @@ def test_a_data_set_of_the_hub(tmp_path, monkeypatch):
         monkeypatch.setitem(fsspec.config.conf, "hf", {"endpoint": address})
         shards = open_set("train", "hf://datasets/a/b/train", config).shards
         assert len(shards) == 18
-        assert site.asked == ["manifest.json"], "nothing is read of the shards"
+        assert set(site.asked) == {"manifest.json"}, "nothing is read of the shards"
         monkeypatch.setattr("nxtp.data.shards.remote.PART", 4096)
         assert [shards.read(i).key for i in range(18)] == [f"{i:06d}" for i in range(18)]
         assert len(set(site.ranges)) > 3, "in parts"
