@@ -172,10 +172,11 @@ class WebDatasetDataModule(L.LightningDataModule):
         if self._train_loader is not None and self._resume is not None:
             self._train_loader.load_state_dict(self._resume)
 
-    def steps_done(self, state: dict[str, int]) -> int:
-        """How far the training loader's ``state`` is in its epoch, in steps of the present number of ranks."""
+    def steps_of_epoch(self, state: dict[str, int]) -> tuple[int, int]:
+        """Steps of the training loader's epoch done and left at ``state``, for the present number of ranks."""
         sampler = (self._train_loader or self.train_dataloader()).sampler
-        return sampler.steps - sampler.steps_after(state["samples"])
+        left = sampler.steps_after(state["samples"])
+        return sampler.steps - left, left
 
     def val_dataloader(self) -> list[ResumableDataLoader]:
         return [self.loader(name, spec, training=False) for name, spec in self.config.val.items()]

@@ -364,13 +364,20 @@ class RecognitionModule(L.LightningModule):
         self._place_in_epoch(checkpoint)
 
     def _place_in_epoch(self, checkpoint: dict[str, Any]) -> None:
-        """Lightning resumes at a batch index of the epoch: with another number of ranks it becomes another index."""
+        """Lightning resumes at a batch index of the epoch: with another number of ranks it becomes another index.
+
+        It counts an epoch in which max_steps or max_time ended the run as done: a longer run has its rest before it.
+        """
         data: Any = getattr(self.trainer, "datamodule", None)
         position = checkpoint.get(type(data).__qualname__, {}).get("train")
         loops = checkpoint.get("loops", {}).get("fit_loop")
         if position is None or loops is None:
             return
         current = loops["epoch_loop.batch_progress"]["current"]
+        done, left = data.steps_of_epoch(position)
         if current["ready"]:
-            shift = data.steps_done(position) - current["ready"]
+            shift = done - current["ready"]
             current.update({stage: count + shift for stage, count in current.items()})
+        epochs = loops["epoch_progress"]["current"]
+        if left and epochs["completed"] > position["epoch"]:
+            epochs |= {"processed": position["epoch"], "completed": position["epoch"]}

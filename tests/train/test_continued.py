@@ -95,3 +95,9 @@ def test_early_stopping_ends_a_run_and_keeps_it_ended(root):
 def test_early_stopping_needs_a_metric(root):
     output = run(root, "blind", "callbacks=early_stopping", "data.val={}", "~data.val.val", code=1)
     assert output.splitlines()[-1].startswith("error: callbacks.early_stopping needs a validation set (data.val)")
+
+
+def test_a_longer_run_begins_with_the_rest_of_the_epoch(root):
+    run(root, "short", "trainer.max_steps=1")
+    run(root, "longer", "resume=runs/short/checkpoints/last.ckpt", "trainer.max_epochs=2")
+    assert [record(root, "longer")[key] for key in ("step", "samples_seen")] == [4, 32]
