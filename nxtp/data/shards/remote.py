@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+import logging
 import os
 import random
 import select
@@ -16,6 +17,8 @@ from typing import Any
 
 from nxtp.errors import UserError
 
+for driver in ("aiobotocore", "botocore"):
+    logging.getLogger(driver).setLevel(logging.WARNING)  # they tell each run where its credentials are from
 PART = 1 << 22  # bytes of a range
 _CHUNK = 1 << 20  # bytes of a stream that are waited for together
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "az": "azure", "abfs": "azure", "abfss": "azure"}
@@ -86,7 +89,7 @@ def find_files(url: str, *, matching: bool = False) -> list[dict[str, Any]]:
         return []
     except Exception as error:  # each store has errors of its own
         reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise UserError(f"{url} cannot be listed: {reason}") from error
+        raise UserError(f"{url} cannot be listed: {reason.rstrip('.')}. Check address and credentials.") from error
     before = url.removesuffix("/").removesuffix(path)  # what comes before a path in this store
     return [entry | {"url": before + store._strip_protocol(entry["name"])} for entry in found]
 

@@ -90,6 +90,7 @@ def _expand_remote(url: str) -> list[str]:
     if not found:
         below = sorted(entry["url"].rsplit("/", 1)[1] for entry in entries if entry["type"] == "directory")
         advice = f" It has the directories {some_of(below)}: name one of these." if below else ""
+        advice = advice or (" There is nothing at all: check the names of bucket and directory." if not entries else "")
         raise UserError(f"No shards: no *.tar file found at {url}.{advice}")
     return found
 
