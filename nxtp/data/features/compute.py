@@ -66,7 +66,8 @@ def extract(cfg: DictConfig) -> None:
         computed = sum(shared(compute(opened, config, encoder, meta, share)))
     if share[0] == 0:
         each, before = meta.bytes_each / 1e3, len(FeatureStore(config.features)) - computed
-        log.info("%s: %d images computed, %d before, equal ones once; %.0f kB each.", config.features, computed, before, each)
+        counts = f"{computed} images computed, {before} before, equal ones once"
+        log.info("%s: %s; %.0f kB each.", config.features, counts, each)
 
 
 def compute(
