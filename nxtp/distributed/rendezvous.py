@@ -18,10 +18,8 @@ from nxtp.errors import UserError
 T = TypeVar("T")
 R = TypeVar("R")
 _PATIENCE = timedelta(days=2)  # for the first rank, which works; its death is noticed at once
-_BEAT, _SILENCE = (
-    timedelta(seconds=5),
-    timedelta(seconds=60),
-)  # between the beats of a rank that works; of one that died
+_BEAT = timedelta(seconds=5)  # between the beats of a rank that works
+_SILENCE = timedelta(seconds=60)  # of a rank that has died
 
 
 class Ranks:
