@@ -5,25 +5,13 @@ import os
 import tempfile
 from unittest import mock
 
+import composing  # noqa: F401
 import xdist
-from hydra._internal.hydra import Hydra
-from hydra.types import RunMode
 
 gc.disable()  # until all is imported and collected
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # the default trainer would use a GPU
 _cache = tempfile.TemporaryDirectory(prefix="nxtp-tests-")
 os.environ["XDG_CACHE_HOME"] = _cache.name
-
-
-# Hydra composes each command once more to learn its mode, also where the mode is given: half of many tests' time.
-_get_mode = Hydra.get_mode
-
-
-def get_mode(self, config_name, overrides):
-    return RunMode.RUN if "hydra.mode=RUN" in overrides else _get_mode(self, config_name, overrides)
-
-
-Hydra.get_mode = get_mode
 
 
 def pytest_sessionstart(session):

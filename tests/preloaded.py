@@ -3,6 +3,7 @@
 # ruff: noqa: F401
 import gc
 
+import composing
 import lightning
 import open_clip
 import s3fs  # by Lightning, where it is installed
