@@ -22,4 +22,5 @@ from nxtp.data.labels.nouns import noun_backend
 
 composed("train", ["name=x"])  # Hydra's plugins and its grammar
 noun_backend()("Two dogs leaped over fences.")
+gc.set_threshold(20_000, 20, 20)
 gc.freeze()  # forks leave these pages as they are
