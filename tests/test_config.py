@@ -350,5 +350,5 @@ def test_help_lists_what_the_command_takes(tmp_path, monkeypatch, command):
     studies = listed["study"].split("|")
     assert ("sampling/laptop" in studies) == (command == "evaluate")
     assert ("decoder_depth/laptop" in studies) == (command == "train")
-    for study in studies:
-        compose_and_run(lambda cfg: None, command, [f"study={study}", "seed=0"])
+    assert len(studies) > 1
+    compose_and_run(lambda cfg: None, command, [f"study={studies[-1]}", "seed=0"])  # all: sweep/test_studies.py

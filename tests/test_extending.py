@@ -47,20 +47,49 @@ def test_every_part_has_an_example():
     assert all({language for language, _, _ in blocks} >= {"python", "sh"} for blocks in SECTIONS.values())
 
 
-@pytest.mark.parametrize("section", SECTIONS)
+TOGETHER = ("Tokenizer", "Metric", "Callback", "Optimiser and schedule")  # of one run; apart it takes seconds each
+
+
+@pytest.mark.parametrize(
+    "section", [pytest.param(s, marks=pytest.mark.slow if s in TOGETHER else ()) for s in SECTIONS]
+)
 def test_an_example_runs(section, tmp_path):
+    place(tmp_path, section)
+    for line in commands(section):
+        run(line, tmp_path)
+    assert RESULTS.get(section, bool)(tmp_path)
+
+
+def test_examples_run_together(tmp_path):
+    """A tokenizer, metric, callback and optimizer of one's own in one run, by the overrides that the page gives."""
+    place(tmp_path, *TOGETHER)
+    lines = [line for section in TOGETHER for line in commands(section)]
+    runs = [shlex.split(line) for line in lines if line.startswith("nxtp train ")]
+    assert len(runs) == len(TOGETHER)
+    overrides = {o.partition("=")[0]: o for words in runs for o in words[2:]}
+    run(next(line for line in lines if line.startswith("python ")), tmp_path)
+    run(shlex.join(["nxtp", "train", *overrides.values(), "name=phrases"]), tmp_path)
+    assert RESULTS["Metric"](tmp_path)
+    (tmp_path / RUNS / "norm").symlink_to("phrases")
+    assert RESULTS["Callback"](tmp_path)
+    run(next(line for line in lines if line.startswith("nxtp evaluate ")), tmp_path)
+
+
+def place(tmp_path: Path, *sections: str) -> None:
+    """What the page's commands find in their directory: the examples' files and some pictures."""
     write_shards(tmp_path / "data/shards/mine", [16])
     picture(tmp_path / "photo.jpg")
     names = [picture(tmp_path / f"pictures/{i}.jpg", i) and f"{i}.jpg,robin,ringed\n" for i in range(16)]
     (tmp_path / "pictures/birds.csv").write_text("file,species,remark\n" + "".join(names))
-    for _, name, content in SECTIONS[section]:
+    for _, name, content in (block for section in sections for block in SECTIONS[section]):
         if name:
             path = tmp_path / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(content)
-    for line in "".join(content for language, _, content in SECTIONS[section] if language == "sh").splitlines():
-        run(line, tmp_path)
-    assert RESULTS.get(section, bool)(tmp_path)
+
+
+def commands(section: str) -> list[str]:
+    return "".join(content for language, _, content in SECTIONS[section] if language == "sh").splitlines()
 
 
 def test_a_module_that_is_not_there_is_one_line(tmp_path, monkeypatch):

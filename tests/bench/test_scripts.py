@@ -40,6 +40,7 @@ def test_closed_prints_a_table_and_one_object_last(tmp_path):
     assert numbers["difference"] < TOLERANCE
 
 
+@pytest.mark.slow  # padding was measured once; its answer is in experiments/benchmarks/README.md
 def test_padding_prints_a_table_and_one_object_last():
     numbers, output = run(padding, "--images", "640")
     assert "Bucketing saves" in output
@@ -52,6 +53,7 @@ def test_padding_prints_a_table_and_one_object_last():
         CliRunner().invoke(padding, ["--nouns", "0.5"], catch_exceptions=False)
 
 
+@pytest.mark.slow  # as above
 def test_padding_of_real_shards(tmp_path):
     write_shards(tmp_path, [12])  # two nouns per caption
     numbers, _ = run(padding, "--shards", str(tmp_path), "--experiment", "scenes", "--batch-size", "4")
@@ -74,7 +76,7 @@ def test_bucketed_batches_have_every_sample_once_and_less_padding():
     assert spread(bucketed) < spread(plain) / 3
 
 
-@pytest.mark.parametrize(("ends", "kv_heads"), [(30.0, 4), (30.0, 2), (0.0, 4)])
+@pytest.mark.parametrize(("ends", "kv_heads"), [pytest.param(30.0, 4, marks=pytest.mark.slow), (30.0, 2), (0.0, 4)])
 def test_fixed_shapes_give_the_same_labels(ends, kv_heads):
     torch.manual_seed(1)
     model = Model(tiny_config(num_key_value_heads=kv_heads), 400).eval()
