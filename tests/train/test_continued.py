@@ -75,8 +75,11 @@ def test_adapters_and_averages_resume_and_are_exported_merged(root):
 
 
 def test_early_stopping_ends_a_run_and_keeps_it_ended(root):
-    stop = ["callbacks=[ema,early_stopping]", "callbacks.early_stopping.patience=1", "trainer.max_epochs=9"]
-    stop += ["callbacks.early_stopping.min_delta=2"]  # no recall is so much better than the first
+    stop = ["callbacks=[ema,early_stopping]", "callbacks.ema.decay=0.5", "callbacks.early_stopping.patience=1"]
+    stop += [
+        "trainer.max_epochs=9",
+        "callbacks.early_stopping.min_delta=2",
+    ]  # no recall is so much better than the first
     output = run(root, "stopped", *stop)
     made = record(root, "stopped")
     assert (made["status"], made["step"], made["steps"]) == ("finished", 4, 4)
@@ -84,7 +87,19 @@ def test_early_stopping_ends_a_run_and_keeps_it_ended(root):
     assert f"Ended at step 4 by {made['ended_by']}" in output
     assert "finished: nothing to do" in run(root, "stopped", *stop)
 
-    weights = exported(root / "runs" / "stopped" / "model")
+    weights, best = (
+        exported(root / "runs" / "stopped" / "model"),
+        root / "runs" / "stopped" / "checkpoints" / "best.ckpt",
+    )
+    averages = {name.removeprefix("model."): tensor for name, tensor in read_file(best)["state_dict"].items()}
+    assert_equal(weights, averages)
+    assert call_nxtp("export", str(best), "--out", "best", cwd=root).returncode == 0
+    assert_equal(exported(root / "best"), averages)
+    *during, final = curve(root / "runs" / "stopped", "val/loss")
+    assert final == made["metrics"]["val/loss"]
+    assert final in during, "validated with the averages, too"
+    assert "WeightAveraging" not in output
+
     made["status"] = "running"  # killed before it had written its model
     (root / "runs" / "stopped" / "run.json").write_text(json.dumps(made | {"ended_by": None}))
     run(root, "stopped", *stop)
