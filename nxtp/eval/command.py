@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections import Counter, deque
@@ -34,13 +33,14 @@ from nxtp.errors import UserError, by_kind
 from nxtp.eval.curves import Curve, LabelHits, write_curves
 from nxtp.eval.embedders import label_embedder
 from nxtp.eval.metrics import ExactMatch, SemanticMatch, meaningless, own_metrics
+from nxtp.eval.predictions import prediction_lines
 from nxtp.inference.figures import GridItem, save_grid
 from nxtp.inference.model_directory import weights_hash
 from nxtp.inference.recognizer import Recognizer
 from nxtp.runs.atomic import write_json
 from nxtp.runs.lock import run_lock
 from nxtp.runs.processes import is_first_rank
-from nxtp.runs.record import FILE, RunRecord, read_record
+from nxtp.runs.record import FILE, PREDICTIONS_FILE, RunRecord, read_record
 from nxtp.runs.tracking import configured_loggers, end_tracking, log_evaluation
 from nxtp.sampling.closed_vocabulary import read_classes
 from nxtp.sampling.ranking import Labels, ranking_config, threshold_of
@@ -194,7 +194,7 @@ def evaluate_sets(
     record.monitor = f"{first}/recall@{cfg.top_k}"
     embedder = label_embedder(cfg.semantic, recognizer.device) if cfg.semantic else None
     out.mkdir(parents=True, exist_ok=True)
-    predictions = out / ".predictions.jsonl.part"
+    predictions = out / f".{PREDICTIONS_FILE}.part"
     with together(fabric, open_data) as (data, share), predictions.open("w") as file:
         for name, spec in config.val.items():
             loader = data.loader(name, spec, training=False, whole=False, share=share)
@@ -215,7 +215,7 @@ def evaluate_sets(
         skipped += result.skipped
         if result.shown:
             save_grid(out / f"predictions{'' if name == first else '_' + name}.png", result.shown)
-    predictions.replace(out / "predictions.jsonl")
+    predictions.replace(out / PREDICTIONS_FILE)
     if cfg.curve:
         curves = {name: Curve.of(result.hits) for name, result in found.items()}
         write_curves(curves, out)
@@ -298,10 +298,8 @@ def evaluate_set(
             if cfg.curve:
                 result.hits.update(part.predictions, part.labels)
             pictures = iter(part.pictures)
-            for key, truth, ranked in zip(part.keys, part.labels, part.predictions, strict=True):
-                rounded = [[label, round(probability, 6)] for label, probability in ranked]
-                row = {"set": name, "key": key, "labels": truth, "predictions": rounded}
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            file.writelines(prediction_lines(name, part.keys, part.labels, part.predictions))
+            for truth, ranked in zip(part.labels, part.predictions, strict=True):
                 if len(result.shown) < cfg.grid:
                     result.shown.append(GridItem(Image.fromarray(next(pictures)), truth, ranked))
             report_skipped(part.examples, result.skipped)

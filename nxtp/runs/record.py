@@ -22,6 +22,7 @@ from nxtp.runs.atomic import write_json
 
 FORMAT = 3
 FILE = "run.json"
+PREDICTIONS_FILE = "predictions.jsonl"  # beside it: nxtp.eval.predictions
 SILENT_S = 600  # seconds without an update after which a run on another machine counts as killed
 _LIBRARIES = (
     *("nxtp", "torch", "lightning", "transformers"),

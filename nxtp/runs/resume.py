@@ -8,7 +8,7 @@ from typing import Any
 
 from nxtp.errors import UserError
 from nxtp.runs.atomic import recover
-from nxtp.runs.record import FILE, read_record
+from nxtp.runs.record import FILE, PREDICTIONS_FILE, read_record
 
 # Settings of data that may differ between the machines of a run.
 PER_MACHINE = ("num_workers", "cache_dir", "cache_gb", "read_timeout", "retries", "index_dir", "index_gb")
@@ -100,6 +100,7 @@ def is_finished(run_dir: Path, resolved: dict[str, Any]) -> bool:
 
 def clear(run_dir: Path) -> None:
     """Delete the run that a directory contains; its logs remain, and are appended to."""
-    (run_dir / FILE).unlink(missing_ok=True)
+    for name in (FILE, PREDICTIONS_FILE):
+        (run_dir / name).unlink(missing_ok=True)
     for name in WRITTEN:
         shutil.rmtree(run_dir / name, ignore_errors=True)

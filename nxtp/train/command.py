@@ -41,11 +41,12 @@ from nxtp.runs.atomic import atomic_directory
 from nxtp.runs.lock import run_lock
 from nxtp.runs.log import run_log
 from nxtp.runs.processes import is_first_rank
-from nxtp.runs.record import RunRecord, read_record
+from nxtp.runs.record import PREDICTIONS_FILE, RunRecord, read_record
 from nxtp.runs.resume import PER_MACHINE, clear, find_checkpoint, last_checkpoint
 from nxtp.runs.tracking import configured_loggers, end_tracking
 from nxtp.train.callbacks.averaging import keep_average
 from nxtp.train.callbacks.early_stopping import EarlyStopping
+from nxtp.train.callbacks.predictions import WritePredictions
 from nxtp.train.callbacks.preemption import PreemptionHandler, call_handler, preempted_by
 from nxtp.train.callbacks.run_record import RunRecordWriter
 from nxtp.train.checks import check_machine, check_memory, check_settings
@@ -348,7 +349,7 @@ def finish(
     data: WebDatasetDataModule,
     record: RunRecord,
 ) -> None:
-    """Write the final metrics and the model directory, of the best or the last weights."""
+    """Write the final metrics, predictions and the model directory, of the best or the last weights."""
     keep_average(trainer, module)
     trainer.save_checkpoint(last_checkpoint(run_dir), weights_only=False)
     trainer.strategy.checkpoint_io.wait()
@@ -358,6 +359,7 @@ def finish(
         choosing = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c.monitor]
         best = next((c.best_model_path for c in choosing if c.best_model_path), None)
         path = best if cfg.export == "best" else None
+        trainer.callbacks.append(WritePredictions(run_dir / PREDICTIONS_FILE))
         for values in trainer.validate(module, datamodule=data, ckpt_path=path, verbose=False, weights_only=True):
             record.metrics.update(values)
     module.recognizer().save_pretrained(run_dir / "model", writes=trainer.is_global_zero)

@@ -106,6 +106,10 @@ def test_every_way_of_computing_gives_the_same_run(root, reference, way):
     metrics, same = (json.loads((path / "run.json").read_text())["metrics"] for path in (one, run))
     for name in ("val/recall@10", "val/precision@10", "val/f1@10", "val/loss"):
         assert same[name] == pytest.approx(metrics[name], rel=1e-4), name
+    images = [sorted((path / "predictions.jsonl").read_text().splitlines()) for path in (one, run)]
+    keys = [[json.loads(line)["key"] for line in lines] for lines in images]
+    assert keys[0] == keys[1]
+    assert len(set(keys[0])) == len(keys[0]) > 0, "each image once"
 
 
 def test_batches_of_unequal_tokens_weigh_by_their_tokens():

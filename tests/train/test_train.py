@@ -298,6 +298,10 @@ def test_evaluate_writes_metrics_and_predictions(workplace):
     rows = [json.loads(line) for line in (root / "out" / "predictions.jsonl").read_text().splitlines()]
     assert len(rows) == 13
     assert all(row["set"] == "val" and row["labels"][1] == "stone" and row["predictions"] for row in rows)
+    final = [json.loads(line) for line in (root / "runs/r/predictions.jsonl").read_text().splitlines()]
+    assert [final[i] | {"predictions": []} for i in range(13)] == [row | {"predictions": []} for row in rows]
+    for image, row in zip(final, rows, strict=True):  # of one validation batch, and of another
+        assert dict(image["predictions"]) == pytest.approx(dict(row["predictions"]), abs=2e-6)
     assert (root / "out" / "predictions.png").stat().st_size > 5000
 
 

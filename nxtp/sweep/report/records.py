@@ -14,7 +14,7 @@ import click
 
 from nxtp.errors import UserError
 from nxtp.runs import secrets
-from nxtp.runs.record import FILE, FORMAT
+from nxtp.runs.record import FILE, FORMAT, PREDICTIONS_FILE
 from nxtp.sweep.report.hits import read_hits
 
 Record = dict[str, Any]
@@ -97,7 +97,7 @@ def collect(directories: Iterable[Path]) -> list[Record]:
     records = []
     for file in files:
         record = parsed(file.read_text(), f"{file.parent.parent.name}/{file.parent.name}/{FILE}")
-        if record and (predictions := file.with_name("predictions.jsonl")).is_file():
+        if record and (predictions := file.with_name(PREDICTIONS_FILE)).is_file():
             record |= {"hits": read_hits(predictions, record)}
         records.append(record)
     return unique(records)
