@@ -2,13 +2,16 @@
 
 import csv
 import json
+import os
 from datetime import datetime
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
-from helpers import COLOURS, TINY_OVERRIDES, nxtp_runs, write_shards
+import wandb
+from helpers import COLOURS, TINY_OVERRIDES, call_nxtp, write_shards
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from wandb.proto import wandb_internal_pb2 as proto
@@ -68,6 +71,17 @@ def wandb_id(run: Path) -> str:
     return json.loads((run / "wandb-run.json").read_text())["id"]
 
 
+def here(root, *arguments: str, code: int = 0, **environment: str) -> str:
+    """A command in this process, which imports what W&B needs once; what it printed."""
+    with mock.patch.dict(os.environ, {"WANDB_MODE": "offline", **environment}):
+        try:
+            done = call_nxtp(*arguments, cwd=root)
+        finally:
+            wandb.teardown()  # until all is written; the next one reads the environment again
+    assert done.returncode == code, done.stderr[-3000:]
+    return done.stdout + done.stderr
+
+
 @pytest.fixture(scope="module")
 def tracked(tmp_path_factory):
     """A run that stopped after 4 steps and went on to 6, with all three loggers and a key in the environment."""
@@ -78,7 +92,7 @@ def tracked(tmp_path_factory):
     command += ["data.num_workers=0", "data.batch_size=8", "data.val_batch_size=4", "trainer.log_every_n_steps=1"]
     command += ["trainer.max_epochs=1", "trainer.val_check_interval=2", "callbacks.predictions.every_n_steps=4"]
     command += ["logger=wandb", f"+logger.tensorboard={TENSORBOARD}", "logger.wandb.model_artifact=true"]
-    command += ["callbacks.predictions.images=5", "hydra.run.dir=runs/r"]
+    command += ["callbacks.predictions.images=2", "hydra.run.dir=runs/r"]
     stop = "+callbacks.stop={_target_: stopping.Stop}"
     (root / "stopping.py").write_text(
         "import os, signal, lightning as L\n"
@@ -86,9 +100,9 @@ def tracked(tmp_path_factory):
         "    def on_train_batch_end(self, trainer, *_):\n"
         "        if trainer.global_step == 4: os.kill(os.getpid(), signal.SIGTERM)\n"
     )
-    outputs = [nxtp_runs(*command, stop, cwd=root, code=143, WANDB_API_KEY=KEY)]
+    outputs = [here(root, *command, stop, code=143, WANDB_API_KEY=KEY)]
     stopped_after = json.loads((root / "runs/r/run.json").read_text())["wall_time_s"]
-    outputs.append(nxtp_runs(*command, cwd=root, WANDB_API_KEY=KEY))
+    outputs.append(here(root, *command, WANDB_API_KEY=KEY))
     run = root / "runs" / "r"
     sessions = sorted(run.glob("wandb/offline-run-*"))
     record = json.loads((run / "run.json").read_text())
@@ -101,7 +115,7 @@ def test_without_a_key_a_run_is_offline(tmp_path):
     write_shards(tmp_path / "train", [16], labels=True)
     command = ["train", "name=r", "data.train=train", *TINY_OVERRIDES, "data.num_workers=0", "trainer.max_steps=1"]
     nowhere = {"WANDB_MODE": "online", "NETRC": str(tmp_path / "netrc"), "HOME": str(tmp_path)}
-    output = nxtp_runs(*command, "data.batch_size=8", "logger=wandb", cwd=tmp_path, **nowhere)
+    output = here(tmp_path, *command, "data.batch_size=8", "logger=wandb", **nowhere)
     assert "wandb: WARNING" not in output
     (session,) = (tmp_path / "runs" / "r").glob("wandb/offline-run-*")
     assert summary(written(session))["status"] == "finished"
@@ -187,7 +201,7 @@ def test_pictures_are_shown_with_their_labels(tracked):
     assert [step for step, _ in tables] == [2, 4, 6], "first, first after the resume, and the exported weights"
     for _, table in tables:
         assert table["columns"] == ["key", "image", "truth", "labels", "hits", "true labels"]
-        assert [row[0] for row in table["data"]] == [f"{i:06d}" for i in range(5)], "the same pictures each time"
+        assert [row[0] for row in table["data"]] == [f"{i:06d}" for i in range(2)], "the same pictures each time"
         for _, _, truth, labels, hits, number in table["data"]:
             shown = [line.split(" ", 1) for line in labels.splitlines()]
             assert 1 <= len(shown) <= 10
@@ -227,10 +241,8 @@ def test_no_secret_is_written(tracked):
 
 @pytest.mark.parametrize("sweep", [(), ("-m", "seed=0,1")])
 def test_a_key_in_the_configuration_is_refused(tracked, sweep):
-    output = nxtp_runs(
-        "train", *sweep, "name=s", "data.train=train", "logger=wandb", f"+logger.wandb.api_key={KEY}",
-        cwd=tracked.root, code=1,
-    )  # fmt: skip
+    command = ["train", *sweep, "name=s", "data.train=train", "logger=wandb", f"+logger.wandb.api_key={KEY}"]
+    output = here(tracked.root, *command, code=1)
     assert "logger.wandb.api_key contains a secret" in output
     assert "WANDB_API_KEY" in output
     assert KEY not in output
@@ -248,7 +260,7 @@ def test_the_value_of_a_secret_variable_is_refused_anywhere(monkeypatch):
 def test_an_evaluation_is_tracked(tracked):
     """By the loggers of training; without one, as before, in files only."""
     command = ["evaluate", f"model={tracked.run}/model", "+data.val.val=val", "semantic=null", "grid=0", "out=runs/e"]
-    nxtp_runs(*command, "data.num_workers=0", "logger=wandb", "name=mine", cwd=tracked.root)
+    here(tracked.root, *command, "data.num_workers=0", "logger=wandb", "name=mine")
     metrics = json.loads((tracked.root / "runs/e/metrics.json").read_text())
     (session,) = (tracked.root / "runs/e").glob("wandb/offline-run-*")
     records = written(session)
