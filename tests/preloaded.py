@@ -8,6 +8,7 @@ import lightning
 import open_clip
 import s3fs  # by Lightning, where it is installed
 import transformers.models.llama.modeling_llama
+from helpers import TINY_OVERRIDES
 
 import nxtp.cli
 import nxtp.data.datamodule
@@ -17,10 +18,13 @@ import nxtp.inference.recognizer
 import nxtp.inference.streaming
 import nxtp.sweep.sweep
 import nxtp.train.command
-from nxtp.config import composed
+from nxtp.config import composed, to_dataclass
 from nxtp.data.labels.nouns import noun_backend
+from nxtp.model.flops import meta_model
+from nxtp.model.model import ModelConfig
 
-composed("train", ["name=x"])  # Hydra's plugins and its grammar
+recipe = composed("train", ["name=x", *TINY_OVERRIDES])  # Hydra's plugins and its grammar
+meta_model(to_dataclass(ModelConfig, recipe.model, "model"), None)  # a tower is looked at once
 noun_backend()("Two dogs leaped over fences.")
 gc.set_threshold(20_000, 20, 20)
 gc.freeze()  # forks leave these pages as they are
