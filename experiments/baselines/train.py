@@ -1,11 +1,13 @@
-"""What next-token prediction is compared with: two linear heads and a small contrastive model.
+"""What next-token prediction is compared with, and itself: two linear heads and a small contrastive model.
 
-    python experiments/baselines/train.py softmax --classes NAMES experiment=laptop name=baselines/softmax,seed=0 seed=0
-    nxtp report runs/baselines
+    python experiments/baselines/train.py softmax --classes NAMES experiment=laptop name=baselines/laptop seed=1,2,3
+    nxtp report runs/baselines/laptop
 
-After the method come the overrides of `nxtp train`: encoder, images and their order, steps, optimizer, schedule,
-learning rate and clipping are those of a run with the same overrides. All score the same names, a line each in NAMES.
+After the method come the overrides of `nxtp train`, of several values each as in `nxtp train -m`: encoder, images and
+their order, steps, optimizer, schedule, learning rate and clipping are those of a run with the same overrides. All
+score the same names, a line each in NAMES.
 
+    ours          nxtp's model, layout and loss; a name's score is its probability (nxtp/sampling/closed_vocabulary.py)
     sigmoid       mean image token → linear layer; binary cross-entropy of every name
     softmax       mean image token → linear layer; cross-entropy, shared equally by an image's labels
     contrastive   open_clip's text transformer (2 blocks of width 192) and loss, both at random; an image's text is
@@ -14,6 +16,7 @@ learning rate and clipping are those of a run with the same overrides. All score
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
@@ -27,90 +30,115 @@ from open_clip.transformer import TextTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nxtp.config import composed, to_dataclass
-from nxtp.data.config import DataConfig
-from nxtp.data.datamodule import WebDatasetDataModule
+from nxtp.config import composed
 from nxtp.data.dataset import Batch
-from nxtp.data.transforms import ImageTransform
 from nxtp.errors import UserError
 from nxtp.eval.metrics import ExactMatch
 from nxtp.model.encoder import Encoder
-from nxtp.model.model import ModelConfig
-from nxtp.model.tokenizer import train_tokenizer
-from nxtp.runs.record import RunRecord
-from nxtp.train.optim import OptimConfig, create_optimizer, create_schedule, parameter_groups
+from nxtp.runs.record import RunRecord, read_record
+from nxtp.sampling.closed_vocabulary import Vocabulary, class_log_probs
+from nxtp.sweep.sweep import Sweep, parse, run_name
+from nxtp.train.command import build, filter_lightning_messages
+from nxtp.train.module import RecognitionModule
+from nxtp.train.optim import create_optimizer, create_schedule, parameter_groups
 
-METHODS = ("sigmoid", "softmax", "contrastive")
+METHODS = ("ours", "sigmoid", "softmax", "contrastive")
 WIDTH, BLOCKS, CONTEXT = 192, 2, 32  # of the text tower: as wide and deep as the decoder of model=small
-SECTIONS = ("model", "data", "optim", "trainer", "validation")
+SECTIONS = ("model", "data", "objective", "optim", "trainer", "validation")
+
+
+class NextToken(nn.Module):
+    """nxtp's own model."""
+
+    def __init__(self, module: RecognitionModule, names: list[str]):
+        super().__init__()
+        module.configure_model()
+        self.model, self.prompt = module.model, module.tokenizer.prompt_ids
+        self.vocabulary = Vocabulary(names, module.tokenizer)
+
+    def scores(self, images: Tensor) -> Tensor:
+        return class_log_probs(self.model, images, self.vocabulary, prompt=self.prompt)
+
+    def loss(self, batch: Batch) -> Tensor:
+        return self.model(batch.images, batch.layout).mean
 
 
 class Linear(nn.Module):
     """The mean image token → a score per name."""
 
-    def __init__(self, width: int, names: list[str], softmax: bool):
+    def __init__(self, encoder: Encoder, names: list[str], softmax: bool):
         super().__init__()
-        self.head, self.softmax = nn.Linear(width, len(names)), softmax
+        self.encoder, self.head, self.softmax = encoder, nn.Linear(encoder.width, len(names)), softmax
         self.numbers = {name: number for number, name in enumerate(names)}
 
-    def scores(self, means_BD: Tensor) -> Tensor:
-        return self.head(means_BD)
+    def scores(self, images: Tensor) -> Tensor:
+        return self.head(self.encoder(images).mean(dim=1))
 
-    def loss(self, means_BD: Tensor, labels: list[list[str]]) -> Tensor:
-        true_BC = torch.zeros(len(labels), len(self.numbers), device=means_BD.device)
-        for row, names in zip(true_BC, labels, strict=True):
+    def loss(self, batch: Batch) -> Tensor:
+        scores_BC = self.scores(batch.images)
+        true_BC = torch.zeros_like(scores_BC)
+        for row, names in zip(true_BC, batch.labels, strict=True):
             row[[self.numbers[name] for name in names if name in self.numbers]] = 1
         if not self.softmax:
-            return F.binary_cross_entropy_with_logits(self.head(means_BD), true_BC)
-        return F.cross_entropy(self.head(means_BD), true_BC / true_BC.sum(dim=1, keepdim=True).clamp(min=1))
+            return F.binary_cross_entropy_with_logits(scores_BC, true_BC)
+        return F.cross_entropy(scores_BC, true_BC / true_BC.sum(dim=1, keepdim=True).clamp(min=1))
 
 
 class Contrastive(nn.Module):
     """The mean image token beside a text tower."""
 
-    def __init__(self, width: int, names: list[str]):
+    def __init__(self, encoder: Encoder, names: list[str]):
         super().__init__()
-        self.image = nn.Linear(width, WIDTH, bias=False)
+        self.encoder, self.image = encoder, nn.Linear(encoder.width, WIDTH, bias=False)
         self.text = TextTransformer(CONTEXT, width=WIDTH, heads=WIDTH // 32, layers=BLOCKS, output_dim=WIDTH)
         self.log_scale = nn.Parameter(torch.tensor(1 / 0.07).log())  # as open_clip starts
         self.names, self.tokens, self.pairs = names, SimpleTokenizer(context_length=CONTEXT), ClipLoss()
 
-    def texts(self, labels: list[list[str]], device: torch.device) -> Tensor:
+    def images(self, images: Tensor) -> Tensor:
+        return F.normalize(self.image(self.encoder(images).mean(dim=1)), dim=-1)
+
+    def texts(self, labels: list[list[str]]) -> Tensor:
         tokens = self.tokens([f"a photo of {', '.join(names)}" for names in labels])
-        return F.normalize(self.text(tokens.to(device)), dim=-1)
+        return F.normalize(self.text(tokens.to(self.log_scale.device)), dim=-1)
 
-    def scores(self, means_BD: Tensor) -> Tensor:
-        texts_CD = self.texts([[name] for name in self.names], means_BD.device)
-        return F.normalize(self.image(means_BD), dim=-1) @ texts_CD.T
+    def scores(self, images: Tensor) -> Tensor:
+        return self.images(images) @ self.texts([[name] for name in self.names]).T
 
-    def loss(self, means_BD: Tensor, labels: list[list[str]]) -> Tensor:
-        images_BD, texts_BD = F.normalize(self.image(means_BD), dim=-1), self.texts(labels, means_BD.device)
-        return self.pairs(images_BD, texts_BD, self.log_scale.clamp(max=math.log(100)).exp())
+    def loss(self, batch: Batch) -> Tensor:
+        scale = self.log_scale.clamp(max=math.log(100)).exp()
+        return self.pairs(self.images(batch.images), self.texts(batch.labels), scale)
 
 
 class Baseline(L.LightningModule):
-    """An encoder with a method's head, trained and validated as nxtp's own module trains and validates a model."""
+    """A method, trained as nxtp's own module trains a model, and validated on the same names as the others."""
 
-    def __init__(self, cfg: DictConfig, method: str, names: list[str]):
+    def __init__(self, module: RecognitionModule, method: str, names: list[str]):
         super().__init__()
-        self.optim = to_dataclass(OptimConfig, cfg.optim, "optim")
-        trained = self.optim.trainable.encoder
-        if trained not in ("all", "none"):
-            raise UserError(f"optim.trainable.encoder is '{trained}': baselines train all or none of it.")
-        self.encoder = Encoder(to_dataclass(ModelConfig, cfg.model, "model").encoder)
-        self.encoder.requires_grad_(trained == "all")
-        width = self.encoder.width
-        self.head = Contrastive(width, names) if method == "contrastive" else Linear(width, names, method == "softmax")
-        self.names, self.top_k = names, min(int(cfg.validation.top_k), len(names))
-        self.metrics = nn.ModuleList(ExactMatch(top_k=self.top_k) for _ in cfg.data.val)
-        self.val_names = list(cfg.data.val)
+        self.optim, self.names, self.val_names = module.optim_config, names, module.val_names
+        if method == "ours":
+            self.method: nn.Module = NextToken(module, names)
+        else:
+            trained = self.optim.trainable.encoder
+            if trained not in ("all", "none"):
+                raise UserError(f"optim.trainable.encoder is '{trained}': baselines train all or none of it.")
+            encoder = Encoder(module.model_config.encoder).requires_grad_(trained == "all")
+            contrastive = method == "contrastive"
+            self.method = Contrastive(encoder, names) if contrastive else Linear(encoder, names, method == "softmax")
+        self.top_k = min(module.validation.top_k, len(names))
+        self.metrics = nn.ModuleList(ExactMatch(top_k=self.top_k) for _ in self.val_names)
+        self.predictions: list[dict] = []  # as `nxtp evaluate` writes them
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        return self.head.loss(self.encoder(batch.images).mean(dim=1), batch.labels)
+        return self.method.loss(batch)
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        best = self.head.scores(self.encoder(batch.images).mean(dim=1)).topk(self.top_k).indices.tolist()
-        self.metrics[dataloader_idx].update([[self.names[number] for number in row] for row in best], batch.labels)
+        best = self.method.scores(batch.images).topk(self.top_k)
+        ranked = [[self.names[number] for number in row] for row in best.indices.tolist()]
+        self.metrics[dataloader_idx].update(ranked, batch.labels)
+        name = self.val_names[dataloader_idx]
+        for key, truth, said, scores in zip(batch.keys, batch.labels, ranked, best.values.tolist(), strict=True):
+            pairs = list(zip(said, scores, strict=True))
+            self.predictions.append({"set": name, "key": key, "labels": truth, "predictions": pairs})
 
     def on_validation_epoch_end(self) -> None:
         for name, metric in zip(self.val_names, self.metrics, strict=True):
@@ -128,39 +156,44 @@ class Baseline(L.LightningModule):
 @click.option("--classes", type=click.File(), required=True, help="The names that are scored, a line each.")
 @click.argument("overrides", nargs=-1)
 def main(method, classes, overrides):
-    """Train METHOD as `nxtp train OVERRIDES` would train a model, and write runs/<name>/run.json."""
+    """Train METHOD as `nxtp train -m OVERRIDES` would train a model: runs/<name>/<what differs>/run.json.
+
+    Runs that have finished are skipped.
+    """
+    filter_lightning_messages()
     names = [line.strip() for line in classes if line.strip()]
+    fixed = [override for override in overrides if not parse([override])[0].is_sweep_override()]
     try:
-        train(composed("train", overrides), method, names, list(overrides))
+        sweep = Sweep.of_command("train", ["--multirun", *overrides])
+        for point in sweep.points:
+            out = sweep.directory / run_name([f"method={method}", *point])
+            if (read_record(out) or {}).get("status") != "finished":
+                train(composed("train", [*fixed, *point]), method, names, out)
     except UserError as error:
         raise click.ClickException(str(error)) from error
 
 
-def train(cfg: DictConfig, method: str, names: list[str], overrides: list[str]) -> RunRecord:
+def train(cfg: DictConfig, method: str, names: list[str], out: Path) -> Baseline:
+    """Train and validate, and write run.json and predictions.jsonl to ``out``."""
     L.seed_everything(cfg.seed, workers=True, verbose=False)
-    module = Baseline(cfg, method, names)
-    data = WebDatasetDataModule(
-        to_dataclass(DataConfig, cfg.data, "data"),
-        train_tokenizer(names, vocab_size=2048),
-        transform=ImageTransform.of(module.encoder.config),
-        num_image_tokens=module.encoder.num_tokens,
-    )
+    data, own = build(cfg, out)
+    module = Baseline(own, method, names)
     config = {name: OmegaConf.to_container(cfg[name], resolve=True) for name in SECTIONS}
-    record = RunRecord(cfg.name, config | {"method": method}, overrides, cfg.seed)
-    parts = {"encoder": module.encoder, "head": module.head}
-    record.parameters = {part: sum(p.numel() for p in each.parameters()) for part, each in parts.items()}
-    trainer = instantiate(cfg.trainer, logger=False, enable_checkpointing=False, val_check_interval=None)
+    record = RunRecord(out.name, config | {"method": method}, [], cfg.seed, sweep=cfg.name)
+    record.parameters = {"model": sum(p.numel() for p in module.parameters())}
+    trainer = instantiate(cfg.trainer, logger=False, enable_checkpointing=False, limit_val_batches=0)
     trainer.fit(module, data)
-    trainer.validate(module, data)
-    record.metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
     record.step = record.steps = trainer.global_step
     record.samples_seen, record.status = trainer.global_step * data.config.batch_size, "finished"
-    out = Path("runs", cfg.name)
+    trainer = instantiate(cfg.trainer, logger=False, enable_model_summary=False)
+    trainer.validate(module, data, verbose=False)
+    record.metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
     out.mkdir(parents=True, exist_ok=True)
+    (out / "predictions.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in module.predictions))
     record.write(out)
     shown = {name: round(value, 3) for name, value in record.metrics.items()}
-    click.echo(f"{out}: {trainer.global_step} steps in {record.wall_time_s:.0f} s, {shown}")
-    return record
+    click.echo(f"{out}: {record.step} steps in {record.wall_time_s:.0f} s, {shown}")
+    return module
 
 
 if __name__ == "__main__":
