@@ -16,7 +16,6 @@ score the same names, a line each in NAMES.
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 
@@ -38,6 +37,7 @@ from nxtp.model.encoder import Encoder
 from nxtp.runs.record import RunRecord, read_record
 from nxtp.sampling.closed_vocabulary import Vocabulary, class_log_probs
 from nxtp.sweep.sweep import Sweep, parse, run_name
+from nxtp.train.callbacks.predictions import WritePredictions
 from nxtp.train.command import build, filter_lightning_messages
 from nxtp.train.module import RecognitionModule
 from nxtp.train.optim import create_optimizer, create_schedule, parameter_groups
@@ -126,19 +126,16 @@ class Baseline(L.LightningModule):
             self.method = Contrastive(encoder, names) if contrastive else Linear(encoder, names, method == "softmax")
         self.top_k = min(module.validation.top_k, len(names))
         self.metrics = nn.ModuleList(ExactMatch(top_k=self.top_k) for _ in self.val_names)
-        self.predictions: list[dict] = []  # as `nxtp evaluate` writes them
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         return self.method.loss(batch)
 
-    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict:
         best = self.method.scores(batch.images).topk(self.top_k)
         ranked = [[self.names[number] for number in row] for row in best.indices.tolist()]
         self.metrics[dataloader_idx].update(ranked, batch.labels)
-        name = self.val_names[dataloader_idx]
-        for key, truth, said, scores in zip(batch.keys, batch.labels, ranked, best.values.tolist(), strict=True):
-            pairs = list(zip(said, scores, strict=True))
-            self.predictions.append({"set": name, "key": key, "labels": truth, "predictions": pairs})
+        rows = zip(ranked, best.values.tolist(), strict=True)
+        return {"predictions": [list(zip(said, scores, strict=True)) for said, scores in rows]}
 
     def on_validation_epoch_end(self) -> None:
         for name, metric in zip(self.val_names, self.metrics, strict=True):
@@ -185,11 +182,10 @@ def train(cfg: DictConfig, method: str, names: list[str], out: Path) -> Baseline
     trainer.fit(module, data)
     record.step = record.steps = trainer.global_step
     record.samples_seen, record.status = trainer.global_step * data.config.batch_size, "finished"
-    trainer = instantiate(cfg.trainer, logger=False, enable_model_summary=False)
+    out.mkdir(parents=True, exist_ok=True)
+    trainer = instantiate(cfg.trainer, logger=False, callbacks=[WritePredictions(out / "predictions.jsonl")])
     trainer.validate(module, data, verbose=False)
     record.metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "predictions.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in module.predictions))
     record.write(out)
     shown = {name: round(value, 3) for name, value in record.metrics.items()}
     click.echo(f"{out}: {record.step} steps in {record.wall_time_s:.0f} s, {shown}")
