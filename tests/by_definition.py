@@ -48,13 +48,13 @@ def one_label_at_a_time(
     result = []
     for image in images.split(1):
         image_tokens = model.encode(image)
-        first = _next_token(model, image_tokens, prompt)
+        first = _next_token(model, image_tokens, prompt, [])
         order = [token for token in first.argsort(descending=True).tolist() if token not in never_first]
         labels = []
         for token in order[:top_k]:
             tokens, probs = [token], [first[token].item()]
             while tokens[-1] != delimiter and len(tokens) < max_tokens:
-                following = _next_token(model, image_tokens, [*prompt, *tokens])
+                following = _next_token(model, image_tokens, prompt, tokens)
                 tokens.append(int(following.argmax()))
                 probs.append(following.max().item())
             labels.append((tokens, probs))
@@ -62,7 +62,8 @@ def one_label_at_a_time(
     return result
 
 
-def _next_token(model: Model, image_tokens: Tensor, text: Sequence[int]) -> Tensor:
-    """Probabilities [V] of what follows the image tokens [1, N, D], ``<|image|>`` and ``text``."""
-    embeddings = model.embed(image_tokens, torch.tensor([list(text)], device=image_tokens.device))
+def _next_token(model: Model, image_tokens: Tensor, prompt: Sequence[int], tokens: Sequence[int]) -> Tensor:
+    """Probabilities [V] of what follows the image tokens [1, N, D], ``<|image|>``, ``prompt`` and ``tokens``."""
+    text = torch.tensor([[*prompt, *tokens]], device=image_tokens.device)
+    embeddings = model.embed(image_tokens, text, len(prompt))
     return last_logits(model, embeddings, image_tokens.shape[1])[0].softmax(dim=-1)

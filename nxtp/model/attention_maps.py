@@ -60,7 +60,7 @@ def _attend(
     count = model.num_image_tokens
     layout = lay_out([[label]], prompt=prompt, delimiter=delimiter, num_image_tokens=count).to(image.device)
     with torch.no_grad():
-        embeddings = model.embed(model.encode(image[None]), layout.tokens_BU)
+        embeddings = model.embed(model.encode(image[None]), layout.tokens_BU, len(prompt))
     embeddings.requires_grad_(torch.is_grad_enabled())
     return *model.decoder.attention(embeddings, layout.positions_BT, layout.mask()), count + len(prompt)
 

@@ -47,6 +47,7 @@ class Layout:
     ``pairs_S``       for each supervised pair, its row in ``sources``
     ``targets_S``     for each supervised pair, the token to predict there
     ``num_image_tokens``  N
+    ``num_prompt_tokens``  of BOS and prompt
     ``num_tokens``        real (not padding) tokens in the batch, image tokens included
     """
 
@@ -57,6 +58,7 @@ class Layout:
     pairs_S: Tensor
     targets_S: Tensor
     num_image_tokens: int
+    num_prompt_tokens: int
     num_tokens: int
 
     def mask(self) -> Tensor:
@@ -146,6 +148,7 @@ def lay_out(
         pairs_S=torch.from_numpy(pairs),
         targets_S=torch.from_numpy(target),
         num_image_tokens=num_image_tokens,
+        num_prompt_tokens=queries,
         num_tokens=batch * prefix + len(tokens),
     )
 

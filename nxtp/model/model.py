@@ -31,6 +31,8 @@ class ModelConfig:
     ``prompt``      the text between ``<|image|>`` and the labels, in evaluation and inference
     ``tokenizer``   directory or Hub name; null takes the decoder source's, or trains one if there is no source
     ``vocab_size``  of a tokenizer that is trained: at most this many rows
+    ``pool``        add the mean image token to the last prompt token, where labels begin: a decoder at random learns
+                    faster what the image shows (experiments/baselines)
     """
 
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
@@ -38,6 +40,7 @@ class ModelConfig:
     prompt: str = PROMPT
     tokenizer: str | None = None
     vocab_size: int = 2048
+    pool: bool = False
 
 
 @dataclass
@@ -142,16 +145,19 @@ class Model(nn.Module):
 
     def hidden(self, images: Tensor, layout: Layout) -> Tensor:
         """Hidden states of whole sequences, [B, T, D]."""
-        embeddings = self.embed(self.encode(images), layout.tokens_BU)
+        embeddings = self.embed(self.encode(images), layout.tokens_BU, layout.num_prompt_tokens)
         return self.decoder(embeddings, layout.positions_BT, layout.mask())
 
     def encode(self, images: Tensor) -> Tensor:
         """Images → image tokens in the decoder's space, [B, N, D]."""
         return self.projection(self.encoder(images))
 
-    def embed(self, image_tokens_BND: Tensor, tokens_BU: Tensor) -> Tensor:
-        """image tokens · ``<|image|>`` · text, [B, N + 1 + U, D]."""
-        return torch.cat([self.marked(image_tokens_BND), self.decoder.embed(tokens_BU)], dim=1)
+    def embed(self, image_tokens_BND: Tensor, tokens_BU: Tensor, num_prompt_tokens: int) -> Tensor:
+        """image tokens · ``<|image|>`` · text, which begins with BOS and prompt, [B, N + 1 + U, D]."""
+        embeddings = torch.cat([self.marked(image_tokens_BND), self.decoder.embed(tokens_BU)], dim=1)
+        if self.config.pool:
+            embeddings[:, image_tokens_BND.shape[1] + num_prompt_tokens] += image_tokens_BND.mean(dim=1)
+        return embeddings
 
     def marked(self, image_tokens_BND: Tensor) -> Tensor:
         """image tokens · ``<|image|>``, [B, N + 1, D]."""
@@ -187,7 +193,7 @@ class Model(nn.Module):
         image_tokens = self.encode(images)
         batch, count, _ = image_tokens.shape
         device = image_tokens.device
-        embeddings = self.embed(image_tokens, torch.tensor(prompt, device=device).expand(batch, -1))
+        embeddings = self.embed(image_tokens, torch.tensor(prompt, device=device).expand(batch, -1), len(prompt))
         length = embeddings.shape[1]
         segments = torch.zeros(1, length, dtype=torch.long, device=device)
         return embeddings, torch.arange(length, device=device)[None], attention_mask(segments, count)

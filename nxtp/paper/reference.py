@@ -81,7 +81,7 @@ def _branch_loss(
             stop = start + len(label) + 1
             mask_BTT[i, start:stop, prefix:start] = False
             start = stop
-    embeddings = model.embed(image_tokens_BND, tokens_BT[:, text:].to(device))
+    embeddings = model.embed(image_tokens_BND, tokens_BT[:, text:].to(device), len(prompt))
     positions = torch.arange(pad_to, device=device)[None]
     logits_BTV = model.decoder.logits(model.decoder(embeddings, positions, mask_BTT[:, None].to(device)))
     return F.cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten().to(device), ignore_index=_IGNORE)
@@ -105,7 +105,8 @@ def published_one_shot(
     """
     image_tokens_BND = model.encode(images)
     batch, num_image_tokens, _ = image_tokens_BND.shape
-    prefix_BPD = model.embed(image_tokens_BND, torch.tensor(prompt, device=images.device).expand(batch, -1))
+    prompt_BQ = torch.tensor(prompt, device=images.device).expand(batch, -1)
+    prefix_BPD = model.embed(image_tokens_BND, prompt_BQ, len(prompt))
     probs_BK, tokens_BK = first_tokens(last_logits(model, prefix_BPD, num_image_tokens), top_k, never_first)
     count = tokens_BK.shape[1]
     probs, tokens = probs_BK.reshape(-1, 1), tokens_BK.reshape(-1, 1)

@@ -14,10 +14,11 @@ from PIL import Image
 
 from nxtp.data.images import ImageError
 from nxtp.data.transforms import ImageTransform, to_pixels
-from nxtp.deploy.onnx.export import quantize, runner_config
+from nxtp.deploy.onnx.export import DecoderGraph, EncoderGraph, quantize, runner_config
 from nxtp.deploy.onnx.pixels import to_pixels as numpy_pixels
 from nxtp.deploy.onnx.runner import OnnxRecognizer
 from nxtp.errors import UserError
+from nxtp.model.attention_rule import attention_mask
 
 pytestmark = pytest.mark.costly
 IMAGES = [jpeg(colour, size=40 + i, seed=i) for i, colour in enumerate(COLOURS.values())]
@@ -68,6 +69,29 @@ def test_labels_end_at_different_lengths(model):
     lengths = {len(ids) for ids in model.tokenizer.encode_labels(sorted(labels))}
     assert min(lengths) < 5
     assert max(lengths) > 10
+
+
+def test_the_decoder_of_a_model_that_pools_is_the_models():
+    """Its prefix and a step, as the runner asks for them."""
+    model = ending_recognizer().model.eval()
+    model.config.pool = True
+    pixels = torch.randint(0, 256, (2, 3, 32, 32), generator=torch.Generator().manual_seed(0)).byte()
+    prompt, graph, count = torch.tensor([[1, 5, 7]] * 2), DecoderGraph(model), model.num_image_tokens
+    lm, length = model.decoder.lm.config, count + 4
+    empty = torch.zeros(
+        len(model.decoder.blocks), 2, lm.num_key_value_heads, 0, lm.hidden_size // lm.num_attention_heads
+    )
+    with torch.inference_mode():
+        first_BV, cache = model.prefill(pixels, prompt[0].tolist())
+        mask = attention_mask(torch.zeros(1, length, dtype=torch.long), count)
+        index, last = torch.arange(length)[None], torch.tensor([-1])
+        found, keys, values = graph(EncoderGraph(model)(pixels), prompt, index, mask, last, empty, empty)
+        torch.testing.assert_close(found[:, 0], first_BV)
+        tokens, seen = first_BV.argmax(dim=1, keepdim=True), torch.ones(1, 1, 1, length + 1, dtype=torch.bool)
+        expected = model.step(tokens, length, seen, cache)
+        nothing, place = torch.zeros(2, 0, model.decoder.width), torch.tensor([[length]])
+        found, *_ = graph(nothing, tokens, place, seen, torch.tensor([0]), keys, values)
+        torch.testing.assert_close(found, expected)
 
 
 def test_one_weight_changed_is_seen(model, runner):

@@ -27,7 +27,7 @@ def first_block_by_hand(ours: Recognizer, image, label) -> torch.Tensor:
         delimiter=tokenizer.delimiter_id,
         num_image_tokens=model.num_image_tokens,
     )
-    x = model.embed(model.encode(ours.transform(image)[None]), layout.tokens_BU)
+    x = model.embed(model.encode(ours.transform(image)[None]), layout.tokens_BU, layout.num_prompt_tokens)
     block, lm = model.decoder.blocks[0], model.decoder.lm.model
     cos, sin = lm.rotary_emb(x, layout.positions_BT)
     normed = block.input_layernorm(x)
@@ -84,7 +84,7 @@ def test_relevance_is_a_weight_times_what_it_does_to_the_labels_probability(monk
 
     @torch.no_grad()
     def log_prob() -> tuple[float, list[torch.Tensor]]:
-        embeddings = model.embed(model.encode(ours.transform(image)[None]), layout.tokens_BU)
+        embeddings = model.embed(model.encode(ours.transform(image)[None]), layout.tokens_BU, layout.num_prompt_tokens)
         hidden, weights = model.decoder.attention(embeddings, layout.positions_BT, layout.mask())
         logits = model.decoder.logits(hidden[0]).log_softmax(dim=-1)
         return sum(logits[first + i, token].item() for i, token in enumerate(ids)), weights

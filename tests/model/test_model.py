@@ -96,7 +96,7 @@ def test_loss_and_labels_of_one_prefix_are_those_of_two(model, objective):
 def log_probs_behind(model: Model, image: torch.Tensor, label: list[int], shift: int) -> torch.Tensor:
     """One label alone behind its prefix, its positions moved on by ``shift``: log-probabilities [T, V]."""
     count = model.num_image_tokens
-    embeddings = model.embed(model.encode(image), torch.tensor([PROMPT + label]))
+    embeddings = model.embed(model.encode(image), torch.tensor([PROMPT + label]), len(PROMPT))
     length, prefix = embeddings.shape[1], count + 1 + len(PROMPT)
     mask = torch.ones(length, length).tril().bool()
     mask[:count, :count] = True
@@ -137,6 +137,29 @@ def test_loss_is_that_of_every_label_alone(model, objective):
     ours, theirs = gradients(model, loss.mean), gradients(model, plain.mean())
     for name, gradient in theirs.items():
         torch.testing.assert_close(ours[name], gradient, rtol=1e-3, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("objective", list(Objective))
+def test_a_pooled_image_is_in_the_last_prompt_token_of_training_of_the_cache_and_of_the_plain_way(objective):
+    plain, images = random_model(), random_images(len(LABELS))
+    model = random_model()
+    model.config.pool = True
+    layout, count = layout_of(model, LABELS, objective), model.num_image_tokens
+    with torch.inference_mode():
+        tokens = model.encode(images)
+        added = model.embed(tokens, layout.tokens_BU, len(PROMPT)) - plain.embed(tokens, layout.tokens_BU, len(PROMPT))
+        torch.testing.assert_close(added[:, count + len(PROMPT)], tokens.mean(dim=1))
+        assert added.abs().sum(dim=2).count_nonzero() == len(images), "and in no other"
+        loss, prefilled = model.evaluate(images, layout, PROMPT)
+        torch.testing.assert_close(loss.nll_S, model(images, layout).nll_S, rtol=0, atol=1e-5)
+        labels = unpacked_nlls(model, images, LABELS, objective)
+        torch.testing.assert_close(loss.mean, torch.stack([nll for image in labels for nll in image]).mean())
+        assert not torch.allclose(prefilled[0], plain.prefill(images, PROMPT)[0], atol=0.1)
+    settings = {"prompt": PROMPT, "delimiter": DELIMITER, "top_k": 3}
+    found, expected = one_shot(model, images[:2], **settings), one_label_at_a_time(model, images[:2], **settings)
+    for probs_KL, image in zip(found.probs_BKL, expected, strict=True):
+        for probs, (_, known) in zip(probs_KL.tolist(), image, strict=True):
+            assert probs[: len(known)] == pytest.approx(known, rel=1e-4)
 
 
 def test_published_objective_is_the_published_step(model):

@@ -48,7 +48,7 @@ def pictures(batch: int, seed: int = 0) -> torch.Tensor:
 def plain_logits(model: Model, image: torch.Tensor, text: list[int], sees) -> torch.Tensor:
     """Logits of what follows ``text`` behind the prompt; ``sees(q, k)`` says what text position q sees of text k."""
     tokens = torch.tensor([[*PROMPT, *text]])
-    embeddings = model.embed(model.encode(image), tokens)
+    embeddings = model.embed(model.encode(image), tokens, len(PROMPT))
     length, images = embeddings.shape[1], model.num_image_tokens
     prefix = length - len(text)
     mask = torch.zeros(1, 1, length, length, dtype=torch.bool)

@@ -55,7 +55,7 @@ class DecoderGraph(nn.Module):
 
     def __init__(self, model: Model):
         super().__init__()
-        self.decoder = model.decoder
+        self.decoder, self.pool, self.num_image_tokens = model.decoder, model.config.pool, model.num_image_tokens
 
     def forward(
         self, image_tokens: Tensor, tokens: Tensor, positions: Tensor, mask: Tensor, rows: Tensor, keys: Tensor,
@@ -65,6 +65,8 @@ class DecoderGraph(nn.Module):
         for block in range(keys.shape[0]):
             cache.update(keys[block], values[block], block)
         embeddings = torch.cat([image_tokens, self.decoder.embed(tokens)], dim=1)
+        if self.pool:  # the sum is 0 in a step, which has no image tokens
+            embeddings[:, -1] += image_tokens[:, :-1].sum(dim=1) / self.num_image_tokens
         hidden = self.decoder(embeddings, positions, mask, cache)
         new = embeddings.shape[1]
         pairs = [(layer.keys[:, :, -new:], layer.values[:, :, -new:]) for layer in cache.layers]
