@@ -155,7 +155,7 @@ class Baseline(L.LightningModule):
 def main(method, classes, overrides):
     """Train METHOD as `nxtp train -m OVERRIDES` would train a model: runs/<name>/<what differs>/run.json.
 
-    Runs that have finished are skipped.
+    Runs that have finished are skipped, and those of other settings refused.
     """
     filter_lightning_messages()
     names = [line.strip() for line in classes if line.strip()]
@@ -163,20 +163,23 @@ def main(method, classes, overrides):
     try:
         sweep = Sweep.of_command("train", ["--multirun", *overrides])
         for point in sweep.points:
-            out = sweep.directory / run_name([f"method={method}", *point])
-            if (read_record(out) or {}).get("status") != "finished":
-                train(composed("train", [*fixed, *point]), method, names, out)
+            cfg, out = composed("train", [*fixed, *point]), sweep.directory / run_name([f"method={method}", *point])
+            config = {name: OmegaConf.to_container(cfg[name], resolve=True) for name in SECTIONS} | {"method": method}
+            earlier = read_record(out)
+            if earlier is None:
+                train(cfg, config, names, out)
+            elif (earlier["config"], earlier["seed"]) != (config, cfg.seed):
+                raise UserError(f"{out} is a run of other settings: choose another name.")
     except UserError as error:
         raise click.ClickException(str(error)) from error
 
 
-def train(cfg: DictConfig, method: str, names: list[str], out: Path) -> Baseline:
-    """Train and validate, and write run.json and predictions.jsonl to ``out``."""
+def train(cfg: DictConfig, config: dict, names: list[str], out: Path) -> Baseline:
+    """Train and validate, and write run.json, with ``config``, and predictions.jsonl to ``out``."""
     L.seed_everything(cfg.seed, workers=True, verbose=False)
     data, own = build(cfg, out)
-    module = Baseline(own, method, names)
-    config = {name: OmegaConf.to_container(cfg[name], resolve=True) for name in SECTIONS}
-    record = RunRecord(out.name, config | {"method": method}, [], cfg.seed, sweep=cfg.name)
+    module = Baseline(own, config["method"], names)
+    record = RunRecord(out.name, config, [], cfg.seed, sweep=cfg.name)
     record.parameters = {"model": sum(p.numel() for p in module.parameters())}
     trainer = instantiate(cfg.trainer, logger=False, enable_checkpointing=False, limit_val_batches=0)
     trainer.fit(module, data)

@@ -86,14 +86,19 @@ def test_a_run_leaves_what_a_report_reads(here):
         assert scores == sorted(scores, reverse=True)
     assert set(read_hits(out / "predictions.jsonl", record)) == {"val"}, "the hits give the metrics"
     assert run("softmax", *line) == "", "finished runs are skipped"
+    done = CliRunner().invoke(baselines.main, ["softmax", "--classes", "names.txt", *SETTINGS, *line, "optim.lr=0.02"])
+    assert done.exit_code == 1
+    assert "method=softmax,seed=0 is a run of other settings" in done.stderr
 
 
 def test_ours_trains_as_nxtp_train_does_and_starts_the_encoder_of_the_others(here, monkeypatch):
     modules = {}
     trained = baselines.train
-    monkeypatch.setattr(
-        baselines, "train", lambda cfg, method, *rest: modules.update({method: trained(cfg, method, *rest)})
-    )
+
+    def kept(cfg, config, *arguments):
+        modules[config["method"]] = trained(cfg, config, *arguments)
+
+    monkeypatch.setattr(baselines, "train", kept)
     run("ours", "name=a", "trainer.max_steps=3", "seed=3")
     done = call_nxtp("train", *SETTINGS, "name=b", "trainer.max_steps=3", "seed=3", "export=last", cwd=here)
     assert done.returncode == 0, done.stderr
