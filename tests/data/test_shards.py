@@ -905,7 +905,7 @@ def test_remote_faults_are_counted_once_tried(tmp_path, site):
 
 
 def test_remote_commands_are_fetched_once(tmp_path, shard):
-    cache, store = RemoteCache(tmp_path / "cache"), IndexStore(tmp_path / "index")
+    cache, store = RemoteCache(tmp_path / "cache", retries=0), IndexStore(tmp_path / "index")
     urls = [f"pipe:cat {shard}", "pipe:false"]
     shards = IndexedShards(urls, cache, store)
     assert len(shards) == len(SAMPLES)

@@ -4,7 +4,7 @@ from datetime import timedelta
 from types import SimpleNamespace
 
 import pytest
-from helpers import TINY_OVERRIDES, run_nxtp, start_nxtp, write_shards
+from helpers import TINY_OVERRIDES, start_nxtp, write_shards
 from lightning.pytorch.plugins.environments import LightningEnvironment
 
 from nxtp.deploy.ports import free_port
@@ -39,17 +39,20 @@ def test_an_error_of_the_training_is_not_one_of_the_start():
         raise RuntimeError("of the training")
 
 
-@pytest.mark.parametrize("rank", ["0", "1"])
-def test_a_rank_that_waits_in_vain_reports_for_what(tmp_path, rank):
+def test_a_rank_that_waits_in_vain_reports_for_what(tmp_path):
+    """The first one and the other, each alone."""
     write_shards(tmp_path / "train", [16], labels=True)
-    port = str(free_port())
-    cluster = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "NODE_RANK": "0"}
-    done = run_nxtp(*command("alone", "parallel.start_timeout=1"), cwd=tmp_path, LOCAL_RANK=rank, **cluster)
-    assert done.returncode == 1
-    last = done.stderr.splitlines()[-1]
-    start = f"error: Rank {rank} waited 1 s (parallel.start_timeout) for 2 ranks to meet at 127.0.0.1:{port}:"
-    assert last.startswith(start), done.stderr[-3000:]
-    assert "Traceback" not in done.stderr
+    started = []
+    for rank in ("0", "1"):
+        port = str(free_port())
+        cluster = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "NODE_RANK": "0"}
+        alone = command(f"alone{rank}", "parallel.start_timeout=1")
+        started.append((rank, port, start_nxtp(*alone, cwd=tmp_path, LOCAL_RANK=rank, **cluster)))
+    for rank, port, waiting in started:
+        assert waiting.wait() == 1
+        start = f"error: Rank {rank} waited 1 s (parallel.start_timeout) for 2 ranks to meet at 127.0.0.1:{port}:"
+        assert waiting.output.splitlines()[-1].startswith(start), waiting.output[-3000:]
+        assert "Traceback" not in waiting.output
 
 
 @pytest.mark.parametrize(
