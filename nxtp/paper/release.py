@@ -217,6 +217,7 @@ def export_release(directory: Path, to: Path, everything: bool = False) -> int:
     meta = meta_model(config, None, to_dataclass(TrainableConfig, selection, "trainable") if selection else None)
     unknown = [name for name in meta.state_dict() if name != "image_token" and their_name(name) is None]
     lm = meta.decoder.lm.config
+    unknown += ["model.pool=true"] * config.pool
     if unknown or lm.model_type != "llama":
         what = f"it has {', '.join(unknown[:3])}" if unknown else f"its decoder is a {lm.model_type}"
         raise UserError(f"'{directory}' cannot be loaded by the published code: {what}.")
