@@ -62,10 +62,15 @@ class ResumableDataLoader(DataLoader):
             batches = super().__iter__()
         for done in itertools.count(1):
             begin = time.perf_counter()
+            failed = ""
             try:
                 batch = next(batches, None)
             except UserError as error:  # of a worker: after its traceback
-                raise UserError(str(error).strip().rpartition("UserError: ")[2]) from None
+                failed = str(error).strip().rpartition("UserError: ")[2]
+                error.__traceback__ = None  # which keeps the iterator
+            if failed:
+                del batches  # ends its workers at once; collected later, it waits 5 s for each of them
+                raise UserError(failed)
             self.waited += time.perf_counter() - begin
             if batch is None:
                 return

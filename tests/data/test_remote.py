@@ -32,9 +32,11 @@ SHARDS, SAMPLES = 10, 6
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    root = tmp_path_factory.mktemp("site")
-    shards = range(SHARDS)
-    infos = [write_shard(root / f"r-{i}.tar", [sample(SAMPLES * i + n) for n in range(SAMPLES)]) for i in shards]
+    """Samples with labels: a worker that loaded a tagger for their captions would end seconds after its loader."""
+    root, infos = tmp_path_factory.mktemp("site"), []
+    for i in range(SHARDS):
+        samples = [sample(SAMPLES * i + n, labels=True) for n in range(SAMPLES)]
+        infos.append(write_shard(root / f"r-{i}.tar", samples))
     write_manifest(root, infos, made_by={})
     return root
 
