@@ -74,15 +74,18 @@ def _add_study(overrides: Sequence[str]) -> None:
 
 
 def _fits(study: str, config_name: str, cfg: DictConfig) -> bool:
-    """Whether a study is of this command: the command has its keys and groups."""
+    """Whether a study is of this command: it sets and sweeps nothing that only the other one has."""
     try:
         content: Any = OmegaConf.load(_study_file(study))
     except yaml.YAMLError:
         return True  # running it reports what is wrong
+    (other,) = {"train", "evaluate"} - {config_name}
+    foreign = {*OmegaConf.load(conf_dir() / f"{other}.yaml"), *_groups(other)}
+    foreign -= {*cfg, *_groups(config_name), "hydra"}
     entries = [entry for entry in content.pop("defaults", []) if isinstance(entry, DictConfig)]
     overridden = {str(key).removeprefix("override ").lstrip("/") for entry in entries for key in entry}
-    groups = {*_groups(config_name), "hydra/launcher", "hydra/sweeper"}
-    return overridden <= groups and set(content) - {"hydra"} <= {*cfg, *groups}
+    swept = {str(key).partition(".")[0] for key in OmegaConf.select(content, "hydra.sweeper.params") or ()}
+    return foreign.isdisjoint({*content, *overridden, *swept})
 
 
 def _refuse_hidden_options(overrides: Sequence[str]) -> None:

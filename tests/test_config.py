@@ -349,6 +349,11 @@ def test_help_lists_what_the_command_takes(tmp_path, monkeypatch, command):
     assert listed["logger"] == "csv|tensorboard|wandb"
     studies = listed["study"].split("|")
     assert ("sampling/laptop" in studies) == (command == "evaluate")
-    assert ("decoder_depth/laptop" in studies) == (command == "train")
+    for study in (
+        "decoder_depth/laptop",
+        "language_model/laptop",
+        "objective/full",
+    ):  # with keys of its own, swept only
+        assert (study in studies) == (command == "train")
     assert len(studies) > 1
     compose_and_run(lambda cfg: None, command, [f"study={studies[-1]}", "seed=0"])  # all: sweep/test_studies.py
