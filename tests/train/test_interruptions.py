@@ -325,8 +325,8 @@ class Full(L.Callback):
 
 def fill_the_disk(root, name: str, strategy: str, step: int) -> None:
     """Run until the save after ``step`` fails; the checkpoint before it stays."""
-    (root / "full.py").write_text(DISK_FULL)
-    full = ["+callbacks.full._target_=full.Full", f"+callbacks.full.step={step}"]
+    (root / "filling.py").write_text(DISK_FULL)
+    full = ["+callbacks.full._target_=filling.Full", f"+callbacks.full.step={step}"]
     output = run(root, name, strategy, *full, OFTEN, code=1)
     assert "could not be written: File too large. " in output
     assert "still in" in output
