@@ -1,4 +1,4 @@
-"""Precision-recall curves of the samplers in one picture: curve.png and curve.csv, from the evaluations of seed 0.
+"""Precision-recall curves of the samplers in one picture: curve.png, from the evaluations of seed 0.
 
 python experiments/sampling/curves.py
 """
@@ -19,4 +19,5 @@ for arm in ARMS:
         row = json.loads(line)
         hits.update([row["predictions"]], [row["labels"]])
     curves[arm] = Curve.of(hits)
-write_curves(curves, HERE)
+write_curves(curves, RUNS)
+(RUNS / "curve.png").rename(HERE / "curve.png")

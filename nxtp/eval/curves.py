@@ -97,16 +97,13 @@ def write_curves(curves: Mapping[str, Curve], directory: Path) -> None:
     axes = figure.add_subplot()
     for name, curve in curves.items():
         label = f"{name}: average precision {curve.average_precision:.3f}"
-        (line,) = axes.step(curve.recall, curve.precision, where="pre", label=label)
-        if len(curve.f1):
-            best = int(curve.f1.argmax())
-            text = f"F1 {curve.f1[best]:.2f} at {curve.threshold[best]:.2g}"
-            axes.plot(curve.recall[best], curve.precision[best], "o", color=line.get_color())
-            axes.annotate(text, (curve.recall[best], curve.precision[best]), (6, 4), textcoords="offset points")
+        best = [int(curve.f1.argmax())] if len(curve.f1) else []
+        label += "".join(f", F1 {curve.f1[i]:.2f} at {curve.threshold[i]:.2g}" for i in best)
+        axes.step(curve.recall, curve.precision, where="pre", label=label, marker="o", markevery=best)
     axes.set(xlabel="recall", ylabel="precision", xlim=(0, 1.02), ylim=(0, 1.05))
     axes.set_title("Labels said from a probability on, over all images", fontsize=11)
     axes.grid(alpha=0.3)
-    axes.legend(frameon=False, loc="best", fontsize=9)
+    axes.legend(frameon=False, loc="lower left", fontsize=9)
     save_figure(figure, directory / "curve.png")
 
 
