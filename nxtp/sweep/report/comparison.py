@@ -125,7 +125,8 @@ def markdown(records: list[Record], spec: Spec) -> str:
     where = ", ".join(f"{column} {text(value)}" for column, value in spec.baseline.items())
     about = (
         f"Difference from {where}, paired by {', '.join(spec.over)}, with its 95 % bootstrap interval over seeds and\n"
-        "images (seeds only: the records have no hits per image). ≈: it contains 0, the arms are not distinguishable."
+        "images, or over seeds only where records lack the hits of each image. ≈: it contains 0, so that the arms are not\n"
+        "distinguishable."
     )
     table = as_markdown(header, body, 1 + len(spec.columns))
     places = [f"- {spec.metrics[m]}: {_places(ranked(records, spec, m))}" for m in shown]
