@@ -58,7 +58,7 @@ def test_every_value_of_the_grid_composes(sweep):
     assert len(grid.points) > 1
     assert len(set(grid.runs)) == len(grid.points)
     seeds = {o for point in grid.points for o in point if o.startswith("seed=")}
-    assert len(seeds) == (3 if sweep.endswith("/laptop") else 0)
+    assert bool(seeds) == sweep.endswith("/laptop")
     first = {value: point for point in reversed(grid.points) for value in point if value not in seeds - {"seed=0"}}
     points, seen = {tuple(point) for point in first.values()}, set()
     for point in points:
@@ -99,7 +99,7 @@ def test_columns_are_settings(study):
 def test_a_study_asks_predicts_and_tells(study):
     text = (EXPERIMENTS / study / "README.md").read_text()
     assert "**Question.**" in text
-    assert "**Prediction** (written before the run)" in text
+    assert re.search(r"\*\*Prediction\*\* \(written [^)]*before ", text)
     assert "## Verdict" in text
     assert "Not run yet" not in text
     for said in re.findall(r"study=(\S+)", text):

@@ -125,7 +125,7 @@ def markdown(records: list[Record], spec: Spec) -> str:
     where = ", ".join(f"{column} {text(value)}" for column, value in spec.baseline.items())
     about = (
         f"Difference from {where}, paired by {', '.join(spec.over)}, with its 95 % bootstrap interval over seeds and\n"
-        "images, or over seeds only where records lack the hits of each image. ≈: it contains 0, so that the arms are not\n"
+        "images, or over seeds only where records lack the hits of each image. ≈: it contains 0, the arms are not\n"
         "distinguishable."
     )
     table = as_markdown(header, body, 1 + len(spec.columns))
