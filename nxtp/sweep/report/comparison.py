@@ -119,9 +119,9 @@ def markdown(records: list[Record], spec: Spec) -> str:
     if not found:
         return ""
     shown = [m for m in spec.metrics if any(m in row for _, row in found)]
-    counts = {m: max((row[m][2] for _, row in found if m in row), key=lambda each: each[1]) for m in shown}
+    counts = {m: [row[m][2] for _, row in found if m in row] for m in shown}
     body = [[*arm, *(_difference(*row[m][:2]) if m in row else "" for m in shown)] for arm, row in found]
-    header = ["size", *spec.columns, *(f"Δ {spec.metrics[m]} ({_basis(*counts[m])})" for m in shown)]
+    header = ["size", *spec.columns, *(f"Δ {spec.metrics[m]} ({_basis(counts[m])})" for m in shown)]
     where = ", ".join(f"{column} {text(value)}" for column, value in spec.baseline.items())
     about = (
         f"Difference from {where}, paired by {', '.join(spec.over)}, with its 95 % bootstrap interval over seeds and\n"
@@ -136,8 +136,11 @@ def markdown(records: list[Record], spec: Spec) -> str:
     return "\n".join(["", about, "", table, order_of, "", *places, ""])
 
 
-def _basis(seeds: int, images: int) -> str:
-    return counted(seeds, "seed") + (" only" if images == 1 else f", {counted(images, 'image')}")
+def _basis(counts: list[tuple[int, int]]) -> str:
+    """Of all arms' numbers of seeds and images."""
+    (*_, images), seeds = sorted({images for _, images in counts}), sorted({seeds for seeds, _ in counts})
+    few = f"{seeds[0]} to " if len(seeds) > 1 else ""
+    return few + counted(seeds[-1], "seed") + (" only" if images == 1 else f", {counted(images, 'image')}")
 
 
 def _difference(mean: float, bounds: Interval | None) -> str:
