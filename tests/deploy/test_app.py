@@ -257,10 +257,10 @@ def test_sigterm_deletes_uploads(model, tmp_path, monkeypatch):
     assert "Traceback" not in done.stderr
 
 
-def test_a_hundred_requests_at_a_time_leave_it_serving(address):
+def test_fifty_requests_at_a_time_leave_it_serving(address):
     path = upload(address, jpeg((1, 90, 90)))
-    with ThreadPoolExecutor(100) as pool:
-        shown = list(pool.map(lambda _: ask(address, path, 1), range(100)))
+    with ThreadPoolExecutor(50) as pool:
+        shown = list(pool.map(lambda _: ask(address, path, 1), range(50)))
     served = [text for text in shown if 'class="row"' in text]
     assert len(served) >= 32
     assert all("FAILED" in text for text in shown if text not in served), "the others get an error"

@@ -118,7 +118,18 @@ def thin(monkeypatch, config: EncoderConfig) -> None:
     monkeypatch.setattr(timm, "create_model", functools.partial(timm.create_model, **cut))
 
 
-@pytest.mark.parametrize("name", ENCODERS)
+KINDS = (
+    "resnet18_stride8",
+    "vit_tiny",
+    "clip_vit_l_14",
+    "siglip2_vit_b_16",
+    "pe_core_b_16",
+    "mobileclip2_s2",
+    "dinov3_vit_b_16",
+)
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in KINDS else pytest.mark.slow) for n in ENCODERS])
 def test_a_shipped_encoder_trains_from_its_last_blocks_on(monkeypatch, name):
     """Its real architecture and size of image with thin blocks: one step lowers the loss."""
     shipped = to_dataclass(ModelConfig, composed("train", ["name=x", f"model/encoder={name}"]).model, "model").encoder

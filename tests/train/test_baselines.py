@@ -91,6 +91,7 @@ def test_a_run_leaves_what_a_report_reads(here):
     assert "method=softmax,seed=0 is a run of other settings" in done.stderr
 
 
+@pytest.mark.slow  # six runs; that each method learns, and what a run leaves, is looked at above
 def test_ours_trains_as_nxtp_train_does_and_starts_the_encoder_of_the_others(here, monkeypatch):
     modules = {}
     trained = baselines.train
