@@ -73,15 +73,19 @@ def _add_study(overrides: Sequence[str]) -> None:
             ConfigStore.instance().store(sweep, content, f"study/{study}", package="_global_")
 
 
-def _fits(study: str, config_name: str, cfg: DictConfig) -> bool:
-    """Whether a study is of this command: it sets and sweeps nothing that only the other one has."""
+def _only_others(config_name: str, cfg: DictConfig) -> set[str]:
+    """The keys and groups that the other command with studies has, and this one has not."""
+    (other,) = {"train", "evaluate"} - {config_name}
+    theirs = {*OmegaConf.load(conf_dir() / f"{other}.yaml"), *_groups(other)}
+    return theirs - {*cfg, *_groups(config_name), "hydra"}
+
+
+def _avoids(study: str, foreign: set[str]) -> bool:
+    """Whether a study sets and sweeps none of these keys and groups: it is of a command that lacks them."""
     try:
         content: Any = OmegaConf.load(_study_file(study))
     except yaml.YAMLError:
         return True  # running it reports what is wrong
-    (other,) = {"train", "evaluate"} - {config_name}
-    foreign = {*OmegaConf.load(conf_dir() / f"{other}.yaml"), *_groups(other)}
-    foreign -= {*cfg, *_groups(config_name), "hydra"}
     entries = [entry for entry in content.pop("defaults", []) if isinstance(entry, DictConfig)]
     overridden = {str(key).removeprefix("override ").lstrip("/") for entry in entries for key in entry}
     swept = {str(key).partition(".")[0] for key in OmegaConf.select(content, "hydra.sweeper.params") or ()}
@@ -209,12 +213,13 @@ def help_text(command: str, config_name: str, argv: Sequence[str]) -> str:
     cfg = composed(config_name, parsed.overrides, parsed.config_dir)
     with open_dict(cfg):
         del cfg["hydra"]
-    lines = []
+    lines, foreign = [], _only_others(config_name, cfg)
     for group in [*_groups(config_name), "hydra/launcher", "hydra/sweeper"]:
         names = [] if not group.startswith("hydra/") else ConfigStore.instance().list(group)  # of installed plugins
         names += sorted(f.name for place in (conf_dir(), _own_conf()) if place for f in (place / group).glob("*.yaml"))
         options = [name.removesuffix(".yaml") for name in dict.fromkeys(names)]
-        options = [name for name in study_names() if _fits(name, config_name, cfg)] if group == "study" else options
+        if group == "study":
+            options = [name for name in study_names() if _avoids(name, foreign)]
         lines += [f"  {group}={'|'.join(options)}"] if options else []
     return f"""nxtp {command} [GROUP=OPTION] [KEY=VALUE] …
 

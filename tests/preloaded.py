@@ -26,5 +26,4 @@ from nxtp.model.model import ModelConfig
 recipe = composed("train", ["name=x", *TINY_OVERRIDES])  # Hydra's plugins and its grammar
 meta_model(to_dataclass(ModelConfig, recipe.model, "model"), None)  # a tower is looked at once
 noun_backend()("Two dogs leaped over fences.")
-gc.set_threshold(20_000, 20, 20)
 gc.freeze()  # forks leave these pages as they are

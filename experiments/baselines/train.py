@@ -34,7 +34,7 @@ from nxtp.data.dataset import Batch
 from nxtp.errors import UserError
 from nxtp.eval.metrics import ExactMatch
 from nxtp.model.encoder import Encoder
-from nxtp.runs.record import RunRecord, read_record
+from nxtp.runs.record import PREDICTIONS_FILE, RunRecord, read_record
 from nxtp.sampling.closed_vocabulary import Vocabulary, class_log_probs
 from nxtp.sweep.sweep import Sweep, parse, run_name
 from nxtp.train.callbacks.predictions import WritePredictions
@@ -186,7 +186,7 @@ def train(cfg: DictConfig, config: dict, names: list[str], out: Path) -> Baselin
     record.step = record.steps = trainer.global_step
     record.samples_seen, record.status = trainer.global_step * data.config.batch_size, "finished"
     out.mkdir(parents=True, exist_ok=True)
-    trainer = instantiate(cfg.trainer, logger=False, callbacks=[WritePredictions(out / "predictions.jsonl")])
+    trainer = instantiate(cfg.trainer, logger=False, callbacks=[WritePredictions(out / PREDICTIONS_FILE)])
     trainer.validate(module, data, verbose=False)
     record.metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
     record.write(out)

@@ -22,7 +22,7 @@ from nxtp.model.layout import Objective, lay_out
 from nxtp.model.tokenizer import train_tokenizer
 from nxtp.model.trainable import TrainableConfig
 from nxtp.prepare.writer import write_shard
-from nxtp.runs.resume import differences, find_checkpoint, is_finished
+from nxtp.runs.resume import clear, differences, find_checkpoint, is_finished
 from nxtp.train.module import RecognitionModule
 from nxtp.train.optim import OptimConfig
 
@@ -206,6 +206,9 @@ def test_a_run_is_replaced_only_by_those_that_may_be(tmp_path):
     config = finished_run(tmp_path, resume="restart")
     assert find_checkpoint(tmp_path, config) is None
     assert not is_finished(tmp_path, config)
+    (tmp_path / "predictions.jsonl").touch()
+    clear(tmp_path)
+    assert not (tmp_path / "predictions.jsonl").exists(), "they are of the run that is replaced"
 
 
 def test_a_checkpoint_of_an_older_version_is_refused():

@@ -138,9 +138,9 @@ def markdown(records: list[Record], spec: Spec) -> str:
 
 def _basis(counts: list[tuple[int, int]]) -> str:
     """Of all arms' numbers of seeds and images."""
-    (*_, images), seeds = sorted({images for _, images in counts}), sorted({seeds for seeds, _ in counts})
-    few = f"{seeds[0]} to " if len(seeds) > 1 else ""
-    return few + counted(seeds[-1], "seed") + (" only" if images == 1 else f", {counted(images, 'image')}")
+    seeds, images = [seeds for seeds, _ in counts], max(images for _, images in counts)
+    few = f"{min(seeds)} to " if min(seeds) < max(seeds) else ""
+    return few + counted(max(seeds), "seed") + (" only" if images == 1 else f", {counted(images, 'image')}")
 
 
 def _difference(mean: float, bounds: Interval | None) -> str:
