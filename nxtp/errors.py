@@ -37,6 +37,17 @@ def at_least(name: str, value: Any, lowest: float) -> None:
         raise UserError(f"{name} must be ≥ {lowest}, got {value}.")
 
 
+def one_of(name: str, value: Any, known: Sequence[str]) -> None:
+    """Check a setting.
+
+    Raises:
+        UserError: ``value`` of the setting ``name`` is not ``known``.
+    """
+    if value not in known:
+        *first, last = known
+        raise UserError(f"{name} must be {', '.join(first)} or {last}, got '{value}'.{nearest(value, known)}")
+
+
 def root_cause(error: BaseException) -> BaseException:
     """The operating system's error from which ``error`` results, if there is one: libraries wrap it in other words."""
     cause: BaseException | None = error

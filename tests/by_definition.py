@@ -12,17 +12,22 @@ from nxtp.paper.reference import last_logits
 from nxtp.sampling.one_shot import MAX_LABEL_TOKENS
 
 
-def allowed(query: int, key: int, segments: Sequence[int], num_image_tokens: int) -> bool:
+def allowed(query: int, key: int, segments: Sequence[int], images: int, attention: str = "independent") -> bool:
     """Whether position ``query`` may attend to position ``key``: the attention rule, word for word."""
-    both_images = query < num_image_tokens and key < num_image_tokens
-    return both_images or (key <= query and (segments[key] == 0 or segments[key] == segments[query]))
+    if attention == "causal":
+        return key <= query
+    if query < images and key < images:
+        return True
+    if attention == "prefix":
+        return key <= query
+    return key <= query and (segments[key] == 0 or segments[key] == segments[query])
 
 
-def mask_by_definition(segments_BT: Tensor, num_image_tokens: int) -> Tensor:
+def mask_by_definition(segments_BT: Tensor, num_image_tokens: int, attention: str = "independent") -> Tensor:
     """:func:`allowed` for every pair of every sequence: bool [B, T, T]."""
     batch, length = segments_BT.shape
     pairs = [
-        [[allowed(q, k, segments, num_image_tokens) for k in range(length)] for q in range(length)]
+        [[allowed(q, k, segments, num_image_tokens, attention) for k in range(length)] for q in range(length)]
         for segments in segments_BT.tolist()
     ]
     return torch.tensor(pairs, dtype=torch.bool).view(batch, length, length)

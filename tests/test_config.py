@@ -100,7 +100,8 @@ def test_every_shipped_option_composes_and_instantiates(tmp_path, choices, monke
     to_dataclass(DataConfig, cfg.data, "data")
     to_dataclass(ValidationConfig, cfg.validation, "validation")
     optim = to_dataclass(OptimConfig, cfg.optim, "optim")
-    Objective(cfg.objective.name)
+    to_dataclass(Objective, cfg.objective, "objective")
+    assert cfg.objective.keys() == {f.name for f in fields(Objective)}
     if model.decoder.config:
         counts = parameters(repr((model, optim.trainable)), model, optim)
         assert counts["total_trained"] > 0

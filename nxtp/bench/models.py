@@ -25,7 +25,7 @@ from nxtp.distributed.parallelize import ParallelConfig, parallelize
 from nxtp.model.decoder import DecoderConfig
 from nxtp.model.encoder import EncoderConfig
 from nxtp.model.flops import ModelFlops
-from nxtp.model.layout import PUBLISHED_LENGTH, Layout, Objective, lay_out
+from nxtp.model.layout import PUBLISHED, PUBLISHED_LENGTH, Layout, Objective, lay_out
 from nxtp.model.model import Model, ModelConfig
 from nxtp.model.tokenizer import train_tokenizer
 from nxtp.model.trainable import choose_trainable
@@ -175,12 +175,12 @@ class Trainer(Worker):
         self.shards = open_set("train", shards, self.config)
         self.tokenizer = train_tokenizer(label_texts(self.shards.shards, self.config), vocab_size=self.vocab)
         self.prompt, self.delimiter = self.tokenizer.prompt_ids, self.tokenizer.delimiter_id
-        batch = next(iter(self.data(Objective.PUBLISHED).loader("train", shards, training=True)))
+        batch = next(iter(self.data(PUBLISHED).loader("train", shards, training=True)))
         self.images = batch.images.to(self.device)
         self.labels = [self.tokenizer.encode_labels(labels) for labels in batch.labels]
         self.optimizer: torch.optim.Optimizer | None = None
 
-    def data(self, objective: str) -> WebDatasetDataModule:
+    def data(self, objective: Objective) -> WebDatasetDataModule:
         return WebDatasetDataModule(
             self.config,
             self.tokenizer,
@@ -196,7 +196,7 @@ class Trainer(Worker):
             prompt=self.prompt,
             delimiter=self.delimiter,
             num_image_tokens=self.model.num_image_tokens,
-            objective=Objective.PUBLISHED,
+            objective=PUBLISHED,
         )
 
     def loss(self, images: int | None = None) -> torch.Tensor:
@@ -228,7 +228,7 @@ class Trainer(Worker):
             torch.cuda.empty_cache()  # for the process of the other way
         return {"loss": loss.detach().cpu().numpy()} | gradients
 
-    def measure(self, objective: str, profile: str | None = None, compiled: bool = False) -> dict[str, float]:
+    def measure(self, objective: Objective, profile: str | None = None, compiled: bool = False) -> dict[str, float]:
         """Images per second, model TFLOP/s of real tokens and, of ours, the share of the time that waits for data.
 
         Args:

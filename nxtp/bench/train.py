@@ -14,7 +14,7 @@ from nxtp.bench.models import SIZES, STEPS, Trainer
 from nxtp.bench.processes import Child, assert_equal, children
 from nxtp.bench.reporting import build_table, caption, machine_description, memory_caption, ratio
 from nxtp.model.flops import compute_dtype, peak_flops
-from nxtp.model.layout import Objective
+from nxtp.model.layout import MATCHED, PUBLISHED
 
 
 def measure_train(
@@ -56,12 +56,12 @@ def measure_train(
             difference = assert_equal(ours.call("result"), published.call("result"), "training step")
             published.call("use_precision")
             cases: dict[str, tuple[Child, dict[str, Any]]] = {
-                "ours": (ours, {"objective": Objective.PUBLISHED}),
-                "published": (published, {"objective": Objective.PUBLISHED}),
-                "ours, matched": (ours, {"objective": Objective.MATCHED}),
+                "ours": (ours, {"objective": PUBLISHED}),
+                "published": (published, {"objective": PUBLISHED}),
+                "ours, matched": (ours, {"objective": MATCHED}),
             }
             if compiled:
-                cases["ours, compiled"] = ours, {"objective": Objective.PUBLISHED, "compiled": True}
+                cases["ours, compiled"] = ours, {"objective": PUBLISHED, "compiled": True}
             peaks = {}
             measured: dict[str, list[dict[str, float]]] = {name: [] for name in cases}
             for _ in range(repeats):
@@ -69,7 +69,7 @@ def measure_train(
                     measured[name].append(child.call("measure", **settings))
                     peaks[name] = (child.peak, child.peak - child.baseline)
             if profile:
-                ours.call("measure", objective=Objective.PUBLISHED, profile=profile)
+                ours.call("measure", objective=PUBLISHED, profile=profile)
     peak = peak_flops(machine.get("gpu", ""), compute_dtype(precision))
     seconds = {name: [batch_size / values["images_per_s"] for values in rounds] for name, rounds in measured.items()}
     rows = {}

@@ -9,7 +9,7 @@ from typing import Any
 
 from nxtp.config import to_dataclass
 from nxtp.data.where import Selection
-from nxtp.errors import UserError, at_least
+from nxtp.errors import UserError, at_least, one_of
 
 
 @dataclass
@@ -55,6 +55,8 @@ class DataConfig:
     ``nouns``             backend that finds the nouns of a caption, for samples without labels of their own
     ``stop_nouns``        nouns of captions that are no labels, singular: [person, people, view]
     ``given_labels``      all, or first: train on the first of the labels that a sample gives (a class's main name)
+    ``label_order``       a file with a label per line: training writes an image's labels in its order, others after
+                          them; null: shuffled anew each epoch
     ``max_labels``        labels per image at most; of more, a new random choice each epoch
     ``transforms``        steps by name, RGB image → RGB image, that change images of training before they are resized
     ``max_image_pixels``  a larger image is skipped before it is decoded; with a fourth channel from ¾ of it on
@@ -88,6 +90,7 @@ class DataConfig:
     nouns: str = "hanta"
     stop_nouns: list[str] = field(default_factory=list)
     given_labels: str = "all"
+    label_order: str | None = None
     max_labels: int = 32
     transforms: dict[str, Any] | None = None
     max_image_pixels: int = 100_000_000
@@ -116,10 +119,8 @@ class DataConfig:
             raise UserError(f"data.max_skip_fraction must be ≥ 0 and ≤ 1, got {self.max_skip_fraction}.")
         if not 0 < self.read_timeout < math.inf:
             raise UserError(f"data.read_timeout must be > 0 seconds, got {self.read_timeout}.")
-        if self.nodes not in ("shared", "split"):
-            raise UserError(f"data.nodes must be shared or split, got '{self.nodes}'.")
-        if self.given_labels not in ("all", "first"):
-            raise UserError(f"data.given_labels must be all or first, got '{self.given_labels}'.")
+        one_of("data.nodes", self.nodes, ("shared", "split"))
+        one_of("data.given_labels", self.given_labels, ("all", "first"))
         Selection(self.caption_key or "", self.where or "")  # which finds what is wrong
         if self.features and self.transforms:
             raise UserError("data.features are of images as they are: use transforms=none.")

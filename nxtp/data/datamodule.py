@@ -7,7 +7,7 @@ import logging
 import os
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -23,7 +23,7 @@ from nxtp.data.sampler import ElasticBatchSampler
 from nxtp.data.transforms import ImageTransform
 from nxtp.distributed.rendezvous import Ranks
 from nxtp.errors import UserError
-from nxtp.model.layout import Objective
+from nxtp.model.layout import MATCHED, Objective
 from nxtp.model.tokenizer import LabelTokenizer
 from nxtp.runs.processes import deaf_children, end_with_parent
 
@@ -106,8 +106,7 @@ class WebDatasetDataModule(L.LightningDataModule):
         *,
         transform: ImageTransform,
         num_image_tokens: int,
-        objective: Objective | str = Objective.MATCHED,
-        prompts: Sequence[str] = (),
+        objective: Objective = MATCHED,
         sets: dict[str, OpenedSet] | None = None,  # those already opened
         ranks: Ranks | None = None,  # which open the same sets
     ):
@@ -120,8 +119,7 @@ class WebDatasetDataModule(L.LightningDataModule):
             config=config,
             transform=transform,
             num_image_tokens=num_image_tokens,
-            objective=Objective(objective),
-            prompts=list(prompts) or [tokenizer.prompt],
+            objective=objective,
             augmentation=Augmentation(config.transforms) if config.transforms else None,
         )
         self._train_loader: ResumableDataLoader | None = None

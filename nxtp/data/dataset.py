@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections import Counter
 from collections.abc import Container, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -87,14 +89,14 @@ class BatchDataset(Dataset):
         transform: ImageTransform,
         num_image_tokens: int,
         objective: Objective,
-        prompts: Sequence[str],
         training: bool,
         multiple: int = 1,
         augmentation: Augmentation | None = None,
     ):
         self.shards, self.tokenizer, self.config = shards, tokenizer, config
         self.transform, self.num_image_tokens, self.objective = transform, num_image_tokens, objective
-        self.prompts, self.training, self.multiple = list(prompts), training, multiple
+        self.training, self.multiple = training, multiple
+        self.places = _places(config.label_order) if training and config.label_order else {}
         self.nouns = noun_backend(config.nouns, config.stop_nouns)
         self.features = FeatureStore(config.features) if training and config.features else None
         self.augmentation = augmentation if training else None
@@ -123,6 +125,8 @@ class BatchDataset(Dataset):
             if self.training:
                 order = self._random(epoch, position).permutation(len(labels))
                 labels = [labels[i] for i in order[: self.config.max_labels]]
+                if self.places:
+                    labels.sort(key=lambda label: self.places.get(label, math.inf))
             images.append(pixels)
             keys.append(raw.key)
             shards.append(raw.shard)
@@ -133,7 +137,8 @@ class BatchDataset(Dataset):
             ids.append([self.tokenizer.prompt_ids[-1:]])
         prompt = self.tokenizer.prompt
         if self.training:
-            prompt = self.prompts[self._random(epoch, int(positions[0]), 1).integers(len(self.prompts))]
+            prompts = self.objective.prompts or [prompt]
+            prompt = prompts[self._random(epoch, int(positions[0]), 1).integers(len(prompts))]
         layout = lay_out(
             ids,
             prompt=self.tokenizer.encode_prompt(prompt),
@@ -191,6 +196,15 @@ class BatchDataset(Dataset):
         if not labels:
             raise SampleError("no labels", raw.key, raw.shard)
         return labels
+
+
+def _places(path: str) -> dict[str, int]:
+    """data.label_order: of each label its place in the file."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"data.label_order must be a text file with one label per line: {error}.") from error
+    return {label: place for place, label in enumerate(line.strip() for line in lines)}
 
 
 def report_skipped(examples: dict[str, str], known: Container[str]) -> None:

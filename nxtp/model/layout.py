@@ -9,8 +9,7 @@ Which token attends to which follows from the segments: :mod:`nxtp.model.attenti
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from enum import StrEnum
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Any
 
@@ -18,22 +17,37 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nxtp.errors import one_of
 from nxtp.model.attention_rule import attention_mask
 
 PUBLISHED_LENGTH = 512  # image and text positions of every published training sequence
 
 
-class Objective(StrEnum):
-    """The positions of labels, and where a label's first token is predicted.
+@dataclass(frozen=True)
+class Objective:
+    """What the labels of an image are trained as (conf/objective).
 
-    ``published``: positions continue from label to label; a label's first token is predicted at the previous label's
-    delimiter (the first label's at the last prompt token); the prompt is supervised too.
-    ``matched``: the positions of every label start right after the prompt, and its first token is predicted at the
-    last prompt token, as in one-shot sampling; only labels and their delimiters are supervised.
+    ``positions``         parallel: those of every label start right after the prompt; continued: from label to label
+    ``first_token``       where a label's is predicted: at the last prompt token, as in one-shot sampling, or at the
+                          previous label's delimiter (the first label's at the last prompt token)
+    ``supervise_prompt``  the prompt's tokens too, not only labels and their delimiters
+    ``prompts``           training draws one per batch; none: the model's own
+    ``name``              in records
     """
 
-    PUBLISHED = "published"
-    MATCHED = "matched"
+    positions: str = "parallel"
+    first_token: str = "prompt"
+    supervise_prompt: bool = False
+    prompts: list[str] = field(default_factory=list)
+    name: str = "matched"
+
+    def __post_init__(self) -> None:
+        one_of("objective.positions", self.positions, ("parallel", "continued"))
+        one_of("objective.first_token", self.first_token, ("prompt", "delimiter"))
+
+
+MATCHED = Objective()
+PUBLISHED = Objective("continued", "delimiter", supervise_prompt=True, name="published")
 
 
 @dataclass
@@ -61,9 +75,9 @@ class Layout:
     num_prompt_tokens: int
     num_tokens: int
 
-    def mask(self) -> Tensor:
+    def mask(self, attention: str = "independent") -> Tensor:
         """The attention rule for the whole batch: bool [B, 1, T, T], True = may attend."""
-        return attention_mask(self.segments_BT, self.num_image_tokens)
+        return attention_mask(self.segments_BT, self.num_image_tokens, attention)
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> Layout:
         return replace(self, **{name: function(v) for name, v in vars(self).items() if isinstance(v, Tensor)})
@@ -81,7 +95,7 @@ def lay_out(
     prompt: Sequence[int],
     delimiter: int,
     num_image_tokens: int,
-    objective: Objective | str = Objective.MATCHED,
+    objective: Objective = MATCHED,
     multiple: int = 1,
 ) -> Layout:
     """Put all labels of each image behind its prefix.
@@ -97,7 +111,6 @@ def lay_out(
     Raises:
         ValueError: an empty prompt, or a label without tokens.
     """
-    objective = Objective(objective)
     batch, queries = len(labels), len(prompt)
     prefix = num_image_tokens + 1 + queries
     if queries == 0:
@@ -129,15 +142,15 @@ def lay_out(
     ids[row, column] = tokens
     segments[row, column] = np.repeat(segment_of_label, lengths)
 
-    if objective is Objective.MATCHED:
+    if objective.positions == "parallel":
         positions[row, column] = prefix + within_label
-        source = row * length + np.where(within_label == 0, prefix - 1, column - 1)
-        target = tokens
-    else:
+    at_prompt = (within_label == 0) & (objective.first_token == "prompt")
+    source, target = row * length + np.where(at_prompt, prefix - 1, column - 1), tokens
+    if objective.supervise_prompt:
         prompt_row = np.repeat(np.arange(batch), queries)
         prompt_source = prompt_row * length + num_image_tokens + np.tile(np.arange(queries), batch)
-        source = np.concatenate([prompt_source, row * length + column - 1])
-        target = np.concatenate([np.tile(np.asarray(prompt, dtype=np.int64), batch), tokens])
+        source = np.concatenate([prompt_source, source])
+        target = np.concatenate([np.tile(np.asarray(prompt, dtype=np.int64), batch), target])
     sources, pairs = np.unique(source, return_inverse=True)
 
     return Layout(

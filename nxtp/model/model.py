@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from nxtp.errors import UserError
-from nxtp.model.attention_rule import attention_mask
+from nxtp.errors import UserError, one_of
+from nxtp.model.attention_rule import ATTENTION, attention_mask
 from nxtp.model.decoder import Decoder, DecoderConfig
 from nxtp.model.encoder import Encoder, EncoderConfig
 from nxtp.model.layout import Layout
@@ -33,6 +33,7 @@ class ModelConfig:
     ``vocab_size``  of a tokenizer that is trained: at most this many rows
     ``pool``        add the mean image token to the last prompt token, where labels begin: a decoder at random learns
                     faster what the image shows (experiments/baselines)
+    ``attention``   which tokens see which: :mod:`nxtp.model.attention_rule`
     """
 
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
@@ -41,6 +42,10 @@ class ModelConfig:
     tokenizer: str | None = None
     vocab_size: int = 2048
     pool: bool = False
+    attention: str = "independent"
+
+    def __post_init__(self) -> None:
+        one_of("model.attention", self.attention, ATTENTION)
 
 
 @dataclass
@@ -137,7 +142,7 @@ class Model(nn.Module):
         """
         hidden_BPD, cache = self._run_prefix(images, prompt)
         labels_BL, after = layout.tokens_BU[:, len(prompt) :], slice(hidden_BPD.shape[1], None)
-        arguments = layout.positions_BT[:, after], layout.mask()[:, :, after], cache
+        arguments = layout.positions_BT[:, after], layout.mask(self.config.attention)[:, :, after], cache
         hidden_BLD = self.decoder(self.decoder.embed(labels_BL), *arguments)
         cache.crop(-labels_BL.shape[1])
         loss = self._loss(torch.cat([hidden_BPD, hidden_BLD], dim=1), layout)
@@ -146,7 +151,7 @@ class Model(nn.Module):
     def hidden(self, images: Tensor, layout: Layout) -> Tensor:
         """Hidden states of whole sequences, [B, T, D]."""
         embeddings = self.embed(self.encode(images), layout.tokens_BU, layout.num_prompt_tokens)
-        return self.decoder(embeddings, layout.positions_BT, layout.mask())
+        return self.decoder(embeddings, layout.positions_BT, layout.mask(self.config.attention))
 
     def encode(self, images: Tensor) -> Tensor:
         """Images → image tokens in the decoder's space, [B, N, D]."""
@@ -196,7 +201,8 @@ class Model(nn.Module):
         embeddings = self.embed(image_tokens, torch.tensor(prompt, device=device).expand(batch, -1), len(prompt))
         length = embeddings.shape[1]
         segments = torch.zeros(1, length, dtype=torch.long, device=device)
-        return embeddings, torch.arange(length, device=device)[None], attention_mask(segments, count)
+        mask = attention_mask(segments, count, self.config.attention)
+        return embeddings, torch.arange(length, device=device)[None], mask
 
     def step(self, tokens_BK: Tensor, position: int, mask: Tensor, cache: DynamicCache) -> Tensor:
         """One token for each of K branches behind the cache, all at the same ``position``: logits [B, K, V]."""

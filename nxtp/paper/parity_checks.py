@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from nxtp.inference.pretrained import EMBEDDING
-from nxtp.model.layout import Layout, Objective, lay_out
+from nxtp.model.layout import PUBLISHED, Layout, lay_out
 from nxtp.paper.parity_fixture import RANKED, Recording
 from nxtp.paper.release_names import our_name
 from nxtp.paper.rope_order import halves_from_pairs
@@ -71,7 +71,7 @@ class Ours:
     def layout(self) -> Layout:
         labels = recorded_labels(self.recording.expected, self.recording.delimiter)
         count = self.model.num_image_tokens
-        return lay_out(labels, **self.tokens, num_image_tokens=count, objective=Objective.PUBLISHED)
+        return lay_out(labels, **self.tokens, num_image_tokens=count, objective=PUBLISHED)
 
     @cached_property
     def loss(self) -> Tensor:

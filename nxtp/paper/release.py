@@ -218,6 +218,7 @@ def export_release(directory: Path, to: Path, everything: bool = False) -> int:
     unknown = [name for name in meta.state_dict() if name != "image_token" and their_name(name) is None]
     lm = meta.decoder.lm.config
     unknown += ["model.pool=true"] * config.pool
+    unknown += [f"model.attention={config.attention}"] * (config.attention != "independent")
     if unknown or lm.model_type != "llama":
         what = f"it has {', '.join(unknown[:3])}" if unknown else f"its decoder is a {lm.model_type}"
         raise UserError(f"'{directory}' cannot be loaded by the published code: {what}.")

@@ -208,7 +208,7 @@ def _next_logits(
         is_end_RT = (tokens_RT == delimiter).int()
         segments_RT = 1 + is_end_RT.cumsum(dim=1) - is_end_RT  # a delimiter belongs to the label that it ends
         segments_RT = torch.cat([segments_RT.new_zeros(rows, prefix), segments_RT], dim=1)
-        mask = attention_mask(segments_RT, model.num_image_tokens, query_start=prefix + start)
+        mask = attention_mask(segments_RT, model.num_image_tokens, model.config.attention, prefix + start)
     positions = torch.arange(prefix + start, prefix + length, device=tokens_RT.device)[None]
     hidden = model.decoder(model.decoder.embed(tokens_RT[:, start:]), positions, mask, cache)
     return model.decoder.logits(hidden[:, -1])

@@ -35,6 +35,7 @@ from nxtp.distributed.start import StartTogether
 from nxtp.errors import UserError, by_kind, nearest
 from nxtp.eval.metrics import HIT_CUTS
 from nxtp.model.flops import count_parameters, meta_model
+from nxtp.model.layout import Objective
 from nxtp.model.model import ModelConfig
 from nxtp.model.tokenizer import LabelTokenizer, train_tokenizer
 from nxtp.runs.atomic import atomic_directory
@@ -196,8 +197,7 @@ def build(
         tokenizer,
         transform=ImageTransform.of(shape.encoder.config),
         num_image_tokens=shape.num_image_tokens,
-        objective=cfg.objective.name,
-        prompts=cfg.objective.prompts,
+        objective=to_dataclass(Objective, cfg.objective, "objective"),
         sets=sets,
         ranks=ranks,
     )

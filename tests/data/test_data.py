@@ -335,10 +335,26 @@ def test_given_labels_of_training(tmp_path, given):
     assert batch.labels[batch.keys.index("x")] == ["rose", "stone"], "validation keeps all names"
 
 
+def test_labels_in_an_order_of_their_own_and_what_it_does_not_name_behind_them(tmp_path):
+    names = ["rose", "stone", "lemon", "leaf", "ocean"]
+    content = [{"__key__": f"{i}", "jpg": jpeg((9, 9, 9)), "json": {"labels": names}} for i in range(20)]
+    write_shard(tmp_path / "a.tar", content)
+    order = tmp_path / "order.txt"
+    order.write_text("ocean\n\n lemon\nfern\nrose\n")
+    data = shard_data(str(tmp_path), {"v": str(tmp_path)}, batch_size=20, max_labels=9, label_order=str(order))
+    (batch,) = data.train_dataloader()
+    assert {tuple(labels[:3]) for labels in batch.labels} == {("ocean", "lemon", "rose")}
+    assert {tuple(labels[3:]) for labels in batch.labels} == {("stone", "leaf"), ("leaf", "stone")}, "shuffled"
+    batch = next(iter(data.val_dataloader()[0]))
+    assert batch.labels[0] == names, "validation keeps the given order"
+    with pytest.raises(UserError, match=r"data.label_order must be a text file with one label per line: .*none.txt"):
+        shard_data(str(tmp_path), label_order=str(tmp_path / "none.txt")).train_dataloader()
+
+
 @pytest.mark.parametrize(
     ("setting", "value", "message"),
     [
-        ("given_labels", "frist", "must be all or first, got 'frist'."),
+        ("given_labels", "frist", "must be all or first, got 'frist'. Did you mean 'first'?"),
         ("read_timeout", 0, "must be > 0 seconds, got 0."),
         ("read_timeout", float("inf"), "must be > 0 seconds, got inf."),
         ("caption_key", "parquet:", "=parquet: names no column: write parquet:COLUMN."),

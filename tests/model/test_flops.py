@@ -16,7 +16,7 @@ from nxtp.config import conf_dir, to_dataclass
 from nxtp.model.decoder import DecoderConfig
 from nxtp.model.encoder import EncoderConfig
 from nxtp.model.flops import Flops, ModelFlops, compute_dtype, meta_model, peak_flops, training_flops
-from nxtp.model.layout import lay_out
+from nxtp.model.layout import MATCHED, PUBLISHED, Objective, lay_out
 from nxtp.model.lora import LoraConfig
 from nxtp.model.model import Model, ModelConfig
 from nxtp.model.trainable import TrainableConfig, choose_trainable
@@ -25,13 +25,13 @@ from nxtp.train.optim import OptimConfig
 LABELS = [[(5, 6)] * 3, [(5,)] * 7, [(7, 8, 9)]]  # of three images; 9, 14 and 4 positions
 
 
-def batch_layout(model: Model, objective="published"):
+def batch_layout(model: Model, objective=PUBLISHED):
     return lay_out(
         LABELS, prompt=[1] * 7, delimiter=4, num_image_tokens=model.num_image_tokens, objective=objective
     ).to("meta")
 
 
-def counted(model: Model, objective: str = "published") -> Flops:
+def counted(model: Model, objective: Objective = PUBLISHED) -> Flops:
     """Operator by operator, on the meta device."""
     size = model.config.encoder.image_size
     images = torch.zeros(len(LABELS), 3, size, size, device="meta")
@@ -43,7 +43,7 @@ def counted(model: Model, objective: str = "published") -> Flops:
     return Flops(forward.get_total_flops(), backward.get_total_flops())
 
 
-def by_formula(model: Model, objective: str = "published") -> Flops:
+def by_formula(model: Model, objective: Objective = PUBLISHED) -> Flops:
     layout = batch_layout(model, objective)
     return ModelFlops(model).step(*layout.segments_BT.shape, len(layout.sources))
 
@@ -81,7 +81,7 @@ TRAINABLE = {
 
 @pytest.mark.parametrize(
     ("trainable", "objective"),  # the objective changes what the head reads, whatever trains
-    [("all", "published"), ("last blocks", "published"), *((trainable, "matched") for trainable in TRAINABLE)],
+    [("all", PUBLISHED), ("last blocks", PUBLISHED), *((trainable, MATCHED) for trainable in TRAINABLE)],
 )
 def test_only_what_trains_costs_backward(trainable, objective):
     model = meta_model(tiny_config(), None, TRAINABLE[trainable])

@@ -16,9 +16,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from nxtp.config import composed, conf_dir, to_dataclass
 from nxtp.errors import UserError
 from nxtp.inference.recognizer import Recognizer
+from nxtp.model.attention_rule import ATTENTION
 from nxtp.model.decoder import FAMILY, Decoder, DecoderConfig, choose_blocks, plain_config, resolve
 from nxtp.model.encoder import CLIP_MEAN, CLIP_STD, Encoder, EncoderConfig
-from nxtp.model.layout import Objective, lay_out
+from nxtp.model.layout import MATCHED, PUBLISHED, Objective, lay_out
 from nxtp.model.model import Model, ModelConfig
 from nxtp.model.tokenizer import train_tokenizer
 from nxtp.model.trainable import TrainableConfig, choose_trainable
@@ -48,7 +49,7 @@ def random_images(batch: int, size: int = 32, seed: int = 0) -> torch.Tensor:
     return torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8, generator=generator)
 
 
-def layout_of(model: Model, labels, objective=Objective.MATCHED):
+def layout_of(model: Model, labels, objective=MATCHED):
     return lay_out(
         labels,
         prompt=PROMPT,
@@ -67,7 +68,10 @@ def gradients(model: Model, loss: torch.Tensor) -> dict[str, torch.Tensor]:
 # ---- the loss
 
 
-@pytest.mark.parametrize("objective", list(Objective))
+both = pytest.mark.parametrize("objective", [MATCHED, PUBLISHED], ids=["matched", "published"])
+
+
+@both
 @pytest.mark.parametrize("rows", [1, 4])
 def test_a_loss_in_parts_is_the_whole_loss(model, monkeypatch, objective, rows):
     layout, images = layout_of(model, LABELS, objective), random_images(4)
@@ -80,8 +84,12 @@ def test_a_loss_in_parts_is_the_whole_loss(model, monkeypatch, objective, rows):
     torch.testing.assert_close(gradients(model, parts.total), expected, rtol=1e-5, atol=2e-6)
 
 
-@pytest.mark.parametrize("objective", list(Objective))
-def test_loss_and_labels_of_one_prefix_are_those_of_two(model, objective):
+@pytest.mark.parametrize(
+    ("objective", "attention"), [(MATCHED, "independent"), *((PUBLISHED, rule) for rule in ATTENTION)]
+)
+def test_loss_and_labels_of_one_prefix_are_those_of_two(objective, attention):
+    model = random_model()
+    model.config.attention = attention
     layout, images = layout_of(model, LABELS, objective), random_images(4)
     settings = {"prompt": PROMPT, "delimiter": DELIMITER, "top_k": 5}
     with torch.inference_mode():
@@ -104,7 +112,7 @@ def log_probs_behind(model: Model, image: torch.Tensor, label: list[int], shift:
     return model.decoder.logits(model.decoder(embeddings, positions[None], mask[None, None]))[0].log_softmax(-1)
 
 
-def unpacked_nlls(model: Model, images: torch.Tensor, labels, objective: str) -> list[list[torch.Tensor]]:
+def unpacked_nlls(model: Model, images: torch.Tensor, labels, objective: Objective) -> list[list[torch.Tensor]]:
     """For each image the negative log-likelihood of every supervised token, one sequence a label."""
     result = []
     prefix = model.num_image_tokens + 1 + len(PROMPT)
@@ -112,20 +120,25 @@ def unpacked_nlls(model: Model, images: torch.Tensor, labels, objective: str) ->
         nlls, shift = [], 0
         alone = log_probs_behind(model, image, [], 0)
         before = alone[-1]
-        if objective == "published":
+        if objective.supervise_prompt:
             nlls += [-alone[prefix - len(PROMPT) - 1 + i, token] for i, token in enumerate(PROMPT)]
         for label in image_labels:
             tokens = [*label, DELIMITER]
             log_probs = log_probs_behind(model, image, tokens, shift)[prefix:]
             nlls.append(-before[tokens[0]])
             nlls += [-log_probs[i, token] for i, token in enumerate(tokens[1:])]
-            if objective == "published":
-                before, shift = log_probs[-1], shift + len(tokens)
+            if objective.first_token == "delimiter":
+                before = log_probs[-1]
+            if objective.positions == "continued":
+                shift += len(tokens)
         result.append(nlls)
     return result
 
 
-@pytest.mark.parametrize("objective", list(Objective))
+PARTS = itertools.product(["parallel", "continued"], ["prompt", "delimiter"], [False, True])
+
+
+@pytest.mark.parametrize("objective", [Objective(*parts) for parts in PARTS])
 def test_loss_is_that_of_every_label_alone(model, objective):
     images = random_images(len(LABELS))
     loss = model(images, layout_of(model, LABELS, objective))
@@ -139,7 +152,7 @@ def test_loss_is_that_of_every_label_alone(model, objective):
         torch.testing.assert_close(ours[name], gradient, rtol=1e-3, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
 
 
-@pytest.mark.parametrize("objective", list(Objective))
+@both
 def test_a_pooled_image_is_in_the_last_prompt_token_of_training_of_the_cache_and_of_the_plain_way(objective):
     plain, images = random_model(), random_images(len(LABELS))
     model = random_model()
@@ -164,7 +177,7 @@ def test_a_pooled_image_is_in_the_last_prompt_token_of_training_of_the_cache_and
 
 def test_published_objective_is_the_published_step(model):
     images = random_images(len(LABELS))
-    loss = model(images, layout_of(model, LABELS, Objective.PUBLISHED)).mean
+    loss = model(images, layout_of(model, LABELS, PUBLISHED)).mean
     theirs = published_loss(model, images, LABELS, prompt=PROMPT, delimiter=DELIMITER, pad_to=40)
     torch.testing.assert_close(loss, theirs, rtol=1e-5, atol=0)
     ours, plain = gradients(model, loss), gradients(model, theirs)
@@ -175,7 +188,7 @@ def test_published_objective_is_the_published_step(model):
         published_loss(model, images, LABELS, prompt=PROMPT, delimiter=DELIMITER, pad_to=29)
 
 
-@pytest.mark.parametrize("objective", list(Objective))
+@both
 def test_loss_does_not_depend_on_padding_or_company(model, objective):
     images = random_images(len(LABELS))
     together = model(images, layout_of(model, LABELS, objective)).total

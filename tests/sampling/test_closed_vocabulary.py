@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from nxtp.data.labels.imagenet import imagenet_classes
 from nxtp.errors import UserError
 from nxtp.inference.recognizer import Recognizer
-from nxtp.model.layout import Objective, lay_out
+from nxtp.model.layout import lay_out
 from nxtp.model.model import Model
 from nxtp.model.tokenizer import train_tokenizer
 from nxtp.sampling import closed_vocabulary as module
@@ -43,7 +43,6 @@ def alone(recognizer, pixels, label):
         prompt=TOKENIZER.prompt_ids,
         delimiter=TOKENIZER.delimiter_id,
         num_image_tokens=recognizer.model.num_image_tokens,
-        objective=Objective.MATCHED,
     )
     return -recognizer.model(pixels[None], layout).total.item()
 

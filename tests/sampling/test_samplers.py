@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from nxtp.errors import UserError
 from nxtp.inference.recognizer import Recognizer
+from nxtp.model.attention_rule import ATTENTION
 from nxtp.model.model import Model
 from nxtp.model.tokenizer import train_tokenizer
 from nxtp.sampling.autoregressive import (
@@ -54,7 +55,7 @@ def plain_logits(model: Model, image: torch.Tensor, text: list[int], sees) -> to
     mask = torch.zeros(1, 1, length, length, dtype=torch.bool)
     for q, k in itertools.product(range(length), range(length)):
         if k < prefix or q < prefix:
-            mask[0, 0, q, k] = allowed(q, k, [0] * length, images)
+            mask[0, 0, q, k] = allowed(q, k, [0] * length, images, model.config.attention)
         else:
             mask[0, 0, q, k] = k <= q and sees(q - prefix, k - prefix)
     return model.decoder.logits(model.decoder(embeddings, torch.arange(length)[None], mask)[0, -1])
@@ -69,17 +70,19 @@ def label_of(text: list[int]) -> list[int]:
     return numbers
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize(("temperature", "attention"), [(0.0, "independent"), *((1.0, rule) for rule in ATTENTION)])
 @torch.no_grad()
-def test_greedy_sees_its_own_label_only_and_equals_the_plain_way(temperature):
+def test_greedy_sees_what_its_rule_allows_and_equals_the_plain_way(temperature, attention):
     model, images = tiny_model(7, scale=0.1), pictures(3)
+    model.config.attention = attention
     config = GreedyConfig(max_new_tokens=10, temperature=temperature)
     tokens, probs = greedy(model, images, config, **COMMON, never_first=[BOS, DELIMITER])
     for image, written, given_probs in zip(images.split(1), tokens.tolist(), probs, strict=True):
         text: list[int] = []
         for token, prob in zip(written, given_probs, strict=True):
             number = label_of([*text, 0])
-            logits = plain_logits(model, image, text, lambda q, k, number=number: number[q] == number[k])
+            own = attention == "independent"
+            logits = plain_logits(model, image, text, lambda q, k, n=number, own=own: not own or n[q] == n[k])
             torch.testing.assert_close(prob, logits.softmax(-1)[token], rtol=1e-4, atol=1e-6)
             if not text or text[-1] == DELIMITER:
                 logits[[BOS, DELIMITER]] = -torch.inf

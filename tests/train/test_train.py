@@ -18,7 +18,7 @@ from nxtp.data.transforms import ImageTransform
 from nxtp.distributed.checkpoints import read_file
 from nxtp.errors import UserError
 from nxtp.inference.recognizer import Recognizer
-from nxtp.model.layout import Objective, lay_out
+from nxtp.model.layout import MATCHED, PUBLISHED, lay_out
 from nxtp.model.tokenizer import train_tokenizer
 from nxtp.model.trainable import TrainableConfig
 from nxtp.prepare.writer import write_shard
@@ -41,7 +41,7 @@ def fit(tmp_path, shards, *, objective="matched", steps=20, trainable=None, **tr
         tokenizer,
         transform=ImageTransform(32),
         num_image_tokens=16,
-        objective=objective,
+        objective=PUBLISHED if objective == "published" else MATCHED,
     )
     module = RecognitionModule(config, tokenizer, OptimConfig(lr=3e-3, trainable=trainable or TrainableConfig()))
     losses: list[float] = []
@@ -112,7 +112,7 @@ def test_only_what_should_train_changes(tmp_path, shards):
 
 
 def batch_of(number: int = 2) -> Batch:
-    layout = lay_out([[(5,)]] * number, prompt=[1], delimiter=4, num_image_tokens=16, objective=Objective.MATCHED)
+    layout = lay_out([[(5,)]] * number, prompt=[1], delimiter=4, num_image_tokens=16)
     images = torch.zeros(number, 3, 32, 32, dtype=torch.uint8)
     return Batch(
         images, layout, [f"key{i}" for i in range(number)], ["s.tar"] * number, [["a"]] * number, number, Counter()

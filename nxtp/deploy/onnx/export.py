@@ -91,13 +91,15 @@ def export_onnx(recognizer: Recognizer, out: Path, int8: bool = False) -> Config
         int8: :func:`quantize` the weights.
 
     Raises:
-        UserError: a package is missing.
+        UserError: a package is missing, or the model's image tokens do not see each other both ways.
         ValueError: another dtype or device.
     """
     require_onnx()
     model = recognizer.model
     if model.image_token.dtype != torch.float32 or recognizer.device.type != "cpu":
         raise ValueError(f"the model must be float32 on cpu, got {model.image_token.dtype} on {recognizer.device}")
+    if model.config.attention == "causal":
+        raise UserError("Graphs of a model with model.attention=causal are not written: their runner has its own mask.")
     config = runner_config(recognizer, "int8" if int8 else "float32")
     with atomic_directory(out) as new:
         with _quiet(), torch.no_grad():
