@@ -205,7 +205,7 @@ def test_exact_search_finds_what_enumeration_finds(seed, branches):
         assert samples.cut_BK[i].tolist() == [p for p in (samples.lengths_BK[i] == 3).tolist()]
 
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", [0, 1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(2, 8))])
 @torch.no_grad()
 def test_exact_search_that_leaves_most_of_the_tree_alone_is_proven_at_its_bound_and_not_before(seed):
     vocabulary, never = 6, [BOS, DELIMITER]  # 24 inner nodes
