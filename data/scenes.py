@@ -103,6 +103,7 @@ class SceneOptions:
     ``concepts``  how many, from number ``first`` of the table on
     ``size``      pixels a side
     ``synonyms``  store labels in training too: all names of each concept, like those of ImageNet's classes
+    ``skew``      concept n, counted from 1, comes with a probability in proportion to n to the power of -skew
     ``only``      of these, draw the concepts with these nouns; () draws all
     ``without``   but never those with these
     """
@@ -115,16 +116,17 @@ class SceneOptions:
     quality: int = 92
     first: int = 0
     synonyms: bool = False
+    skew: float = 0.0
     only: tuple[str, ...] = ()
     without: tuple[str, ...] = ()
 
     def made_by(self) -> dict[str, Any]:
-        """For a manifest. ``first`` and ``synonyms`` stand there only if they are used: older sets lack them.
+        """For a manifest. ``first``, ``synonyms`` and ``skew`` stand there only if they are used: older sets lack them.
 
         ``only`` and ``without`` show in the manifest's labels.
         """
         settings = {k: v for k, v in asdict(self).items() if k not in ("only", "without")}
-        return {k: v for k, v in settings.items() if v or k not in ("first", "synonyms")}
+        return {k: v for k, v in settings.items() if v or k not in ("first", "synonyms", "skew")}
 
 
 @cache
@@ -219,7 +221,9 @@ def _groups(count: int, options: SceneOptions, rng: np.random.Generator) -> list
     """``count`` pictures as distinct concepts with the number of each; mass nouns come once."""
     table = drawn(options)
     groups: list[tuple[Concept, int]] = []
-    for index in rng.choice(len(table), size=count, replace=False):
+    shares = np.arange(1, len(table) + 1) ** -options.skew
+    shares = shares / shares.sum() if options.skew else None  # without a skew NumPy draws in another way
+    for index in rng.choice(len(table), size=count, replace=False, p=shares):
         if count == 0:
             break
         concept = table[index]
@@ -372,6 +376,7 @@ def _lines(context: click.Context, option: click.Parameter, file: Iterable[str] 
 @click.option("--min-objects", default=1, help="Pictures per scene, at least.")
 @click.option("--max-objects", default=4, help="Pictures per scene, at most 4.")
 @click.option("--synonyms", is_flag=True, help="Store all names of a concept as labels, in training too.")
+@click.option("--skew", type=click.FloatRange(0), default=0.0, help="Concept n comes in proportion to n^-SKEW.")
 @click.option("--only", type=click.File(), callback=_lines, help="A file of concepts, a line each: draw no other.")
 @click.option("--without", type=click.File(), callback=_lines, help="A file of concepts that are not drawn.")
 @click.option("--seed", type=click.IntRange(0), default=0, help="Another seed gives other scenes.")

@@ -17,8 +17,8 @@ from nxtp.sweep.sweep import Sweep
 from nxtp.train.optim import OptimConfig
 
 STUDIES = [
-    *("dataset_scale", "decoder_depth", "encoder", "imagenet_variants"),
-    *("language_model", "new_words", "objective", "sampling"),
+    *("dataset_scale", "decoder_depth", "encoder", "imagenet_variants", "label_order"),
+    *("language_model", "new_words", "objective", "objective_parts", "sampling"),
 ]
 SWEEPS = [f"{study}/{size}" for study in STUDIES for size in ("laptop", "full")]
 
