@@ -9,7 +9,7 @@ import composing  # noqa: F401
 import xdist
 
 gc.disable()  # until all is imported and collected
-gc.set_threshold(100_000, 20, 50)  # by default collecting takes a twelfth of all tests' time; forks inherit it
+gc.set_threshold(20_000, 20, 20)  # by default collecting takes a twelfth of all tests' time; forks inherit it
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # the default trainer would use a GPU
 _cache = tempfile.TemporaryDirectory(prefix="nxtp-tests-")
 os.environ["XDG_CACHE_HOME"] = _cache.name

@@ -28,6 +28,7 @@ from nxtp.data.config import DataConfig
 from nxtp.data.mixture import open_set
 from nxtp.errors import UserError
 from nxtp.model.flops import count_parameters, meta_model, peak_memory_bytes
+from nxtp.model.layout import MATCHED
 from nxtp.model.model import Model
 from nxtp.train import module
 
@@ -121,7 +122,7 @@ def test_ours_trains_by_the_recipe_in_its_precision(photos):
         clips = mock.patch.object(torch.nn.utils, "clip_grad_norm_", wraps=torch.nn.utils.clip_grad_norm_)
         builds = mock.patch.object(module, "build_optimizer", wraps=module.build_optimizer)
         with clips as clip, builds as build:
-            numbers = worker.measure("matched")
+            numbers = worker.measure(MATCHED)
         assert seen == [torch.float32, hidden, hidden], "compared; to warm up; measured"
         assert worker.model.projection.weight.dtype == weights
         assert [call.args[1] for call in clip.call_args_list] == [worker.size.recipe.trainer.gradient_clip_val] * 2
