@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from nxtp.data.labels.imagenet import NAMES, imagenet_classes
+from nxtp.data.labels.imagenet import NAMES, imagenet_classes, subset
 from nxtp.errors import UserError
 from nxtp.model.model import Model
 from nxtp.model.tokenizer import LabelTokenizer
@@ -33,13 +33,15 @@ Classes = Sequence[str | Sequence[str]]
 
 def read_classes(source: str | Path) -> list[list[str]]:
     """Classes of a file, one per line, names of a class separated by commas; or ``imagenet1k`` (all synonyms),
-    ``imagenet1k:first``, ``imagenet1k:clip``.
+    ``imagenet1k:first``, ``imagenet1k:clip``; or ``imagenet1k:a`` and ``:r``, the 200 of ImageNet-A and -R.
 
     Raises:
         UserError: no such file, not text, or no class in it.
     """
     name, _, which = str(source).partition(":")
     if name == IMAGENET and not Path(source).exists():
+        if which in ("a", "r"):
+            return [c.labels() for c in imagenet_classes() if c.index in subset(f"imagenet_{which}")]
         return [c.labels(which or NAMES[0]) for c in imagenet_classes()]
     try:
         classes = classes_of_lines(Path(source).read_text().splitlines())

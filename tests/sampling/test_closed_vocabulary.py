@@ -150,6 +150,9 @@ def test_classes_of_a_file_and_of_imagenet(tmp_path):
     assert read_classes(tmp_path / "classes.txt") == [["bicycle", "bike"], ["car"]]
     assert read_classes("imagenet1k") == [list(c.synonyms) for c in imagenet_classes()]
     assert all(len(names) == 1 for names in read_classes("imagenet1k:first"))
+    adversarial = read_classes("imagenet1k:a")
+    assert len(adversarial) == len(read_classes("imagenet1k:r")) == 200
+    assert adversarial[0] == ["stingray"], "the first of ImageNet-A's classes, number 6"
     shared = Vocabulary(read_classes("imagenet1k"), TOKENIZER)
     cranes = [owner for owner, names in enumerate(shared.classes) if "crane" in names]
     assert len(cranes) == 2, "a name that two classes share counts for both"
