@@ -7,10 +7,11 @@ import re
 import resource
 import sys
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from nxtp.errors import UserError
@@ -18,6 +19,17 @@ from nxtp.model.encoder import Encoder
 from nxtp.model.layout import Layout, lay_out
 from nxtp.model.model import Model, ModelConfig
 from nxtp.model.trainable import TrainableConfig, choose_trainable
+
+_FILLS = {"add_", "clamp_", "erfinv_", "fill_", "mul_", "normal_", "uniform_", "zero_"}
+
+
+class _WithoutValues(TorchFunctionMode):
+    """What would initialise a tensor of the meta device leaves it alone: half of the time to build a model there."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if args and function.__name__ in _FILLS and args[0].is_meta and not torch.is_grad_enabled():
+            return args[0]
+        return function(*args, **(kwargs or {}))
 
 
 def meta_model(config: ModelConfig, vocab_size: int | None, trainable: TrainableConfig | None = None) -> Model:
@@ -27,7 +39,7 @@ def meta_model(config: ModelConfig, vocab_size: int | None, trainable: Trainable
         UserError: its numbers are impossible, as a width of 0.
     """
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), _WithoutValues():
             model = Model(config, vocab_size, load_pretrained=False)
     except (ArithmeticError, AssertionError, RuntimeError) as error:  # of open_clip, transformers and PyTorch
         raise UserError(f"model cannot be built with these numbers: {' '.join(str(error).split())[:200]}.") from error
