@@ -47,6 +47,9 @@ types: $(READY)
 test test-all: style
 	@$(MAKE) --no-print-directory --jobs 2 types run-$@
 
+# Compiled once, not by each of their processes, also where the environment says that nothing is to be written.
+run-test run-test-all: export PYTHONDONTWRITEBYTECODE =
+
 # Test processes with several threads each would stall each other. A third works while two wait for processes of
 # theirs. A file runs in one process.
 run-test run-test-all: export OMP_NUM_THREADS = 1
