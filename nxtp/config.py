@@ -13,6 +13,7 @@ import textwrap
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -320,7 +321,7 @@ def to_dataclass(cls: type[T], node: Any, where: str) -> T:
     """
     plain = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
     try:
-        merged: Any = OmegaConf.merge(OmegaConf.structured(cls), plain or {})
+        merged: Any = OmegaConf.merge(_structured(cls), plain or {})
         return cast(T, OmegaConf.to_object(merged))
     except OmegaConfBaseException as error:
         file, _, section = where.rpartition(": ")
@@ -330,6 +331,9 @@ def to_dataclass(cls: type[T], node: Any, where: str) -> T:
         if known is not None and error.key not in known and not isinstance(error, ValidationError):
             raise UserError(f"{place}No key '{key}'.{nearest(leaf, known, key.removesuffix(leaf))}") from error
         raise UserError(f"{place}{key}: {str(error).splitlines()[0]}") from error
+
+
+_structured = cache(OmegaConf.structured)  # takes longer than all else here
 
 
 def instantiated(node: Any, where: str, **arguments: Any) -> Any:
