@@ -333,7 +333,10 @@ def to_dataclass(cls: type[T], node: Any, where: str) -> T:
         raise UserError(f"{place}{key}: {str(error).splitlines()[0]}") from error
 
 
-_structured = cache(OmegaConf.structured)  # takes longer than all else here
+@cache
+def _structured(cls: Any) -> Any:
+    """Kept, as building it takes longer than all that :func:`to_dataclass` does with it."""
+    return OmegaConf.structured(cls)
 
 
 def instantiated(node: Any, where: str, **arguments: Any) -> Any:
