@@ -321,7 +321,7 @@ def to_dataclass(cls: type[T], node: Any, where: str) -> T:
     """
     plain = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
     try:
-        merged: Any = OmegaConf.merge(_structured(cls), plain or {})
+        merged: Any = OmegaConf.merge(_structured(cast(Any, cls)), plain or {})
         return cast(T, OmegaConf.to_object(merged))
     except OmegaConfBaseException as error:
         file, _, section = where.rpartition(": ")
