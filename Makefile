@@ -50,15 +50,14 @@ test test-all: style
 # Compiled once, not by each of their processes, also where the environment says that nothing is to be written.
 run-test run-test-all: export PYTHONDONTWRITEBYTECODE =
 
-# Test processes with several threads each would stall each other. A third works while two wait for processes of
-# theirs. A file runs in one process.
+# Two test processes with two threads each would stall each other on two cores. A file runs in one process.
 run-test run-test-all: export OMP_NUM_THREADS = 1
 
 run-test:
-	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder --durations=15
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=15
 
 run-test-all:
-	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder -m ''
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m ''
 
 # Kills, damage, hostile files and requests: up to an hour; its table is in docs/reliability.md.
 drills: $(READY)

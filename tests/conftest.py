@@ -13,8 +13,8 @@ import pytest
 import xdist
 from execnet import gateway_io
 
-gc.disable()
-gc.set_threshold(20_000, 20, 20)  # of forked commands, which enable it
+gc.disable()  # until all is imported and collected
+gc.set_threshold(20_000, 20, 20)  # by default collecting takes a twelfth of all tests' time; forks inherit it
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # the default trainer would use a GPU
 cache = tempfile.TemporaryDirectory(prefix="nxtp-tests-")
 os.environ["XDG_CACHE_HOME"] = cache.name
@@ -93,13 +93,7 @@ def pytest_sessionstart(session):
 def pytest_collection_finish():
     """Libraries and tests stay until the end: collections of garbage pass them over."""
     gc.freeze()
-
-
-@pytest.hookimpl(trylast=True)
-def pytest_runtest_teardown(item, nextitem):
-    """Cycles are collected behind each file; as they come, they take a twentieth of all tests' time."""
-    if nextitem is None or nextitem.path != item.path:
-        gc.collect()
+    gc.enable()
 
 
 def pytest_collection_modifyitems(items):
