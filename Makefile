@@ -53,10 +53,6 @@ run-test run-test-all: export PYTHONDONTWRITEBYTECODE =
 # Two test processes with two threads each would stall each other on two cores. A file runs in one process.
 run-test run-test-all: export OMP_NUM_THREADS = 1
 
-# glibc keeps what is freed: giving pages back and taking them again is a tenth of all tests' time.
-run-test run-test-all: export MALLOC_TRIM_THRESHOLD_ = 4000000000
-run-test run-test-all: export MALLOC_MMAP_THRESHOLD_ = 4000000000
-
 run-test:
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=15
 
