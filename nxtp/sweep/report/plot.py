@@ -85,6 +85,8 @@ def _panel(axes: Axes, drawn: list[Line], metric: str, spec: Spec, plot: Plot) -
             axes.errorbar(at, means, yerr=spreads, fmt=form, ms=6, capsize=3, color=colour, label=label)
     if not numeric:
         axes.set_xticks(range(len(xs)), xs)
+        if sum(map(len, xs)) > 45:  # characters of a panel's width: they would lie on one another
+            axes.tick_params("x", rotation=40)
     elif plot.log_x and all(value > 0 for value in values):
         axes.set_xscale("log")
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
