@@ -203,7 +203,8 @@ def _places(path: str) -> dict[str, int]:
     try:
         lines = Path(path).read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"data.label_order must be a text file with one label per line: {error}.") from error
+        reason = error.strerror if isinstance(error, OSError) else "not a text file"
+        raise UserError(f"data.label_order: '{path}' cannot be read: {reason}. Write one label per line.") from error
     return {label: place for place, label in enumerate(line.strip() for line in lines)}
 
 
