@@ -23,7 +23,6 @@ os.environ["XDG_CACHE_HOME"] = cache.name
 class TestProcess:
     """One of several test processes: what execnet needs of a Popen, but a fork, which has the libraries imported."""
 
-    __test__ = False
     waiting: list = []  # noqa: RUF012
 
     def __init__(self):

@@ -76,7 +76,7 @@ class Layout:
     num_tokens: int
 
     def mask(self, attention: str = "independent") -> Tensor:
-        """The attention rule for the whole batch: bool [B, 1, T, T], True = may attend."""
+        """The attention rule, by its name, for the whole batch: bool [B, 1, T, T], True = may attend."""
         return attention_mask(self.segments_BT, self.num_image_tokens, attention)
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> Layout:

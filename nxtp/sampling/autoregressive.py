@@ -1,8 +1,8 @@
 """Greedy and beam search: one text per image, its labels separated by delimiters (paper, section 4.4, table 5).
 
 The objective ``published`` trains such text: positions continue from label to label, and a label's first token is
-predicted at the previous delimiter. As in training, a label's tokens attend to the prefix and to their own label only;
-``published: true`` reproduces what the published code does instead.
+predicted at the previous delimiter. As in training, tokens attend to what ``model.attention`` lets them see, by default
+the prefix and their own label only; ``published: true`` reproduces what the published code does instead.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ from nxtp.data.shards.reader import IndexedShards, SampleError
 from nxtp.data.transforms import ImageTransform
 from nxtp.distributed.ranks import fabric_of, shared, together, torchrun_ranks
 from nxtp.distributed.rendezvous import Ranks
-from nxtp.errors import UserError, nearest
+from nxtp.errors import UserError, one_of
 from nxtp.model.encoder import Encoder
 from nxtp.model.model import ModelConfig
 
@@ -48,8 +48,7 @@ def extract(cfg: DictConfig) -> None:
     if config.features is None:
         raise UserError("data.features is not set: set the directory for the features.")
     dtype = str(cfg.features_dtype)
-    if dtype not in DTYPES:
-        raise UserError(f"features_dtype must be {' or '.join(DTYPES)}, got '{dtype}'.{nearest(dtype, DTYPES)}")
+    one_of("features_dtype", dtype, DTYPES)
     ranks = torchrun_ranks("auto")
     fabric = fabric_of(ranks, "torchrun", PATIENCE) if ranks else None
     L.seed_everything(cfg.seed, workers=True, verbose=False)
