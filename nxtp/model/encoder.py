@@ -376,9 +376,13 @@ def _probe(visual: nn.Module, image_size: int) -> tuple[list[str], int, int]:
             raise UserError(
                 f"model.encoder: {tower} gives no patch tokens of an image of {image_size} pixels: {reason(error)}."
             ) from error
-        names, parameters = zip(*((n, p) for n, p in visual.named_parameters() if p.requires_grad), strict=True)
-        gradients = torch.autograd.grad(tokens.sum(), parameters, allow_unused=True)
-    unused = [name for name, gradient in zip(names, gradients, strict=True) if gradient is None]
+    used, nodes, seen = set(), [tokens.grad_fn], set()
+    while nodes:  # walked: computing the gradients took as long as building the tower
+        if (node := nodes.pop()) is not None and node not in seen:
+            seen.add(node)
+            used.add(id(getattr(node, "variable", None)))
+            nodes += [before for before, _ in node.next_functions]
+    unused = [n for n, p in visual.named_parameters() if p.requires_grad and id(p) not in used]
     return unused, tokens.shape[1], tokens.shape[2]
 
 
