@@ -27,7 +27,7 @@ from nxtp.bench.command import as_json, number, seed
 from nxtp.bench.reporting import build_table, show
 from nxtp.config import composed, to_dataclass
 from nxtp.data.config import DataConfig
-from nxtp.data.labels.from_samples import label_texts, labels_of
+from nxtp.data.labels.from_samples import label_counts, labels_of
 from nxtp.data.labels.nouns import noun_backend
 from nxtp.data.mixture import open_set
 from nxtp.data.shards.reader import SampleError
@@ -59,7 +59,7 @@ def labels_of_shards(shards: str, images: int, vocab_size: int) -> Labels:
     with TemporaryDirectory() as temporary:
         config = DataConfig(train=shards, index_dir=temporary)
         opened = open_set("train", shards, config).shards
-        tokenizer = train_tokenizer(label_texts(opened, config), vocab_size=vocab_size)
+        tokenizer = train_tokenizer(label_counts(opened, config), vocab_size=vocab_size)
         nouns, found = noun_backend(config.nouns), []
         for position in range(min(images, len(opened))):
             try:

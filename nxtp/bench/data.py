@@ -30,7 +30,7 @@ from nxtp.bench.models import g3m
 from nxtp.bench.reporting import build_table, machine_description, machine_line, ratio
 from nxtp.data.config import DataConfig
 from nxtp.data.datamodule import WebDatasetDataModule
-from nxtp.data.labels.from_samples import label_texts
+from nxtp.data.labels.from_samples import label_counts
 from nxtp.data.labels.nouns import noun_backend
 from nxtp.data.mixture import open_set
 from nxtp.data.shards.manifest import write_manifest
@@ -179,7 +179,7 @@ def _measure(shards: str, index_dir: str, size: int, batch_size: int, repeats: i
     opened = open_set("train", shards, config).shards
     if len(opened) < batch_size:
         raise UserError(f"{shards} has {len(opened)} samples, fewer than one batch of {batch_size}.")
-    tokenizer = train_tokenizer(label_texts(opened, config), vocab_size=8192)
+    tokenizer = train_tokenizer(label_counts(opened, config), vocab_size=8192)
     data = WebDatasetDataModule(config, tokenizer, transform=ImageTransform(size), num_image_tokens=256)
     urls = expand_shards(shards)
     ways: dict[str, Way] = {

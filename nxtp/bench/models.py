@@ -18,7 +18,7 @@ from omegaconf import DictConfig
 from nxtp.config import composed, instantiated, to_dataclass
 from nxtp.data.config import DataConfig
 from nxtp.data.datamodule import WebDatasetDataModule
-from nxtp.data.labels.from_samples import label_texts
+from nxtp.data.labels.from_samples import label_counts
 from nxtp.data.mixture import open_set
 from nxtp.data.transforms import ImageTransform
 from nxtp.distributed.parallelize import ParallelConfig, parallelize
@@ -173,7 +173,7 @@ class Trainer(Worker):
         workers, index = self.size.recipe.data.num_workers, f"{shards}.{way}"
         self.config = DataConfig(train=shards, batch_size=batch_size, num_workers=workers, index_dir=index, seed=seed)
         self.shards = open_set("train", shards, self.config)
-        self.tokenizer = train_tokenizer(label_texts(self.shards.shards, self.config), vocab_size=self.vocab)
+        self.tokenizer = train_tokenizer(label_counts(self.shards.shards, self.config), vocab_size=self.vocab)
         self.prompt, self.delimiter = self.tokenizer.prompt_ids, self.tokenizer.delimiter_id
         batch = next(iter(self.data(PUBLISHED).loader("train", shards, training=True)))
         self.images = batch.images.to(self.device)

@@ -23,7 +23,7 @@ from nxtp.config import instantiated, to_dataclass
 from nxtp.data.config import DataConfig, named_sources
 from nxtp.data.datamodule import WebDatasetDataModule
 from nxtp.data.features.store import FeatureStore
-from nxtp.data.labels.from_samples import label_texts, warn_if_nouns_differ
+from nxtp.data.labels.from_samples import label_counts, warn_if_nouns_differ
 from nxtp.data.mixture import OpenedSet, open_set
 from nxtp.data.shards.manifest import manifest_hash
 from nxtp.data.transforms import ImageTransform
@@ -232,7 +232,7 @@ def find_tokenizer(
 
     def train() -> dict[str, str]:
         if not (reuse and trained.is_dir()):
-            labels = label_texts(sets["train"].shards, data)
+            labels = label_counts(sets["train"].shards, data)
             tokenizer = train_tokenizer(labels, vocab_size=model.vocab_size, prompts=[model.prompt])
             with atomic_directory(trained) as directory:
                 tokenizer.save(directory)

@@ -8,7 +8,7 @@ from helpers import call_nxtp, jpeg, shard_data
 
 from nxtp.data.config import DataConfig
 from nxtp.data.dataset import check_skipped
-from nxtp.data.labels.from_samples import label_texts
+from nxtp.data.labels.from_samples import label_counts
 from nxtp.data.where import Selection
 from nxtp.errors import UserError
 from nxtp.prepare.writer import write_shard
@@ -124,7 +124,7 @@ def test_a_sample_without_the_field_has_no_caption(root):
 def test_a_misspelt_field_is_found_before_a_tokenizer_is_trained_on_nothing(root, settings, kinds):
     data = shard_data(str(root), **settings)
     with pytest.raises(UserError, match=rf"^None of 24 samples of the shards has a label \({kinds}\): compare data\."):
-        label_texts(data.open("train", str(root)).shards, data.config)
+        label_counts(data.open("train", str(root)).shards, data.config)
 
 
 def test_what_is_filtered_is_not_damaged():

@@ -53,11 +53,6 @@ def label_counts(shards: IndexedShards, config: DataConfig, limit: int = 20_000)
     return found
 
 
-def label_texts(shards: IndexedShards, config: DataConfig) -> list[str]:
-    """The labels of :func:`label_counts`, sorted, to train a tokenizer on."""
-    return sorted(label_counts(shards, config))
-
-
 def labels_of(raw: RawSample, nouns: NounBackend) -> list[str]:
     """A sample's own labels, else the nouns of its caption.
 
