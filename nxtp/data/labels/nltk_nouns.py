@@ -6,10 +6,8 @@ The published cleaning deletes a list of words as *substrings*, inside longer wo
 
 from __future__ import annotations
 
-import fcntl
 import io
 import re
-from contextlib import ExitStack, suppress
 from functools import lru_cache
 from importlib.metadata import version
 
@@ -99,11 +97,7 @@ def find_resources() -> None:
 
     if not missing_resources():
         return
-    lock = IndexStore().directory.with_name("nltk.lock")
-    with ExitStack() as stack:
-        with suppress(OSError):  # nowhere to write: each fetches it
-            lock.parent.mkdir(parents=True, exist_ok=True)
-            fcntl.flock(stack.enter_context(open(lock, "a")), fcntl.LOCK_EX)
+    with IndexStore().locked("nltk"):
         for name in missing_resources():
             nltk.download(name, quiet=True, print_error_to=io.StringIO())  # a failure is reported below, once
     if missing_resources():

@@ -163,7 +163,7 @@ class IndexStore:
 
     @contextmanager
     def locked(self, name: str) -> Iterator[None]:
-        """One process at a time makes this index; nothing waits where no lock can be had."""
+        """One process at a time makes what has this name; nothing waits where no lock can be had."""
         with ExitStack() as held:
             with suppress(OSError):
                 self.directory.mkdir(parents=True, exist_ok=True)
