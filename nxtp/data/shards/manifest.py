@@ -32,19 +32,11 @@ def sha256_of(path: Path | str) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_manifest(
-    directory: Path | str,
-    shards: Iterable[ShardInfo],
-    *,
-    made_by: Mapping[str, Any],
-    nouns: Mapping[str, Any] | None = None,
-    skipped: Mapping[str, int] | None = None,
-) -> Path:
+def write_manifest(directory: Path | str, shards: Iterable[ShardInfo], **about: Any) -> Path:
     """Write ``manifest.json``, atomically; raises OSError. Arguments as of :func:`manifest_text`."""
     path = Path(directory) / MANIFEST
-    text = manifest_text(shards, made_by=made_by, nouns=nouns, skipped=skipped)
     with atomic_file(path) as file:
-        file.write(text)
+        file.write(manifest_text(shards, **about))
     return path
 
 
