@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -76,27 +75,21 @@ def export_checkpoint(checkpoint: Path, out: Path, track: Callable = iter) -> in
     from nxtp.model.decoder import DecoderConfig
     from nxtp.model.lora import merged
     from nxtp.model.model import ModelConfig
-    from nxtp.model.tokenizer import FILES, LabelTokenizer
+    from nxtp.model.tokenizer import LabelTokenizer
     from nxtp.model.weights import write_safetensors
 
-    weights = StoredCheckpoint(checkpoint)
-    saved = weights.rest.get("recognizer")
+    stored = StoredCheckpoint(checkpoint)
+    saved = stored.rest.get("recognizer")
     if not saved:
         raise UserError(f"'{checkpoint}' does not contain its model's configuration: nxtp train did not write it.")
     config = to_dataclass(ModelConfig, saved["config"], f"{checkpoint}: model")
     prefix = "state_dict/model."
-    specs = {name.removeprefix(prefix): spec for name, spec in weights.specs.items() if name.startswith(prefix)}
+    specs = {name.removeprefix(prefix): spec for name, spec in stored.specs.items() if name.startswith(prefix)}
     lora = to_dataclass(DecoderConfig, {"lora": saved.get("lora")}, f"{checkpoint}: decoder").lora
-    specs, read = merged(specs, lambda name: weights.read(prefix + name), lora)
+    specs, read = merged(specs, lambda name: stored.read(prefix + name), lora)
     if (config.decoder.config or {}).get("tie_word_embeddings"):
         specs.pop(HEAD, None)
-    with tempfile.TemporaryDirectory() as directory:
-        for name in FILES:
-            Path(directory, name).write_text(saved["tokenizer"][name])
-        tokenizer = LabelTokenizer.load(directory, config.prompt)
-
-    def write(path: Path) -> None:
-        write_safetensors(path, specs, read, track)
-
-    write_model_dir(out, write, tokenizer, config, saved["provenance"])
+    tokenizer = LabelTokenizer.of_files(saved["tokenizer"], config.prompt)
+    weights = partial(write_safetensors, specs=specs, read=read, track=track)
+    write_model_dir(out, weights, tokenizer, config, saved["provenance"])
     return len(specs)
