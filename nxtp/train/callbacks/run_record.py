@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
 from nxtp.runs.record import RunRecord
+from nxtp.runs.tracking import log_record
 from nxtp.train.module import RecognitionModule
 
 log = logging.getLogger("nxtp")
@@ -22,6 +24,7 @@ log = logging.getLogger("nxtp")
 
 class RunRecordWriter(L.Callback):
     """Writes config.yaml and run.json, and updates run.json after each validation and every ``interval`` seconds.
+    At the start W&B gets the record.
 
     Not before all ranks have started: until then each of them looks for a run in the directory.
     """
@@ -40,6 +43,8 @@ class RunRecordWriter(L.Callback):
 
     @rank_zero_only
     def on_train_start(self, trainer: L.Trainer, module: RecognitionModule) -> None:
+        for logger in trainer.loggers:
+            log_record(logger, asdict(self.record))
         epochs, steps = trainer.max_epochs or -1, trainer.max_steps
         in_epochs = epochs * math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
         if steps > 0 and epochs > 0 and math.isfinite(in_epochs) and in_epochs != steps:
