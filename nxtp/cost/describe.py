@@ -11,8 +11,16 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
-from nxtp.cost.memory import LABEL_TOKENS, LABELS, PROMPT_TOKENS, memory, sections, step_of
-from nxtp.model.flops import count_parameters, meta_model, training_flops
+from nxtp.cost.memory import memory, sections, step_of
+from nxtp.model.flops import (
+    LABEL_TOKENS,
+    LABELS,
+    PROMPT_TOKENS,
+    count_parameters,
+    meta_model,
+    training_flops,
+    typical_layout,
+)
 from nxtp.train.checks import check_settings
 
 GPU_SIZES_GB = (16, 24, 40, 48, 80, 141)
@@ -31,11 +39,11 @@ def description(cfg: DictConfig) -> dict[str, Any]:
     step = step_of(cfg)
     needed = memory(config, vocabulary, optim, step, parallel)
     model = meta_model(config, vocabulary, optim.trainable)
-    forward, backward = training_flops(model, prompt_tokens=PROMPT_TOKENS, labels=LABELS, label_tokens=LABEL_TOKENS)
+    forward, backward = training_flops(model)
     return {
         "parameters": count_parameters(model),
         "vocabulary": vocabulary,  # rows, at most: the tokenizer is trained on the labels; null: the decoder's own
-        "tokens_per_image": model.num_image_tokens + 1 + PROMPT_TOKENS + LABELS * (LABEL_TOKENS + 1),
+        "tokens_per_image": typical_layout(model).num_tokens,
         "image_tokens": model.num_image_tokens,
         "flops_per_image": {"forward": forward, "backward": backward},
         "step": asdict(step),

@@ -30,14 +30,12 @@ from nxtp.config import rank_count, to_dataclass
 from nxtp.distributed.parallelize import ParallelConfig, parallelize, unsharded
 from nxtp.errors import UserError
 from nxtp.model.attention_rule import branch_mask
-from nxtp.model.flops import meta_model
-from nxtp.model.layout import Layout, lay_out
+from nxtp.model.flops import LABEL_TOKENS, PROMPT_TOKENS, meta_model, typical_layout
 from nxtp.model.model import Model, ModelConfig
 from nxtp.sampling.one_shot import first_tokens, likeliest_
 from nxtp.train.checks import PRECISIONS, full_precision, strategy_name
 from nxtp.train.optim import OptimConfig, local, state_bytes
 
-LABELS, LABEL_TOKENS, PROMPT_TOKENS = 8, 2, 7  # a typical caption
 PARTS = ("weights", "gradients", "optimizer", "activations", "working")
 
 
@@ -137,12 +135,6 @@ def memory(
     precision = full_precision(step.precision)
     weights_dtype, autocast_dtype = PRECISIONS[precision]
     model = meta_model(config, vocab_size, optim.trainable)
-    prompt = [0] * PROMPT_TOKENS
-
-    def layout(batch: int) -> Layout:
-        labels = [[(0,) * LABEL_TOKENS] * LABELS] * batch
-        return lay_out(labels, prompt=prompt, delimiter=0, num_image_tokens=model.num_image_tokens)
-
     side, tokens = config.encoder.image_size, (model.num_image_tokens, model.encoder.width)
     shape, dtype = (tokens, torch.float16) if step.features else ((3, side, side), torch.uint8)
     with ExitStack() as stack:
@@ -163,7 +155,7 @@ def memory(
             live.part = "activations"
             images = torch.empty(step.batch, *shape, dtype=dtype)
             with torch.autocast("cpu", autocast_dtype, enabled=autocast_dtype is not None):
-                loss = model(images, layout(step.batch)).total
+                loss = model(images, typical_layout(model, step.batch)).total
             live.mark(model.parameters(), "weights")  # gathered and not yet freed
             saved = live.bytes["activations"]
             # Lightning frees the last step's gradients after the forward pass.
@@ -178,15 +170,15 @@ def memory(
             with unsharded(model, parallel.reshard_after_forward), torch.no_grad():
                 images = torch.empty(step.val_batch, *shape, dtype=dtype)
                 with torch.autocast("cpu", autocast_dtype, enabled=autocast_dtype is not None):
-                    _validate(model, images, layout(step.val_batch), prompt, step.top_k)
+                    _validate(model, images, step.top_k)
             moments["validation"] = live.peak
     return _sum_up(live, moments, model, optim, step, saved, scales_loss=precision == "16-mixed")
 
 
-def _validate(model: Model, images: Tensor, layout: Layout, prompt: list[int], top_k: int) -> None:
+def _validate(model: Model, images: Tensor, top_k: int) -> None:
     """The loss, and labels of typical length as :func:`nxtp.sampling.one_shot.one_shot` predicts them."""
-    _, (logits_BV, cache) = model.evaluate(images, layout, prompt)
-    prefix = model.num_image_tokens + 1 + len(prompt)
+    _, (logits_BV, cache) = model.evaluate(images, typical_layout(model, len(images)), [0] * PROMPT_TOKENS)
+    prefix = model.num_image_tokens + 1 + PROMPT_TOKENS
     tokens = first_tokens(logits_BV, top_k)[1]
     for step in range(1, LABEL_TOKENS + 1):
         likeliest_(model.step(tokens, prefix + step - 1, branch_mask(prefix, tokens.shape[1], step), cache))

@@ -24,10 +24,10 @@ from rich.console import Console, Group
 from rich.table import Table
 
 from nxtp.config import composed, to_dataclass
-from nxtp.cost.memory import LABEL_TOKENS, LABELS, PROMPT_TOKENS, memory, sections, step_of
+from nxtp.cost.memory import memory, sections, step_of
 from nxtp.data.config import DataConfig, named_sources
 from nxtp.errors import UserError, nearest
-from nxtp.model.flops import Flops, ModelFlops, known_gpus, meta_model, peak_flops, training_flops
+from nxtp.model.flops import Flops, ModelFlops, known_gpus, meta_model, peak_flops, training_flops, typical_layout
 from nxtp.model.layout import PUBLISHED_LENGTH
 from nxtp.model.model import Model
 
@@ -128,7 +128,7 @@ def plan(cfg: DictConfig, gpus: Sequence[int], *, mfu: float, images: int | None
     config, vocabulary, optim, parallel = sections(cfg)
     model = meta_model(config, vocabulary, optim.trainable)
     total = float(images) if images is not None else images_of(cfg)
-    flops = sum(training_flops(model, prompt_tokens=PROMPT_TOKENS, labels=LABELS, label_tokens=LABEL_TOKENS))
+    flops = training_flops(model).total
     needed = cache(lambda step: memory(config, vocabulary, optim, step, parallel).total)
     planned, rows = replace(step_of(cfg), precision="bf16-mixed", on_gpu=True), []
     for ranks in gpus:
@@ -161,10 +161,9 @@ def plan(cfg: DictConfig, gpus: Sequence[int], *, mfu: float, images: int | None
                     "hours": total / (per_gpu * ranks) * seconds / 3600,
                 }
             )
-    tokens = model.num_image_tokens + 1 + PROMPT_TOKENS + LABELS * (LABEL_TOKENS + 1)
     return {
         "images": total,
-        "tokens": total * tokens,
+        "tokens": total * typical_layout(model).num_tokens,
         "flops": total * flops,
         "mfu": mfu,
         "gpu": cluster.gpu,

@@ -20,6 +20,7 @@ from nxtp.model.layout import Layout, lay_out
 from nxtp.model.model import Model, ModelConfig
 from nxtp.model.trainable import TrainableConfig, choose_trainable
 
+LABELS, LABEL_TOKENS, PROMPT_TOKENS = 8, 2, 7  # of a typical caption
 _FILLS = {"add_", "clamp_", "erfinv_", "fill_", "mul_", "normal_", "uniform_", "zero_"}
 
 
@@ -133,15 +134,15 @@ class ModelFlops:
         return self.step(images, length if padding else layout.num_tokens / images, layout.sources.shape[0])
 
 
-def training_flops(model: Model, *, prompt_tokens: int = 7, labels: int = 8, label_tokens: int = 2) -> Flops:
-    """FLOPs of one image with ``labels`` labels of ``label_tokens`` tokens and a delimiter, objective ``matched``."""
-    layout = lay_out(
-        [[(0,) * label_tokens] * labels],
-        prompt=[0] * prompt_tokens,
-        delimiter=0,
-        num_image_tokens=model.num_image_tokens,
-    )
-    return ModelFlops(model).step(1, layout.segments_BT.shape[1], layout.sources.shape[0])
+def typical_layout(model: Model, images: int = 1) -> Layout:
+    """Images with :data:`LABELS` labels of :data:`LABEL_TOKENS` tokens and a delimiter, objective ``matched``."""
+    labels = [[(0,) * LABEL_TOKENS] * LABELS] * images
+    return lay_out(labels, prompt=[0] * PROMPT_TOKENS, delimiter=0, num_image_tokens=model.num_image_tokens)
+
+
+def training_flops(model: Model) -> Flops:
+    """FLOPs of one image of :func:`typical_layout`."""
+    return ModelFlops(model).of(typical_layout(model))
 
 
 def _linear(module: nn.Module) -> list[nn.Linear]:
