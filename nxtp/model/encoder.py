@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nxtp.errors import UserError, nearest
+from nxtp.errors import UserError, nearest, one_of
 from nxtp.model.hub import reason
 from nxtp.model.untrusted import read_yaml
 from nxtp.model.weights import MODEL_FILE, ComputesBuffers, SafetensorsFiles
@@ -74,10 +74,8 @@ class EncoderConfig:
         if not len(mean) == len(std) == 3 or not all(map(math.isfinite, [*mean, *std])) or min(std) <= 0:
             raise UserError("model.encoder.mean and std must be three finite numbers each, those of std > 0.")
         for name, known in CHOICES.items():
-            value = getattr(self, name)
-            if value is not None and value not in known:
-                near = nearest(str(value), known)
-                raise UserError(f"model.encoder.{name} must be one of {', '.join(known)}, got '{value}'.{near}")
+            if (value := getattr(self, name)) is not None:
+                one_of(f"model.encoder.{name}", value, known)
 
     def filled(self, found: Mapping[str, Any]) -> EncoderConfig:
         """With ``found``, else the defaults, for every setting of the input that is null."""

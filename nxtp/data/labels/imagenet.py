@@ -8,7 +8,7 @@ from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
-from nxtp.errors import UserError, nearest
+from nxtp.errors import one_of
 
 NAMES = ("synonyms", "first", "clip")
 SUBSETS = ("imagenet_a", "imagenet_r")
@@ -35,8 +35,7 @@ class ImageNetClass:
         Raises:
             UserError: another value of ``names``.
         """
-        if names not in NAMES:
-            raise UserError(f"names must be one of {', '.join(NAMES)}, got '{names}'.{nearest(names, NAMES)}")
+        one_of("names", names, NAMES)
         if names == "clip":
             return [self.clip_name]
         return list(self.synonyms) if names == "synonyms" else [self.synonyms[0]]
