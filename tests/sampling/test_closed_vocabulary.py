@@ -89,7 +89,7 @@ def test_a_probability_does_not_depend_on_the_other_labels(recognizer):
 
 
 @given(st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=4).map(tuple), min_size=1, max_size=12, unique=True))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 def test_a_tree_holds_each_beginning_once(sequences):
     tree = Tree.of(sequences)
     assert len(tree) == len({s[:n] for s in sequences for n in range(1, len(s) + 1)})

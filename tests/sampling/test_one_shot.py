@@ -47,8 +47,13 @@ def assert_same(samples: Samples, plain: list[list[tuple[list[int], list[float]]
             torch.testing.assert_close(samples.label_probs_BK[i, j], score, rtol=1e-4, atol=0)
 
 
-@pytest.mark.parametrize("ends", [0.0, 1.0, 2.5])
-@pytest.mark.parametrize(("batch", "top_k", "max_tokens"), [(1, 1, 5), (1, 8, 1), (2, 5, 2), (3, 7, 6), (2, 30, 9)])
+@pytest.mark.parametrize(
+    ("batch", "top_k", "max_tokens", "ends"),
+    [
+        *((*sizes, ends) for sizes in [(1, 1, 5), (1, 8, 1), (2, 5, 2), (3, 7, 6)] for ends in (0.0, 1.0, 2.5)),
+        (2, 30, 9, 2.5),
+    ],
+)
 def test_branches_of_one_row_are_single_sequences(batch, top_k, max_tokens, ends):
     model = random_model(seed=batch, ends=ends)
     options = {"prompt": PROMPT, "delimiter": DELIMITER, "top_k": top_k, "max_tokens": max_tokens}

@@ -5,7 +5,7 @@ from functools import cache, partial
 
 import pytest
 import torch
-from by_definition import allowed
+from by_definition import mask_by_definition
 from helpers import tiny_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -46,18 +46,20 @@ def pictures(batch: int, seed: int = 0) -> torch.Tensor:
     return torch.rand(batch, 3, 32, 32, generator=torch.Generator().manual_seed(seed)) * 4 - 2
 
 
+@cache
+def mask_of_one_segment(length: int, images: int, attention: str) -> torch.Tensor:
+    return mask_by_definition(torch.zeros(1, length, dtype=torch.long), images, attention)[None]
+
+
 def plain_logits(model: Model, image: torch.Tensor, text: list[int], sees) -> torch.Tensor:
     """Logits of what follows ``text`` behind the prompt; ``sees(q, k)`` says what text position q sees of text k."""
     tokens = torch.tensor([[*PROMPT, *text]])
     embeddings = model.embed(model.encode(image), tokens, len(PROMPT))
-    length, images = embeddings.shape[1], model.num_image_tokens
+    length = embeddings.shape[1]
     prefix = length - len(text)
-    mask = torch.zeros(1, 1, length, length, dtype=torch.bool)
-    for q, k in itertools.product(range(length), range(length)):
-        if k < prefix or q < prefix:
-            mask[0, 0, q, k] = allowed(q, k, [0] * length, images, model.config.attention)
-        else:
-            mask[0, 0, q, k] = k <= q and sees(q - prefix, k - prefix)
+    mask = mask_of_one_segment(length, model.num_image_tokens, model.config.attention).clone()
+    for q, k in itertools.product(range(len(text)), range(len(text))):
+        mask[0, 0, prefix + q, prefix + k] = k <= q and sees(q, k)
     return model.decoder.logits(model.decoder(embeddings, torch.arange(length)[None], mask)[0, -1])
 
 
@@ -205,7 +207,7 @@ def test_exact_search_finds_what_enumeration_finds(seed, branches):
         assert samples.cut_BK[i].tolist() == [p for p in (samples.lengths_BK[i] == 3).tolist()]
 
 
-@pytest.mark.parametrize("seed", [0, 1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(2, 8))])
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 8))])
 @torch.no_grad()
 def test_exact_search_that_leaves_most_of_the_tree_alone_is_proven_at_its_bound_and_not_before(seed):
     vocabulary, never = 6, [BOS, DELIMITER]  # 24 inner nodes
