@@ -101,18 +101,9 @@ def gpu(**options: Any) -> None:
 @number("--height", 480, "Of a synthetic photograph, in pixels.")
 @number("--size", 224, "Of the model's input, in pixels.")
 @number("--batch-size", 64, "Images per batch.")
-@click.option("--scale", type=click.IntRange(1), metavar="SHARDS", help="Instead: open so many, without reading any.")
-def data(scale: int | None, **options: Any) -> None:
-    """Images per second and core: ours, plain WebDataset, open_clip's pipeline.
-
-    \b
-    nxtp bench data --scale 14000      seconds and memory until a remote set of this size is ready for its first batch
-    """
-    if scale is None:
-        run("data", **options)
-    else:
-        kept = {name: options[name] for name in ("batch_size", "seed", "json")}
-        run("scale", shards=scale, ranks=256, **kept)
+def data(**options: Any) -> None:
+    """Images per second and core: ours, plain WebDataset, open_clip's pipeline."""
+    run("data", **options)
 
 
 @bench.command(short_help="Labels per second of the semantic metric.")

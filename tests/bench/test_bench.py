@@ -200,15 +200,6 @@ def test_photographs_have_labels_like_captions(tmp_path):
     assert {len(label.split()) for image in first for label in image} == {1, 2, 3}
 
 
-def test_many_shards_are_opened_without_one():
-    result = CliRunner().invoke(bench, ["data", "--scale", "300", "--json"], catch_exceptions=False)
-    found = json.loads(result.output.splitlines()[-1])
-    assert found["plan"].startswith("300 shards of 1,51")
-    assert found["agree"]
-    assert all(row["opened_s"] < row["first_batch_s"] < 20 for row in found["rows"].values())
-    assert all(0 < row["worker_mb"] < row["own_mb"] < row["memory_mb"] for row in found["rows"].values())
-
-
 def test_results_that_differ_are_refused():
     good = {"loss": np.float32(2.0), "gradient": np.ones((2, 3))}
     assert assert_equal(good, good, "step") == 0

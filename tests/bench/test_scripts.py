@@ -18,6 +18,7 @@ from nxtp.sampling.one_shot import one_shot
 sys.path.append(str(Path(__file__).resolve().parents[2] / "experiments" / "benchmarks"))
 
 from closed_vocabulary import closed_vocabulary
+from open_shards import open_shards
 from padding import batches, padding
 from static_shapes import StaticOneShot, static_shapes
 
@@ -38,6 +39,14 @@ def test_closed_prints_a_table_and_one_object_last(tmp_path):
     assert numbers["nodes"] < numbers["tokens"]
     assert numbers["ratio"] == pytest.approx(numbers["seconds"]["classify"] / numbers["seconds"]["predict"])
     assert numbers["difference"] < TOLERANCE
+
+
+def test_many_shards_are_opened_without_one():
+    found, _ = run(open_shards, "--shards", "300")
+    assert found["plan"].startswith("300 shards of 1,51")
+    assert found["agree"]
+    assert all(row["opened_s"] < row["first_batch_s"] < 20 for row in found["rows"].values())
+    assert all(0 < row["worker_mb"] < row["own_mb"] < row["memory_mb"] for row in found["rows"].values())
 
 
 @pytest.mark.slow  # padding was measured once; its answer is in experiments/benchmarks/README.md
