@@ -47,12 +47,8 @@ def test_every_part_has_an_example():
     assert all({language for language, _, _ in blocks} >= {"python", "sh"} for blocks in SECTIONS.values())
 
 
-TOGETHER = ("Tokenizer", "Metric", "Callback", "Optimiser and schedule")  # of one run; apart it takes seconds each
-
-
-@pytest.mark.parametrize(
-    "section", [pytest.param(s, marks=pytest.mark.slow if s in TOGETHER else ()) for s in SECTIONS]
-)
+@pytest.mark.slow  # each takes seconds; together, below, they are one run
+@pytest.mark.parametrize("section", list(SECTIONS))
 def test_an_example_runs(section, tmp_path):
     place(tmp_path, section)
     for line in commands(section):
@@ -61,18 +57,25 @@ def test_an_example_runs(section, tmp_path):
 
 
 def test_examples_run_together(tmp_path):
-    """A tokenizer, metric, callback and optimizer of one's own in one run, by the overrides that the page gives."""
-    place(tmp_path, *TOGETHER)
-    lines = [line for section in TOGETHER for line in commands(section)]
-    runs = [shlex.split(line) for line in lines if line.startswith("nxtp train ")]
-    assert len(runs) == len(TOGETHER)
-    overrides = {o.partition("=")[0]: o for words in runs for o in words[2:]}
-    run(next(line for line in lines if line.startswith("python ")), tmp_path)
-    run(shlex.join(["nxtp", "train", *overrides.values(), "name=phrases"]), tmp_path)
-    assert RESULTS["Metric"](tmp_path)
-    (tmp_path / RUNS / "norm").symlink_to("phrases")
-    assert RESULTS["Callback"](tmp_path)
-    run(next(line for line in lines if line.startswith("nxtp evaluate ")), tmp_path)
+    """Every part of one's own in one run, by the overrides that the page gives; its model predicts and is evaluated."""
+    place(tmp_path, *SECTIONS)
+    lines = [line for section in SECTIONS for line in commands(section)]
+    words = [shlex.split(line) for line in lines]
+    runs = [given for given in words if "train" in given]
+    assert len(runs) == len(SECTIONS)
+    modules = ",".join(given[0].partition("=")[2] for given in runs if given[0].startswith("NXTP_IMPORT="))
+    overrides = {o.partition("=")[0]: o for given in runs for o in given[given.index("train") + 1 :]}
+    del overrides["data.train"]  # of all examples but the data set's
+    for given in words:
+        if given[0] == "python":
+            run(shlex.join(given), tmp_path)
+    run(shlex.join([f"NXTP_IMPORT={modules}", "nxtp", "train", *overrides.values(), "name=phrases"]), tmp_path)
+    for name in ("norm", "birds", "strides"):
+        (tmp_path / RUNS / name).symlink_to("phrases")
+    assert all(holds(tmp_path) for holds in RESULTS.values())
+    for given in words:
+        if "predict" in given or "evaluate" in given:
+            run(shlex.join([f"NXTP_IMPORT={modules}", *given[given.index("nxtp") :]]), tmp_path)
 
 
 def place(tmp_path: Path, *sections: str) -> None:
