@@ -37,10 +37,10 @@ STEPS = 5
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    """Shards; thirteen validation images, which two ranks cannot share evenly."""
+    """Shards; five validation images, which two ranks cannot share evenly."""
     root = tmp_path_factory.mktemp("strategies")
     write_shards(root / "train", [40, 40], labels=True)
-    write_shards(root / "val", [9, 4], labels=True)
+    write_shards(root / "val", [3, 2], labels=True)
     return root
 
 

@@ -7,8 +7,8 @@ import signal
 import pytest
 from helpers import call_nxtp, ending_recognizer, nxtp_runs, start_nxtp, write_shards
 
-SETS = ["model=model", "+data.val.uneven=uneven", "+data.val.few=few", "data.num_workers=0", "data.val_batch_size=4"]
-GIVEN = ["evaluate", *SETS, "semantic=null", "grid=6", "data.max_skip_fraction=0.5"]
+SETS = ["model=model", "+data.val.uneven=uneven", "+data.val.few=few", "data.num_workers=0", "data.val_batch_size=2"]
+GIVEN = ["evaluate", *SETS, "semantic=null", "grid=3", "data.max_skip_fraction=0.5"]
 OWN = ["+metrics.order._target_=order.Order"]
 TWO = ["trainer=ddp", "trainer.devices=2", "trainer.accelerator=cpu"]
 ORDER = """import os, signal, torch
@@ -47,8 +47,8 @@ Recognizer.predict_pixels = fail
 def place(tmp_path_factory):
     root = tmp_path_factory.mktemp("ranks")
     ending_recognizer().save_pretrained(root / "model")
-    write_shards(root / "uneven", [7, 8], labels=True)
-    write_shards(root / "few", [3], labels=True)
+    write_shards(root / "uneven", [3, 4], labels=True)
+    write_shards(root / "few", [1], labels=True)
     shard = root / "uneven" / "part-00001.tar"
     shard.write_bytes(shard.read_bytes().replace(b"\xff\xd8\xff", b"no jpeg"[:3], 2))  # two are skipped, on some rank
     (root / "order.py").write_text(ORDER)
@@ -66,8 +66,8 @@ def test_two_ranks_give_what_one_process_gives(place):
     nxtp_runs(*GIVEN, *OWN, *TWO, "out=two", cwd=place, ranks=2, NXTP_IMPORT="only_first")
     one, two = place / "one", place / "two"
     assert metrics(two) == metrics(one)
-    assert (metrics(one)["uneven/images"], metrics(one)["uneven/skipped"]) == (13, 2)
-    assert metrics(one)["few/images"] == 3, "less than a batch: one rank has none"
+    assert (metrics(one)["uneven/images"], metrics(one)["uneven/skipped"]) == (5, 2)
+    assert metrics(one)["few/images"] == 1, "less than a batch: one rank has none"
     for name in ("predictions.jsonl", "predictions.png", "predictions_few.png"):
         assert (two / name).read_bytes() == (one / name).read_bytes()
     assert sorted(path.name for path in two.iterdir()) == sorted(path.name for path in one.iterdir())
@@ -101,7 +101,7 @@ def test_a_rank_without_a_shard_evaluates_nothing(place):
     (place / "elsewhere.py").write_text(ELSEWHERE)
     shutil.copytree(place / "few", place / "other" / "few")
     (place / "other" / "model").symlink_to(place / "model")
-    write_shards(place / "other" / "uneven", [7], labels=True)
+    write_shards(place / "other" / "uneven", [3], labels=True)
     command = start_nxtp(*GIVEN, *TWO, "out=other", cwd=place, ranks=2, NXTP_IMPORT="elsewhere")
     assert command.wait(60) == 1
     errors = {text for text in command.output.splitlines() if text.startswith("error")}

@@ -26,7 +26,7 @@ OFTEN, NEVER = "callbacks.last.every_n_train_steps=1", "callbacks.last.every_n_t
 def root(tmp_path_factory):
     root = tmp_path_factory.mktemp("interruptions")
     write_shards(root / "train", [24, 24], labels=True)
-    write_shards(root / "val", [9, 4], labels=True)
+    write_shards(root / "val", [3, 2], labels=True)
     return root
 
 
