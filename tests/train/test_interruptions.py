@@ -127,8 +127,8 @@ def kill_again_and_again(root, name: str, strategy: str, times: int, seed: int, 
     return struck
 
 
+@pytest.mark.slow  # 7 s; as one run that is interrupted in every way, below, but at whatever moment it comes
 def test_stopped_and_killed_from_outside(root):
-    """At whatever moment it comes."""
     stopped = strike(root, "outside", "one", signal.SIGTERM, 2, 0)
     assert stopped.wait() == 128 + signal.SIGTERM, stopped.output[-3000:]
     assert "The same command continues it" in stopped.output
@@ -213,11 +213,11 @@ def signalled(root, name: str, strategy: str, number: int, step: int, *overrides
 @pytest.mark.parametrize(
     ("strategy", "number", "all_ranks"),
     [
-        pytest.param("one", signal.SIGINT, True, marks=pytest.mark.slow),  # as the signal from outside, below
+        pytest.param("one", signal.SIGINT, True, marks=pytest.mark.slow),  # as in every way, below
         ("ddp", signal.SIGTERM, False),
         pytest.param("fsdp", signal.SIGUSR1, True, marks=pytest.mark.slow),  # as ddp, but for what is saved
         pytest.param("fsdp", signal.SIGTERM, False, marks=pytest.mark.slow),
-        pytest.param("one", signal.SIGTERM, True, marks=pytest.mark.slow),  # as SIGINT
+        pytest.param("one", signal.SIGTERM, True, marks=pytest.mark.slow),  # so is this
     ],
 )
 def test_a_signal_saves_and_stops(root, strategy, number, all_ranks):
@@ -345,7 +345,7 @@ def test_a_disk_that_is_full_leaves_the_shards_before(root):
 def test_one_run_is_interrupted_in_every_way(root):
     """At each step the loss of a run that nothing interrupts, and in the end its weights."""
     whole, name = undisturbed(root, "one"), "every"
-    first = start_and_wait(root, name, "data.num_workers=2", OWN_GROUP="1")
+    first = start_and_wait(root, name, "data.num_workers=1", OWN_GROUP="1")
 
     # a second command is refused, or waits until the first is gone: as the job that a scheduler starts again
     refused = run(root, name, "one", "optim.lr=1", "lock_timeout=0", code=1)
@@ -354,7 +354,7 @@ def test_one_run_is_interrupted_in_every_way(root):
     second = start_nxtp(*command(name, "one", "+callbacks.die._target_=die.Die", OFTEN)[0], cwd=root)
     wait_until(lambda: "waiting up to" in second.output or not second.ranks[0].is_alive())
 
-    # a signal to the group, so also to the loader's workers, and to the run twice: as `timeout` sends it
+    # a signal to the group, so also to the loader's worker, and to the run twice: as `timeout` sends it
     first.kill_first(signal.SIGTERM)
     time.sleep(0.05)
     os.killpg(first.ranks[0].pid, signal.SIGTERM)
@@ -376,7 +376,9 @@ def test_one_run_is_interrupted_in_every_way(root):
     assert (root / "requeued").exists()
     assert losses(root, name) < losses(root, whole)
 
+    # killed from outside, where the disk had been full
     fill_the_disk(root, name, "one", 9)
+    assert strike(root, name, "one", signal.SIGKILL, 1, 0).wait() == -signal.SIGKILL
     run(root, name)
     assert losses(root, name) <= losses(root, whole)  # a process that dies takes some lines with it
     assert_same_run(root, whole, name)
