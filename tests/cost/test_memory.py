@@ -26,7 +26,7 @@ from nxtp.model.layout import lay_out
 from nxtp.model.model import Model, ModelConfig
 from nxtp.model.trainable import TrainableConfig, choose_trainable
 from nxtp.sampling.one_shot import one_shot
-from nxtp.train.optim import MUON, OptimConfig, build_optimizer
+from nxtp.train.optim import MUON, OptimConfig, build_optimizer, state_bytes
 
 pytestmark = pytest.mark.costly
 
@@ -119,7 +119,7 @@ def test_prediction_is_what_a_real_validation_allocates(precision):
 
 
 def test_validation_gathers_all_weights():
-    weights = of(Step()).peak["weights"]
+    weights = of(Step(batch=1)).peak["weights"]
     sharded = of(Step("fsdp", ranks=8, batch=1, val_batch=4))
     assert sharded.when == "validation"
     assert sharded.peak["weights"] == pytest.approx(weights * (1 + 1 / 8), rel=0.02)
@@ -178,8 +178,7 @@ def test_parts_equal_arithmetic():
     assert scaled.peak["working"] == trained
 
     def optimizer_bytes(target: str) -> int:
-        optim = OptimConfig(trainable=PUBLISHED_LIKE, optimizer={"_target_": target})
-        return memory(config(), None, optim, Step(batch=2)).most["optimizer"]
+        return state_bytes(model, OptimConfig(trainable=PUBLISHED_LIKE, optimizer={"_target_": target}))
 
     assert optimizer_bytes("torchao.optim.AdamW8bit") == pytest.approx(2 * trained / 4 * (1 + 1 / 64), rel=0.02)
     assert optimizer_bytes("torch.optim.SGD") == 0

@@ -160,7 +160,7 @@ def run(*arguments: str):
 
 def test_the_command_prints_one_object_or_tables_of_it(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    done = run("experiment=g3m", *SMALL, "--gpus", "2", "global_batch=64", "--json")
+    done = run("experiment=g3m", *SMALL, "--gpus", "2", "global_batch=64", "trainer.limit_val_batches=0", "--json")
     assert done.exit_code == 0, done.output
     assert "planning fsdp on 2 GPUs" in done.stderr
     result = json.loads(done.stdout)
