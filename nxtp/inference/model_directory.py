@@ -181,19 +181,3 @@ def read_tokenizer(directory: Path, prompt: str) -> LabelTokenizer:
             return LabelTokenizer.load(alone, prompt)
         except UserError as error:
             raise UserError(str(error).replace(alone, str(directory))) from error
-
-
-def mismatch(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> str:
-    """How the tensors ``found`` (name → shape) differ from those ``expected``; '' if they do not."""
-    shapes = [
-        f"{name}: {_times(found[name])}, expected {_times(expected[name])}"
-        for name in sorted(expected.keys() & found.keys())
-        if tuple(expected[name]) != tuple(found[name])
-    ]
-    missing, surplus = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
-    kinds = {"missing": missing, "surplus": surplus, "of another shape": shapes}
-    return "; ".join(f"{len(names)} {kind} ({some_of(names)})" for kind, names in kinds.items() if names)
-
-
-def _times(shape: tuple[int, ...]) -> str:
-    return "×".join(map(str, shape)) or "scalar"

@@ -26,7 +26,7 @@ from nxtp.model.lora import merged
 from nxtp.model.model import Model, ModelConfig
 from nxtp.model.tokenizer import LabelTokenizer
 from nxtp.model.untrusted import in_one_line
-from nxtp.model.weights import SafetensorsFiles, Spec, full_tensor, write_safetensors
+from nxtp.model.weights import SafetensorsFiles, Spec, full_tensor, mismatch, write_safetensors
 
 EMBEDDING, HEAD = (f"decoder.lm.{name}" for name in (decoder.EMBEDDING, decoder.HEAD))
 _MAX_TENSORS = 3_000  # while a model is built: with its text tower, and the blocks that are cut
@@ -239,7 +239,7 @@ def fit(config: ModelConfig, weights: SafetensorsFiles, directory: Path) -> tupl
         for name in (HEAD, EMBEDDING) if present else ():
             stored.setdefault(name, str(present))
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    difference = model_dir.mismatch(expected, {name: weights.specs[stored[name]].shape for name in stored})
+    difference = mismatch(expected, {name: weights.specs[stored[name]].shape for name in stored})
     if difference:
         raise UserError(f"'{directory / model_dir.WEIGHTS}' does not fit its config.yaml: {difference}.")
     return model.decoder.vocab_size, stored

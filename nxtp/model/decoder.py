@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from nxtp.errors import UserError, nearest, some_of
+from nxtp.errors import UserError, nearest
 from nxtp.model.hub import reason, require_source
 from nxtp.model.lora import LoraConfig, add_adapters, is_adapter, start_adapters, without_adapters
-from nxtp.model.weights import MODEL_FILE, ComputesBuffers, SafetensorsFiles, assign
+from nxtp.model.weights import MODEL_FILE, ComputesBuffers, SafetensorsFiles, assign, mismatch
 
 if TYPE_CHECKING:
     from transformers import DynamicCache, PreTrainedConfig
@@ -263,16 +263,13 @@ def fill_blocks(lm: nn.Module, source: str, kept: list[int]) -> None:
     if lm.config.tie_word_embeddings and stored[HEAD] not in weights.specs:
         stored[HEAD] = EMBEDDING
 
-    def fits(name: str) -> bool:
-        (rows, *rest), (own_rows, *own_rest) = weights.specs[stored[name]].shape, own[name].shape
-        return rest == own_rest and (rows == own_rows or (name in (EMBEDDING, HEAD) and rows < own_rows))
-
-    missing = [name for name in own if stored[name] not in weights.specs]
-    wrong = [name for name in own if name not in missing and not fits(name)]
-    if wrong or missing:
-        problems = {"missing": missing, "of another shape": wrong}
-        listed = "; ".join(f"{len(names)} {what} ({some_of(names)})" for what, names in problems.items() if names)
-        raise UserError(f"model.decoder.source: the weights in '{source}' do not fit its configuration: {listed}.")
+    expected = {name: tuple(tensor.shape) for name, tensor in own.items()}
+    found = {name: weights.specs[stored[name]].shape for name in own if stored[name] in weights.specs}
+    for name in (EMBEDDING, HEAD):
+        if name in found and found[name][0] < expected[name][0]:
+            found[name] = (expected[name][0], *found[name][1:])
+    if problems := mismatch(expected, found):
+        raise UserError(f"model.decoder.source: the weights in '{source}' do not fit its configuration: {problems}.")
     for name, parameter in own.items():
         full = weights.read(stored[name])
         if full.shape[0] < parameter.shape[0]:

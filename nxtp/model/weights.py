@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from nxtp.errors import UserError
+from nxtp.errors import UserError, some_of
 from nxtp.model.hub import reason
 
 MODEL_FILE = "model.safetensors"
@@ -118,6 +118,22 @@ def write_safetensors(
                 raise ValueError(f"{name}: announced {specs[name]}, got {Spec.of(tensor)}")
             if tensor.numel():
                 file.write(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+
+
+def mismatch(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> str:
+    """How the tensors ``found`` (name → shape) differ from those ``expected``; '' if they do not."""
+    shapes = [
+        f"{name}: {_times(found[name])}, expected {_times(expected[name])}"
+        for name in sorted(expected.keys() & found.keys())
+        if tuple(expected[name]) != tuple(found[name])
+    ]
+    missing, surplus = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
+    kinds = {"missing": missing, "surplus": surplus, "of another shape": shapes}
+    return "; ".join(f"{len(names)} {kind} ({some_of(names)})" for kind, names in kinds.items() if names)
+
+
+def _times(shape: tuple[int, ...]) -> str:
+    return "×".join(map(str, shape)) or "scalar"
 
 
 class ComputesBuffers(nn.Module):
