@@ -9,8 +9,6 @@ import click
 
 from nxtp.errors import UserError
 
-_DTYPES = ("float32", "bfloat16", "float16")
-
 
 @click.command()
 @click.argument("source", type=click.Path(path_type=Path, exists=True))
@@ -19,12 +17,9 @@ _DTYPES = ("float32", "bfloat16", "float16")
 @click.option("--tokenizer", help="LLaMA's tokenizer: a directory or tokenizer.model; default: --llama's directory.")
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), help="The model directory to write.")
 @click.option("--to-release", type=click.Path(path_type=Path, dir_okay=False), help="The checkpoint to write.")
-@click.option(
-    "--dtype", type=click.Choice(_DTYPES), help="Store all weights in this type; default: each keeps its own."
-)
 @click.option("--all", "everything", is_flag=True, help="With --to-release: frozen parameters too.")
 @click.option("--overwrite", is_flag=True, help="Replace what exists at the target.")
-def convert(source, llama, clip, tokenizer, out, to_release, dtype, everything, overwrite):
+def convert(source, llama, clip, tokenizer, out, to_release, everything, overwrite):
     """Convert published checkpoints, both ways.
 
     \b
@@ -37,7 +32,6 @@ def convert(source, llama, clip, tokenizer, out, to_release, dtype, everything, 
     if target.exists() and not overwrite:
         raise UserError(f"'{target}' exists: choose another name or add --overwrite.")
 
-    import torch
     from rich.console import Console
     from rich.progress import track
 
@@ -57,7 +51,6 @@ def convert(source, llama, clip, tokenizer, out, to_release, dtype, everything, 
         clip=clip,
         tokenizer=tokenizer or (llama if llama.is_dir() else llama.parent),
         to=out,
-        dtype=getattr(torch, dtype) if dtype else None,
         track=lambda names: track(names, description="Writing", console=console, transient=True),
     )
     console.print(

@@ -21,7 +21,6 @@ from nxtp.errors import UserError
 from nxtp.inference.model_directory import (
     CONFIG,
     WEIGHTS,
-    mismatch,
     read_config,
     read_tokenizer,
     verify,
@@ -33,7 +32,7 @@ from nxtp.model.flops import meta_model
 from nxtp.model.model import ModelConfig
 from nxtp.model.tokenizer import PROMPT, LabelTokenizer
 from nxtp.model.trainable import TrainableConfig
-from nxtp.model.weights import SafetensorsFiles, Spec, write_safetensors
+from nxtp.model.weights import SafetensorsFiles, Spec, mismatch, write_safetensors
 from nxtp.paper.base_weights import Entry, count_blocks, published_entries, read_clip, read_llama
 from nxtp.paper.release_names import LOGIT_SCALE, their_name
 from nxtp.paper.rope_order import pairs_from_halves, rotated_heads
@@ -75,13 +74,11 @@ def import_release(
     clip: str,
     tokenizer: Path | str,
     to: Path,
-    dtype: torch.dtype | None = None,
     track: Callable = iter,
 ) -> Converted:
     """A released checkpoint and the base weights that it was trained from → a model directory.
 
-    Tensors are read and written one by one: memory must fit the largest one. Without ``dtype`` every tensor keeps its
-    own, so nothing is rounded.
+    Tensors are read and written one by one: memory must fit the largest one. Each keeps its type: nothing is rounded.
 
     Args:
         checkpoint: the released pickle; its decoder blocks give the model's depth.
@@ -130,7 +127,7 @@ def import_release(
             raise UserError(f"{message}: {problems}.")
 
     tensors = {**base, **entries}
-    specs = {name: Spec(shape, dtype or tensors[name].spec.dtype) for name, shape in shapes.items()}
+    specs = {name: tensors[name].spec for name in shapes}
     provenance: dict[str, Any] = {
         "released": checkpoint.name,
         **{key: released.extra[key] for key in ("epoch", "global_step") if key in released.extra},
@@ -143,7 +140,7 @@ def import_release(
         provenance["logit_scale"] = released.read(scale).item()
     write_model_dir(
         to,
-        lambda path: write_safetensors(path, specs, lambda name: tensors[name].read().to(specs[name].dtype), track),
+        lambda path: write_safetensors(path, specs, lambda name: tensors[name].read(), track),
         labels,
         config,
         provenance,
