@@ -31,7 +31,7 @@ from nxtp.data.shards.manifest import MANIFEST, ShardInfo, read_manifest, sha256
 from nxtp.data.shards.urls import IMAGE_EXTENSIONS, METADATA_NAME, split_name
 from nxtp.errors import UserError, by_kind, counted, some_of
 from nxtp.prepare.options import WriterOptions
-from nxtp.runs.atomic import atomic_file, remove, write_json
+from nxtp.runs.atomic import atomic_file, read_json, remove, write_json
 
 UNFINISHED = ".unfinished"
 _NAMED = 3  # skipped items of each kind that are named
@@ -135,7 +135,7 @@ def write_set(
         manifest = _finished_set(out, made_by, options.overwrite)
         starts = range(0, len(items), options.shard_size)
         jobs = {f"{out.name}-{n:05d}.tar": items[i : i + options.shard_size] for n, i in enumerate(starts)}
-        known: dict[str, Any] = {name: _read_json(folder / f"{name}.json") for name in jobs}
+        known: dict[str, Any] = {name: read_json(folder / f"{name}.json") for name in jobs}  # None: written again
         if manifest is not None:  # it does not list shards without samples
             known = {name: {"info": {"samples": 0}} for name in jobs}
             known |= {row["name"]: {"info": row} for row in manifest["shards"]}
@@ -207,7 +207,7 @@ def _finished_set(out: Path, made_by: Mapping[str, Any], overwrite: bool) -> dic
             raise
         manifest = None
     settings = out / UNFINISHED / "settings.json"
-    found = manifest["made_by"] if manifest else _read_json(settings)
+    found = manifest["made_by"] if manifest else read_json(settings)
     if found == made_by:
         return manifest
     shards = list(out.glob("*.tar"))
@@ -298,11 +298,3 @@ def _finish_shard(path: Path, items: Sequence[Any], make: Make, known: Any) -> t
 def _advance(samples: int) -> None:
     with _count.get_lock():
         _count.value += samples
-
-
-def _read_json(path: Path) -> dict[str, Any] | None:
-    """None for a file that is missing or damaged: its shard is written again."""
-    try:
-        return json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return None

@@ -78,5 +78,13 @@ def write_json(path: Path, content: Any) -> None:
         file.write((json.dumps(content, indent=1, ensure_ascii=False, default=str) + "\n").encode())
 
 
+def read_json(path: Path) -> Any:
+    """The content of a JSON file; None if it is missing or damaged."""
+    try:
+        return json.loads(path.read_bytes())
+    except (FileNotFoundError, ValueError):
+        return None
+
+
 def _old(path: Path) -> Path:
     return path.with_name(f".{path.name}.old")

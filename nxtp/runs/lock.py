@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from nxtp.errors import UserError
+from nxtp.runs.atomic import read_json
 from nxtp.runs.record import is_alive
 
 log = logging.getLogger("nxtp")
@@ -82,10 +83,7 @@ def _write_holder(directory: Path, command: Sequence[str], pid: int) -> None:
 
 def read_holder(directory: Path) -> dict[str, Any] | None:
     """The command that holds ``directory``, will hold it or was the last to; None if there was none."""
-    try:
-        return json.loads((directory / FILE).read_text())
-    except (FileNotFoundError, ValueError):
-        return None
+    return read_json(directory / FILE)
 
 
 def _description(holder: dict[str, Any] | None) -> str:

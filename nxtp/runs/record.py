@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import math
 import os
 import platform
@@ -18,7 +17,7 @@ from typing import Any
 import psutil
 
 from nxtp.errors import UserError
-from nxtp.runs.atomic import write_json
+from nxtp.runs.atomic import read_json, write_json
 
 FORMAT = 3
 FILE = "run.json"
@@ -149,10 +148,7 @@ class RunRecord:
 
 def read_record(directory: Path) -> dict[str, Any] | None:
     """The record in ``directory``; None if it is missing or not JSON."""
-    try:
-        return json.loads((directory / FILE).read_text())
-    except (FileNotFoundError, json.JSONDecodeError):
-        return None
+    return read_json(directory / FILE)
 
 
 def is_alive(record: dict[str, Any]) -> bool:

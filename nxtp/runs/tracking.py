@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import secrets
 import shutil
 from collections.abc import Mapping
@@ -16,7 +15,7 @@ from omegaconf import DictConfig
 
 from nxtp.config import instantiated
 from nxtp.errors import UserError
-from nxtp.runs.atomic import write_json
+from nxtp.runs.atomic import read_json, write_json
 from nxtp.runs.record import FILE, read_record
 
 RUN_FILE = "wandb-run.json"  # beside run.json: the run's id in W&B, and its next row
@@ -48,7 +47,7 @@ class Wandb(WandbLogger):
             )
         self.model_artifact = model_artifact
         self._file = Path(save_dir) / RUN_FILE
-        known = json.loads(self._file.read_text()) if self._file.exists() else {}
+        known = read_json(self._file) or {}
         self._next_row = known.get("next_row", 0)
         if offline:
             options["mode"] = "offline"  # Lightning's `offline` sets a variable, too late for the client
