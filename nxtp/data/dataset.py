@@ -8,7 +8,6 @@ from collections import Counter
 from collections.abc import Container, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +19,7 @@ from nxtp.data.augmentation import Augmentation
 from nxtp.data.config import DataConfig
 from nxtp.data.features.store import FeatureStore
 from nxtp.data.images import ImageError
+from nxtp.data.labels.cleaning import read_lines
 from nxtp.data.labels.from_samples import labels_of
 from nxtp.data.labels.nouns import noun_backend
 from nxtp.data.shards.reader import UNLISTED, IndexedShards, RawSample, SampleError, name_of
@@ -200,12 +200,8 @@ class BatchDataset(Dataset):
 
 def _places(path: str) -> dict[str, int]:
     """data.label_order: of each label its place in the file."""
-    try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not a text file"
-        raise UserError(f"data.label_order: '{path}' cannot be read: {reason}. Write one label per line.") from error
-    return {label: place for place, label in enumerate(line.strip() for line in lines)}
+    lines = read_lines(path, f"data.label_order: '{path}'", "Write one label per line.")
+    return {line.strip(): place for place, line in enumerate(lines)}
 
 
 def report_skipped(examples: dict[str, str], known: Container[str]) -> None:

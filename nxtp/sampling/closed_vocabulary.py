@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from nxtp.data.labels.cleaning import read_lines
 from nxtp.data.labels.imagenet import NAMES, imagenet_classes, subset
 from nxtp.errors import UserError
 from nxtp.model.model import Model
@@ -43,13 +44,8 @@ def read_classes(source: str | Path) -> list[list[str]]:
         if which in ("a", "r"):
             return [c.labels() for c in imagenet_classes() if c.index in subset(f"imagenet_{which}")]
         return [c.labels(which or NAMES[0]) for c in imagenet_classes()]
-    try:
-        classes = classes_of_lines(Path(source).read_text().splitlines())
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not a text file"
-        raise UserError(
-            f"Classes in '{source}' cannot be read: {reason}. Give a file with one class per line, or {IMAGENET}."
-        ) from error
+    advice = f"Give a file with one class per line, or {IMAGENET}."
+    classes = classes_of_lines(read_lines(source, f"Classes in '{source}'", advice))
     if not classes:
         raise UserError(f"'{source}' contains no class: write one per line, its names separated by commas.")
     return classes

@@ -5,6 +5,9 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Iterable
+from pathlib import Path
+
+from nxtp.errors import UserError
 
 DELIMITER = ","
 _SPACE = re.compile(r"\s+")
@@ -30,3 +33,16 @@ def clean_labels(labels: Iterable[str]) -> list[str]:
 def distinct(labels: Iterable[str]) -> list[str]:
     """Normalised, without duplicates and empty ones, in order."""
     return [label for label in dict.fromkeys(map(normalise, labels)) if label]
+
+
+def read_lines(path: str | Path, what: str, advice: str) -> list[str]:
+    """The lines of a file of labels.
+
+    Raises:
+        UserError: it cannot be read: ``what``, why, and ``advice``.
+    """
+    try:
+        return Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not a text file"
+        raise UserError(f"{what} cannot be read: {reason}. {advice}") from error
