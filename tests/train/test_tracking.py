@@ -73,7 +73,9 @@ def wandb_id(run: Path) -> str:
 
 def here(root, *arguments: str, code: int = 0, **environment: str) -> str:
     """A command in this process, which imports what W&B needs once; what it printed."""
-    with mock.patch.dict(os.environ, {"WANDB_MODE": "offline", **environment}):
+    quick = {"WANDB_MODE": "offline", "WANDB_X_SAVE_REQUIREMENTS": "false"}  # reads of all packages, at each start
+    launch = mock.patch.object(wandb.Run, "_detect_and_apply_job_inputs")  # its import takes seconds
+    with mock.patch.dict(os.environ, quick | environment), launch:
         try:
             done = call_nxtp(*arguments, cwd=root)
         finally:
@@ -87,7 +89,7 @@ def tracked(tmp_path_factory):
     """A run that stopped after 4 steps and went on to 6, with all three loggers and a key in the environment."""
     root = tmp_path_factory.mktemp("work")
     write_shards(root / "train", [24, 24], labels=True)
-    write_shards(root / "val", [9, 4], labels=True)
+    write_shards(root / "val", [3, 2], labels=True)
     command = ["train", "name=r", "sweep=my/study", "data.train=train", "+data.val.val=val", *TINY_OVERRIDES]
     command += ["data.num_workers=0", "data.batch_size=8", "data.val_batch_size=4", "trainer.log_every_n_steps=1"]
     command += ["trainer.max_epochs=1", "trainer.val_check_interval=2", "callbacks.predictions.every_n_steps=4"]
