@@ -58,7 +58,7 @@ def published(depth: int) -> Model:
     return meta_model(config, None, to_dataclass(OptimConfig, recipe.optim, "optim").trainable)
 
 
-@pytest.mark.parametrize("depth", [1, 6, pytest.param(32, marks=pytest.mark.slow)])  # formula and counter are linear
+@pytest.mark.parametrize("depth", [6, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 32))])  # both linear
 def test_published_model_costs_what_the_counter_counts(depth):
     model = published(depth)
     formula, counter = by_formula(model), counted(model)
@@ -123,10 +123,10 @@ def test_other_decoders(fields):
 @pytest.mark.parametrize(
     ("name", "trainable"),
     [
-        ("resnet10t", "all"),
+        ("test_resnet", "all"),
         ("test_vit", "last blocks"),
         ("test_vit", "encoder frozen"),
-        *(pytest.param("resnet10t", part, marks=pytest.mark.slow) for part in ("last blocks", "encoder frozen")),
+        *(pytest.param("test_resnet", part, marks=pytest.mark.slow) for part in ("last blocks", "encoder frozen")),
         pytest.param("test_vit", "all", marks=pytest.mark.slow),
     ],
 )
@@ -142,7 +142,7 @@ def test_towers_without_a_formula_are_counted(name, trainable):
 def test_counting_leaves_a_real_model_as_it_was():
     torch.manual_seed(0)
     config = ModelConfig(
-        encoder=EncoderConfig(vision={"timm_model_name": "resnet10t"}, image_size=64),
+        encoder=EncoderConfig(vision={"timm_model_name": "test_resnet"}, image_size=64),
         decoder=DecoderConfig(config=tiny_config().decoder.config | {"vocab_size": 400}),
     )
     model = Model(config).train()
@@ -254,7 +254,7 @@ def vit(layers: int = 4) -> Model:
 
 
 def resnet() -> Model:
-    encoder = EncoderConfig(vision={"timm_model_name": "resnet10t"}, image_size=64)
+    encoder = EncoderConfig(vision={"timm_model_name": "test_resnet"}, image_size=64)
     return Model(ModelConfig(encoder=encoder, decoder=tiny_config(vocab_size=400).decoder))
 
 

@@ -38,7 +38,7 @@ def plain_pairs(labels, prompt, num_image_tokens, objective):
         yield tokens, segments, positions, sorted(pairs)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(batch_of_labels, prompts, st.integers(1, 6), objectives)
 def test_layout_is_the_plain_construction(labels, prompt, num_image_tokens, objective):
     layout = lay_out(labels, prompt=prompt, delimiter=DELIMITER, num_image_tokens=num_image_tokens, objective=objective)
@@ -73,7 +73,7 @@ def test_a_length_of_a_multiple_adds_padding_only(labels, prompt, num_image_toke
     assert torch.equal((rows * length + columns)[padded.pairs_S], exact.sources[exact.pairs_S])
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(batch_of_labels, st.integers(1, 6), st.sampled_from(ATTENTION))
 def test_mask_is_the_definition(labels, num_image_tokens, attention):
     layout = lay_out(labels, prompt=[1, 2], delimiter=DELIMITER, num_image_tokens=num_image_tokens)

@@ -1,4 +1,4 @@
-"""Shipped encoders train; the rules of the shipped decoders' tokenizers; weights of timm from a file."""
+"""Shipped encoders train; what their weights expect; the rules of the shipped decoders' tokenizers; timm's weights."""
 
 import functools
 import json
@@ -17,7 +17,7 @@ from nxtp.config import composed, conf_dir, to_dataclass
 from nxtp.errors import UserError
 from nxtp.inference.model_directory import read_tokenizer
 from nxtp.model import encoder as encoder_module
-from nxtp.model.encoder import Encoder, EncoderConfig
+from nxtp.model.encoder import CLIP_MEAN, CLIP_STD, Encoder, EncoderConfig
 from nxtp.model.layout import lay_out
 from nxtp.model.model import Model, ModelConfig
 from nxtp.model.tokenizer import PROMPT, LabelTokenizer
@@ -151,3 +151,37 @@ def test_a_shipped_encoder_trains_from_its_last_blocks_on(monkeypatch, name):
     optimizer.step()
     with torch.no_grad():
         assert model(images, layout).mean < loss
+
+
+INCEPTION, IMAGENET = ([0.5] * 3, [0.5] * 3), ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+CLIP = (list(CLIP_MEAN), list(CLIP_STD))
+SIGLIP, TIMM = {"name": "ViT-B-16-SigLIP"}, {"vision": {"timm_model_name": "test_resnet"}}
+TRAINED_WITH = {
+    "a tag": ({**SIGLIP, "pretrained": "webli"}, (INCEPTION, "bicubic", "squash", False)),
+    "a file": ({**SIGLIP, "pretrained": "siglip.bin"}, (INCEPTION, "bicubic", "squash", False)),
+    "CLIPA": ({"name": "ViT-L-14-CLIPA", "pretrained": "datacomp1b"}, (IMAGENET, "bilinear", "squash", False)),
+    "OpenAI": ({"name": "ViT-B-32", "pretrained": "openai"}, (CLIP, "bicubic", "shortest", True)),
+    "not OpenAI": ({"name": "ViT-B-32", "pretrained": "laion2b_e16"}, (CLIP, "bicubic", "shortest", False)),
+    "no weights": ({"name": "ViT-B-32"}, (CLIP, "bicubic", "shortest", False)),
+    "QuickGELU": ({"name": "ViT-B-32-quickgelu"}, (CLIP, "bicubic", "shortest", True)),
+    "timm": (TIMM, (INCEPTION, "bilinear", "shortest", False)),
+    "given": (
+        {**TIMM, "mean": CLIP[0], "std": CLIP[1], "interpolation": "bicubic", "resize_mode": "longest"},
+        (CLIP, "bicubic", "longest", False),
+    ),
+    "given QuickGELU": (
+        {"name": "ViT-B-32", "pretrained": "openai", "quick_gelu": False}, (CLIP, "bicubic", "shortest", False),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("given", "expected"), TRAINED_WITH.values(), ids=TRAINED_WITH)
+def test_the_input_is_what_the_weights_were_trained_with(monkeypatch, given, expected):
+    config = EncoderConfig(**given)
+    thin(monkeypatch, config)
+    with torch.device("meta"):
+        encoder = Encoder(config, load_pretrained=False)
+    used = encoder.config
+    assert ((used.mean, used.std), used.interpolation, used.resize_mode, used.quick_gelu) == expected
+    acts = {type(module).__name__ for module in encoder.visual.modules() if "GELU" in type(module).__name__}
+    assert "name" not in given or acts == {"QuickGELU" if used.quick_gelu else "GELU"}
