@@ -16,7 +16,7 @@ import tarfile
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -223,46 +223,31 @@ def _finished_set(out: Path, made_by: Mapping[str, Any], overwrite: bool) -> dic
 
 def _run(tasks: Sequence[tuple], workers: int, console: Console) -> list[tuple[dict[str, Any], str]]:
     """:func:`_finish_shard` of all tasks, in their order, with a progress bar; one worker is this process."""
-    global _count
-    context = multiprocessing.get_context("forkserver")
-    _count = count = context.Value("q", 0)
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(elapsed_when_finished=True))
     with Progress("{task.description}", *columns, console=console) as progress:
-        bar = progress.add_task("", total=sum(len(items) for _, items, *_ in tasks))
+        bar = progress.add_task(tasks[0][0].parent.name, total=sum(len(items) for _, items, *_ in tasks))
 
-        def show() -> None:
-            rate = count.value / (progress.tasks[bar].elapsed or 1e-9)
-            text = f"{tasks[0][0].parent.name}: {rate:,.0f} samples/s"
-            progress.update(bar, completed=count.value, description=text)
+        def finished(task: tuple, result: tuple[dict[str, Any], str]) -> tuple[dict[str, Any], str]:
+            progress.advance(bar, len(task[1]))
+            rate = progress.tasks[bar].completed / (progress.tasks[bar].elapsed or 1e-9)
+            progress.update(bar, description=f"{task[0].parent.name}: {rate:,.0f} samples/s")
+            return result
 
         workers = min(workers, len(tasks))
         if workers == 1:
-            results = []
-            for task in tasks:
-                results.append(_finish_shard(*task))
-                show()
-            return results
-        pool = ProcessPoolExecutor(workers, context, _start_worker, (count,))
+            return [finished(task, _finish_shard(*task)) for task in tasks]
+        pool = ProcessPoolExecutor(workers, multiprocessing.get_context("forkserver"), _start_worker)
         try:
-            futures = [pool.submit(_finish_shard, *task) for task in tasks]
-            pending = set(futures)
-            while pending:
-                done, pending = wait(pending, timeout=0.5, return_when=FIRST_COMPLETED)
-                show()
-                for future in done:
-                    future.result()  # raises what stopped a worker
-            return [future.result() for future in futures]
+            task_of = {pool.submit(_finish_shard, *task): task for task in tasks}
+            for future in as_completed(task_of):
+                finished(task_of[future], future.result())
+            return [future.result() for future in task_of]
         finally:
             pool.shutdown(cancel_futures=True)
 
 
-_count: Any = None  # samples that all workers together have finished, for the progress bar
-
-
-def _start_worker(count: Any) -> None:
-    """Share ``count``, and end with the parent: one that is killed cannot end its workers."""
-    global _count
-    _count = count
+def _start_worker() -> None:
+    """End with the parent: one that is killed cannot end its workers."""
 
     def follow() -> None:
         multiprocessing.parent_process().join()  # type: ignore[union-attr]  # a worker has a parent
@@ -274,7 +259,6 @@ def _start_worker(count: Any) -> None:
 def _finish_shard(path: Path, items: Sequence[Any], make: Make, known: Any) -> tuple[dict[str, Any], str]:
     """(the shard's row, "kept" | "written" | "written again"). ``known`` is its row of an earlier run, or None."""
     if known and (known["info"]["samples"] == 0 or (path.is_file() and sha256_of(path) == known["info"]["sha256"])):
-        _advance(len(items))
         return known, "kept"
     hidden = path.parent / UNFINISHED / path.name
     skipped = Skipped()
@@ -285,7 +269,6 @@ def _finish_shard(path: Path, items: Sequence[Any], make: Make, known: Any) -> t
                 yield make(item)
             except Skip as skip:
                 skipped.add(str(skip), str(item))
-            _advance(1)
 
     info = asdict(write_shard(hidden, samples()))
     if info["samples"]:
@@ -293,8 +276,3 @@ def _finish_shard(path: Path, items: Sequence[Any], make: Make, known: Any) -> t
     row = {"info": info, "skipped": {kind: [count, skipped.names[kind]] for kind, count in skipped.counts.items()}}
     write_json(hidden.with_name(f"{path.name}.json"), row)
     return row, "written again" if known else "written"
-
-
-def _advance(samples: int) -> None:
-    with _count.get_lock():
-        _count.value += samples
