@@ -31,7 +31,6 @@ from nxtp.bench.reporting import build_table, machine_description, machine_line,
 from nxtp.data.config import DataConfig
 from nxtp.data.datamodule import WebDatasetDataModule
 from nxtp.data.labels.from_samples import label_counts
-from nxtp.data.labels.nouns import noun_backend
 from nxtp.data.mixture import open_set
 from nxtp.data.shards.manifest import write_manifest
 from nxtp.data.shards.reader import IndexedShards
@@ -138,17 +137,6 @@ def pixel_difference(shards: IndexedShards, size: int) -> float:
     return sum(differences) / len(differences)
 
 
-def noun_seconds(shards: IndexedShards, backend: str) -> float:
-    """Seconds to find the nouns of one new caption."""
-    captions = [shards.read(i).caption or "" for i in range(min(len(shards), 512))]
-    nouns = noun_backend(backend)
-    nouns(captions[0])
-    begin = time.process_time()
-    for caption in captions:
-        nouns(caption)
-    return (time.process_time() - begin) / len(captions)
-
-
 def measure_data(
     *, shards: str | None, images: int, width: int, height: int, size: int, batch_size: int, repeats: int, seed: int
 ) -> dict[str, Any]:
@@ -156,7 +144,7 @@ def measure_data(
 
     Returns:
         ``rows`` (way → ``images_per_s``, ``cpu_ms``), ``ratio_plain`` and ``ratio_open_clip`` (images per second, ours
-        by theirs), ``pixel_difference`` in levels of 255, ``noun_us``, ``cores_per_h100``, the machine.
+        by theirs), ``pixel_difference`` in levels of 255, ``cores_per_h100``, the machine.
 
     Raises:
         UserError: the shards cannot be read, or the ways do not read the same number of images.
@@ -211,7 +199,6 @@ def _measure(shards: str, index_dir: str, size: int, batch_size: int, repeats: i
         "ratio_plain": ratio(wall["PIL + WebDataset"], wall["ours"]),
         "ratio_open_clip": ratio(wall[OPEN_CLIP], wall["ours"]) if OPEN_CLIP in wall else None,
         "pixel_difference": pixel_difference(opened, size),
-        "noun_us": 1e6 * noun_seconds(opened, config.nouns),
         "images": len(opened),
         "h100_images_per_s": h100_images_per_s,
         "cores_per_h100": h100_images_per_s * rows["ours"]["cpu_ms"] / 1000,
@@ -227,7 +214,7 @@ def data_table(result: dict[str, Any]) -> Table:
     missing = "" if result["ratio_open_clip"] else "open_clip's pipeline is skipped: it needs pandas. "
     caption = (
         f"{missing}{result['images']:,} images ({result['source']}) at {result['size']} px; medians of "
-        f"{result['repeats']} rounds. Ours with nouns ({result['noun_us']:.0f} µs per caption), tokens and layout; its "
+        f"{result['repeats']} rounds. Ours with nouns, tokens and layout; its "
         f"pixels differ by {result['pixel_difference']:.3f} of 255 levels from exact decoding. An H100 that trains "
         f"experiment=g3m at {MFU:.0%} of its peak takes {result['h100_images_per_s']:,.0f} images/s: "
         f"{result['cores_per_h100']:.1f} such cores. {machine_line(result['machine'])}"
