@@ -32,11 +32,14 @@ def open_weights(path: Path) -> Weights:
     return PickledFile(path)
 
 
+MAPPED_BYTES = 1 << 28  # read of a file before it is mapped anew
+
+
 class PickledFile(Weights):
     """Tensors of a PyTorch pickle, at the top or under ``model`` or ``state_dict``.
 
-    ``extra`` has the plain values beside them. The file is memory-mapped anew for each tensor, so that pages do not
-    stay in memory.
+    ``extra`` has the plain values beside them. The file is memory-mapped anew after :data:`MAPPED_BYTES`, so that no
+    more of its pages stay in memory.
 
     Raises:
         UserError: a file that is missing, truncated, not one of tensors, or that would run code.
@@ -50,6 +53,7 @@ class PickledFile(Weights):
         state = content if self._key is None else content[self._key]
         if not isinstance(state, Mapping):
             raise UserError(f"'{path}' contains {type(state).__name__}, not named tensors.")
+        self._state, self._bytes_read = state, 0
         self.specs = {name: Spec.of(tensor) for name, tensor in state.items() if isinstance(tensor, Tensor)}
         self.extra = {k: v for k, v in content.items() if isinstance(v, (int, float, str))} if self._key else {}
         if not self.specs:
@@ -68,8 +72,12 @@ class PickledFile(Weights):
             raise UserError(f"'{self.path}' is truncated, or not a PyTorch file ({reason(error)}).") from error
 
     def read(self, name: str) -> Tensor:
-        content = self._content()
-        return (content if self._key is None else content[self._key])[name].clone()
+        if self._bytes_read > MAPPED_BYTES:
+            content = self._content()
+            self._state, self._bytes_read = content if self._key is None else content[self._key], 0
+        tensor = self._state[name].clone()
+        self._bytes_read += tensor.nbytes
+        return tensor
 
 
 class TorchScriptFile(Weights):

@@ -9,6 +9,7 @@ import sys
 import warnings
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -417,6 +418,17 @@ def test_written_tensor_by_tensor_as_the_library_writes_it(tmp_path):
     ours, theirs = (SafetensorsFiles([tmp_path / f"{x}.safetensors"]) for x in "xy")
     assert ours.specs == theirs.specs
     assert all(torch.equal(ours.read(n), theirs.read(n)) for n in state)
+
+
+def test_a_pickle_is_mapped_once_per_so_many_bytes(tmp_path, monkeypatch):
+    tensors = {str(n): torch.full((8,), float(n)) for n in range(6)}
+    torch.save({"model": tensors}, tmp_path / "x.pth")
+    monkeypatch.setattr("nxtp.paper.weight_files.MAPPED_BYTES", 2 * 32)
+    with mock.patch.object(torch, "load", wraps=torch.load) as load:
+        weights = PickledFile(tmp_path / "x.pth")
+        for name, tensor in tensors.items():
+            assert torch.equal(weights.read(name), tensor)
+    assert load.call_count == 2, "at first and after the third tensor"
 
 
 def test_the_command(place, tmp_path):
