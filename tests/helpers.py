@@ -34,7 +34,6 @@ from nxtp.cli import main
 from nxtp.data.config import DataConfig
 from nxtp.data.datamodule import WebDatasetDataModule
 from nxtp.data.transforms import ImageTransform
-from nxtp.deploy.ports import free_port
 from nxtp.inference.recognizer import Recognizer
 from nxtp.model.decoder import DecoderConfig
 from nxtp.model.encoder import EncoderConfig
@@ -179,6 +178,13 @@ class Command:
     @property
     def output(self) -> str:
         return self.log.read_text() if self.log.exists() else ""
+
+
+def free_port() -> int:
+    """A port of 127.0.0.1 that is not in use."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 def start_nxtp(*arguments: str, cwd: Path, ranks: int = 1, **environment: str) -> Command:

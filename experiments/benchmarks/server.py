@@ -29,12 +29,12 @@ from typing import Any
 
 import click
 import numpy as np
+from lightning.fabric.plugins.environments.lightning import find_free_network_port
 from rich.table import Table
 
 from nxtp.bench.command import as_json, number, repeats
 from nxtp.bench.reporting import build_table, machine_description, machine_line, ratio, show
 from nxtp.data.images import ImageError
-from nxtp.deploy.ports import free_port
 from nxtp.errors import UserError
 from nxtp.inference.recognizer import Recognizer
 from nxtp.inference.streaming import ImageSource
@@ -116,7 +116,7 @@ def _images(data: str) -> Iterator[bytes]:
 @contextmanager
 def _server(model: str, batch_size: int) -> Iterator[int]:
     """A running server's port."""
-    port = free_port()
+    port = find_free_network_port()
     options = ("--port", str(port), "--batch-size", str(batch_size), "--device", "cpu")
     command = [sys.executable, "-m", "nxtp", "serve", model, *options]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)

@@ -32,13 +32,13 @@ from typing import Any, NamedTuple
 import click
 import numpy as np
 import psutil
+from lightning.fabric.plugins.environments.lightning import find_free_network_port
 from PIL import Image
 from rich.table import Table
 
 from nxtp.bench.command import as_json, number
 from nxtp.bench.models import tiny
 from nxtp.bench.reporting import build_table, machine_description, machine_line, show
-from nxtp.deploy.ports import free_port
 from nxtp.errors import UserError
 from nxtp.inference.recognizer import Recognizer
 from nxtp.model.model import Model
@@ -235,7 +235,7 @@ def load(command: str, model: str, minutes: float, clients: int, max_mb: int = 2
                 waits.append(time.monotonic() - begin)
 
     with tempfile.TemporaryDirectory() as directory:
-        place, port = Path(directory), free_port()
+        place, port = Path(directory), find_free_network_port()
         with running(command, model, port, place, "--max-mb", str(max_mb)) as server:
             kinds = SERVERS[command][1](port, max_mb << 20)
             for _ in range(WARM):

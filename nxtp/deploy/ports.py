@@ -22,10 +22,3 @@ def check_free(host: str, port: int) -> None:
     except OSError as error:
         advice = "choose another --port or --host"
         raise UserError(f"Cannot serve at {host}:{port} ({error.strerror}): {advice}.") from error
-
-
-def free_port() -> int:
-    """A port of 127.0.0.1 that is not in use."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]

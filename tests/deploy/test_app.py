@@ -18,11 +18,10 @@ from pathlib import Path
 import httpx
 import numpy as np
 import pytest
-from helpers import call_nxtp, huge_png, jpeg, recognizer, reports_a_taken_port_and_a_missing_model, serving
+from helpers import call_nxtp, free_port, huge_png, jpeg, recognizer, reports_a_taken_port_and_a_missing_model, serving
 from PIL import Image
 
 from nxtp.deploy import guard
-from nxtp.deploy.ports import free_port
 from nxtp.inference.recognizer import Recognizer
 
 if find_spec("gradio") is None:  # imported by the process that runs this file, not by each that collects it

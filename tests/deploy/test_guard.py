@@ -7,6 +7,7 @@ from contextlib import closing, suppress
 
 import pytest
 import uvicorn
+from helpers import free_port
 from starlette.applications import Starlette
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
@@ -14,7 +15,6 @@ from starlette.routing import Route
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from nxtp.deploy import guard
-from nxtp.deploy.ports import free_port
 
 HALVES = {
     "nothing": b"",

@@ -15,11 +15,10 @@ from contextlib import ExitStack, suppress
 
 import psutil
 import pytest
-from helpers import COLOURS, Command, jpeg, recognizer, reports_a_taken_port_and_a_missing_model, start_nxtp
+from helpers import COLOURS, Command, free_port, jpeg, recognizer, reports_a_taken_port_and_a_missing_model, start_nxtp
 
 pytest.importorskip("litserve")
 
-from nxtp.deploy.ports import free_port
 from nxtp.deploy.server import LabelAPI, PredictRequest, Refused, Server
 from nxtp.inference.recognizer import Recognizer
 

@@ -4,10 +4,9 @@ from datetime import timedelta
 from types import SimpleNamespace
 
 import pytest
-from helpers import TINY_OVERRIDES, start_nxtp, write_shards
+from helpers import TINY_OVERRIDES, free_port, start_nxtp, write_shards
 from lightning.pytorch.plugins.environments import LightningEnvironment
 
-from nxtp.deploy.ports import free_port
 from nxtp.distributed.start import StartTogether, difference
 
 pytestmark = pytest.mark.costly
