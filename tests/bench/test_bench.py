@@ -51,6 +51,14 @@ class Here:
         return getattr(self.worker, method)(**keywords)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def tiny():
+    """Its recipe is composed once."""
+    size = SIZES["tiny"]()
+    with mock.patch.dict(SIZES, tiny=lambda: size):
+        yield
+
+
 @pytest.fixture
 def here(monkeypatch):
     monkeypatch.setattr(processes, "Child", Here)
@@ -284,11 +292,12 @@ def test_a_part_is_bounded_and_its_error_is_one_line():
 
 def test_a_part_that_fails_does_not_lose_the_others(monkeypatch):
     monkeypatch.setattr(gpu, "bounded", lambda command, seconds: {"error": "out of memory"})
+    monkeypatch.setattr(gpu, "memory", lambda *_: SimpleNamespace(total=12e6))
     result = gpu.measure_gpu(size="tiny", device="cpu", batch_size=2, budget=3, seed=0)
     text = gpu.markdown(result)
     assert "| training | out of memory |" in text
     assert "| prediction | out of memory |" in text
-    assert "| memory forecast GB | 0.0" in text
+    assert "| memory forecast GB | 0.01 |" in text
 
 
 @pytest.mark.parametrize("size", ["tiny", "g3m"])
