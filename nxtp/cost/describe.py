@@ -12,15 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from nxtp.cost.memory import memory, sections, step_of
-from nxtp.model.flops import (
-    LABEL_TOKENS,
-    LABELS,
-    PROMPT_TOKENS,
-    count_parameters,
-    meta_model,
-    training_flops,
-    typical_layout,
-)
+from nxtp.model.flops import TYPICAL, count_parameters, meta_model, training_flops, typical_layout
 from nxtp.train.checks import check_settings
 
 GPU_SIZES_GB = (16, 24, 40, 48, 80, 141)
@@ -69,8 +61,7 @@ def print_description(cfg: DictConfig, as_json: bool = False) -> None:
     console = Console(highlight=False)
     console.print(table)
     console.print(
-        f"tokens per image  {found['tokens_per_image']}: {found['image_tokens']} of the image, "
-        f"1 + {PROMPT_TOKENS} of the prompt, {LABELS} labels of {LABEL_TOKENS} tokens and a delimiter\n"
+        f"tokens per image  {found['tokens_per_image']}: {found['image_tokens']} of the image, {TYPICAL}\n"
         f"FLOPs per image   {flops['forward'] / 1e9:,.2f} G forward, {flops['backward'] / 1e9:,.2f} G backward"
     )
     if found["vocabulary"] is not None:

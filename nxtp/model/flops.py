@@ -21,6 +21,7 @@ from nxtp.model.model import Model, ModelConfig
 from nxtp.model.trainable import TrainableConfig, choose_trainable
 
 LABELS, LABEL_TOKENS, PROMPT_TOKENS = 8, 2, 7  # of a typical caption
+TYPICAL = f"1 + {PROMPT_TOKENS} of the prompt, {LABELS} labels of {LABEL_TOKENS} tokens and a delimiter"
 _FILLS = {"add_", "clamp_", "erfinv_", "fill_", "mul_", "normal_", "uniform_", "zero_"}
 
 
@@ -135,7 +136,7 @@ class ModelFlops:
 
 
 def typical_layout(model: Model, images: int = 1) -> Layout:
-    """Images with :data:`LABELS` labels of :data:`LABEL_TOKENS` tokens and a delimiter, objective ``matched``."""
+    """Images with a typical caption (:data:`TYPICAL`), objective ``matched``."""
     labels = [[(0,) * LABEL_TOKENS] * LABELS] * images
     return lay_out(labels, prompt=[0] * PROMPT_TOKENS, delimiter=0, num_image_tokens=model.num_image_tokens)
 
