@@ -144,12 +144,9 @@ def _settings(
     from nxtp.inference.model_directory import weights_hash
 
     listed = classes and f"sha256:{hashlib.sha256(json.dumps(classes).encode()).hexdigest()[:16]}"
-    given: dict[str, Any] = {}  # nothing where files of before had nothing: they can be resumed
-    if threshold is not None:
-        given["threshold"] = threshold
-    if recognizer.calibrations:
-        given["calibration"] = {n: [c.temperature, c.offset] for n, c in recognizer.calibrations.items()}
-    return {"command": command, "top_k": top_k, "classes": listed, "model": weights_hash(model)} | given
+    calibration = {name: [each.temperature, each.offset] for name, each in recognizer.calibrations.items()}
+    settings = {"command": command, "top_k": top_k, "classes": listed, "model": weights_hash(model)}
+    return settings | {"threshold": threshold, "calibration": calibration}
 
 
 def _run(
