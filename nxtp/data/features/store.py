@@ -217,7 +217,9 @@ class FeatureWriter:
                 np.save(new / "keys.npy", np.frombuffer(b"".join(keys), np.uint8).reshape(len(keys), KEY_BYTES))
                 np.save(new / "tokens.npy", tokens.astype(self.meta.dtype, copy=False))
                 np.save(new / "unusable.npy", unusable)
-        except OSError as error:
+                for file in new.iterdir():  # NumPy is silent about a file's last 4 KB that found no room
+                    np.load(file, mmap_mode="r")
+        except (OSError, ValueError) as error:
             raise UserError(f"'{part}' cannot be written: {error}. Earlier parts remain.") from error
 
 
