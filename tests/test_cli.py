@@ -229,7 +229,7 @@ def test_a_built_wheel_carries_conf_and_works_elsewhere(tmp_path):
     (tmp_path / "elsewhere").mkdir()
     program = "import nxtp.config as c; print(c.conf_dir()); import sys; from nxtp.cli import main; main()"
     done = subprocess.run(
-        [sys.executable, "-c", program, "train", "experiment=demo", "--cfg", "job"],
+        [sys.executable, "-c", program, "train", "experiment=demo", "trainer=cpu", "--cfg", "job"],
         cwd=tmp_path / "elsewhere",
         env={"PYTHONPATH": str(tmp_path / "site"), "PATH": "/usr/bin"},
         capture_output=True,
