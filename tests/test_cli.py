@@ -131,7 +131,7 @@ def test_predict_shows_bars_and_saves_a_grid(place):
 def test_classify_gives_each_labels_probability(place):
     (place / "labels.txt").write_text("rose, lemon\nleaf\nhot dog\n")
     arguments = ("pictures", "text.jpg", "--model", "model", "--classes", "labels.txt")
-    done = run_nxtp("classify", *arguments, "--json", "--batch-size", "2", cwd=place)
+    done = call_nxtp("classify", *arguments, "--json", "--batch-size", "2", cwd=place)
     assert done.returncode == 1, "one file is no picture"
     rows = [row for row in map(json.loads, done.stdout.splitlines()) if "labels" in row]
     model = Recognizer.from_pretrained(place / "model", device="cpu")
@@ -141,7 +141,7 @@ def test_classify_gives_each_labels_probability(place):
         assert [label["label"] for label in row["labels"]] == [label for label, _ in expected]
         found = [label["probability"] for label in row["labels"]]
         assert found == pytest.approx([probability for _, probability in expected], rel=1e-4)
-    done = run_nxtp("predict", "pictures", "--model", "model", "--classes", "labels.txt", "--json", cwd=place)
+    done = call_nxtp("predict", "pictures", "--model", "model", "--classes", "labels.txt", "--json", cwd=place)
     written = {label["label"] for row in map(json.loads, done.stdout.splitlines()) for label in row["labels"]}
     assert written <= {"rose", "lemon", "leaf", "hot dog"}
     assert written
@@ -151,7 +151,7 @@ def test_evaluate_of_a_closed_vocabulary(place):
     write_shards(place / "val", [6], labels=True)
     (place / "classes.txt").write_text("rose\nlemon\nleaf\nocean\ngravel, stone\n")
     arguments = ("model=model", "+data.val.v=val", "data.num_workers=0", "semantic=null", "grid=0", "out=closed")
-    done = run_nxtp("evaluate", *arguments, "classes=classes.txt", "top_k=5", cwd=place)
+    done = call_nxtp("evaluate", *arguments, "classes=classes.txt", "top_k=5", cwd=place)
     assert done.returncode == 0, done.stderr
     metrics = json.loads((place / "closed" / "metrics.json").read_text())
     rows = [json.loads(line) for line in (place / "closed" / "predictions.jsonl").read_text().splitlines()]
@@ -184,7 +184,7 @@ def test_evaluate_of_a_closed_vocabulary(place):
     ],
 )
 def test_mistakes_are_one_line(place, arguments, message):
-    done = run_nxtp(*arguments, cwd=place)
+    done = call_nxtp(*arguments, cwd=place)
     assert done.returncode in (1, 2)
     assert message in done.stderr
     assert "Traceback" not in done.stderr
@@ -201,13 +201,13 @@ def test_help_is_there_and_light(place):
 
 
 def test_help_of_evaluate_says_how_to_give_the_model(place):
-    done = run_nxtp("evaluate", "--help", cwd=place)
+    done = call_nxtp("evaluate", "--help", cwd=place)
     assert "model: ???     (needed: a model directory or hub name)" in done.stdout
     assert "model_dir" not in done.stdout
 
 
 def test_describe_counts_without_weights(tmp_path):
-    done = run_nxtp("describe", "experiment=demo", "model.decoder.depth=3", cwd=tmp_path)
+    done = call_nxtp("describe", "experiment=demo", "model.decoder.depth=3", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert list(tmp_path.iterdir()) == []
     assert "total" in done.stdout
@@ -241,7 +241,7 @@ def test_a_built_wheel_carries_conf_and_works_elsewhere(tmp_path):
 
 
 def test_export_of_the_wrong_kind_says_which_is_needed(place):
-    done = run_nxtp("export", "model", "--out", "x", cwd=place)
+    done = call_nxtp("export", "model", "--out", "x", cwd=place)
     assert done.stderr == "error: 'model' is a model directory already: use --format onnx to export it.\n"
-    done = run_nxtp("export", "torn.jpg", "--format", "onnx", "--out", "x", cwd=place)
+    done = call_nxtp("export", "torn.jpg", "--format", "onnx", "--out", "x", cwd=place)
     assert done.stderr.startswith("error: 'torn.jpg' is not a model directory: first nxtp export a checkpoint")

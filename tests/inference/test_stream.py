@@ -287,7 +287,7 @@ def test_a_killed_command_is_resumed(model, pictures, tmp_path):
     again = call_nxtp(*given, cwd=tmp_path)
     assert again.returncode == 1, "the image that failed before the kill counts too"
     assert (tmp_path / "o.jsonl").read_text().splitlines() == expected
-    other = call_nxtp(*given, "--overwrite", "--sampler", "exact", cwd=tmp_path)
+    other = call_nxtp(*given, "--overwrite", "--sampler", "exact", "--batch-size", "9", cwd=tmp_path)
     assert other.returncode == 1
 
 
