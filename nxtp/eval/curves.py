@@ -107,9 +107,6 @@ def write_curves(curves: Mapping[str, Curve], directory: Path) -> None:
     save_figure(figure, directory / "curve.png")
 
 
-# ---- calibration -------------------------------------------------------------------------------------------------
-
-
 def reliability(probabilities: np.ndarray, right: np.ndarray, bins: int = BINS) -> list[list[float]]:
     """Of equally wide bins of probability those that are not empty: mean probability, share that is right, labels."""
     index = np.minimum((probabilities * bins).astype(int), bins - 1)

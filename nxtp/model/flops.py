@@ -7,11 +7,10 @@ import re
 import resource
 import sys
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from nxtp.errors import UserError
@@ -22,16 +21,6 @@ from nxtp.model.trainable import TrainableConfig, choose_trainable
 
 LABELS, LABEL_TOKENS, PROMPT_TOKENS = 8, 2, 7  # of a typical caption
 TYPICAL = f"1 + {PROMPT_TOKENS} of the prompt, {LABELS} labels of {LABEL_TOKENS} tokens and a delimiter"
-_FILLS = {"add_", "clamp_", "erfinv_", "fill_", "mul_", "normal_", "uniform_", "zero_"}
-
-
-class _WithoutValues(TorchFunctionMode):
-    """What would initialise a tensor of the meta device leaves it alone: half of the time to build a model there."""
-
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if args and function.__name__ in _FILLS and args[0].is_meta and not torch.is_grad_enabled():
-            return args[0]
-        return function(*args, **(kwargs or {}))
 
 
 def meta_model(config: ModelConfig, vocab_size: int | None, trainable: TrainableConfig | None = None) -> Model:
@@ -40,8 +29,10 @@ def meta_model(config: ModelConfig, vocab_size: int | None, trainable: Trainable
     Raises:
         UserError: its numbers are impossible, as a width of 0.
     """
+    from transformers.initialization import no_init_weights
+
     try:
-        with torch.device("meta"), _WithoutValues():
+        with torch.device("meta"), no_init_weights():
             model = Model(config, vocab_size, load_pretrained=False)
     except (ArithmeticError, AssertionError, RuntimeError) as error:  # of open_clip, transformers and PyTorch
         raise UserError(f"model cannot be built with these numbers: {' '.join(str(error).split())[:200]}.") from error
