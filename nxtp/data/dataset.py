@@ -19,7 +19,7 @@ from nxtp.data.augmentation import Augmentation
 from nxtp.data.config import DataConfig
 from nxtp.data.features.store import FeatureStore
 from nxtp.data.images import ImageError
-from nxtp.data.labels.cleaning import read_lines
+from nxtp.data.labels.cleaning import normalise, read_lines
 from nxtp.data.labels.from_samples import labels_of
 from nxtp.data.labels.nouns import noun_backend
 from nxtp.data.shards.reader import UNLISTED, IndexedShards, RawSample, SampleError, name_of
@@ -126,7 +126,7 @@ class BatchDataset(Dataset):
                 order = self._random(epoch, position).permutation(len(labels))
                 labels = [labels[i] for i in order[: self.config.max_labels]]
                 if self.places:
-                    labels.sort(key=lambda label: self.places.get(label, math.inf))
+                    labels.sort(key=lambda label: self.places.get(normalise(label), math.inf))
             images.append(pixels)
             keys.append(raw.key)
             shards.append(raw.shard)
@@ -199,9 +199,12 @@ class BatchDataset(Dataset):
 
 
 def _places(path: str) -> dict[str, int]:
-    """data.label_order: of each label its place in the file."""
-    lines = read_lines(path, f"data.label_order: '{path}'", "Write one label per line.")
-    return {line.strip(): place for place, line in enumerate(lines)}
+    """data.label_order: of each label, normalised, its first place in the file."""
+    labels = map(normalise, read_lines(path, f"data.label_order: '{path}'", "Write one label per line."))
+    places = {label: place for place, label in enumerate(dict.fromkeys(labels)) if label}
+    if not places:
+        raise UserError(f"data.label_order: '{path}' contains no label: write one per line.")
+    return places
 
 
 def report_skipped(examples: dict[str, str], known: Container[str]) -> None:

@@ -146,7 +146,7 @@ def _settings(
     listed = classes and f"sha256:{hashlib.sha256(json.dumps(classes).encode()).hexdigest()[:16]}"
     calibration = {name: [each.temperature, each.offset] for name, each in recognizer.calibrations.items()}
     settings = {"command": command, "top_k": top_k, "classes": listed, "model": weights_hash(model)}
-    return settings | {"threshold": threshold, "calibration": calibration}
+    return settings | {"threshold": threshold, "calibration": calibration or None}
 
 
 def _run(

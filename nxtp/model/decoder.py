@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 from contextlib import nullcontext
@@ -78,7 +79,10 @@ class Decoder(ComputesBuffers):
         from_source = config.source is not None
         with torch.device("meta") if from_source else nullcontext():
             self.lm = AutoModelForCausalLM.from_config(architecture)
+        self.lm.tie_weights()  # from_config does not where weights are not initialised
         self.lm.config.use_cache = False
+        taken = inspect.signature(type(self.lm.model).forward).parameters
+        self._cache_name = "cache" if "cache" in taken else "past_key_values"  # before transformers 5.24
         if config.lora is not None:
             add_adapters(self.lm.model.layers, config.lora)
         # Tied parameters must not leave the meta device in shards: they would no longer be tied.
@@ -140,12 +144,9 @@ class Decoder(ComputesBuffers):
         Returns:
             [B, T, D].
         """
+        cached: dict[str, Any] = {} if cache is None else {self._cache_name: cache, "use_cache": True}
         return self.lm.model(
-            inputs_embeds=embeddings_BTD,
-            position_ids=positions_BT,
-            attention_mask=mask,
-            past_key_values=cache,
-            use_cache=cache is not None,
+            inputs_embeds=embeddings_BTD, position_ids=positions_BT, attention_mask=mask, **cached
         ).last_hidden_state
 
     def attention(self, embeddings_BTD: Tensor, positions_BT: Tensor, mask: Tensor) -> tuple[Tensor, list[Tensor]]:
@@ -210,10 +211,13 @@ def resolve(config: DecoderConfig, vocab_size: int | None = None) -> tuple[PreTr
         raise UserError("model.decoder: set 'depth' or 'blocks', not both.")
     if config.blocks is not None:
         kept = list(config.blocks)
+    elif (config.depth or 0) > count:
+        raise UserError(f"model.decoder.depth is {config.depth}, but '{config.source}' has {count} blocks.")
     else:
         kept = choose_blocks(count, count if config.depth is None else config.depth, config.keep)
     if not kept or len(set(kept)) != len(kept) or not all(0 <= block < count for block in kept):
-        raise UserError(f"model.decoder: blocks {kept} of '{config.source}', which has blocks 0 to {count - 1}.")
+        have = f"'{config.source}' has blocks 0 to {count - 1}, and each can be used once"
+        raise UserError(f"model.decoder.blocks is {kept}, but {have}.")
     full.num_hidden_layers = len(kept)
     for name, value in full.to_dict().items():
         if isinstance(value, list | tuple) and len(value) == count:  # one entry per block, whatever it is called
@@ -265,9 +269,10 @@ def fill_blocks(lm: nn.Module, source: str, kept: list[int]) -> None:
 
     expected = {name: tuple(tensor.shape) for name, tensor in own.items()}
     found = {name: weights.specs[stored[name]].shape for name in own if stored[name] in weights.specs}
-    for name in (EMBEDDING, HEAD):
-        if name in found and found[name][0] < expected[name][0]:
-            found[name] = (expected[name][0], *found[name][1:])
+    for name in (EMBEDDING, HEAD):  # fewer rows fit
+        rows, width = expected.get(name, (0, 0))
+        if len(shape := found.get(name, ())) == 2 and shape[0] < rows and shape[1] == width:
+            found[name] = expected[name]
     if problems := mismatch(expected, found):
         raise UserError(f"model.decoder.source: the weights in '{source}' do not fit its configuration: {problems}.")
     for name, parameter in own.items():

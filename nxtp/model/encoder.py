@@ -20,7 +20,7 @@ from nxtp.model.weights import MODEL_FILE, ComputesBuffers, SafetensorsFiles
 log = logging.getLogger("nxtp")
 
 PREFIX = "encoder.visual."  # of the tower's tensors in a model directory
-_probed: dict[str, tuple[list[str], int, int]] = {}  # of towers: a model directory's is built twice
+_probed: dict[str, tuple[list[str], list[str], int, int]] = {}  # of towers: a model directory's is built twice
 MAX_SIZE = 4096  # pixels per side of an image
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -103,7 +103,7 @@ class Encoder(ComputesBuffers):
         if key not in _probed:
             with torch.device("meta"):
                 _probed[key] = _probe(_build_tower(tower, config.depth), config.image_size)
-        unused, self.num_tokens, self.width = _probed[key]
+        unused, idle, self.num_tokens, self.width = _probed[key]
         self.visual = _build_tower(tower, config.depth)
         if config.pretrained is not None and load_pretrained:
             null: dict[str, Any] = dict.fromkeys(DEFAULTS)
@@ -123,6 +123,10 @@ class Encoder(ComputesBuffers):
         for name in unused:
             owner, _, leaf = name.rpartition(".")
             setattr(self.visual.get_submodule(owner), leaf, None)
+        for name in idle:
+            owner, _, leaf = name.rpartition(".")
+            module = self.visual.get_submodule(owner)
+            module.register_buffer(leaf, module._parameters.pop(leaf))
         for name in ("mean", "std"):
             self.register_buffer(name, torch.empty(3, 1, 1), persistent=False)
         self.compute_buffers()
@@ -359,14 +363,18 @@ def pretrained_tower(config: EncoderConfig) -> dict[str, Tensor]:
     return model.visual.state_dict()
 
 
-def _probe(visual: nn.Module, image_size: int) -> tuple[list[str], int, int]:
+def _probe(visual: nn.Module, image_size: int) -> tuple[list[str], list[str], int, int]:
     """On the meta device: parameters that the tokens do not depend on, the number of tokens, their width.
+
+    First the parameters of modules that do not run, then of those that run for nothing.
 
     Raises:
         UserError: the tower has no patch tokens, or takes no images of this size.
     """
     visual.eval()
+    ran: set[nn.Module] = set()
     with torch.enable_grad():
+        hook = nn.modules.module.register_module_forward_hook(lambda module, *_: ran.add(module))
         try:
             tokens = _spatial_tokens(visual, torch.zeros(1, 3, image_size, image_size, device="meta"))
         except Exception as error:  # of any kind: a tower's own
@@ -374,6 +382,8 @@ def _probe(visual: nn.Module, image_size: int) -> tuple[list[str], int, int]:
             raise UserError(
                 f"model.encoder: {tower} gives no patch tokens of an image of {image_size} pixels: {reason(error)}."
             ) from error
+        finally:
+            hook.remove()
     used, nodes, seen = set(), [tokens.grad_fn], set()
     while nodes:  # walked: computing the gradients took as long as building the tower
         if (node := nodes.pop()) is not None and node not in seen:
@@ -381,7 +391,8 @@ def _probe(visual: nn.Module, image_size: int) -> tuple[list[str], int, int]:
             used.add(id(getattr(node, "variable", None)))
             nodes += [before for before, _ in node.next_functions]
     unused = [n for n, p in visual.named_parameters() if p.requires_grad and id(p) not in used]
-    return unused, tokens.shape[1], tokens.shape[2]
+    idle = [name for name in unused if visual.get_submodule(name.rpartition(".")[0]) in ran]
+    return [name for name in unused if name not in idle], idle, tokens.shape[1], tokens.shape[2]
 
 
 def _spatial_tokens(visual: nn.Module, images: Tensor, with_prefix: bool = False) -> Tensor:

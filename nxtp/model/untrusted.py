@@ -45,7 +45,7 @@ def read_yaml(path: Path) -> Any:
             text = _text(path)
             _refuse_tangled(text)
             content = yaml.load(text, _PlainYaml)
-        except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
+        except (yaml.YAMLError, ValueError, TypeError, LookupError, ArithmeticError, RecursionError) as error:
             raise UserError(f"'{path}' is damaged: {reason(error)}.") from error
         for value in values(content):
             if isinstance(value, str) and ("${" in value or len(value) > _MAX_TEXT):

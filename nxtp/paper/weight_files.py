@@ -39,14 +39,14 @@ class PickledFile(Weights):
     """Tensors of a PyTorch pickle, at the top or under ``model`` or ``state_dict``.
 
     ``extra`` has the plain values beside them. The file is memory-mapped anew after :data:`MAPPED_BYTES`, so that no
-    more of its pages stay in memory.
+    more of its pages stay in memory; one of before PyTorch 1.6 cannot be mapped, and is read at once.
 
     Raises:
         UserError: a file that is missing, truncated, not one of tensors, or that would run code.
     """
 
     def __init__(self, path: Path):
-        self.path = path
+        self.path, self._is_mapped = path, zipfile.is_zipfile(path)
         content = self._content()
         is_mapping = isinstance(content, Mapping)
         self._key = next((key for key in ("model", "state_dict") if is_mapping and key in content), None)
@@ -60,9 +60,8 @@ class PickledFile(Weights):
             raise UserError(f"'{path}' contains no tensors.")
 
     def _content(self) -> Any:
-        mmap = zipfile.is_zipfile(self.path)  # files written before PyTorch 1.6 cannot be mapped
         try:
-            return torch.load(self.path, map_location="cpu", weights_only=True, mmap=mmap)
+            return torch.load(self.path, map_location="cpu", weights_only=True, mmap=self._is_mapped)
         except (FileNotFoundError, IsADirectoryError):
             raise UserError(f"'{self.path}' is not a file.") from None
         except pickle.UnpicklingError as error:
@@ -72,7 +71,7 @@ class PickledFile(Weights):
             raise UserError(f"'{self.path}' is truncated, or not a PyTorch file ({reason(error)}).") from error
 
     def read(self, name: str) -> Tensor:
-        if self._bytes_read > MAPPED_BYTES:
+        if self._is_mapped and self._bytes_read > MAPPED_BYTES:
             content = self._content()
             self._state, self._bytes_read = content if self._key is None else content[self._key], 0
         tensor = self._state[name].clone()

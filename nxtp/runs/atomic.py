@@ -82,7 +82,7 @@ def read_json(path: Path) -> Any:
     """The content of a JSON file; None if it is missing or damaged."""
     try:
         return json.loads(path.read_bytes())
-    except (FileNotFoundError, ValueError):
+    except (FileNotFoundError, NotADirectoryError, ValueError, RecursionError):
         return None
 
 

@@ -340,7 +340,7 @@ def test_labels_in_an_order_of_their_own_and_what_it_does_not_name_behind_them(t
     content = [{"__key__": f"{i}", "jpg": jpeg((9, 9, 9)), "json": {"labels": names}} for i in range(20)]
     write_shard(tmp_path / "a.tar", content)
     order = tmp_path / "order.txt"
-    order.write_text("ocean\n\n lemon\nfern\nrose\n")
+    order.write_text("\ufeffOcean\n\n lemon\nfern\nrose\nocean\n", encoding="utf-8")  # by the first place of each
     data = shard_data(str(tmp_path), {"v": str(tmp_path)}, batch_size=20, max_labels=9, label_order=str(order))
     (batch,) = data.train_dataloader()
     assert {tuple(labels[:3]) for labels in batch.labels} == {("ocean", "lemon", "rose")}
@@ -349,6 +349,9 @@ def test_labels_in_an_order_of_their_own_and_what_it_does_not_name_behind_them(t
     assert batch.labels[0] == names, "validation keeps the given order"
     with pytest.raises(UserError, match=r"data.label_order: '.*none.txt' cannot be read: No such file or directory"):
         shard_data(str(tmp_path), label_order=str(tmp_path / "none.txt")).train_dataloader()
+    order.write_text(" \n\n")
+    with pytest.raises(UserError, match=r"order.txt' contains no label: write one per line"):
+        shard_data(str(tmp_path), label_order=str(order)).train_dataloader()
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,15 @@ from torch.utils.flop_counter import FlopCounterMode
 from nxtp.config import conf_dir, to_dataclass
 from nxtp.model.decoder import DecoderConfig
 from nxtp.model.encoder import EncoderConfig
-from nxtp.model.flops import Flops, ModelFlops, compute_dtype, meta_model, peak_flops, training_flops
+from nxtp.model.flops import (
+    Flops,
+    ModelFlops,
+    compute_dtype,
+    count_parameters,
+    meta_model,
+    peak_flops,
+    training_flops,
+)
 from nxtp.model.layout import MATCHED, PUBLISHED, Objective, lay_out
 from nxtp.model.lora import LoraConfig
 from nxtp.model.model import Model, ModelConfig
@@ -116,7 +124,9 @@ def test_a_frozen_model_costs_no_backward():
     ],
 )
 def test_other_decoders(fields):
-    model = meta_model(tiny_config(**fields), None, TrainableConfig())
+    config = tiny_config(**fields)
+    model = meta_model(config, None, TrainableConfig())
+    assert count_parameters(model) == count_parameters(Model(config, None))  # tied where they are
     assert tuple(by_formula(model)) == pytest.approx(tuple(counted(model)), rel=1e-2)
 
 

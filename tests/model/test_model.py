@@ -357,6 +357,15 @@ def test_towers_give_patch_tokens_and_train_whole(vision, tokens):
     assert encoder.blocks()
 
 
+def test_what_runs_for_nothing_in_a_tower_runs_and_does_not_train():
+    encoder = Encoder(EncoderConfig(vision={"timm_model_name": "hrnet_w18_small"}, image_size=64)).train()
+    encoder(random_images(2, 64)).sum().backward()
+    assert all(p.grad is not None for p in encoder.parameters())
+    again = Encoder(encoder.config)
+    again.load_state_dict(encoder.state_dict())
+    assert sum(b.is_floating_point() and b.ndim == 4 for b in again.visual.buffers()) > 0, "its weights"
+
+
 @pytest.mark.parametrize(
     "wrong", [{"resize_mode": "squosh"}, {"interpolation": "nearest"}, {"mean": []}, {"std": [1.0, 1.0, 0.0]}]
 )
@@ -697,7 +706,8 @@ def test_unusable_decoders_are_one_line_errors(tmp_path, monkeypatch):
     cases = {
         "blocks": DecoderConfig(source=source, blocks=[0, 4]),
         "Did you mean 'ends'": DecoderConfig(source=source, depth=2, keep="end"),
-        "which has blocks 0 to 3": DecoderConfig(source=source, depth=5, keep="even"),
+        "depth is 5, but '.*' has 4 blocks": DecoderConfig(source=source, depth=5, keep="even"),
+        r"blocks is \[1, 1\], but '.*' has blocks 0 to 3": DecoderConfig(source=source, blocks=[1, 1]),
         "not both": DecoderConfig(source=source, blocks=[0], depth=1),
         "12 of another shape .* and 9 more": DecoderConfig(source=source, config={"intermediate_size": 40}),
         "not a LLaMA-family": DecoderConfig(config={"model_type": "gpt2"}),

@@ -429,6 +429,11 @@ def test_a_pickle_is_mapped_once_per_so_many_bytes(tmp_path, monkeypatch):
         for name, tensor in tensors.items():
             assert torch.equal(weights.read(name), tensor)
     assert load.call_count == 2, "at first and after the third tensor"
+    torch.save({"model": tensors}, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    with mock.patch.object(torch, "load", wraps=torch.load) as load:
+        weights = PickledFile(tmp_path / "old.pth")
+        assert all(torch.equal(weights.read(name), tensor) for name, tensor in tensors.items())
+    assert load.call_count == 1, "reading it again would hold it twice"
 
 
 def test_the_command(place, tmp_path):

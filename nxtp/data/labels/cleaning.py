@@ -42,7 +42,7 @@ def read_lines(path: str | Path, what: str, advice: str) -> list[str]:
         UserError: it cannot be read: ``what``, why, and ``advice``.
     """
     try:
-        return Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        return Path(path).read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not a text file"
         raise UserError(f"{what} cannot be read: {reason}. {advice}") from error
