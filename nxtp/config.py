@@ -64,14 +64,19 @@ def study_names() -> list[str]:
 
 
 def _add_study(overrides: Sequence[str]) -> None:
-    """Give Hydra the file experiments/<study>/<sweep>.yaml of an override ``study=<study>/<sweep>``."""
+    """Give Hydra the file experiments/<study>/<sweep>.yaml of an override ``study=<study>/<sweep>``.
+
+    Raises:
+        UserError: there is none; with the nearest one.
+    """
     from hydra.core.config_store import ConfigStore
 
     for name in (o.removeprefix("study=").strip("'\"") for o in overrides if o.startswith("study=")):
-        if name in study_names():  # else Hydra reports it
-            study, sweep = name.split("/")
-            content = OmegaConf.load(_study_file(name))
-            ConfigStore.instance().store(sweep, content, f"study/{study}", package="_global_")
+        if name not in (known := study_names()):
+            raise UserError(f"No study '{name}'.{nearest(name, known)} Known: {', '.join(known) or 'none'}.")
+        study, sweep = name.split("/")
+        content = OmegaConf.load(_study_file(name))
+        ConfigStore.instance().store(sweep, content, f"study/{study}", package="_global_")
 
 
 def _only_others(config_name: str, cfg: DictConfig) -> set[str]:
@@ -296,16 +301,13 @@ def explain(error: BaseException, config_name: str) -> str:
         return f"{text.split(' See https')[0]}: is this one text? Then it needs two pairs of quotes: {quoted}"
     if isinstance(error, MissingConfigException):
         group, _, option = (error.missing_cfg_file or "").rpartition("/")
-        if group.split("/")[0] == "study":
-            name = (error.missing_cfg_file or "").removeprefix("study/")
-            return f"No study '{name}'.{nearest(name, study_names())} Known: {', '.join(study_names()) or 'none'}."
         if error.options:
             near = nearest(option, error.options, f"{group}=")
             return f"No option '{group}={option}'.{near} Known: {', '.join(error.options)}."
         return text.split("Config search path")[0].strip()
     overridden = re.search(r"Could not override '([^'@]+)", text)
     if overridden and "No match in the defaults list" in text:
-        groups = [*_groups(config_name), "hydra/launcher", "hydra/sweeper"]
+        groups = _groups(config_name)
         return f"No configuration group '{overridden[1]}'.{nearest(overridden[1], groups)} Known: {', '.join(groups)}."
     return text
 

@@ -16,6 +16,7 @@ import pytest
 from click.testing import CliRunner
 from helpers import TINY_OVERRIDES, nxtp_runs, write_shards
 from hydra._internal.utils import get_args_parser
+from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
 from nxtp.config import compose_and_run, composed, conf_dir
@@ -146,7 +147,9 @@ def test_a_long_name_is_cut_and_stays_its_own():
         (["-m", "name=x,y"], r"a sweep has one name"),
     ],
 )
-def test_what_is_misspelt_is_told_before_anything_starts(stand_in, arguments, message):
+def test_what_is_misspelt_is_told_before_anything_starts(stand_in, monkeypatch, arguments, message):
+    store = ConfigStore.instance()
+    monkeypatch.setattr(store, "repo", {k: v for k, v in store.repo.items() if k != "study"})  # none was used before
     with pytest.raises(UserError, match=message):
         run_or_sweep(never, "train", arguments)
     assert started(stand_in) == []
