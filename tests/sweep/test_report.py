@@ -268,8 +268,9 @@ def test_what_was_swept_comes_before_what_follows_from_it(tmp_path):
         made = record(depth, sweep="mine") | {"name": f"model.decoder.depth={depth}"}
         made["config"]["model"] = {"decoder": {"config": {"num_hidden_layers": depth}, "depth": depth}}
         write(tmp_path, made)
-    done = CliRunner().invoke(report, [str(tmp_path / "mine")])
+    done = CliRunner().invoke(report, ["mine", "--runs", str(tmp_path)])
     assert done.exit_code == 0
+    assert done.output.endswith("mine: results.csv, plot.svg\n")
     header = (tmp_path / "mine" / "results.csv").read_text().splitlines()[0]
     assert header.startswith("size,sweep,run,model.decoder.depth,seed,run.")
     assert ">model.decoder.depth</text>" in (tmp_path / "mine" / "plot.svg").read_text()

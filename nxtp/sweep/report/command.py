@@ -118,13 +118,15 @@ def find(study: str) -> Path | None:
 @click.option("--wandb", metavar="ENTITY/PROJECT", help="Also read records from W&B.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the table.")
 def report(study: str, runs: Path, check: bool, wandb: str | None, as_json: bool) -> None:
-    """Make table and plot of STUDY (a folder of experiments/), or of any directory of runs."""
+    """Make table and plot of STUDY: a folder of experiments/, or runs/NAME or any other directory of runs."""
     folder = find(study)
     remote = rec.from_wandb(wandb) if wandb else []
     if folder is None:
-        directory = Path(study)
+        directory = Path(study) if Path(study).is_dir() else runs / study
         if not directory.is_dir():
-            names = [p.name for d in study_dirs() for p in d.iterdir() if p.is_dir()]
+            names = [
+                p.name for d in (*study_dirs(), *([runs] if runs.is_dir() else ())) for p in d.iterdir() if p.is_dir()
+            ]
             searched = " or ".join(os.path.relpath(d) for d in study_dirs()) or "experiments"
             message = f"No study '{study}' in {searched}, and no directory of this name."
             raise UserError(f"{message}{nearest(study, names)} Runs are in {runs}/NAME.")
@@ -151,6 +153,7 @@ def report(study: str, runs: Path, check: bool, wandb: str | None, as_json: bool
         click.echo(json.dumps({"study": directory.name, "metrics": spec.metrics, "lines": lines, "changed": changed}))
     elif not check:
         show(rows, spec)
+        click.echo(f"{os.path.relpath(directory)}: {', '.join(files)}")
     elif changed:
         click.echo(f"{directory.name}: would differ: {', '.join(changed)}")
     sys.exit(check and bool(changed))
