@@ -279,3 +279,10 @@ def test_two_processes_log_together(tmp_path):
     assert all(float(row[name]) >= 0 for row in rows for name in PERF)
     lines = [line for line in done.stderr.splitlines() if " images/s · " in line]
     assert len(lines) == 3, "only one process logs"
+
+
+def test_the_progress_bar_counts_no_epochs_where_only_steps_are_limited(monkeypatch):
+    bar = Progress()
+    for epochs, text in ((-1, "Epoch 3"), (12, "Epoch 3/11")):
+        monkeypatch.setattr(bar, "_trainer", L.Trainer(max_epochs=epochs, logger=False, enable_checkpointing=False))
+        assert bar._get_train_description(3).strip() == text

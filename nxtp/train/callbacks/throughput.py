@@ -171,6 +171,9 @@ class Progress(RichProgressBar):
         before = trainer.current_epoch * math.ceil(batches / accumulated)
         return min(batches, (trainer.max_steps - before) * accumulated)
 
+    def _get_train_description(self, current_epoch: int) -> str:
+        return super()._get_train_description(current_epoch).replace("/-2", "")  # trainer.max_epochs is -1
+
     def configure_columns(self, trainer) -> list:
         description, bar, batches, time_left, _ = super().configure_columns(trainer)
         bar.bar_width = 10
