@@ -14,6 +14,7 @@ from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -165,6 +166,8 @@ def compose_and_run(
         _refuse_hidden_options(overrides)
         flags += ["--config-dir", str(own)]
     for override in overrides:
+        if re.match(r"\+?logger=.*tensorboard", override) and not any(map(find_spec, ("tensorboard", "tensorboardX"))):
+            raise UserError("logger=tensorboard needs tensorboard: pip install tensorboard")
         name = Path(override.removeprefix("name=").strip("'\""))
         group, _, option = override.partition("=")
         if option == "null" and (options := sorted(file.stem for file in (conf_dir() / group).glob("*.yaml"))):
@@ -220,7 +223,9 @@ def help_text(command: str, config_name: str, argv: Sequence[str]) -> str:
     with open_dict(cfg):
         del cfg["hydra"]
     lines, foreign = [], _only_others(config_name, cfg)
-    for group in [*_groups(config_name), "hydra/launcher", "hydra/sweeper"]:
+    for group in _groups(config_name):
+        if group == "study" and command != config_name:
+            continue  # studies are of the command that the configuration is named after
         names = [] if not group.startswith("hydra/") else ConfigStore.instance().list(group)  # of installed plugins
         names += sorted(f.name for place in (conf_dir(), _own_conf()) if place for f in (place / group).glob("*.yaml"))
         options = [name.removesuffix(".yaml") for name in dict.fromkeys(names)]

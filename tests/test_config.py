@@ -342,9 +342,9 @@ def test_a_class_on_the_command_line_replaces_another_with_its_arguments():
 @pytest.mark.parametrize("command", ["train", "evaluate"])
 def test_help_lists_what_the_command_takes(tmp_path, monkeypatch, command):
     monkeypatch.chdir(tmp_path)
-    listed = dict(
-        line.strip().split("=", 1) for line in help_text(command, command, []).split("\n\n")[1].splitlines()[1:]
-    )
+    lines = help_text(command, command, []).split("\n\n")[1].splitlines()[1:]
+    listed = dict(line.strip().split("=", 1) for line in lines)
+    assert len(listed) == len(lines), "each group once"
     assert set(listed["hydra/launcher"].split("|")) >= {"basic", "slurm"}
     assert listed["hydra/sweeper"] == "basic|optuna"
     assert listed["logger"] == "csv|tensorboard|wandb"

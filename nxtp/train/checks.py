@@ -12,6 +12,7 @@ from torch import nn
 from nxtp.config import rank_count, to_dataclass
 from nxtp.distributed.parallelize import mixed_precision
 from nxtp.errors import UserError, at_least, nearest
+from nxtp.eval.embedders import PACKAGED, packaged_encoder
 from nxtp.model.model import Model
 from nxtp.train.optim import OptimConfig, create_optimizer, create_schedule, state_bytes
 
@@ -59,6 +60,8 @@ def check_settings(cfg: DictConfig) -> None:
         raise UserError("trainer.val_check_interval must be > 0, got 0.")
     if cfg.matmul_precision not in (None, "highest", "high", "medium"):
         raise UserError(f"matmul_precision must be highest, high, medium or null, got {cfg.matmul_precision}.")
+    if cfg.validation.semantic == PACKAGED:
+        packaged_encoder()
     check_global_batch(cfg)
     precision = full_precision(trainer.precision)
     if trainer.accelerator == "cpu":

@@ -307,6 +307,13 @@ def metric_names(cfg: DictConfig) -> list[str]:
     return [f"{name}/{kind}" for name in cfg.data.val for kind in (*kinds, "loss")] + ["train/loss"]
 
 
+def result_line(name: str, metrics: dict[str, float], cfg: DictConfig, step: int) -> str:
+    """What a validation set has measured, as "val: recall@10 0.348, hit@1 0.212 (step 200)"."""
+    kinds = [f"recall@{cfg.validation.top_k}", *(f"hit@{k}" for k in HIT_CUTS), *cfg.validation.metrics]
+    found = ", ".join(f"{kind} {metrics[f'{name}/{kind}']:.3f}" for kind in kinds if f"{name}/{kind}" in metrics)
+    return f"{name}: {found or 'no image has labels'} (step {step:,})"
+
+
 def describe_data(data: WebDatasetDataModule) -> dict[str, Any]:
     """For the run record: samples and fingerprint of each set, shards and manifest hash of its sources."""
     described: dict[str, Any] = {}
@@ -362,6 +369,10 @@ def finish(
         trainer.callbacks.append(WritePredictions(run_dir / PREDICTIONS_FILE))
         for values in trainer.validate(module, datamodule=data, ckpt_path=path, verbose=False, weights_only=True):
             record.metrics.update(values)
+        if trainer.is_global_zero:
+            step = module.loaded_step if path else trainer.global_step
+            for name in data.val_names:
+                log.info("%s", result_line(name, record.metrics, cfg, step))
     module.recognizer().save_pretrained(run_dir / "model", writes=trainer.is_global_zero)
     if trainer.is_global_zero:
         log.info("Model directory: %s", run_dir / "model")

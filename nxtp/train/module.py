@@ -127,6 +127,7 @@ class RecognitionModule(L.LightningModule):
         self._warned: set[str] = set()
         self.skipped: Counter[str] = Counter()
         self.samples_read = self.samples_seen = 0
+        self.loaded_step = 0  # of the last checkpoint that was loaded
         self.final_counts: dict[str, Any] | None = None  # of all ranks, after the training
 
     def configure_model(self) -> None:
@@ -357,6 +358,7 @@ class RecognitionModule(L.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if "samples_read" not in checkpoint.get("counts", {}):
             raise UserError(f"The checkpoint is {OLD_FORMAT}.")
+        self.loaded_step = checkpoint["global_step"]
         if self.trainer.is_global_zero:  # the sum over all ranks continues on one of them
             counts = checkpoint["counts"]
             self.skipped = Counter(counts["skipped"])

@@ -43,16 +43,16 @@ def fit(tmp_path, *callbacks, **trainer) -> None:
 
 
 @pytest.mark.parametrize(
-    ("limits", "step", "limit", "announced"),
+    ("limits", "planned", "step", "limit", "announced"),
     [
-        ({"max_epochs": 1}, 6, "trainer.max_epochs=1", None),
-        ({"max_epochs": 2, "max_steps": 8}, 8, "trainer.max_steps=8", "trainer.max_epochs=2 is 12 steps"),
-        ({"max_epochs": 1, "max_steps": 9}, 6, "trainer.max_epochs=1", "trainer.max_epochs=1 is 6 steps"),
-        ({"max_epochs": 5, "early": True}, 12, "early stopping: Monitored metric train/loss did not improve", None),
-        ({"max_epochs": 3, "max_time": {"microseconds": 1}}, 1, "trainer.max_time", None),
+        ({"max_epochs": 1}, 6, 6, "trainer.max_epochs=1", None),
+        ({"max_epochs": 2, "max_steps": 8}, 8, 8, "trainer.max_steps=8", "trainer.max_epochs=2 is 12 steps"),
+        ({"max_epochs": 1, "max_steps": 9}, 6, 6, "trainer.max_epochs=1", "trainer.max_epochs=1 is 6 steps"),
+        ({"max_epochs": 5, "early": True}, 30, 12, "early stopping: Monitored metric train/loss did not improve", None),
+        ({"max_epochs": 3, "max_time": {"microseconds": 1}}, 18, 1, "trainer.max_time", None),
     ],
 )
-def test_a_run_says_what_ended_it(tmp_path, caplog, limits, step, limit, announced):
+def test_a_run_says_what_is_before_it_and_what_ended_it(tmp_path, caplog, limits, planned, step, limit, announced):
     caplog.set_level(logging.INFO)
     record = RunRecord("line", {}, [], 0)
     stops = [EarlyStopping("train/loss", patience=1, check_on_train_epoch_end=True)] if limits.pop("early", 0) else []
@@ -61,10 +61,11 @@ def test_a_run_says_what_ended_it(tmp_path, caplog, limits, step, limit, announc
     assert record.ended_by.startswith(limit)
     lines = [entry.getMessage() for entry in caplog.records if entry.name == "nxtp"]
     assert lines[-1].startswith(f"Ended at step {step} by {limit}")
-    assert len(lines) == 1 + bool(announced)
+    assert lines[0] == f"{planned} steps, 6 per epoch"
+    assert len(lines) == 2 + bool(announced)
     assert (
         announced is None
-        or f"The run ends at step {step}: {announced}, trainer.max_steps={limits['max_steps']}" in lines[0]
+        or f"The run ends at step {step}: {announced}, trainer.max_steps={limits['max_steps']}" in lines[1]
     )
 
 

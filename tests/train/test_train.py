@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from collections import Counter
 from functools import partial
 
@@ -258,6 +259,10 @@ def test_a_run_directory_holds_everything(workplace):
     assert {"train/loss", "val/recall@10", "lr-AdamW/pg1", *PERF} <= logged
     assert "perf/mfu" not in logged, "a CPU's peak is unknown"
     assert "images/s · " in done.stderr
+    assert "20 steps, 10 per epoch, validation every epoch" in done.stderr
+    metrics = record["metrics"]
+    shown = ", ".join(f"{kind} {metrics[f'val/{kind}']:.3f}" for kind in ("recall@10", "hit@1", "hit@5"))
+    assert re.search(rf"^val: {shown} \(step (10|20)\)\n.*Model directory: ", done.stderr, re.MULTILINE)
     assert done.stderr.count("`Trainer.fit` stopped") == 1, "each message once"
 
 

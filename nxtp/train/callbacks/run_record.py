@@ -45,6 +45,7 @@ class RunRecordWriter(L.Callback):
     def on_train_start(self, trainer: L.Trainer, module: RecognitionModule) -> None:
         for logger in trainer.loggers:
             log_record(logger, asdict(self.record))
+        log.info("%s", plan_of(trainer, validates=bool(module.val_names)))
         epochs, steps = trainer.max_epochs or -1, trainer.max_steps
         in_epochs = epochs * math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
         if steps > 0 and epochs > 0 and math.isfinite(in_epochs) and in_epochs != steps:
@@ -76,6 +77,23 @@ class RunRecordWriter(L.Callback):
         self.record.step, self.record.steps = trainer.global_step, int(steps) if math.isfinite(steps) else 0
         self.record.write(self.run_dir)
         self._written = time.monotonic()
+
+
+def plan_of(trainer: L.Trainer, validates: bool) -> str:
+    """What a run has before it, in a line, as far as it is known."""
+    in_epoch, total = trainer.num_training_batches / trainer.accumulate_grad_batches, trainer.estimated_stepping_batches
+    done = f"From step {trainer.global_step:,}: " if trainer.global_step else ""
+    steps = f"{int(total):,} steps" if math.isfinite(total) else "steps until it is stopped"
+    if math.isfinite(in_epoch):
+        steps += f", {math.ceil(in_epoch):,} per epoch"
+    epochs = trainer.check_val_every_n_epoch
+    every = (trainer.val_check_batch or math.inf) / trainer.accumulate_grad_batches
+    if validates and trainer.enable_validation:
+        if math.isfinite(every) and (every < in_epoch or epochs is None):
+            steps += f", validation every {math.ceil(every):,}"
+        elif epochs is not None:
+            steps += f", validation every {f'{epochs} epochs' if epochs > 1 else 'epoch'}"
+    return f"{done}{steps}"
 
 
 def ended_by(trainer: L.Trainer) -> str:
