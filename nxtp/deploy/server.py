@@ -2,13 +2,16 @@
 
 # No postponed annotations here: LitServe derives the HTTP endpoint from those of decode_request and encode_response.
 
+import atexit
 import multiprocessing
 import os
 import signal
+import socket
 import sys
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 import click
@@ -64,7 +67,7 @@ class LabelAPI(litserve.LitAPI):
         from nxtp.sampling.closed_vocabulary import read_classes
 
         if multiprocessing.parent_process() is not None:
-            signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # libraries delete their temporary files
+            signal.signal(signal.SIGTERM, _end_worker)
         try:
             self.recognizer = Recognizer.from_pretrained(self.source, device=device)
             classes = None if self.classes is None else read_classes(self.classes)
@@ -120,6 +123,7 @@ class Server(litserve.LitServer):
 
     def __init__(self, *arguments: Any, host: str = "127.0.0.1", **options: Any):
         super().__init__(*arguments, **options)
+        self._host = host
         self.app.user_middleware.insert(0, trusted_hosts(host))
         self.app.add_exception_handler(RequestValidationError, _invalid)
         self.app.add_exception_handler(HTTPException, _refused)
@@ -146,6 +150,18 @@ class Server(litserve.LitServer):
                 raise SystemExit(1) if ended >= 0 else UserError(_killed(ended))
             time.sleep(0.05)
 
+    def _start_server(self, port: int, *arguments: Any, **options: Any) -> Any:
+        """Report the address once a request can be sent."""
+        workers = super()._start_server(port, *arguments, **options)
+        local = "::1" if self._host == "::" else "127.0.0.1"
+        while all(each.is_alive() for each in workers.values()):
+            with suppress(OSError), socket.create_connection((local, port), timeout=5):
+                host = "[::]" if self._host == "::" else self._host
+                click.echo(f"Serving at http://{host}:{port}/predict (Ctrl-C stops it).", err=True)
+                break
+            time.sleep(0.05)
+        return workers
+
     def _perform_graceful_shutdown(self, manager: Any, uvicorn_workers: Any, shutdown_reason: str = "normal") -> None:
         """Once, by the monitor when a worker died, or by the main thread when a signal came; the other waits."""
         with self._ending:
@@ -158,12 +174,18 @@ class Server(litserve.LitServer):
 async def _invalid(request: Request, error: RequestValidationError) -> JSONResponse:
     """The first mistake, without the input, which FastAPI sends back and fails where it is no JSON."""
     first = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"][1:2])
+    where = ".".join(part for part in first["loc"][1:2] if isinstance(part, str))  # a position in what is no JSON
     return JSONResponse({"error": f"{where}: {first['msg']}" if where else first["msg"]}, status_code=422)
 
 
 async def _refused(request: Request, error: HTTPException) -> JSONResponse:
     return JSONResponse({"error": error.detail}, status_code=error.status_code)
+
+
+def _end_worker(*_: Any) -> None:
+    """Libraries delete their temporary files. To free every object takes longer than the 5 s that LitServe waits."""
+    atexit._run_exitfuncs()
+    os._exit(0)
 
 
 def _killed(code: int) -> str:
@@ -190,8 +212,8 @@ def serve(model, host, port, classes, batch_size, wait_ms, max_mb, device) -> No
 
     \b
     nxtp serve runs/demo/model
-    curl localhost:8000/predict -H 'content-type: application/json' \\
-         -d "{\\"image\\": \\"$(base64 -w0 photo.jpg)\\", \\"top_k\\": 5}"
+    printf '{"image": "%s", "top_k": 5}' "$(base64 -w0 photo.jpg)" |
+        curl localhost:8000/predict -H 'content-type: application/json' -d @-
     """
     check_free(host, port)
     from nxtp.inference import model_directory as model_dir
@@ -204,6 +226,7 @@ def serve(model, host, port, classes, batch_size, wait_ms, max_mb, device) -> No
     api = LabelAPI(model, classes, max_batch_size=batch_size, batch_timeout=wait_ms / 1000)
     server = Server(api, accelerator=device, devices=1, host=host, max_payload_size=max_mb << 20)
     _exit_on_sigterm()
+    click.echo(f"Loading {model} …", err=True)
     try:
         server.run(
             host=host, port=port, num_api_servers=1, generate_client_file=False, log_level="warning", http=TimedProtocol
@@ -213,6 +236,7 @@ def serve(model, host, port, classes, batch_size, wait_ms, max_mb, device) -> No
             process.kill()
     if server.died:
         sys.exit(1)
+    click.echo("Stopped.", err=True)
 
 
 def _exit_on_sigterm() -> None:

@@ -27,10 +27,15 @@ def meta_model(config: ModelConfig, vocab_size: int | None, trainable: Trainable
     """The model's shapes without its weights, on the meta device, in well under a second.
 
     Raises:
-        UserError: its numbers are impossible, as a width of 0.
+        UserError: its numbers are impossible, as a width of 0; or torchvision is of another PyTorch.
     """
     from transformers.initialization import no_init_weights
 
+    try:
+        import torchvision  # noqa: F401  # first, for open_clip and transformers
+    except RuntimeError as error:  # its operators are those of one version of PyTorch
+        problem = f"PyTorch and torchvision do not fit each other ({error})"
+        raise UserError(f"{problem}: install both at once, pip install torch torchvision.") from error
     try:
         with torch.device("meta"), no_init_weights():
             model = Model(config, vocab_size, load_pretrained=False)

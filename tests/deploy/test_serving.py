@@ -1,7 +1,9 @@
 """The server: the model's labels, requests in batches; a bad request does not fail the others of its batch."""
 
+import atexit
 import base64
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -19,7 +21,7 @@ from helpers import COLOURS, Command, free_port, jpeg, recognizer, reports_a_tak
 
 pytest.importorskip("litserve")
 
-from nxtp.deploy.server import LabelAPI, PredictRequest, Refused, Server
+from nxtp.deploy.server import LabelAPI, PredictRequest, Refused, Server, _end_worker
 from nxtp.inference.recognizer import Recognizer
 
 pytestmark = pytest.mark.costly
@@ -106,7 +108,8 @@ def served(place):
     assert command.wait(90) == 0
     wait_until(lambda: has_ended(command), 10)
     assert {path.name for path in place.iterdir()} <= {"model", "quick.py", "__pycache__", command.log.name}
-    assert "Traceback" not in command.output
+    lines = ["Loading model …", f"Serving at http://127.0.0.1:{port}/predict (Ctrl-C stops it).", "Stopped."]
+    assert command.output.splitlines() == lines
 
 
 @pytest.fixture(scope="module")
@@ -123,6 +126,7 @@ def test_labels_are_the_models_and_bad_requests_do_not_spoil_a_batch(port, model
         found = list(pool.map(lambda body: post(port, body), bodies))
     assert [code for code, _ in found] == [422 if i in (2, 5, 7) else 200 for i in range(len(bodies))]
     assert found[2][1] == {"error": "not an image in a known format"}
+    assert found[7][1] == {"error": "JSON decode error"}
     assert found[5][1] == {"error": "top_k: Input should be greater than or equal to 1"}
     for image, (code, labels) in zip(IMAGES, found, strict=True):
         if code == 200:
@@ -189,8 +193,8 @@ def test_a_model_that_cannot_be_loaded_is_one_line(place, model):
     command, _ = start_server(place, "torn")
     assert command.wait(60) == 1
     wait_until(lambda: has_ended(command), 5)
-    assert command.output.startswith("error: ")
-    assert command.output.count("\n") == 1
+    assert command.output.startswith("Loading torn …\nerror: ")
+    assert command.output.count("\n") == 2
     command.log.unlink()
     shutil.rmtree(place / "torn")
 
@@ -205,6 +209,23 @@ def test_a_worker_that_dies_ends_the_server(place):
     assert "died" in command.output
     assert "Traceback" not in command.output
     command.log.unlink()
+
+
+def test_a_worker_ends_at_once_without_its_temporary_files(place):
+    ended = multiprocessing.get_context("fork").Process(target=ends_with_files, args=(place / "files",))
+    ended.start()
+    ended.join(20)
+    assert ended.exitcode == 0
+    assert not (place / "files").exists()
+
+
+def ends_with_files(path):
+    path.touch()
+    atexit.register(path.unlink)
+    try:
+        _end_worker()
+    finally:
+        os._exit(1)  # nothing is unwound
 
 
 def test_requests_that_come_together_are_one_batch(place, model):

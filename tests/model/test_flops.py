@@ -1,6 +1,7 @@
 """FLOPs by formula against PyTorch's operator counter, the peaks of GPUs, and what frozen blocks keep for autograd."""
 
 import copy
+import sys
 from dataclasses import replace
 from functools import cache
 
@@ -13,6 +14,7 @@ from lightning.fabric.utilities.throughput import get_available_flops
 from torch.utils.flop_counter import FlopCounterMode
 
 from nxtp.config import conf_dir, to_dataclass
+from nxtp.errors import UserError
 from nxtp.model.decoder import DecoderConfig
 from nxtp.model.encoder import EncoderConfig
 from nxtp.model.flops import (
@@ -284,3 +286,11 @@ def test_a_wholly_frozen_encoder_keeps_nothing(build):
     assert sum(saved_by_block(model.train())) == 0
     choose_trainable(model, TrainableConfig(encoder="all"))
     assert np.all(np.array(saved_by_block(build().train())[:-1]) > 0), "everything trained keeps something everywhere"
+
+
+def test_a_torchvision_of_another_pytorch_is_named(tmp_path, monkeypatch):
+    (tmp_path / "torchvision.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "torchvision", raising=False)
+    with pytest.raises(UserError, match=r"^PyTorch and torchvision do not fit each other \(operator torchvision::nms"):
+        meta_model(tiny_config(), 100)

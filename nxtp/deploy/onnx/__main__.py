@@ -14,7 +14,7 @@ def main() -> int:
     """Returns the exit code: 1 if an image cannot be read."""
     parser = argparse.ArgumentParser(prog="python -m nxtp.deploy.onnx", description=__doc__)
     parser.add_argument("model", metavar="DIR", help="written by nxtp export --format onnx")
-    parser.add_argument("images", metavar="IMAGE", nargs="+", help="images, or directories of them")
+    parser.add_argument("images", metavar="IMAGE", nargs="+", help="images, or directories with their subdirectories")
     parser.add_argument("--top-k", type=int, default=10, help="labels per image (default 10)")
     parser.add_argument("--json", action="store_true", help="one JSON object per image and line")
     parser.add_argument("--threads", type=int, default=0, help="of onnxruntime (default: one per core)")
