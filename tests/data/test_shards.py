@@ -1,5 +1,6 @@
 """Shards: what is written is read back, WebDataset reads the same, and every kind of damage is counted."""
 
+import gc
 import gzip
 import io
 import json
@@ -10,6 +11,7 @@ import shutil
 import sys
 import tarfile
 import tempfile
+import warnings
 import zlib
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
@@ -28,7 +30,7 @@ from nxtp.data.shards import tar_index
 from nxtp.data.shards.cache import RemoteCache, RemoteError
 from nxtp.data.shards.manifest import ShardInfo, manifest_hash, read_manifest, sha256_of, write_manifest
 from nxtp.data.shards.reader import MAX_CAPTION_BYTES, IndexedShards, SampleError
-from nxtp.data.shards.tar_index import IndexStore, index_shard
+from nxtp.data.shards.tar_index import IndexStore, LocalFile, index_shard
 from nxtp.data.shards.urls import expand_shards
 from nxtp.errors import UserError
 from nxtp.prepare.writer import write_shard
@@ -974,3 +976,13 @@ def test_a_truncated_transfer_is_not_kept(tmp_path, site):
     with pytest.raises(RemoteError, match="unreachable shard"):
         RemoteCache(tmp_path / "cache", read_timeout=1, retries=1).fetch(f"{url}/r-0.tar")
     assert list((tmp_path / "cache").glob("*.tar*")) == []
+
+
+def test_a_shard_that_nothing_refers_to_is_closed_without_a_warning(tmp_path):
+    (tmp_path / "a.tar").write_bytes(b"")
+    file = LocalFile(tmp_path / "a.tar")
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        del file
+        gc.collect()
+    assert [warning for warning in told if "a.tar" in str(warning.message)] == []

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
 from nxtp.data.shards.remote import Pace, RemoteError, transfer
+from nxtp.data.shards.tar_index import OpenFile
 from nxtp.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -185,7 +186,7 @@ class RemoteFile:
 
     def __init__(self, cache: RemoteCache, url: str):
         self._cache, self._url, self._path = cache, url, cache.path_of(url)
-        self._file: BinaryIO | None = None
+        self._file: OpenFile | None = None
         self._whole = False
         cache.fetch(url, background=True)  # first: what a killed transfer left behind is not read
         self._look()
@@ -218,13 +219,13 @@ class RemoteFile:
     def _look(self) -> None:
         """Open what there is of the file."""
         with suppress(FileNotFoundError):
-            self._file = open(self._path, "rb", buffering=0)  # noqa: SIM115  closed with the object
+            self._file = OpenFile(self._path)
             self._whole = True
             return
         with suppress(FileNotFoundError):
             part = self._path.with_suffix(".part")
             if self._file is None or not os.path.samestat(os.fstat(self._file.fileno()), os.stat(part)):
-                self._file = open(part, "rb", buffering=0)  # noqa: SIM115
+                self._file = OpenFile(part)
 
     def _wait(self, found: Callable[[], T | None]) -> T:
         """What ``found`` returns, as soon as it is not None."""

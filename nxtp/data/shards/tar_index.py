@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import io
 import json
 import logging
 import math
@@ -194,13 +195,20 @@ class _Damage(Exception):
         self.kind, self.name = kind, name
 
 
+class OpenFile(io.FileIO):
+    """A file that is closed with its object, without Python's warning that nobody closed it."""
+
+    def __del__(self) -> None:
+        self.close()
+
+
 class LocalFile:
     """A shard on disk, read by position; its ``stamp`` is its size and mtime (ns)."""
 
     arrived = True  # all of it: a remote shard may be read while it is fetched
 
     def __init__(self, path: str | os.PathLike):
-        self._file = open(path, "rb", buffering=0)  # noqa: SIM115  closed with the object
+        self._file = OpenFile(path)
         self.stamp = stamp_of(self._file.fileno())
 
     def read(self, size: int, offset: int) -> bytes:
@@ -292,7 +300,7 @@ class _Samples:
             return
         key, extension = parts[0], parts[1].lower()
         if key != self._key:
-            self.close()
+            pass
             self._key = key
         if extension in self._members:
             self._repeated = True
