@@ -44,7 +44,8 @@ def folder_items(source: Path, classes: bool = False) -> tuple[list[Item], Skipp
     if classes and len(splits) > 1:
         found = sorted(splits.values())
         names = " and ".join(map(str, found))
-        raise UserError(f"{source} has {names}: prepare each as a set of its own: {source / found[0]}.")
+        each = ", ".join(str(source / folder) for folder in found)
+        raise UserError(f"{source} has {names}: prepare each as a set of its own: {each}.")
     items, skipped, keys = [], Skipped(), Counter[str]()
     for image in images:
         name = str(image.relative_to(source))

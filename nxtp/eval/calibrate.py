@@ -29,6 +29,7 @@ def calibrate(cfg: DictConfig) -> dict[str, float]:
     """Calibrate one sampler on the first set of ``data.val``: fitted on every second image, measured on the others.
 
     The result replaces that of the same sampler in calibration.json of the model directory; calibration.png shows all.
+    Where the error is not lower after than before, nothing is stored.
     Returns the expected calibration error ``before`` and ``after``.
 
     Raises:
@@ -61,12 +62,15 @@ def calibrate(cfg: DictConfig) -> dict[str, float]:
     found = calibration_of(hits, where)
     found.settings = settings
     found.measured |= {"shards": str(spec), "top_k": cfg.top_k}
-    known[name] = found
-    write_calibrations(directory, weights_sum(read_config(directory)), known)
-    save_reliability({n: each for n, each in known.items() if "bins" in each.measured}, directory / "calibration.png")
     error: Mapping[str, float] = found.measured["ece"]
     text = f"{name}: temperature {found.temperature:.3f}, offset {found.offset:+.3f}; expected calibration error"
     Console().print(f"{text} {error['before']:.4f} before, {error['after']:.4f} after", highlight=False)
+    if error["after"] >= error["before"]:
+        Console().print("It is not lower: nothing is stored. A larger set may help.", highlight=False)
+        return dict(error)
+    known[name] = found
+    write_calibrations(directory, weights_sum(read_config(directory)), known)
+    save_reliability({n: each for n, each in known.items() if "bins" in each.measured}, directory / "calibration.png")
     Console().print(f"{FILE} and calibration.png in {directory}", highlight=False, soft_wrap=True)
     return dict(error)
 
@@ -84,16 +88,18 @@ def calibration_of(hits: LabelHits, where: str) -> Calibration:
     if not right.any():
         text = f"data.val.{where}: none of {len(right):,} predicted labels is right"
         raise UserError(f"{text}. Is the model of another vocabulary? Its labels and the set's have none in common.")
+    doubt = f"{right.sum():,} of {len(right):,} predicted labels are right: are the set's labels those of the model?"
     least = min(count for half in (odd, ~odd) for count in (right[half].sum(), (~right[half]).sum()))
     if least < LEAST:
+        advice = f"Only {doubt}" if right.sum() < 4 * LEAST else "Use a larger set."
         raise UserError(f"data.val.{where}: each half needs {LEAST} labels that are right and {LEAST} that are not, "
-                        f"one has {least}. Use a larger set.")  # fmt: skip
+                        f"one has {least}. {advice}")  # fmt: skip
     temperature, offset = fit(p[~odd], right[~odd])
     try:
         found = Calibration(temperature, offset)
     except ValueError:
-        text = f"data.val.{where}: labels of higher probability are right less often"
-        raise UserError(f"{text}: no temperature mends that. Is it the right set?") from None
+        text = f"data.val.{where}: labels of higher probability are right less often: no temperature mends that"
+        raise UserError(f"{text}. {doubt}") from None
     after = np.array([q for _, q in found([("", each) for each in p[odd].tolist()])])
     bins = {"before": reliability(p[odd], right[odd]), "after": reliability(after, right[odd])}
     ece = {when: round(calibration_error(each), 6) for when, each in bins.items()}

@@ -29,21 +29,21 @@ _IMAGE_TITLE: dict[str, Any] = {"color": "#333333", "pad": 3, "size": 9.5}
 
 
 class GridItem(NamedTuple):
-    """An image, its true labels (empty: unknown), its predictions as (label, probability), the attention map
-    [rows, columns] of the first of them, if it is to be shown, and the name to show in place of true labels."""
+    """An image, its true labels (empty: unknown), its predictions as (label, probability), and the name to show in
+    place of true labels."""
 
     image: Image.Image
     truth: Sequence[str]
     predictions: Sequence[tuple[str, float]]
-    weights: np.ndarray | None = None
     name: str = ""
 
 
 class AttentionItem(NamedTuple):
-    """A square image and the attention map of each label: (label, [rows, columns])."""
+    """A square image, the attention map of each label as (label, probability, [rows, columns]), and its name."""
 
     image: Image.Image
-    maps: Sequence[tuple[str, np.ndarray]]
+    maps: Sequence[tuple[str, float, np.ndarray]]
+    name: str = ""
 
 
 class SheetItem(NamedTuple):
@@ -55,25 +55,22 @@ class SheetItem(NamedTuple):
     labels: Sequence[str]
 
 
-def save_grid(path: Path | str | BinaryIO, items: Sequence[GridItem], *, top: int = 5) -> None:
-    """A PNG of images, each with its attention map, its true labels and its ``top`` predictions as bars: hits blue,
-    misses orange."""
-    looks = any(item.weights is not None for item in items)
-    panels = [1, 1, 1.25] if looks else [1, 1.25]
-    columns, side = (1, max(2.05, 0.2 * top)) if looks else (4, 2.05)  # inches of an image
+def save_grid(
+    path: Path | str | BinaryIO, items: Sequence[GridItem], *, top: int = 5, what: str = "predicted labels"
+) -> None:
+    """A PNG of images, each with its true labels and its ``top`` predictions as bars: hits blue, misses orange.
+    ``what`` predictions are, for the title."""
+    panels, columns, side = [1, 1.25], 4, 2.05  # inches of an image
     rows = -(-len(items) // columns)
     figure, height = new_figure(0.89 * side * sum(panels) * columns, side * rows + 0.75)
     margins = {"left": 0.01, "right": 0.985, "top": 1 - 0.62 / height, "bottom": 0.12 / height}
     grid = figure.add_gridspec(rows, columns, **margins, wspace=0.08, hspace=0.45 / side)
     for index, item in enumerate(items):
         cell = grid[index].subgridspec(1, len(panels), width_ratios=panels, wspace=0.04)
-        _draw_image(figure.add_subplot(cell[0]), item.image, _short(", ".join(item.truth) or item.name, 30))
-        if item.weights is not None and item.predictions:
-            seen = overlay(item.image, item.weights)
-            _draw_image(figure.add_subplot(cell[1]), seen, _short(item.predictions[0][0], 30))
-        _draw_bars(figure.add_subplot(cell[-1]), item, top)
+        _draw_image(figure.add_subplot(cell[0]), item.image, ", ".join(item.truth) or item.name, is_name=not item.truth)
+        _draw_bars(figure.add_subplot(cell[1]), item, top)
     most = max((len(item.predictions) for item in items), default=top)
-    title = f"Top-{min(top, most)} predicted labels with their probabilities"
+    title = f"Top-{min(top, most)} {what} with their probabilities"
     figure.text(0.012, 1 - 0.3 / height, title, fontsize=15, weight="bold")
     legend = "blue: among the true labels · orange: not" if any(item.truth for item in items) else ""
     figure.text(0.985, 1 - 0.3 / height, legend, fontsize=11, color="#555555", ha="right")
@@ -111,31 +108,33 @@ def save_attention(path: Path | str | BinaryIO, items: Sequence[AttentionItem]) 
     margins = {"left": 0.01, "right": 0.99, "top": 1 - 0.75 / height, "bottom": 0.05 / height}
     grid = figure.add_gridspec(len(items), columns, **margins, wspace=0.05, hspace=0.2)
     for row, item in enumerate(items):
-        _draw_image(figure.add_subplot(grid[row, 0]), item.image)
-        for column, (label, weights) in enumerate(item.maps, start=1):
-            _draw_image(figure.add_subplot(grid[row, column]), overlay(item.image, weights), _short(label, 24))
-    figure.text(0.012, 1 - 0.32 / height, "Where each label looks", **_TITLE)
+        _draw_image(figure.add_subplot(grid[row, 0]), item.image, item.name, is_name=True)
+        for column, (label, probability, weights) in enumerate(item.maps, start=1):
+            seen = overlay(item.image, weights)
+            _draw_image(figure.add_subplot(grid[row, column]), seen, label, f" {probability:.2f}")
+    figure.text(0.012, 1 - 0.32 / height, "Where each label is seen", **_TITLE)
     save_figure(figure, path)
 
 
 def save_contact_sheet(path: Path | str, items: Sequence[SheetItem], *, title: str) -> None:
     """A PNG of images, each with its key, its caption on two lines, and its labels."""
     columns, rows = 6, max(1, -(-len(items) // 6))
+    missing = "no caption" if any(item.caption for item in items) else ""  # sets of classes have none
     figure, height = new_figure(2.5 * columns, 3.25 * rows + 0.6)
     margins = {"left": 0.01, "right": 0.99, "top": 1 - 0.75 / height, "bottom": 0.85 / height}
     grid = figure.add_gridspec(rows, columns, **margins, wspace=0.08, hspace=0.48)
     for index, item in enumerate(items):
         axes = figure.add_subplot(grid[index])
-        _draw_image(axes, item.image, _short(item.key, 34), size=7.5, color="#777777")
+        _draw_image(axes, item.image, item.key, is_name=True, size=7.5, color="#777777")
         axes.set_anchor("S")  # the captions of a row begin at one height
         room = axes.get_position(original=True).width * figure.bbox.width
-        caption = _fitted(figure, item.caption or "no caption", room, _CAPTION)
+        caption = _fitted(figure, item.caption or missing, room, _CAPTION)
         labels = _fitted(figure, " · ".join(item.labels) or "no label", room, _LABELS)
         place: dict[str, Any] = {"xycoords": "axes fraction", "textcoords": "offset points", "parse_math": False}
         place |= {"ha": "center", "va": "top", "annotation_clip": False}
         colour = "#222222" if item.caption else "#999999"
         axes.annotate(caption, (0.5, 0), (0, -4), color=colour, **_CAPTION, **place)
-        below = -6 - 10.5 * (1 + caption.count("\n"))
+        below = -6 - 10.5 * (1 + caption.count("\n")) * bool(caption)
         axes.annotate(labels, (0.5, 0), (0, below), color=HIT if item.labels else MISS, **_LABELS, **place)
     while len(title) > 20 and _width(figure, title, _TITLE) > 0.97 * figure.bbox.width:
         title = "…" + title[6:]  # the end of a long path says more
@@ -192,10 +191,22 @@ def _missing_glyphs_are_boxes() -> Iterator[None]:
         yield
 
 
-def _draw_image(axes: Axes, image: Image.Image, title: str = "", **style: Any) -> None:
+def _draw_image(
+    axes: Axes, image: Image.Image, title: str = "", end: str = "", *, is_name: bool = False, **style: Any
+) -> None:
+    """With a title that is cut to the width there is, before its ``end``; a file's name loses its beginning."""
     axes.imshow(image, interpolation="antialiased")
     axes.set_axis_off()
-    axes.set_title(title, parse_math=False, **(_IMAGE_TITLE | style))
+    style = _IMAGE_TITLE | style
+    figure: Any = axes.figure
+    room = axes.get_position(original=True).width * figure.bbox.width
+    length, shown = min(len(title), 60), ""
+    while length > 0:
+        shown = (f"…{title[1 - length :]}" if is_name and len(title) > length else _short(title, length)) + end
+        if _width(figure, shown, {"size": style["size"]}) <= room:
+            break
+        length -= 1
+    axes.set_title(shown, parse_math=False, **style)
 
 
 def _draw_bars(axes: Axes, item: GridItem, top: int) -> None:

@@ -199,6 +199,9 @@ def _run(
         source = shared_out(source, batch_size, share)
         writer = PredictionWriter(out, settings, score, overwrite, batch_size, share) if out else None
         if writer:
+            if writer.count and is_first:
+                of = "" if source.count is None else f" of {source.count:,}"
+                err.print(f"{writer.partial}: {writer.count:,}{of} images are done", **_PLAIN)
             source = replace(source, items=writer.remaining(source.items))
         failed = False
         left = (source.count or 0) - (writer.count if writer else 0)
@@ -240,7 +243,8 @@ def _run(
             if writer:
                 writer.close()
     if grid and shown and is_first:
-        _save_grid(grid, [shown[position] for position in in_grid if position in shown])
+        what = "classes" if settings["command"] == "classify" else "predicted labels"
+        _save_grid(grid, [shown[position] for position in in_grid if position in shown], what)
     if attention and shown and is_first:
         chosen = [shown[position] for position in in_attention if position in shown]
         _save_attention(attention, chosen, recognizer, block, head)
@@ -292,16 +296,23 @@ def _print_labels(console: Console, title: str, labels: Labels) -> None:
     console.print(table)
 
 
-def _save_grid(path: Path, predictions: Sequence[Prediction]) -> None:
+def _names(predictions: Sequence[Prediction]) -> list[str]:
+    """Names of files; of several folders with these, as "airplane/0004.jpg"."""
+    paths = [Path(prediction.image) for prediction in predictions]
+    several = len({path.parent for path in paths}) > 1
+    return ["/".join(path.parts[-2:]) if several else path.name for path in paths]
+
+
+def _save_grid(path: Path, predictions: Sequence[Prediction], what: str) -> None:
     from nxtp.data.images import load_image
     from nxtp.inference.figures import GridItem, save_grid
 
     items = []
-    for prediction in predictions:
+    for prediction, name in zip(predictions, _names(predictions), strict=True):
         image = load_image(prediction.item.read(), near=_GRID_PIXELS)
         image.thumbnail((2 * _GRID_PIXELS, 2 * _GRID_PIXELS))
-        items.append(GridItem(image, [], prediction.labels or [], name=Path(prediction.image).name))
-    save_grid(path, items)
+        items.append(GridItem(image, [], prediction.labels or [], name=name))
+    save_grid(path, items, what=what)
     click.echo(f"Picture: {path}", err=True)
 
 
@@ -310,7 +321,9 @@ def _save_attention(
 ) -> None:
     from nxtp.inference.figures import save_attention
 
-    save_attention(path, [attention_item(each, recognizer, _ATTENTION_LABELS, block, head) for each in predictions])
+    items = [attention_item(each, recognizer, _ATTENTION_LABELS, block, head) for each in predictions]
+    named = zip(items, _names(predictions), strict=True)
+    save_attention(path, [item._replace(name=name) for item, name in named])
     click.echo(f"Picture: {path}", err=True)
 
 
@@ -326,8 +339,8 @@ def attention_item(
     shown = replace(recognizer.pixels, size=_GRID_PIXELS)(prediction.item.read())
     pixels = recognizer.transform(prediction.item.read())
     maps = [
-        (label, average(recognizer.relevance(pixels, label), block, head).numpy())
-        for label, _ in (prediction.labels or [])[:count]
+        (label, probability, average(recognizer.relevance(pixels, label), block, head).numpy())
+        for label, probability in (prediction.labels or [])[:count]
     ]
     return AttentionItem(Image.fromarray(shown.permute(1, 2, 0).numpy()), maps)
 

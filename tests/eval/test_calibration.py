@@ -79,6 +79,10 @@ def test_every_second_image_is_fitted_and_the_others_are_measured():
     [
         (LabelHits(), "data.val.val: no image has labels"),
         (hits_of([0.5] * 50, [False] * 50), "none of 50 predicted labels is right"),
+        (
+            hits_of([0.5] * 50, [True] * 3 + [False] * 47),
+            "Only 3 of 50 predicted labels are right: are the set's labels",
+        ),
         (hits_of(np.linspace(0, 1, 400), np.linspace(1, 0, 400) > 0.5), "no temperature mends that"),
     ],
 )
@@ -206,11 +210,17 @@ def test_a_calibration_of_other_weights_is_not_used_and_a_damaged_one_refused(ca
 def test_calibrate_writes_into_the_model_directory_and_evaluate_draws_a_curve(place, monkeypatch):
     shutil.copytree(place / "model", place / "mine")
     rng = np.random.default_rng(0)
+    scale = 1.0
     pieces = lambda self, images, *rest, **more: [  # noqa: E731
-        [("stone", 0.5 + a / 2), ("rose", b), ("x", 0.01)] for a, b in rng.uniform(size=(len(images), 2)).tolist()
+        [("stone", scale * (0.5 + a / 2)), ("rose", scale * b), ("x", 0.001)]
+        for a, b in rng.uniform(size=(len(images), 2)).tolist()
     ]
     with monkeypatch.context() as patch:
         patch.setattr(Recognizer, "predict_pixels", pieces)
+        done = call_nxtp("calibrate", "mine", *DATA, cwd=place)
+        assert "It is not lower: nothing is stored." in done.stdout
+        assert not (place / "mine" / "calibration.json").exists()
+        scale = 0.1
         done = call_nxtp("calibrate", "mine", *DATA, cwd=place)
         assert (done.returncode, done.stderr) == (0, "")
         assert "one_shot: temperature" in done.stdout

@@ -286,6 +286,7 @@ def test_a_killed_command_is_resumed(model, pictures, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["o.jsonl.partial"]
     again = call_nxtp(*given, cwd=tmp_path)
     assert again.returncode == 1, "the image that failed before the kill counts too"
+    assert again.stderr.startswith(f"o.jsonl.partial: 5 of {len(expected)} images are done\n")
     assert (tmp_path / "o.jsonl").read_text().splitlines() == expected
     other = call_nxtp(*given, "--overwrite", "--sampler", "exact", "--batch-size", "9", cwd=tmp_path)
     assert other.returncode == 1

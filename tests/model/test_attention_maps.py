@@ -112,7 +112,7 @@ def test_an_overlay_is_brightest_where_the_weight_is(tmp_path):
     grey = Image.new("RGB", (64, 64), (128, 128, 128))
     weights = np.zeros((4, 4))
     weights[0, 3] = 0.5  # the upper right corner
-    save_attention(tmp_path / "a.png", [AttentionItem(grey, [("rose", weights)])])
+    save_attention(tmp_path / "a.png", [AttentionItem(grey, [("rose", 0.5, weights)])])
     picture = np.asarray(Image.open(tmp_path / "a.png").convert("L"), dtype=float)
     right = picture[70:, picture.shape[1] // 2 + 8 : -8]  # below the titles: the overlay
     rows, columns = right.shape[0] // 4, right.shape[1] // 4
