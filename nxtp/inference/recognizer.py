@@ -39,7 +39,7 @@ class Recognizer(Pretrained):
 
     >>> recognizer = Recognizer.from_pretrained("runs/demo/model")
     >>> recognizer.predict("photo.jpg", top_k=5)
-    [('coffee', 0.91), ('rocket', 0.88), …]
+    [('hamburger', 0.74), ('avocado', 0.14), …]
     """
 
     def __init__(self, *args: Any, **kwargs: Any):

@@ -1,6 +1,7 @@
 """ONNX graphs and their runner: the same labels and probabilities, without torch."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -157,6 +158,16 @@ def test_the_runner_needs_no_torch(graphs, place):
     assert [(label["label"], label["probability"]) for label in row["labels"]] == [
         (label, pytest.approx(probability)) for label, probability in expected
     ]
+
+
+def test_a_reader_that_has_enough_gets_no_traceback(graphs, place):
+    (place / "a.jpg").write_bytes(IMAGES[0])
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "nxtp.deploy.onnx", graphs, place / "a.jpg"]
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, timeout=60)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (1, b"")
 
 
 def test_the_directory_is_whole_and_bad_options_are_told(graphs, place):

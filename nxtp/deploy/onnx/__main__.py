@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 
 from nxtp.data.images import find_images
@@ -46,6 +47,10 @@ def main() -> int:
 
 if __name__ == "__main__":
     try:
-        sys.exit(main())
+        code = main()
+        sys.stdout.flush()
+        sys.exit(code)
+    except BrokenPipeError:  # the reader, as head, has enough
+        os._exit(1)
     except UserError as error:
         sys.exit(f"error: {error}")

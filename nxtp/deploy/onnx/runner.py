@@ -56,7 +56,7 @@ class OnnxRecognizer:
 
     >>> recognizer = OnnxRecognizer("models/demo-onnx")
     >>> recognizer.predict("photo.jpg", top_k=5)
-    [('coffee', 0.91), ('rocket', 0.88), …]
+    [('hamburger', 0.74), ('avocado', 0.14), …]
 
     Args:
         directory: written by `nxtp export DIR --format onnx --out OUT`.
