@@ -300,7 +300,7 @@ class _Samples:
             return
         key, extension = parts[0], parts[1].lower()
         if key != self._key:
-            pass
+            self.close()
             self._key = key
         if extension in self._members:
             self._repeated = True
