@@ -40,7 +40,7 @@ from nxtp.sweep.sweep import Sweep, parse, run_name
 from nxtp.train.callbacks.predictions import WritePredictions
 from nxtp.train.command import build, filter_lightning_messages
 from nxtp.train.module import RecognitionModule
-from nxtp.train.optim import create_optimizer, create_schedule, parameter_groups
+from nxtp.train.optim import create_optimizer, create_schedule, parameter_groups, with_encoder_lr
 
 METHODS = ("ours", "sigmoid", "softmax", "contrastive")
 WIDTH, BLOCKS, CONTEXT = 192, 2, 32  # of the text tower: as wide and deep as the decoder of model=small
@@ -54,6 +54,7 @@ class NextToken(nn.Module):
         super().__init__()
         module.configure_model()
         self.model, self.prompt = module.model, module.tokenizer.prompt_ids
+        self.encoder = self.model.encoder
         self.vocabulary = Vocabulary(names, module.tokenizer)
 
     def scores(self, images: Tensor) -> Tensor:
@@ -143,7 +144,8 @@ class Baseline(L.LightningModule):
             metric.reset()
 
     def configure_optimizers(self) -> dict:
-        optimizer = create_optimizer(parameter_groups(self, self.optim.weight_decay), self.optim)
+        groups = with_encoder_lr(parameter_groups(self, self.optim.weight_decay), self.method.encoder, self.optim)
+        optimizer = create_optimizer(groups, self.optim)
         schedule = create_schedule(optimizer, self.optim, int(self.trainer.estimated_stepping_batches))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 

@@ -29,6 +29,7 @@ class OptimConfig:
     """The optimizer, its learning-rate schedule, and what trains.
 
     ``lr``            the highest learning rate
+    ``encoder_lr``    that of the encoder, if another
     ``weight_decay``  of matrices; vectors, norms and embeddings have none
     ``decay_final_norm``  of the decoder's final norm too, as published
     ``optimizer``     a class of an optimizer as its ``_target_`` and arguments; it gets ``lr`` and the parameters
@@ -37,6 +38,7 @@ class OptimConfig:
     """
 
     lr: float = 1e-3
+    encoder_lr: float | None = None
     weight_decay: float = 0.1
     decay_final_norm: bool = False
     optimizer: dict[str, Any] = field(default_factory=dict)
@@ -46,6 +48,8 @@ class OptimConfig:
     def __post_init__(self) -> None:
         for name in ("lr", "weight_decay"):
             at_least(f"optim.{name}", getattr(self, name), 0)
+        if self.encoder_lr is not None:
+            at_least("optim.encoder_lr", self.encoder_lr, 0)
         # Not as defaults of the fields, which would be merged into another class's arguments.
         self.optimizer = self.optimizer or {"_target_": "torch.optim.AdamW", "betas": [0.9, 0.98], "eps": 1e-6}
         self.schedule = self.schedule or {"_target_": "nxtp.train.optim.warmup_cosine"}
@@ -66,7 +70,19 @@ def groups_of(model: Model, config: OptimConfig) -> list[dict[str, Any]]:
     """What trains, in groups for :func:`create_optimizer`."""
     also = list(model.decoder.lm.model.norm.parameters()) if config.decay_final_norm else []
     apart = [model.decoder.lm.lm_head.weight] if config.optimizer["_target_"] == MUON else []
-    return parameter_groups(model, config.weight_decay, also, apart)
+    return with_encoder_lr(parameter_groups(model, config.weight_decay, also, apart), model.encoder, config)
+
+
+def with_encoder_lr(groups: list[dict[str, Any]], encoder: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
+    """The groups, divided into the encoder's and the rest where the encoder has a learning rate of its own."""
+    if config.encoder_lr is None:
+        return groups
+    own, divided = {id(p) for p in encoder.parameters()}, []
+    for group in groups:
+        for inside, rate in ((True, {"lr": config.encoder_lr}), (False, {})):
+            if params := [p for p in group["params"] if (id(p) in own) is inside]:
+                divided.append(group | {"params": params} | rate)
+    return divided
 
 
 def create_optimizer(

@@ -87,6 +87,22 @@ def test_the_final_norm_decays_if_asked():
         assert (group["weight_decay"] > 0) == decays
 
 
+@pytest.mark.parametrize("optimizer", ["torch.optim.AdamW", MUON])
+def test_the_encoder_may_have_a_learning_rate_of_its_own(optimizer):
+    model = Model(tiny_config(), 60)
+    settings = {"lr": 1e-3, "optimizer": {"_target_": optimizer}}
+    plain, _ = build_optimizer(model, OptimConfig(**settings), 10)
+    built, schedule = build_optimizer(model, OptimConfig(encoder_lr=3e-3, **settings), 10)
+
+    def by_parameter(built, setting):
+        return {p: group[setting] for group in built.param_groups for p in group["params"]}
+
+    own, factor = set(model.encoder.parameters()), schedule.get_last_lr()[-1] / 1e-3
+    for p, rate in by_parameter(built, "lr").items():
+        assert rate == pytest.approx(factor * (3e-3 if p in own else 1e-3))
+    assert by_parameter(built, "weight_decay") == by_parameter(plain, "weight_decay")
+
+
 def shares(*arguments: float):
     """The schedule as a function of the step."""
     return warmup_cosine(torch.optim.SGD([torch.zeros(1)], lr=1.0), *arguments).lr_lambdas[0]
