@@ -101,9 +101,10 @@ def gallery(model: str, pictures: tuple[str, ...], out: Path, top_k: int, images
         if prediction.labels is None:
             click.echo(f"{printable(prediction.item.name)}: {prediction.error}; skipped", err=True)
             continue
-        image, maps = attention_item(prediction, recognizer, shown_maps)
-        items.append(GridItem(image, [], prediction.labels, maps[0][1] if maps else None))
-        articles.append(article(prediction, image, [weights for _, weights in maps]))
+        image, found, _ = attention_item(prediction, recognizer, shown_maps)
+        maps = [weights for _, _, weights in found]
+        items.append(GridItem(image, [], prediction.labels, maps[0] if maps else None))
+        articles.append(article(prediction, image, maps))
     if not items:
         raise UserError("None of the pictures can be read.")
     out.mkdir(parents=True, exist_ok=True)

@@ -29,12 +29,13 @@ _IMAGE_TITLE: dict[str, Any] = {"color": "#333333", "pad": 3, "size": 9.5}
 
 
 class GridItem(NamedTuple):
-    """An image, its true labels (empty: unknown), its predictions as (label, probability), and the name to show in
-    place of true labels."""
+    """An image, its true labels (empty: unknown), its predictions as (label, probability), the attention map
+    [rows, columns] of the first of them, if it is to be shown, and the name to show in place of true labels."""
 
     image: Image.Image
     truth: Sequence[str]
     predictions: Sequence[tuple[str, float]]
+    weights: np.ndarray | None = None
     name: str = ""
 
 
@@ -58,9 +59,11 @@ class SheetItem(NamedTuple):
 def save_grid(
     path: Path | str | BinaryIO, items: Sequence[GridItem], *, top: int = 5, what: str = "predicted labels"
 ) -> None:
-    """A PNG of images, each with its true labels and its ``top`` predictions as bars: hits blue, misses orange.
-    ``what`` predictions are, for the title."""
-    panels, columns, side = [1, 1.25], 4, 2.05  # inches of an image
+    """A PNG of images, each with its attention map, its true labels and its ``top`` predictions as bars: hits blue,
+    misses orange. ``what`` predictions are, for the title."""
+    looks = any(item.weights is not None for item in items)
+    panels = [1, 1, 1.25] if looks else [1, 1.25]
+    columns, side = (1, max(2.05, 0.2 * top)) if looks else (4, 2.05)  # inches of an image
     rows = -(-len(items) // columns)
     figure, height = new_figure(0.89 * side * sum(panels) * columns, side * rows + 0.75)
     margins = {"left": 0.01, "right": 0.985, "top": 1 - 0.62 / height, "bottom": 0.12 / height}
@@ -68,7 +71,9 @@ def save_grid(
     for index, item in enumerate(items):
         cell = grid[index].subgridspec(1, len(panels), width_ratios=panels, wspace=0.04)
         _draw_image(figure.add_subplot(cell[0]), item.image, ", ".join(item.truth) or item.name, is_name=not item.truth)
-        _draw_bars(figure.add_subplot(cell[1]), item, top)
+        if item.weights is not None and item.predictions:
+            _draw_image(figure.add_subplot(cell[1]), overlay(item.image, item.weights), item.predictions[0][0])
+        _draw_bars(figure.add_subplot(cell[-1]), item, top)
     most = max((len(item.predictions) for item in items), default=top)
     title = f"Top-{min(top, most)} {what} with their probabilities"
     figure.text(0.012, 1 - 0.3 / height, title, fontsize=15, weight="bold")

@@ -56,13 +56,14 @@ def post(port: int, body: bytes, content_type: str = "application/json") -> tupl
 # Imported by the servers of these tests: LitServe starts a worker as a new interpreter, which takes half a minute to
 # import what the fork server has imported. Its processes are a group, so that none is missed.
 QUICK = """
-import multiprocessing, os, time
+import atexit, multiprocessing, os, time
 from nxtp.deploy import guard, server
 from nxtp.inference.recognizer import Recognizer
 
 os.setsid()
 usual = multiprocessing.get_context
 multiprocessing.get_context = lambda method=None: usual("fork")
+os.register_at_fork(after_in_child=atexit._clear)  # what those before it would delete at their end
 guard.MAX_INCOMPLETE = 30
 server.Server.monitor_internal = property(lambda _: 0.05, lambda *_: None)  # LitServe looks for its worker every 2 s
 if "SLOW" in os.environ:
@@ -220,6 +221,7 @@ def test_a_worker_ends_at_once_without_its_temporary_files(place):
 
 
 def ends_with_files(path):
+    atexit._clear()  # what the process that was forked would delete at its end
     path.touch()
     atexit.register(path.unlink)
     try:
