@@ -122,7 +122,7 @@ def markdown(records: list[Record], spec: Spec) -> str:
     counts = {m: [row[m][2] for _, row in found if m in row] for m in shown}
     body = [[*arm, *(_difference(*row[m][:2]) if m in row else "" for m in shown)] for arm, row in found]
     header = ["size", *spec.columns, *(f"Δ {spec.metrics[m]} ({_basis(counts[m])})" for m in shown)]
-    where = ", ".join(f"{column} {text(value)}" for column, value in spec.baseline.items())
+    where = ", ".join(f"{column} {text(value) or '–'}" for column, value in spec.baseline.items())
     about = (
         f"Difference from {where}, paired by {', '.join(spec.over)}, with its 95 % bootstrap interval over seeds and\n"
         "images, or over seeds only where records lack the hits of each image. ≈: it contains 0, the arms are not\n"
