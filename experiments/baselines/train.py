@@ -166,7 +166,8 @@ def main(method, classes, overrides):
         sweep = Sweep.of_command("train", ["--multirun", *overrides])
         for point in sweep.points:
             cfg, out = composed("train", [*fixed, *point]), sweep.directory / run_name([f"method={method}", *point])
-            config = {name: OmegaConf.to_container(cfg[name], resolve=True) for name in SECTIONS} | {"method": method}
+            config = {name: OmegaConf.to_container(cfg[name], resolve=True) for name in SECTIONS}
+            config |= {"method": method, "rates": "one" if cfg.optim.encoder_lr is None else "two"}
             earlier = read_record(out)
             if earlier is None:
                 train(cfg, config, names, out)
