@@ -280,7 +280,7 @@ def fill_blocks(lm: nn.Module, source: str, kept: list[int]) -> None:
         if full.shape[0] < parameter.shape[0]:
             rows, width = parameter.shape[0] - full.shape[0], parameter.shape[1]
             generator = torch.Generator().manual_seed(torch.initial_seed())  # the same whenever the model is filled
-            new = torch.empty(rows, width).normal_(std=lm.config.initializer_range, generator=generator)
+            new = torch.empty(rows, width, device="cpu").normal_(std=lm.config.initializer_range, generator=generator)
             full = torch.cat([full, new.to(full.dtype)])
         assign(parameter, full)
 
