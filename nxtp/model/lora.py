@@ -83,7 +83,7 @@ def start_adapters(module: nn.Module) -> None:
     generator = torch.Generator().manual_seed(torch.initial_seed())
     for name, parameter in module.named_parameters():
         if is_adapter(name):
-            full = torch.zeros(parameter.shape)
+            full = torch.zeros(parameter.shape, device="cpu")
             if _A in name:
                 nn.init.kaiming_uniform_(full, a=math.sqrt(5), generator=generator)
             assign(parameter, full)
