@@ -58,7 +58,7 @@ class Line:
 
 
 def size(record: Record) -> str:
-    return "laptop" if str(record.get("sweep") or "").split("/")[-1] == "laptop" else "full"
+    return "laptop" if "laptop" in str(record.get("sweep") or "").split("/") else "full"
 
 
 def leaves(config: Any, prefix: str = "") -> dict[str, Any]:
