@@ -490,6 +490,21 @@ def test_arms_whose_intervals_are_apart_are_ranked_and_old_records_compared_by_s
     assert "chance" not in readme
 
 
+def test_images_of_another_kind_have_a_chance_of_their_own(arms):
+    for file in (arms.parent.parent / "runs").glob("**/bad*/predictions.jsonl"):
+        first, *others = file.read_text().splitlines()
+        row = json.loads(first)
+        named = [{"key": f"more {i}", "labels": [f"name {i}"], "predictions": []} for i in range(4)]
+        file.write_text("\n".join([first, *others, *(json.dumps(row | each) for each in named)]))
+        record = json.loads(file.with_name("run.json").read_text())
+        record["metrics"] = {metric: value / 2 for metric, value in record["metrics"].items()}  # half of the images
+        file.with_name("run.json").write_text(json.dumps(record))
+    run(arms)
+    readme = (arms / "README.md").read_text()
+    assert "| chance | bad | 2 | 0.250 |" in readme
+    assert "| chance |  | 2 | 0.500 |" in readme
+
+
 def test_images_of_another_set_are_not_paired(arms):
     for file in (arms.parent.parent / "runs").glob("**/bad*/predictions.jsonl"):
         file.write_text(file.read_text().replace('"key": "0"', '"key": "other"'))

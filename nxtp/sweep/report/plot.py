@@ -7,7 +7,7 @@ import math
 from typing import TYPE_CHECKING
 
 from nxtp.sweep.report.spec import Plot, Spec
-from nxtp.sweep.report.tables import REFERENCES, Line, Row, lines, number, order
+from nxtp.sweep.report.tables import REFERENCES, Line, Row, lines, number, order, text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -27,7 +27,9 @@ def svg(table: list[Row], spec: Spec) -> str | None:
     if plot is None or not plot.y:
         return None
     every = [line for line in lines(table, spec) if any(y in line.values for y in plot.y)]
-    drawn = [line for line in every if line.size not in REFERENCES]
+    where = {column: text(value) for column, value in plot.where.items()}
+    arms = [line for line in every if line.size not in REFERENCES]
+    drawn = [line for line in arms if all(line.columns[c] == v for c, v in where.items())]
     if not drawn:
         return None
     import matplotlib  # takes seconds
@@ -38,9 +40,10 @@ def svg(table: list[Row], spec: Spec) -> str | None:
         panels = figure.subplots(1, len(plot.y), squeeze=False)[0]
         for axes, metric in zip(panels, plot.y, strict=True):
             _panel(axes, drawn, metric, spec, plot)
-            for line, style in zip([line for line in every if line not in drawn], (":", "--"), strict=False):
+            for line, style in zip([line for line in every if line not in arms], (":", "--", "-."), strict=False):
                 if metric in line.values:
-                    axes.axhline(line.values[metric].mean, color="#555555", ls=style, lw=1.2, label=line.size)
+                    label = ", ".join(filter(None, (line.size, *line.columns.values())))
+                    axes.axhline(line.values[metric].mean, color="#555555", ls=style, lw=1.2, label=label)
         handles = {label: h for a in panels for h, label in zip(*a.get_legend_handles_labels(), strict=True)}
         if len(handles) > 1 or any("paper" in label for label in handles):
             widest = 0.7 + 0.085 * max(map(len, handles))  # inches, about

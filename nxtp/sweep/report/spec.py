@@ -15,12 +15,14 @@ from nxtp.errors import UserError, nearest
 
 @dataclass
 class Plot:
-    """``x`` a column or a metric, ``y`` metrics (a panel each), ``lines`` a column."""
+    """``x`` a column or a metric, ``y`` metrics (a panel each), ``lines`` a column; ``where`` column → value of the
+    arms that are drawn."""
 
     x: str
     y: list[str]
     kind: str = "line"
     lines: str | None = None
+    where: dict[str, Any] = field(default_factory=dict)
     log_x: bool = False
 
 
@@ -70,6 +72,7 @@ class Spec:
             _require([plot.x], [*spec.columns, *spec.metrics], f"{path}, plot, x")
             _require(plot.y, spec.metrics, f"{path}, plot, y")
             _require([plot.lines] if plot.lines else [], spec.columns, f"{path}, plot, lines")
+            _require(plot.where, spec.columns, f"{path}, plot, where")
         return spec
 
 

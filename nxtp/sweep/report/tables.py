@@ -114,15 +114,35 @@ def rows(records: list[Record], spec: Spec) -> list[Row]:
         row |= {k: text(known.get(k)) for k in spec.over}
         table.append(row | {k: text(v) for k, v in values.items()})
     for name in REFERENCES:
-        found: dict[str, list[float]] = {}
-        for where, kept in ((w, kept) for record in records for w, kept in record.get("hits", {}).items()):
-            for metric, value in kept.get(name, {}).items():
-                found.setdefault(f"{where}/{metric}", []).append(value)
-        table += [{"size": name} | {k: text(statistics.fmean(v)) for k, v in found.items()}] if found else []
+        table += [{"size": name} | row for row in _references(records, spec, name)]
     for paper in spec.paper:
         row = {"size": "paper", paper.metric: text(paper.value), "source": paper.source}
         table.append(row | {title: text(paper.where.get(title)) for title in spec.columns})
     return table
+
+
+def _references(records: list[Record], spec: Spec, name: str) -> list[Row]:
+    """Rows of ``name``, one for all images that give it values within 5 %, with the columns that tell which."""
+    found: list[tuple[dict[str, float], list[Row]]] = []
+    for record in records:
+        hits = record.get("hits", {}).items()
+        values = {f"{where}/{metric}": v for where, kept in hits for metric, v in kept.get(name, {}).items()}
+        if not values:
+            continue
+        columns = {title: text(settings(record).get(key)) for title, key in spec.columns.items()}
+        for known, of in found:
+            if all(math.isclose(known.get(metric, v), v, rel_tol=0.05) for metric, v in values.items()):
+                known.update(values | known)
+                of.append(columns)
+                break
+        else:
+            found.append((values, [columns]))
+    rows = []
+    for values, of in found:
+        texts = {title: {columns[title] for columns in of} for title in spec.columns if len(found) > 1}
+        where = {title: next(iter(each)) for title, each in texts.items() if len(each) == 1}
+        rows.append(where | {metric: text(v) for metric, v in values.items()})
+    return rows
 
 
 def as_csv(table: list[Row], spec: Spec) -> str:
