@@ -7,6 +7,7 @@ import pytest
 import torch
 from helpers import call_nxtp, recognizer, tiny_config
 from safetensors.torch import load_file
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from nxtp.config import to_dataclass
 from nxtp.cost.memory import Step, memory
@@ -19,6 +20,7 @@ from nxtp.model.model import Model, ModelConfig
 from nxtp.model.trainable import TrainableConfig, choose_trainable
 from nxtp.train.optim import OptimConfig
 
+TINY = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 QWEN2 = {"model_type": "qwen2", "num_key_value_heads": 2}  # with biases, beside which there is no adapter
 
 
@@ -51,6 +53,19 @@ def test_adapters_start_as_nothing_and_are_merged_into_a_plain_model(tmp_path, m
     assert merged.config.decoder.lora is None
     torch.testing.assert_close(logits(merged.model), logits(adapted), rtol=1e-4, atol=1e-4)
     assert (logits(merged.model) - logits(plain.model)).abs().max() > 0.1
+
+
+def test_the_same_numbers_wherever_a_model_is_filled(tmp_path):
+    """A GPU is the default device while Lightning builds a module; here the meta device is, and the model a CPU's."""
+    source = LlamaForCausalLM(LlamaConfig(**TINY, vocab_size=50))
+    source.save_pretrained(tmp_path)
+    decoder = Decoder(DecoderConfig(source=str(tmp_path), lora=LoraConfig(r=2)), vocab_size=60)
+    filled = {name: parameter.clone() for name, parameter in decoder.named_parameters()}
+    with torch.device("meta"):
+        decoder.fill(torch.device("cpu"))
+    assert any(is_adapter(name) and tensor.any() for name, tensor in filled.items())
+    for name, parameter in decoder.named_parameters():
+        assert torch.equal(parameter, filled[name]), name
 
 
 def test_adapters_train_and_the_weights_beside_them_do_not():
