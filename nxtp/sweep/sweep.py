@@ -106,7 +106,7 @@ class Sweep:
                 reasons[run] = "left no record" if record is None else record.get("error") or record["status"]
         if reasons:
             count = f"{len(reasons)} of {len(self.runs)} runs have not finished"
-            raise UserError(f"{count}; the same command resumes them.{first_lines(reasons)}")
+            raise UserError(f"{count}; the same command goes on with these alone.{first_lines(reasons)}")
 
 
 def run_or_sweep(function: Callable[[DictConfig], Any] | str, command: str, argv: Sequence[str]) -> None:

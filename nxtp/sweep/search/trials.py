@@ -163,7 +163,7 @@ class Search:
         """
         if self.killed:
             count = f"{len(self.killed)} trials have not finished"
-            raise UserError(f"{count}; the same command resumes them.{first_lines(self.killed)}")
+            raise UserError(f"{count}; the same command goes on with these alone.{first_lines(self.killed)}")
         if not self.best():
             raise UserError(f"No trial is complete.{first_lines(self.failed)}")
 
