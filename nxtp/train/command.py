@@ -176,8 +176,10 @@ def filter_lightning_messages() -> None:
     ):
         warnings.filterwarnings("ignore", message=message)
     noise = ["Tip:", "GPU available: False", "TPU available: False", "`Trainer(val_check_interval"]
-    noise += ["Loading `train_data", "Detected KeyboardInterrupt"]
-    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
+    noise += ["Loading `train_data", "Detected KeyboardInterrupt", "LOCAL_RANK: "]
+    noise += ["has Tensor Cores"]  # what to call in Python, also in bfloat16; ours is matmul_precision
+    rank_zero = ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero")
+    for name in (*rank_zero, "lightning.pytorch.accelerators.cuda"):
         logging.getLogger(name).addFilter(lambda record: not any(text in record.getMessage() for text in noise))
 
 

@@ -1,6 +1,7 @@
 """The throughput of a run: with a clock of our own, in a real run, and over two processes."""
 
 import csv
+import logging
 import math
 from collections import Counter
 from dataclasses import replace
@@ -21,6 +22,7 @@ from nxtp.model.layout import lay_out
 from nxtp.model.tokenizer import train_tokenizer
 from nxtp.train.callbacks import throughput
 from nxtp.train.callbacks.throughput import Progress, Throughput, speed_line
+from nxtp.train.command import filter_lightning_messages
 from nxtp.train.module import RecognitionModule
 from nxtp.train.optim import OptimConfig
 
@@ -286,3 +288,16 @@ def test_the_progress_bar_counts_no_epochs_where_only_steps_are_limited(monkeypa
     for epochs, text in ((-1, "Epoch 3"), (12, "Epoch 3/11")):
         monkeypatch.setattr(bar, "_trainer", L.Trainer(max_epochs=epochs, logger=False, enable_checkpointing=False))
         assert bar._get_train_description(3).strip() == text
+
+
+def test_what_lightning_says_of_a_gpu_and_no_user_needs_is_left_out(caplog):
+    filter_lightning_messages()
+    said = {
+        "lightning.pytorch.accelerators.cuda": "LOCAL_RANK: 0 - CUDA_VISIBLE_DEVICES: [0]",
+        "lightning.fabric.utilities.rank_zero": "You are using a CUDA device ('NVIDIA H200') that has Tensor Cores.",
+        "lightning.pytorch.utilities.rank_zero": "GPU available: True (cuda), used: True",
+    }
+    with caplog.at_level(logging.INFO):
+        for name, message in said.items():
+            logging.getLogger(name).info(message)
+    assert caplog.messages == ["GPU available: True (cuda), used: True"]
