@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from click import ClickException
 from click.testing import CliRunner
 from helpers import ending_recognizer, tiny_config, write_shards
 
@@ -17,6 +18,7 @@ from nxtp.sampling.one_shot import one_shot
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "experiments" / "benchmarks"))
 
+import starting
 from closed_vocabulary import closed_vocabulary
 from open_shards import open_shards
 from padding import batches, padding
@@ -47,6 +49,18 @@ def test_many_shards_are_opened_without_one():
     assert found["agree"]
     assert all(row["opened_s"] < row["first_batch_s"] < 20 for row in found["rows"].values())
     assert all(0 < row["worker_mb"] < row["own_mb"] < row["memory_mb"] for row in found["rows"].values())
+
+
+def test_starting_times_commands_beside_their_imports(monkeypatch):
+    commands = {"--help": ("", ""), "sweep --help": ("json", "Show the state of a sweep")}
+    monkeypatch.setattr(starting, "COMMANDS", commands)
+    numbers, output = run(starting.starting, "--repeats", "1")
+    assert "nxtp sweep --help" in output
+    helped, sweep = numbers["rows"]
+    assert "ratio" not in helped
+    assert sweep["ratio"] == pytest.approx(sweep["s"] / sweep["imports_s"])
+    with pytest.raises(ClickException, match="no-such-command failed with exit code 2"):
+        starting.seconds(["-m", "nxtp", "no-such-command"])
 
 
 @pytest.mark.slow  # padding was measured once; its answer is in experiments/benchmarks/README.md
