@@ -178,6 +178,17 @@ def test_columns_that_vary_unseen_tell_bars_apart(study):
     assert "blocks kept: 2" in picture
 
 
+def test_a_plot_of_some_arms(study):
+    plot = "plot: {kind: bar, x: which, y: [val/recall@10], where: {%s: 1}}"
+    (study / "report.yaml").write_text(SPEC.split("paper:")[0] + plot % "blocks kept")
+    run(study)
+    picture = (study / "plot.svg").read_text()
+    assert "blocks kept" not in picture, "only one value is left"
+    assert picture.count(">spread</text>") == 1
+    (study / "report.yaml").write_text(SPEC.split("paper:")[0] + plot % "blocks")
+    assert "plot, where: unknown 'blocks'. Did you mean 'blocks kept'?" in str(run(study).exception)
+
+
 def test_a_plot_of_laptop_runs_alone_says_so(study):
     (study / "report.yaml").write_text(SPEC.split("paper:")[0] + "plot: {x: blocks kept, y: [val/recall@10]}")
     run(study)
