@@ -39,12 +39,10 @@ COMMANDS = {  # → what it must import, and what it prints when it has started
 def seconds(arguments: list[str], until: str = "") -> float:
     """Until Python with ``arguments`` ends, or has printed a line with ``until``."""
     start = time.perf_counter()
-    process = subprocess.Popen(
-        [sys.executable, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-    output, started = process.stdout or [], None
-    for line in output:
-        if until and until in line and started is None:
+    command, started = [sys.executable, *arguments], None
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    for line in process.stdout or []:
+        if started is None and until and until in line:
             started = time.perf_counter() - start
     if process.wait() != 0:
         raise click.ClickException(f"{' '.join(arguments)} failed with exit code {process.returncode}.")
@@ -52,6 +50,11 @@ def seconds(arguments: list[str], until: str = "") -> float:
 
 
 def measure(*, repeats: int) -> dict[str, Any]:
+    """``rows``: the command, ``s`` seconds, and where it has imports ``imports_s`` and ``ratio``; the machine.
+
+    Raises:
+        ClickException: a command failed.
+    """
     rows = []
     for command, (imports, until) in COMMANDS.items():
         taken, needed = [], []

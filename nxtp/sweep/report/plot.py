@@ -28,8 +28,8 @@ def svg(table: list[Row], spec: Spec) -> str | None:
         return None
     every = [line for line in lines(table, spec) if any(y in line.values for y in plot.y)]
     where = {column: text(value) for column, value in plot.where.items()}
-    arms = [line for line in every if line.size not in REFERENCES]
-    drawn = [line for line in arms if all(line.columns[c] == v for c, v in where.items())]
+    references = [line for line in every if line.size in REFERENCES]
+    drawn = [line for line in every if line.size not in REFERENCES and where.items() <= line.columns.items()]
     if not drawn:
         return None
     import matplotlib  # takes seconds
@@ -40,7 +40,7 @@ def svg(table: list[Row], spec: Spec) -> str | None:
         panels = figure.subplots(1, len(plot.y), squeeze=False)[0]
         for axes, metric in zip(panels, plot.y, strict=True):
             _panel(axes, drawn, metric, spec, plot)
-            for line, style in zip([line for line in every if line not in arms], (":", "--", "-."), strict=False):
+            for line, style in zip(references, (":", "--", "-."), strict=False):
                 if metric in line.values:
                     label = ", ".join(filter(None, (line.size, *line.columns.values())))
                     axes.axhline(line.values[metric].mean, color="#555555", ls=style, lw=1.2, label=label)
