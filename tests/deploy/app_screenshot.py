@@ -1,4 +1,4 @@
-"""Take docs/app.png: python tests/deploy/app_screenshot.py MODEL EXAMPLES docs/app.png"""
+"""Take docs/app.png: PYTHONPATH=tests python tests/deploy/app_screenshot.py MODEL EXAMPLES docs/app.png"""
 
 import os
 import sys

@@ -194,7 +194,7 @@ def test_a_killed_trial_is_resumed_and_the_search_goes_on_as_if_it_had_not_been(
     runs = Runs(killed)
     search = make(seed=3)
     search.run(runs, 3)
-    with pytest.raises(UserError, match=r"1 trials have not finished; the same command goes on(.|\n)*: killed"):
+    with pytest.raises(UserError, match=r"1 of \d trials have not finished; the same command goes on(.|\n)*: killed"):
         search.require_finished()
     make(seed=3).run(runs, 12)
     with pytest.raises(SystemError):

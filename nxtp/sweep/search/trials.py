@@ -162,7 +162,7 @@ class Search:
             UserError: trials were killed, or none is complete.
         """
         if self.killed:
-            count = f"{len(self.killed)} trials have not finished"
+            count = f"{len(self.killed)} of {len(self.trials)} trials have not finished"
             raise UserError(f"{count}; the same command goes on with these alone.{first_lines(self.killed)}")
         if not self.best():
             raise UserError(f"No trial is complete.{first_lines(self.failed)}")
