@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -168,8 +167,7 @@ class Trainer(Worker):
     def __init__(self, way: str, *, shards: str, batch_size: int, seed: int = 0, **options: Any):
         super().__init__(way, batch_size=batch_size, seed=seed, **options)
         filter_lightning_messages()
-        warnings.filterwarnings("ignore", message="Found .* module.* in eval mode")  # those without weights
-        choose_trainable(self.model.train(), self.size.optim.trainable)
+        choose_trainable(self.model, self.size.optim.trainable)
         workers, index = self.size.recipe.data.num_workers, f"{shards}.{way}"
         self.config = DataConfig(train=shards, batch_size=batch_size, num_workers=workers, index_dir=index, seed=seed)
         self.shards = open_set("train", shards, self.config)

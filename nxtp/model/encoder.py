@@ -174,8 +174,9 @@ class Encoder(ComputesBuffers):
         """Frozen parts stay in evaluation mode: no dropout, no update of batch statistics."""
         super().train(mode)
         for module in self.visual.modules():
-            if not any(p.requires_grad for p in module.parameters()):
-                module.training = False
+            parameters = list(module.parameters())
+            if parameters and not any(p.requires_grad for p in parameters):
+                module.eval()
         return self
 
     def blocks(self) -> list[nn.Module]:

@@ -34,7 +34,7 @@ class TrainableConfig:
 
 
 def choose_trainable(model: Model, trainable: TrainableConfig) -> None:
-    """Set ``requires_grad`` throughout the model.
+    """Set ``requires_grad`` throughout the model, and training mode: Lightning sets none.
 
     Raises:
         UserError: more blocks than there are, a word that is neither 'all' nor 'none', or nothing left to train.
@@ -63,6 +63,7 @@ def choose_trainable(model: Model, trainable: TrainableConfig) -> None:
     lm.model.embed_tokens.requires_grad_(trainable.embedding)
     if not any(p.requires_grad for p in model.parameters()):
         raise UserError("optim.trainable leaves nothing to train.")
+    model.train()  # after requires_grad: what is frozen of the encoder stays in evaluation mode
 
 
 def _last_blocks(name: str, choice: Any, part: nn.Module, blocks: Callable[[], list[nn.Module]]) -> list[nn.Module]:

@@ -165,6 +165,7 @@ def filter_lightning_messages() -> None:
     for message in (
         ".*LeafSpec.*",
         "Checkpoint directory .* exists and is not empty",  # a resumed run
+        "Found .* module.* in eval mode",  # the frozen part of the encoder
         "Grad strides do not match bucket view strides",  # of 1×1 convolutions
         "torch.distributed.nn.functional.all_gather is deprecated",  # called by Lightning, at each log of each rank
         "You're using the WeightAveraging callback with a model that overrides",  # sharded ones are refused

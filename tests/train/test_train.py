@@ -11,6 +11,8 @@ import pytest
 import torch
 from helpers import PERF, TINY_OVERRIDES, call_nxtp, curve, jpeg, run_nxtp, sample, tiny_config, write_shards
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from timm.layers import DropPath
+from torch import nn
 
 from nxtp.data.config import DataConfig
 from nxtp.data.datamodule import WebDatasetDataModule
@@ -19,6 +21,7 @@ from nxtp.data.transforms import ImageTransform
 from nxtp.distributed.checkpoints import read_file
 from nxtp.errors import UserError
 from nxtp.inference.recognizer import Recognizer
+from nxtp.model.encoder import EncoderConfig
 from nxtp.model.layout import MATCHED, PUBLISHED, lay_out
 from nxtp.model.tokenizer import train_tokenizer
 from nxtp.model.trainable import TrainableConfig
@@ -32,16 +35,18 @@ pytestmark = pytest.mark.costly
 WORDS = ["rose", "lemon", "leaf", "ocean", "stone"]
 
 
-def fit(tmp_path, shards, *, objective="matched", steps=20, trainable=None, **trainer):
+def fit(tmp_path, shards, *, objective="matched", steps=20, trainable=None, vision=None, **trainer):
     """20 deterministic steps in this process; the loss of each."""
     L.seed_everything(0, verbose=False)
     tokenizer = train_tokenizer(WORDS, vocab_size=400)
     config = tiny_config()
+    if vision is not None:
+        config.encoder = EncoderConfig(vision=vision, image_size=32)
     data = WebDatasetDataModule(
         DataConfig(train=str(shards), batch_size=8, num_workers=0),
         tokenizer,
         transform=ImageTransform(32),
-        num_image_tokens=16,
+        num_image_tokens=16 if vision is None else 1,
         objective=PUBLISHED if objective == "published" else MATCHED,
     )
     module = RecognitionModule(config, tokenizer, OptimConfig(lr=3e-3, trainable=trainable or TrainableConfig()))
@@ -110,6 +115,20 @@ def test_only_what_should_train_changes(tmp_path, shards):
     assert changed
     assert changed <= allowed
     assert {"projection.weight", "image_token"} <= changed
+
+
+def test_what_is_frozen_of_the_encoder_is_in_evaluation_mode_while_it_trains(tmp_path, shards):
+    """Lightning leaves modules in the mode in which it finds them."""
+    vision = {"timm_model_name": "test_resnet", "timm_drop_path": 0.1}
+    for encoder, last in ((1, True), ("none", False)):
+        _, module = fit(tmp_path, shards, steps=2, vision=vision, trainable=TrainableConfig(encoder=encoder))
+        visual = module.model.encoder.visual
+        steps = {n: m.num_batches_tracked.item() for n, m in visual.named_modules() if isinstance(m, nn.BatchNorm2d)}
+        moved = {name.startswith("trunk.layer4.") for name, count in steps.items() if count}
+        assert moved == ({True} if last else set()), f"encoder={encoder}: {steps}"
+        dropped = {name: m.training for name, m in visual.named_modules() if isinstance(m, DropPath)}
+        assert dropped
+        assert all(training == (last and "layer4" in name) for name, training in dropped.items())
 
 
 def batch_of(number: int = 2) -> Batch:
