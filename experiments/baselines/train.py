@@ -122,7 +122,7 @@ class Baseline(L.LightningModule):
             trained = self.optim.trainable.encoder
             if trained not in ("all", "none"):
                 raise UserError(f"optim.trainable.encoder is '{trained}': baselines train all or none of it.")
-            encoder = Encoder(module.model_config.encoder).requires_grad_(trained == "all")
+            encoder = Encoder(module.model_config.encoder).requires_grad_(trained == "all").train()
             contrastive = method == "contrastive"
             self.method = Contrastive(encoder, names) if contrastive else Linear(encoder, names, method == "softmax")
         self.top_k = min(module.validation.top_k, len(names))
