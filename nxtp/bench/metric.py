@@ -104,7 +104,7 @@ def measure_metric(*, images: int, plain_images: int, seed: int) -> dict[str, An
         "seconds": seconds,
         "plain_seconds": plain_seconds,
         "difference": difference,
-        "f1": float(values["f1"]),
+        "f1": float(values[f"f1@{PREDICTIONS}"]),
         "machine": machine_description(),
     }
 

@@ -159,8 +159,8 @@ class _MeanScores(Metric):
 class SemanticMatch(_MeanScores):
     """Means over images of :func:`semantic_scores`.
 
-    ``compute()`` returns scalars ``recall``, ``precision``, ``f1``, or {} if no image had targets. Copies of the metric
-    share the embedder, which stays on its own device.
+    ``compute()`` returns scalars ``recall@k``, ``precision@k``, ``f1@k`` (without @k for ``top_k`` None: all), or {} if
+    no image had targets. Copies of the metric share the embedder, which stays on its own device.
     """
 
     def __init__(self, embedder: TextEmbedder, top_k: int | None = 10, **kwargs):
@@ -173,7 +173,7 @@ class SemanticMatch(_MeanScores):
         self._add([semantic_scores(predictions, targets, self.embedder, top_k=self.top_k)])
 
     def compute(self) -> dict[str, Tensor]:
-        return self._means([""])
+        return self._means(["" if self.top_k is None else f"@{self.top_k}"])
 
 
 class ExactMatch(_MeanScores):

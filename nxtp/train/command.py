@@ -280,7 +280,7 @@ def check_monitors(callbacks: list[Callback], cfg: DictConfig) -> None:
         UserError: a callback monitors a metric that no run of this configuration measures, or takes the worst for the
             best. Lightning would find the first at the end of an epoch, the second never.
     """
-    ours = metric_names(cfg) + [f"{name}/hit@{k}" for name in cfg.data.val for k in HIT_CUTS]
+    ours = metric_names(cfg)
     others = [c for c in callbacks if not type(c).__module__.startswith(("lightning.", "nxtp."))]  # may log anything
     for callback in callbacks:
         metric, mode = getattr(callback, "monitor", None), getattr(callback, "mode", None)
@@ -306,6 +306,7 @@ def metric_names(cfg: DictConfig) -> list[str]:
     k = cfg.validation.top_k
     kinds = [f"{kind}@{k}" for kind in ("recall", "precision", "f1")]
     kinds += [f"semantic_{kind}" for kind in kinds] if cfg.validation.semantic else []
+    kinds += [f"hit@{cut}" for cut in HIT_CUTS if cut <= k]
     kinds += cfg.validation.metrics
     return [f"{name}/{kind}" for name in cfg.data.val for kind in (*kinds, "loss")] + ["train/loss"]
 

@@ -18,7 +18,7 @@ from nxtp.train.optim import OptimConfig
 
 STUDIES = [
     *("dataset_scale", "decoder_depth", "encoder", "imagenet_variants", "label_order"),
-    *("language_model", "new_words", "objective", "objective_parts", "sampling"),
+    *("language_model", "new_words", "objective", "objective_parts", "photographs", "sampling"),
 ]
 SWEEPS = [f"{study}/{size}" for study in STUDIES for size in ("laptop", "full")]
 

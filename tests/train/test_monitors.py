@@ -5,10 +5,12 @@ from types import SimpleNamespace
 
 import lightning as L
 import pytest
+import torch
 from helpers import composed
 
 from nxtp.errors import UserError
-from nxtp.train.command import build_trainer
+from nxtp.eval.metrics import ExactMatch, SemanticMatch
+from nxtp.train.command import build_trainer, metric_names
 
 STOPPING = "+callbacks.stop={_target_: lightning.pytorch.callbacks.EarlyStopping, monitor: %s, mode: %s}"
 
@@ -43,3 +45,14 @@ def test_what_is_measured_may_be_monitored(tmp_path, monkeypatch):
     mine = SimpleNamespace(Mine=type("Mine", (L.Callback,), {"__module__": "mine"}))  # may log a metric of its own
     monkeypatch.setitem(sys.modules, "mine", mine)
     trainer(tmp_path, "+callbacks.mine={_target_: mine.Mine}", STOPPING % ("val/mine", "max"))
+
+
+@pytest.mark.parametrize("k", [1, 3, 10])
+def test_the_known_metrics_are_those_that_are_measured(tmp_path, k):
+    cfg = composed(tmp_path, "+data.val.val=x", "validation.semantic=packaged", f"validation.top_k={k}")
+    embedder = SimpleNamespace(embed=lambda labels: torch.ones(len(labels), 2) / 2**0.5)
+    measured = {"train/loss", "val/loss"}
+    for prefix, metric in (("", ExactMatch(k)), ("semantic_", SemanticMatch(embedder, k))):
+        metric.update([["a"]], [["a"]])
+        measured |= {f"val/{prefix}{name}" for name in metric.compute()}
+    assert set(metric_names(cfg)) == measured
