@@ -284,12 +284,12 @@ PERF = [f"perf/{n}" for n in ("images_per_s", "tokens_per_s", "data_wait", "padd
 WORDS = ["rose", "lemon", "leaf", "ocean", "stone", "hot dog", "sunflower", "mirror"]
 
 
-def recognizer(**decoder) -> Recognizer:
-    """A tiny model of random weights; the same each time."""
+def recognizer(surplus: int = 0, **decoder) -> Recognizer:
+    """A tiny model of random weights; the same each time. ``surplus`` vocabulary rows that the tokenizer lacks."""
     torch.manual_seed(0)
     tokenizer = train_tokenizer(WORDS, vocab_size=400)
     config = tiny_config(**decoder)
-    return Recognizer(Model(config, len(tokenizer)), tokenizer, config, {"run": "test"})
+    return Recognizer(Model(config, len(tokenizer) + surplus), tokenizer, config, {"run": "test"})
 
 
 def ending_recognizer(**decoder) -> Recognizer:

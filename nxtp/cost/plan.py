@@ -99,10 +99,11 @@ def published_flops(model: Model) -> float:
 
 
 def images_of(cfg: DictConfig) -> float:
-    """Images of a whole run with all its epochs, from the recipe's ``expected_samples``.
+    """Images of a whole run, from the recipe's ``expected_samples`` and ``trainer.max_epochs`` or ``max_steps``.
 
     Raises:
-        UserError: no sources, or a source without ``expected_samples``.
+        UserError: no sources, or a source without ``expected_samples``; a run without an end, or of as many steps on
+            any number of GPUs.
     """
     data = to_dataclass(DataConfig, cfg.data, "data")
     if data.train is None:
@@ -113,7 +114,16 @@ def images_of(cfg: DictConfig) -> float:
             raise UserError(f"data.train.{name or 'train'} has no expected_samples: set it, or use --images.")
         each += source.expected_samples * source.repeat
     each = min(each, data.max_samples) if data.max_samples is not None else each * (data.fraction or 1.0)
-    return each * int(cfg.trainer.max_epochs)
+    epochs, steps = cfg.trainer.get("max_epochs"), cfg.trainer.get("max_steps")
+    limits = [each * epochs] if epochs not in (None, -1) else []
+    if steps not in (None, -1):
+        if not cfg.global_batch:
+            text = f"trainer.max_steps={steps}: how many images these are depends on the number of GPUs"
+            raise UserError(f"{text}. Set global_batch, trainer.max_steps=-1 with trainer.max_epochs, or use --images.")
+        limits.append(steps * cfg.global_batch)
+    if not limits:
+        raise UserError("trainer.max_epochs and max_steps set no end: set one, or use --images.")
+    return min(limits)
 
 
 def plan(cfg: DictConfig, gpus: Sequence[int], *, mfu: float, images: int | None, cluster: Cluster) -> dict[str, Any]:

@@ -126,6 +126,8 @@ def evaluate_into(out: Path, cfg: DictConfig, overrides: list[str]) -> dict[str,
     earlier = read_record(out)
     loggers = configured_loggers(cfg)
     in_training_run = (out / FILE).exists() and (earlier or {}).get("command", "train") == "train"
+    if in_training_run and loggers:
+        raise UserError(f"'{out}' contains a training run, which a logger would continue: choose another out=DIR.")
     try:
         metrics = evaluate_sets(cfg, out, overrides, record)
         record.status = "finished"
@@ -226,6 +228,7 @@ def evaluate_sets(
     write_json(out / "metrics.json", metrics)
     record.metrics, record.samples_skipped = dict(metrics), dict(skipped)
     record.samples_seen = int(sum(value for key, value in metrics.items() if key.endswith("/images")))
+    record.samples_read = record.samples_seen + skipped.total()
     console.print(metrics_table(metrics, marked))
     if skipped:
         log.warning("Skipped samples and shards: %s.", by_kind(skipped))

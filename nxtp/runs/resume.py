@@ -30,15 +30,18 @@ def find_checkpoint(run_dir: Path, resolved: dict[str, Any]) -> str | None:
         resolved: the configuration of the run that starts; ``resume`` is auto, never, restart or a checkpoint's path.
 
     Raises:
-        UserError: the directory contains another run, or any run with ``resume=never``; no such checkpoint.
+        UserError: the directory contains another run, or any run with ``resume=never``; no such checkpoint. A run may
+            start from any checkpoint of its own directory, with other settings too.
     """
-    resume = resolved["resume"]
+    resume, previous = resolved["resume"], read_record(run_dir)
     if resume not in ("auto", "never", "restart"):
         if not Path(resume).exists():
             known = "auto, never, restart, or the path of a checkpoint"
             raise UserError(f"resume={resume}: no such checkpoint. Use {known}.")
+        is_own = Path(resume).resolve().is_relative_to(run_dir.resolve())
+        if previous is not None and not is_own:
+            _refuse_others(run_dir, previous, differences(previous["config"], resolved))
         return str(resume)
-    previous = read_record(run_dir)
     if previous is None:
         return None
     if resume == "never":
@@ -55,14 +58,19 @@ def find_checkpoint(run_dir: Path, resolved: dict[str, Any]) -> str | None:
             f"'{run_dir}' contains this run, finished with another {', '.join(changed)}. To train it longer: "
             f"resume={last_checkpoint(run_dir)}; to train it again: another name."
         )
-    if changed and not (previous["status"] == "failed" and last is None):  # then there is nothing to lose
+    _refuse_others(run_dir, previous, changed)
+    if finished:
+        return "finished"
+    return str(last) if last else None
+
+
+def _refuse_others(run_dir: Path, previous: dict[str, Any], changed: list[str]) -> None:
+    """Raise if settings have changed, unless the directory's run has failed before there was anything to lose."""
+    if changed and not (previous["status"] == "failed" and recover(last_checkpoint(run_dir)) is None):
         changes = ", ".join(changed[:6])
         raise UserError(
             f"'{run_dir}' contains a run with other settings ({changes}): choose another name, or delete it."
         )
-    if finished:
-        return "finished"
-    return str(last) if last else None
 
 
 def last_checkpoint(run_dir: Path) -> Path:

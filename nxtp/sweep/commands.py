@@ -72,6 +72,7 @@ def states(directory: Path) -> list[RunState]:
 
 
 def print_states(runs: list[RunState]) -> None:
+    """A table, the best value of each metric in bold; below it the errors, whose lines are long."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -79,21 +80,29 @@ def print_states(runs: list[RunState]) -> None:
     table = Table(title=", ".join(f"{n} {state}" for state, n in Counter(r.state for r in runs).items()))
     table.add_column("run", overflow="fold")
     table.add_column("state", no_wrap=True)
-    for title in ("done", "time", next((r.monitor for r in runs if r.monitor), "metric")):
-        table.add_column(title, justify="right", no_wrap=True)
-    known = [r.metric for r in runs if r.metric is not None]
+    best: dict[str | None, float] = {}
     for run in runs:
-        name = Text(run.name)
-        if run.error:
-            name.append(f"\n{run.error}", "dim")
+        if run.metric is not None:
+            best[run.monitor] = max(run.metric, best.get(run.monitor, run.metric))
+    for title in ("done", "time", *(map(str, best) if len(best) == 1 else ["metric"])):
+        table.add_column(title, justify="right", no_wrap=True)
+    for run in runs:
+        value = "" if run.metric is None else f"{run.metric:.4f}"
         table.add_row(
-            name,
+            Text(run.name),
             Text(run.state, STYLES.get(run.state, "dim")),
             "" if run.done is None else f"{run.done:.0%}",
             "" if run.wall_time_s is None else str(timedelta(seconds=round(run.wall_time_s))),
-            "" if run.metric is None else Text(f"{run.metric:.4f}", "bold" if run.metric == max(known) else ""),
+            Text(
+                f"{run.monitor} {value}" if value and len(best) > 1 else value,
+                "bold" if value and run.metric == best[run.monitor] else "",
+            ),
         )
-    Console().print(table)
+    console = Console()
+    console.print(table)
+    for run in runs:
+        if run.error:
+            console.print(Text.assemble(f"{run.name}: ", (run.error, "dim")), soft_wrap=True)
 
 
 @click.group()

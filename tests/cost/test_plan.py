@@ -125,15 +125,25 @@ def test_the_recipe_of_open_parts_fits_a_gpu_of_24_gb():
     assert memory(config, vocabulary, optim, step_of(cfg), parallel).total == pytest.approx(11.9e9, rel=0.01)
 
 
-def test_images_are_samples_times_repeat_times_epochs():
+def test_images_are_samples_times_repeat_times_epochs_or_those_of_all_steps():
     train = {"a": {"shards": "x", "expected_samples": 100}, "b": {"shards": "y", "expected_samples": 10, "repeat": 2.0}}
 
-    def cfg(**data):
-        return OmegaConf.create({"data": OmegaConf.structured(DataConfig(**data)), "trainer": {"max_epochs": 3}})
+    def cfg(global_batch=None, max_epochs=3, max_steps=-1, **data):
+        trainer = {"max_epochs": max_epochs, "max_steps": max_steps}
+        data = OmegaConf.structured(DataConfig(**data))
+        return OmegaConf.create({"data": data, "trainer": trainer, "global_batch": global_batch})
 
     assert images_of(cfg(train=train)) == 360
     assert images_of(cfg(train=train, fraction=0.5)) == 180
     assert images_of(cfg(train=train, max_samples=50)) == 150
+    assert images_of(cfg(train=train, max_steps=10, global_batch=16)) == 160
+    assert images_of(cfg(train=train, max_steps=100, global_batch=16)) == 360
+    for unlimited in (None, -1):
+        assert images_of(cfg(train=train, max_epochs=unlimited, max_steps=100, global_batch=16)) == 1600
+        with pytest.raises(UserError, match="set no end: set one, or use --images"):
+            images_of(cfg(train=train, max_epochs=unlimited))
+    with pytest.raises(UserError, match="depends on the number of GPUs"):
+        images_of(cfg(train=train, max_steps=100))
     with pytest.raises(UserError, match="--images"):
         images_of(cfg(train="some/shards"))
     with pytest.raises(UserError, match=r"data\.train"):

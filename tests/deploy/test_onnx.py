@@ -32,7 +32,7 @@ def place(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def model():
-    return ending_recognizer(num_key_value_heads=2)
+    return ending_recognizer(surplus=20, num_key_value_heads=2)
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,7 @@ from nxtp.errors import UserError
 from nxtp.runs.lock import announce
 from nxtp.runs.record import read_record
 from nxtp.sweep import sweep
-from nxtp.sweep.commands import run_state, states, status
+from nxtp.sweep.commands import RunState, print_states, run_state, states, status
 from nxtp.sweep.sweep import Sweep, run_or_sweep
 
 STUDY = """
@@ -270,6 +270,17 @@ def test_a_failed_run_does_not_end_a_sweep_and_status_tells_each_runs_state(stan
     assert {row["name"]: (row["state"], row["done"], row["metric"]) for row in rows} == found
     with pytest.raises(UserError, match="Did you mean 'deep'"):
         states(stand_in / "runs" / "deap")
+
+
+def test_status_compares_a_metric_with_itself_only_and_prints_errors_whole(capsys):
+    runs = [RunState(f"top_k={k}", "finished", monitor=f"v/recall@{k}", metric=k / 10) for k in (5, 10)]
+    print_states([*runs, RunState("bad", "failed", error="no such model " * 20)])
+    shown = capsys.readouterr().out
+    assert "v/recall@5 0.5000" in shown
+    assert "v/recall@10 1.0000" in shown
+    assert f"bad: {'no such model ' * 20}" in shown, "in one line"
+    print_states(runs[:1])
+    assert "recall@5 0.5" not in capsys.readouterr().out, "the name is the column's"
 
 
 @pytest.mark.slow

@@ -273,6 +273,14 @@ def test_an_evaluation_is_tracked(tracked):
     assert summary(records)["status"] == "finished"
     (row,) = csv.DictReader((tracked.root / "runs/e/csv/version_0/metrics.csv").open())
     assert float(row["val/recall@10"]) == pytest.approx(metrics["val/recall@10"])
+    record = json.loads((tracked.root / "runs/e/run.json").read_text())
+    assert record["samples_read"] == record["samples_seen"] == metrics["val/images"]
+
+    training = {file: file.read_bytes() for file in tracked.run.rglob("*.json")}
+    done = call_nxtp(*command[:-1], f"out={tracked.run}", "logger=wandb", cwd=tracked.root)
+    assert done.returncode == 1
+    assert "contains a training run, which a logger would continue" in done.stderr
+    assert {file: file.read_bytes() for file in tracked.run.rglob("*.json")} == training
 
 
 def test_checkpoints_cannot_be_uploaded_offline(tmp_path):

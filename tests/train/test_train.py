@@ -231,6 +231,20 @@ def test_a_run_is_replaced_only_by_those_that_may_be(tmp_path):
     assert not (tmp_path / "predictions.jsonl").exists(), "they are of the run that is replaced"
 
 
+def test_anothers_checkpoint_does_not_replace_a_run_of_other_settings(tmp_path):
+    config = finished_run(tmp_path / "a")
+    (other := tmp_path / "other.ckpt").touch()
+    for resume in (other, tmp_path / "a" / ".." / "other.ckpt"):
+        with pytest.raises(UserError, match=r"contains a run with other settings \(seed\)"):
+            find_checkpoint(tmp_path / "a", config | {"resume": str(resume), "seed": 99})
+    assert find_checkpoint(tmp_path / "a", config | {"resume": str(other)}) == str(other)
+    assert find_checkpoint(tmp_path / "b", config | {"resume": str(other), "seed": 99}) == str(other)
+    own = tmp_path / "a" / "checkpoints" / "last.ckpt"
+    own.parent.mkdir(exist_ok=True)
+    own.touch()
+    assert find_checkpoint(tmp_path / "a", config | {"resume": str(own), "seed": 99}) == str(own)
+
+
 def test_a_checkpoint_of_an_older_version_is_refused():
     module = RecognitionModule(tiny_config(), train_tokenizer(WORDS, vocab_size=400), OptimConfig())
     with pytest.raises(UserError, match="of an older nxtp"):

@@ -22,7 +22,7 @@ from nxtp.inference.recognizer import Recognizer
 from nxtp.model.model import Model
 from nxtp.runs.atomic import atomic_directory
 from nxtp.sampling.one_shot import MAX_LABEL_TOKENS, OneShotConfig
-from nxtp.sampling.samplers import settings_of
+from nxtp.sampling.samplers import never_first, settings_of
 
 NEEDED = ("onnx", "onnxscript", "onnxruntime")
 
@@ -136,7 +136,7 @@ def runner_config(recognizer: Recognizer, weights: str) -> Config:
         num_image_tokens=model.num_image_tokens,
         prompt=list(tokenizer.prompt_ids),
         delimiter=tokenizer.delimiter_id,
-        never_first=list(tokenizer.never_first),
+        never_first=list(never_first(model, tokenizer)),
         max_label_tokens=MAX_LABEL_TOKENS,
         cleans_spaces=bool(tokenizer.tokenizer.clean_up_tokenization_spaces),
         blocks=len(model.decoder.blocks),
