@@ -142,6 +142,22 @@ def parse_arguments(argv: Sequence[str]) -> tuple[Namespace, list[str]]:
     return parsed, flags
 
 
+def _check_overrides(overrides: Sequence[str]) -> None:
+    """
+    Raises:
+        UserError: what Hydra would accept and a run stumble over, or what it would say in words of its own.
+    """
+    for override in overrides:
+        group, _, option = override.partition("=")
+        if re.match(r"\+?logger=.*tensorboard", override) and not any(map(find_spec, ("tensorboard", "tensorboardX"))):
+            raise UserError("logger=tensorboard needs tensorboard: pip install tensorboard")
+        if option == "null" and (options := sorted(file.stem for file in (conf_dir() / group).glob("*.yaml"))):
+            raise UserError(f"{override}: leave {group} out, or choose one of its options: {', '.join(options)}.")
+        name = Path(option.strip("'\""))
+        if group == "name" and (name.is_absolute() or ".." in name.parts):
+            raise UserError(f"{override}: a run is written to runs/<name>, which must be inside runs/.")
+
+
 def compose_and_run(
     function: Callable[[DictConfig], Any] | str, config_name: str, argv: Sequence[str], *, multirun: bool = False
 ) -> list[UserError]:
@@ -165,15 +181,7 @@ def compose_and_run(
     if parsed.config_dir is None and (own := _own_conf()):
         _refuse_hidden_options(overrides)
         flags += ["--config-dir", str(own)]
-    for override in overrides:
-        if re.match(r"\+?logger=.*tensorboard", override) and not any(map(find_spec, ("tensorboard", "tensorboardX"))):
-            raise UserError("logger=tensorboard needs tensorboard: pip install tensorboard")
-        name = Path(override.removeprefix("name=").strip("'\""))
-        group, _, option = override.partition("=")
-        if option == "null" and (options := sorted(file.stem for file in (conf_dir() / group).glob("*.yaml"))):
-            raise UserError(f"{override}: a group has one of its options: {', '.join(options)}.")
-        if override.startswith("name=") and (name.is_absolute() or ".." in name.parts):
-            raise UserError(f"{override}: a run is written to runs/<name>, which must be inside runs/.")
+    _check_overrides(overrides)
     if os.getcwd() not in sys.path:  # for a `_target_` of one's own; last, so that it hides no library
         sys.path.append(os.getcwd())
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come here instead of ending the process

@@ -246,7 +246,7 @@ def find_tokenizer(
 
 def build_trainer(cfg: DictConfig, run_dir: Path) -> L.Trainer:
     loggers = configured_loggers(cfg)
-    callbacks: list[Callback] = []
+    named: dict[str, Callback] = {}
     for name, node in (cfg.callbacks or {}).items():
         if node is None:
             continue
@@ -258,9 +258,9 @@ def build_trainer(cfg: DictConfig, run_dir: Path) -> L.Trainer:
                 continue
             if callback.monitor is None:
                 raise UserError(f"callbacks.{name} needs a validation set (data.val), or a monitor that needs none.")
-        callbacks.append(callback)
-    check_monitors(callbacks, cfg)
-    callbacks.append(PreemptionHandler(last_checkpoint(run_dir)))
+        named[name] = callback
+    check_monitors(named, cfg)
+    callbacks = [*named.values(), PreemptionHandler(last_checkpoint(run_dir))]
     options = {"_convert_": "all", "logger": loggers or False, "callbacks": callbacks, "default_root_dir": None}
     trainer = instantiated(cfg.trainer, "trainer", **options)
     if any(isinstance(callback, WeightAveraging) for callback in callbacks):
@@ -274,26 +274,23 @@ def build_trainer(cfg: DictConfig, run_dir: Path) -> L.Trainer:
     return trainer
 
 
-def check_monitors(callbacks: list[Callback], cfg: DictConfig) -> None:
+def check_monitors(callbacks: dict[str, Callback], cfg: DictConfig) -> None:
     """
     Raises:
         UserError: a callback monitors a metric that no run of this configuration measures, or takes the worst for the
             best. Lightning would find the first at the end of an epoch, the second never.
     """
     ours = metric_names(cfg)
-    others = [c for c in callbacks if not type(c).__module__.startswith(("lightning.", "nxtp."))]  # may log anything
-    for callback in callbacks:
+    others = [c for c in callbacks.values() if not type(c).__module__.startswith(("lightning.", "nxtp."))]  # may log anything
+    for name, callback in callbacks.items():
         metric, mode = getattr(callback, "monitor", None), getattr(callback, "mode", None)
-        where = f"{type(callback).__name__} of callbacks"
+        where = f"callbacks.{name}.monitor={metric}"
         if metric not in (None, "train/grad_norm", *ours) and not others:
-            names = ", ".join(ours)
-            raise UserError(
-                f"{where}: monitor={metric} is no metric.{nearest(str(metric), ours)} A run measures {names}."
-            )
+            raise UserError(f"{where} is no metric.{nearest(str(metric), ours)} A run measures {', '.join(ours)}.")
         right = "min" if str(metric).endswith("/loss") else "max"
         is_own = str(metric).partition("/")[2] in cfg.validation.metrics  # whose best is known to its author alone
         if metric in ours and not is_own and mode not in (None, right):
-            raise UserError(f"{where}: monitor={metric} with mode={mode} selects the worst: set mode={right}.")
+            raise UserError(f"{where} with mode={mode} selects the worst: set mode={right}.")
 
 
 def monitored(val_names: list[str], top_k: int) -> str | None:

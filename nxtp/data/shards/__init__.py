@@ -1,5 +1,5 @@
 """Tar shards: finding (urls), listing (manifest), counting (counts), indexing (tar_index), fetching (remote, cache,
 prefetch) and reading them (reader).
 
-Imports only errors and runs; no torch. Start with :class:`nxtp.data.shards.reader.IndexedShards`.
+No torch. Start with :class:`nxtp.data.shards.reader.IndexedShards`.
 """

@@ -5,6 +5,5 @@
     *.onnx.data     their weights; tokenizer.json as in the model directory
     config.json     the runner's configuration (:class:`nxtp.deploy.onnx.runner.Config`)
 
-export.py writes it. runner.py and pixels.py run it with onnxruntime, tokenizers, Pillow and numpy; they import only
-data.images, data.labels.cleaning, model.hub and errors.
+export.py writes it. runner.py and pixels.py run it with onnxruntime, tokenizers, Pillow and numpy, without torch.
 """
