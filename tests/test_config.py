@@ -129,7 +129,7 @@ def test_nouns_are_chosen_by_name_and_skipped_by_list(base):
     for overrides, backend, stop in (
         ([], "hanta", []),
         (["nouns=nltk_published", "nouns.stop=[person,view]"], "nltk_published", ["person", "view"]),
-        (["data.nouns=textblob"], "textblob", []),
+        (["data.nouns=nltk"], "nltk", []),
     ):
         data = to_dataclass(DataConfig, config.composed(base, [needed, *overrides]).data, "data")
         assert (data.nouns, data.stop_nouns) == (backend, stop)

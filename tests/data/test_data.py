@@ -437,13 +437,13 @@ def test_another_noun_backend_than_the_trainings_is_logged(tmp_path, caplog):
     shards = write_shards(tmp_path / "s", [2])
     manifest = json.loads((shards / "manifest.json").read_text())
     with caplog.at_level(logging.WARNING, "nxtp"):
-        warn_if_nouns_differ("val", str(shards), "textblob", "textblob")
-        warn_if_nouns_differ("val", str(shards), "textblob", None)
-        warn_if_nouns_differ("val", [str(shards)], "textblob", "textblob")
+        warn_if_nouns_differ("val", str(shards), "hanta", "hanta")
+        warn_if_nouns_differ("val", str(shards), "hanta", None)
+        warn_if_nouns_differ("val", [str(shards)], "hanta", "hanta")
         assert not caplog.records
-        warn_if_nouns_differ("val", str(shards), "textblob", "nltk")
+        warn_if_nouns_differ("val", str(shards), "hanta", "nltk")
         (shards / "manifest.json").write_text(json.dumps(manifest | {"nouns": {"backend": "nltk", "version": "1"}}))
-        warn_if_nouns_differ("other", str(shards), "textblob", "textblob")
+        warn_if_nouns_differ("other", str(shards), "hanta", "hanta")
     assert [record.getMessage().split(":")[0] for record in caplog.records] == ["Set 'val'", "Set 'other'"]
     assert "'nltk'" in caplog.records[1].getMessage()
 

@@ -7,10 +7,10 @@ import sys
 LIGHT = [
     *("nxtp.data.config", "nxtp.data.images", "nxtp.data.mixture"),
     *(f"nxtp.data.labels.{name}" for name in ("cleaning", "from_samples", "imagenet", "nouns")),
-    *(f"nxtp.data.labels.{name}_nouns" for name in ("hanta", "nltk", "textblob")),
+    *(f"nxtp.data.labels.{name}_nouns" for name in ("hanta", "nltk")),
     *(f"nxtp.data.shards.{name}" for name in ("cache", "manifest", "reader", "tar_index", "urls")),
 ]
-HEAVY = {"torch", "lightning", "transformers", "open_clip", "timm", "webdataset", "wandb", "HanTa", "textblob", "nltk"}
+HEAVY = {"torch", "lightning", "transformers", "open_clip", "timm", "webdataset", "wandb", "HanTa", "nltk"}
 HEAVY |= {"fsspec", "aiohttp", "matplotlib", "scipy"}
 
 

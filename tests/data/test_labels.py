@@ -156,22 +156,15 @@ def test_stop_nouns_are_no_labels():
     assert pickle.loads(pickle.dumps(nouns))("a cat in a hat") == ["cat"]
 
 
-def test_textblob_keeps_its_rules():
-    nouns = noun_backend("textblob")
-    assert nouns("a teddy bear beside a stuffed bear") == ["teddy", "bear"]
-    assert nouns("a shower, sink, and toilet") == ["shower", "toilet"]
-    assert nouns.version == f"textblob {version('textblob')}, lemminflect {version('lemminflect')}, rules 1"
-
-
 def test_unknown_backend_names_the_nearest():
-    with pytest.raises(UserError, match=r"No noun backend 'textblop'.*hanta.*Did you mean 'textblob'\?"):
-        noun_backend("textblop")
+    with pytest.raises(UserError, match=r"No noun backend 'hnta'; known are hanta, nltk, .*Did you mean 'hanta'\?"):
+        noun_backend("hnta")
 
 
 def test_libraries_load_at_the_first_caption():
     code = (
         "import sys; from nxtp.data.labels.nouns import noun_backend; nouns = noun_backend();"
-        "libraries = {'HanTa', 'textblob', 'lemminflect', 'nltk', 'scipy', 'torch'};"
+        "libraries = {'HanTa', 'lemminflect', 'nltk', 'scipy', 'torch'};"
         "assert not libraries & set(sys.modules);"
         "nouns('a bear'); assert libraries & set(sys.modules) == {'HanTa', 'lemminflect'}"
     )

@@ -140,7 +140,7 @@ def test_manifest_round_trip(tmp_path, shard):
     assert manifest_hash(tmp_path) is None
     infos = [write_shard(tmp_path / f"b-{i}.tar", SAMPLES[: i + 1]) for i in range(3)]
     path = write_manifest(
-        tmp_path, infos, made_by={"script": "x", "seed": 0}, nouns={"name": "textblob"}, skipped={"no caption": 2}
+        tmp_path, infos, made_by={"script": "x", "seed": 0}, nouns={"name": "hanta"}, skipped={"no caption": 2}
     )
     first = manifest_hash(tmp_path)
     manifest = read_manifest(tmp_path)
@@ -150,7 +150,7 @@ def test_manifest_round_trip(tmp_path, shard):
     assert (manifest["made_by"], manifest["skipped"]) == ({"script": "x", "seed": 0}, {"no caption": 2})
     assert first == sha256_of(path)
     write_manifest(
-        tmp_path, infos[::-1], made_by={"seed": 0, "script": "x"}, nouns={"name": "textblob"}, skipped={"no caption": 2}
+        tmp_path, infos[::-1], made_by={"seed": 0, "script": "x"}, nouns={"name": "hanta"}, skipped={"no caption": 2}
     )
     assert manifest_hash(tmp_path) == first
 

@@ -79,10 +79,10 @@ def test_coco(coco, tmp_path):
     assert manifest["skipped"] == {"missing image": 1, "no caption": 1}
     assert list(samples(out / "val")) == ["000000000139"]
 
-    run("coco", coco, "--out", tmp_path / "separate", "--separate", "--splits", "val", "--nouns", "textblob")
+    run("coco", coco, "--out", tmp_path / "separate", "--separate", "--splits", "val", "--nouns", "hanta")
     assert sorted(samples(tmp_path / "separate" / "val")) == ["000000000139_0", "000000000139_1"]
     assert samples(tmp_path / "separate" / "val")["000000000139_0"]["labels"] == ["dog", "number", "sofa"]
-    assert read_manifest(tmp_path / "separate" / "val")["nouns"]["backend"] == "textblob"
+    assert read_manifest(tmp_path / "separate" / "val")["nouns"]["backend"] == "hanta"
 
     stopped = ("coco", coco, "--out", tmp_path / "stop", "--splits", "val", "--stop-nouns", "number, Sofa")
     assert "--stop-nouns needs --nouns" in run(*stopped, fails=True)

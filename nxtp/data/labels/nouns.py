@@ -29,7 +29,6 @@ class NounBackend(Protocol):
 
 BACKENDS = {  # module and class, imported when chosen
     "hanta": ("nxtp.data.labels.hanta_nouns", "HantaNouns"),
-    "textblob": ("nxtp.data.labels.textblob_nouns", "TextBlobNouns"),
     "nltk": ("nxtp.data.labels.nltk_nouns", "NltkNouns"),
     "nltk_published": ("nxtp.data.labels.nltk_nouns", "PublishedNouns"),
 }
