@@ -162,7 +162,10 @@ def test_experiments_are_short_and_say_their_command(experiment):
     ("argv", "message"),
     [
         (["experiment=dmo"], "^No option 'experiment=dmo'. Did you mean 'experiment=demo'. Known: demo, g3m, "),
-        (["name=x", "logger=null"], r"^logger=null: leave logger out, or choose one of its options: csv, tensorboard, wandb\.$"),
+        (
+            ["name=x", "logger=null"],
+            r"^logger=null: leave logger out, or choose one of its options: csv, tensorboard, wandb\.$",
+        ),
         (["name=x", "trainer=cup"], r"^No option 'trainer=cup'\. Did you mean 'trainer=cpu'\? Known: auto, .*, gpu\.$"),
         (
             ["optim.ler=3", "name=x"],

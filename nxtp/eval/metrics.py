@@ -1,6 +1,6 @@
 """How good predicted labels are: exact match, and semantic match with a text encoder (torchmetrics).
 
-:func:`exact_scores` and :func:`semantic_scores` compute one row per image; the metrics average over images. Their
+:class:`nxtp.eval.hits.Hits` and :func:`semantic_scores` have a value per image; the metrics average over images. Their
 states are sums, so several ranks with uneven batches give the same means as one process.
 """
 
@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -21,6 +22,7 @@ from nxtp.config import instantiated
 from nxtp.data.labels.cleaning import distinct
 from nxtp.errors import UserError, at_least
 from nxtp.eval.embedders import TextEmbedder, full_precision
+from nxtp.eval.hits import Hits
 
 HIT_CUTS = (1, 5)
 _LABEL_HASHES = 1 << 16  # few labels are counted exactly
@@ -89,28 +91,6 @@ def _best_match(cosine_BXY: Tensor, real_BX: Tensor, real_BY: Tensor) -> Tensor:
     return best_BX.masked_fill(~real_BX, 0.0).sum(dim=-1) / real_BX.sum(dim=-1)
 
 
-def exact_scores(
-    predictions: Sequence[Sequence[str]], targets: Sequence[Sequence[str]], *, top_k: int | None = 10
-) -> Scores:
-    """Recall@k, precision@k and F1@k of each image, on normalised labels (:func:`nxtp.data.labels.cleaning.normalise`).
-
-    Labels of equal normalised text count once, empty ones do not count. Of the predictions the first k count:
-    recall = hits / number of targets, precision = hits / min(k, number of predictions), 0 without predictions;
-    F1 = 2PR/(P+R), 0 without hits.
-
-    Arguments as of :func:`semantic_scores`.
-    """
-    _check(predictions, targets, top_k)
-    rows = []
-    for predicted, wanted in zip(predictions, targets, strict=True):
-        found, truth = distinct(predicted)[:top_k], set(distinct(wanted))
-        hits, total = len(truth.intersection(found)), len(truth) + len(found)
-        # F1 = 2PR/(P+R) = 2 hits / (targets + predictions)
-        scores = (hits / len(truth), hits / max(len(found), 1), 2 * hits / total) if truth else (torch.nan,) * 3
-        rows.append(scores)
-    return Scores(*torch.tensor(rows, dtype=torch.float32).reshape(-1, 3).T)
-
-
 def _check(predictions: Sequence[Sequence[str]], targets: Sequence[Sequence[str]], top_k: int | None) -> None:
     if len(predictions) != len(targets):
         raise ValueError(f"{len(predictions)} images with predictions, but {len(targets)} with targets.")
@@ -121,42 +101,34 @@ def _check(predictions: Sequence[Sequence[str]], targets: Sequence[Sequence[str]
             raise TypeError(f"Each image needs a list of labels, not one string: {labels!r}")
 
 
-class _MeanScores(Metric):
-    """Means over images of :class:`Scores`, for each of C lengths of the predictions."""
+class _Means(Metric):
+    """Means over the images that have targets, of the metrics ``names``.
+
+    ``compute()`` returns name → scalar; {} without images, so that a missing value stays missing.
+    """
 
     full_state_update = False
     is_differentiable = False
     higher_is_better = True
-    totals_C3: Tensor
+    totals_M: Tensor
     images: Tensor
 
-    def __init__(self, cuts: int, **kwargs):
+    def __init__(self, names: Sequence[str], **kwargs):
         super().__init__(**kwargs)
-        self.add_state("totals_C3", torch.zeros(cuts, 3), dist_reduce_fx="sum")
+        self.names = list(names)
+        self.add_state("totals_M", torch.zeros(len(self.names)), dist_reduce_fx="sum")
         self.add_state("images", torch.tensor(0), dist_reduce_fx="sum")
 
-    def _add(self, scores: Sequence[Scores]) -> None:
-        """Scores of the same images, for each length of the predictions."""
-        values_C3B = torch.stack([torch.stack(s) for s in scores])
-        scored_B = ~values_C3B[0, 0].isnan()
-        total_C3 = values_C3B[..., scored_B].double().sum(dim=-1)
+    def _add(self, totals_M: Tensor, images: int) -> None:
         # Not in place: a state reset under inference mode may be updated outside it.
-        self.totals_C3 = self.totals_C3 + total_C3.to(self.totals_C3)
-        self.images = self.images + int(scored_B.sum())
+        self.totals_M = self.totals_M + totals_M.to(self.totals_M)
+        self.images = self.images + images
 
-    def _means(self, names: Sequence[str]) -> dict[str, Tensor]:
-        """{recall, precision, f1 + suffix: scalar}; empty without images, so that a missing value stays missing."""
-        if self.images == 0:
-            return {}
-        means_C3 = self.totals_C3 / self.images
-        return {
-            f"{score}{suffix}": mean
-            for suffix, row_3 in zip(names, means_C3, strict=True)
-            for score, mean in zip(Scores._fields, row_3, strict=True)
-        }
+    def compute(self) -> dict[str, Tensor]:
+        return dict(zip(self.names, self.totals_M / self.images, strict=True)) if self.images else {}
 
 
-class SemanticMatch(_MeanScores):
+class SemanticMatch(_Means):
     """Means over images of :func:`semantic_scores`.
 
     ``compute()`` returns scalars ``recall@k``, ``precision@k``, ``f1@k`` (without @k for ``top_k`` None: all), or {} if
@@ -165,28 +137,27 @@ class SemanticMatch(_MeanScores):
 
     def __init__(self, embedder: TextEmbedder, top_k: int | None = 10, **kwargs):
         _check([], [], top_k)
-        super().__init__(1, **kwargs)
+        super().__init__([kind if top_k is None else f"{kind}@{top_k}" for kind in Scores._fields], **kwargs)
         self.embedder, self.top_k = embedder, top_k
 
     def update(self, predictions: Sequence[Sequence[str]], targets: Sequence[Sequence[str]]) -> None:
         """B images: predicted labels, best first, and reference labels."""
-        self._add([semantic_scores(predictions, targets, self.embedder, top_k=self.top_k)])
+        scores_3B = torch.stack(semantic_scores(predictions, targets, self.embedder, top_k=self.top_k))
+        scored_3B = scores_3B[:, ~scores_3B[0].isnan()]
+        self._add(scored_3B.double().sum(dim=1), scored_3B.shape[1])
 
-    def compute(self) -> dict[str, Tensor]:
-        return self._means(["" if self.top_k is None else f"@{self.top_k}"])
 
+class ExactMatch(_Means):
+    """Means over images of exact match on normalised labels, at one or several k.
 
-class ExactMatch(_MeanScores):
-    """Means over images of :func:`exact_scores`, at one or several k.
-
-    ``compute()`` returns scalars ``recall@k``, ``precision@k``, ``f1@k`` for each k, or {} if no image had targets;
-    and ``hit@1``, ``hit@5``: the share of images for which one of the 1 (5) most probable labels is any of the
-    targets. That is top-1 and top-5 accuracy where the targets are the names of one class.
+    Labels of equal normalised text count once, empty ones do not count, nor do images without targets.
+    ``compute()`` returns scalars ``recall@k``, ``precision@k``, ``f1@k`` for each k (defined in :mod:`nxtp.eval.hits`), or
+    {} if no image had targets; and ``hit@1``, ``hit@5``: the share of images for which one of the 1 (5) most probable
+    labels is any of the targets. That is top-1 and top-5 accuracy where the targets are the names of one class.
 
     ``labels``: how many different targets there were, as of the last ``compute()`` (see :func:`meaningless`).
     """
 
-    hits_H: Tensor
     seen: Tensor  # a flag for each hash of a target: as a state of fixed size, ranks can merge theirs
     labels: int = 0
 
@@ -194,26 +165,24 @@ class ExactMatch(_MeanScores):
         cuts = (top_k,) if isinstance(top_k, int) else tuple(dict.fromkeys(top_k))
         for cut in cuts:
             at_least("top_k", cut, 1)
-        super().__init__(len(cuts), **kwargs)
-        self.top_k = cuts
-        self.hit_cuts = [k for k in HIT_CUTS if k <= max(cuts)]
-        self.add_state("hits_H", torch.zeros(len(self.hit_cuts)), dist_reduce_fx="sum")
+        names = [f"{kind}@{k}" for k in cuts for kind in Scores._fields]
+        super().__init__([*names, *(f"hit@{k}" for k in HIT_CUTS if k <= max(cuts))], **kwargs)
         self.add_state("seen", torch.zeros(_LABEL_HASHES, dtype=torch.uint8), dist_reduce_fx="max")
 
     def update(self, predictions: Sequence[Sequence[str]], targets: Sequence[Sequence[str]]) -> None:
         """B images: predicted labels, best first, and reference labels."""
-        self._add([exact_scores(predictions, targets, top_k=k) for k in self.top_k])
-        hits = [(exact_scores(predictions, targets, top_k=k).recall > 0).sum() for k in self.hit_cuts]
-        self.hits_H = self.hits_H + torch.stack(hits).to(self.hits_H)
-        hashes = [zlib.crc32(label.encode()) % _LABEL_HASHES for labels in targets for label in distinct(labels)]
+        _check(predictions, targets, None)
+        truths = [distinct(labels) for labels in targets]
+        said = [distinct(labels) for labels, truth in zip(predictions, truths, strict=True) if truth]
+        hits = Hits.of(said, [truth for truth in truths if truth])
+        rows = [row for name in self.names if (row := hits.metric(name)) is not None]
+        self._add(torch.tensor(np.stack(rows).sum(axis=1)), len(said))
+        hashes = [zlib.crc32(label.encode()) % _LABEL_HASHES for truth in truths for label in truth]
         self.seen = self.seen.index_fill(0, torch.tensor(hashes, dtype=torch.long, device=self.seen.device), 1)
 
     def compute(self) -> dict[str, Tensor]:
         self.labels = int(self.seen.count_nonzero())
-        values = self._means([f"@{k}" for k in self.top_k])
-        if values:
-            values |= {f"hit@{k}": hits / self.images for k, hits in zip(self.hit_cuts, self.hits_H, strict=True)}
-        return values
+        return super().compute()
 
 
 def meaningless(names: Iterable[str], labels: int) -> list[str]:

@@ -42,7 +42,9 @@ class WriterOptions:
         if self.nouns is not None:
             self.noun_backend()  # an unknown name is an error before anything is read
         elif self.stop_nouns:
-            raise UserError("--stop-nouns needs --nouns. Without it training finds the nouns: set nouns.stop=[…] there.")
+            raise UserError(
+                "--stop-nouns needs --nouns. Without it training finds the nouns: set nouns.stop=[…] there."
+            )
 
     def noun_backend(self) -> NounBackend:
         return noun_backend(self.nouns or "hanta", self.stop_nouns.split(","))

@@ -4,7 +4,6 @@ import pickle
 import subprocess
 import sys
 import time
-from importlib.metadata import version
 
 import pytest
 from hypothesis import given, settings

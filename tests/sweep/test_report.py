@@ -11,11 +11,12 @@ import wandb
 from click.testing import CliRunner
 
 from nxtp.errors import UserError
+from nxtp.eval.hits import Hits
 from nxtp.eval.metrics import ExactMatch
 from nxtp.sweep.report import records as rec
 from nxtp.sweep.report.command import differing, generated, report
 from nxtp.sweep.report.comparison import interval
-from nxtp.sweep.report.hits import Hits, chance
+from nxtp.sweep.report.hits import chance
 from nxtp.sweep.report.spec import Spec
 
 EXPERIMENTS = Path(__file__).resolve().parents[2] / "experiments"

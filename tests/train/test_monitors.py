@@ -28,7 +28,10 @@ def trainer(tmp_path, *overrides) -> L.Trainer:
             r"val/recal@10 is no metric\. Did you mean 'val/recall@10'\? .* val/f1@10",
         ),
         (["callbacks.best.monitor=val/recall@10", "validation.top_k=5"], r"Did you mean 'val/recall@5'"),
-        ([STOPPING % ("val_loss", "min")], r"^callbacks\.stop\.monitor=val_loss is no metric\. Did you mean 'val/loss'"),
+        (
+            [STOPPING % ("val_loss", "min")],
+            r"^callbacks\.stop\.monitor=val_loss is no metric\. Did you mean 'val/loss'",
+        ),
         (["callbacks.best.monitor=val/loss"], r"val/loss with mode=max selects the worst: set mode=min"),
         ([STOPPING % ("val/hit@1", "min")], r"set mode=max"),
     ],

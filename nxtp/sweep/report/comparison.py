@@ -8,7 +8,7 @@ from functools import cache
 import numpy as np
 
 from nxtp.errors import counted
-from nxtp.sweep.report.hits import Hits
+from nxtp.eval.hits import Hits
 from nxtp.sweep.report.records import Record, note
 from nxtp.sweep.report.spec import Spec
 from nxtp.sweep.report.tables import as_markdown, is_time, measured, order, settings, size, text
