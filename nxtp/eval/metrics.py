@@ -151,7 +151,7 @@ class ExactMatch(_Means):
     """Means over images of exact match on normalised labels, at one or several k.
 
     Labels of equal normalised text count once, empty ones do not count, nor do images without targets.
-    ``compute()`` returns scalars ``recall@k``, ``precision@k``, ``f1@k`` for each k (defined in :mod:`nxtp.eval.hits`), or
+    ``compute()`` returns scalars ``recall@k``, ``precision@k``, ``f1@k`` for each k (:mod:`nxtp.eval.hits`), or
     {} if no image had targets; and ``hit@1``, ``hit@5``: the share of images for which one of the 1 (5) most probable
     labels is any of the targets. That is top-1 and top-5 accuracy where the targets are the names of one class.
 
