@@ -65,10 +65,11 @@ def locked(directory: Path) -> Iterator[None]:
     directory.mkdir(parents=True, exist_ok=True)
     lock = os.open(directory, os.O_RDONLY)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"Another process searches in '{directory}': wait for it.") from None
         yield
-    except BlockingIOError:
-        raise UserError(f"Another process searches in '{directory}': wait for it.") from None
     finally:
         os.close(lock)
 
