@@ -91,6 +91,55 @@ def test_coco(coco, tmp_path):
     assert read_manifest(tmp_path / "stop" / "val")["nouns"]["stop"] == "number, Sofa"
 
 
+@pytest.fixture
+def flickr8k(tmp_path) -> Path:
+    root = tmp_path / "flickr8k"
+    for n in (1, 2, 4):
+        picture(root / "Flicker8k_Dataset" / f"{n}_ab.jpg", n)
+    lines = [f"{n}_ab.jpg#{c}\tA dog number {c} on a  sofa ." for n in (1, 2, 3) for c in (0, 1)]
+    (root / "Flickr8k.token.txt").write_text("\n".join(lines) + "\n")
+    for split, numbers in (("train", (2, 1, 3, 4)), ("dev", (2,)), ("test", (1,))):
+        (root / f"Flickr_8k.{split}Images.txt").write_text("".join(f"{n}_ab.jpg\n" for n in numbers))
+    return root
+
+
+def test_flickr8k(flickr8k, tmp_path):
+    out = tmp_path / "out"
+    text = run("flickr8k", flickr8k, "--out", out)
+    assert "missing image × 1" in text
+    assert "no caption × 1" in text
+    train = samples(out / "train")
+    assert sorted(train) == ["1_ab", "2_ab"]
+    assert train["1_ab"]["caption"] == "A dog number 0 on a sofa . A dog number 1 on a sofa ."
+    assert train["2_ab"]["image"] == (flickr8k / "Flicker8k_Dataset" / "2_ab.jpg").read_bytes()
+    assert list(samples(out / "dev")) == ["2_ab"]
+    assert list(samples(out / "test")) == ["1_ab"]
+    run("flickr8k", flickr8k, "--out", tmp_path / "separate", "--separate", "--splits", "test")
+    assert sorted(samples(tmp_path / "separate" / "test")) == ["1_ab_0", "1_ab_1"]
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (
+            lambda root: (root / "Flicker8k_Dataset").rename(root / "pictures"),
+            "has no folder Flicker8k_Dataset or Images",
+        ),
+        (lambda root: (root / "Flickr8k.token.txt").unlink(), "Flickr8k.token.txt is missing"),
+        (lambda root: (root / "Flickr_8k.testImages.txt").unlink(), "testImages.txt is missing"),
+        (
+            lambda root: (root / "Flickr8k.token.txt").write_text("1_ab.jpg A dog\n"),
+            "line 1: expected IMAGE#NUMBER, a tab and a caption, got '1_ab.jpg A dog'",
+        ),
+        (lambda root: (root / "Flickr8k.token.txt").write_bytes(b"\xff\xfe\x00"), "cannot be read"),
+    ],
+)
+def test_flickr8k_that_is_not_whole_writes_nothing(flickr8k, tmp_path, damage, message):
+    damage(flickr8k)
+    assert message in " ".join(run("flickr8k", flickr8k, "--out", tmp_path / "out", fails=True).split())
+    assert not (tmp_path / "out").exists()
+
+
 def test_coco_without_annotations(tmp_path):
     (tmp_path / "annotations").mkdir()
     assert "captions_train2017.json is missing" in run("coco", tmp_path, "--out", tmp_path / "o", fails=True)
