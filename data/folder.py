@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +45,7 @@ def folder_items(source: Path, classes: bool = False) -> tuple[list[Item], Skipp
         names = " and ".join(map(str, found))
         each = ", ".join(str(source / folder) for folder in found)
         raise UserError(f"{source} has {names}: prepare each as a set of its own: {each}.")
-    items, skipped, keys = [], Skipped(), Counter[str]()
+    items, skipped, keys = [], Skipped(), set[str]()
     for image in images:
         name = str(image.relative_to(source))
         try:
@@ -54,9 +53,13 @@ def folder_items(source: Path, classes: bool = False) -> tuple[list[Item], Skipp
         except Skip as skip:
             skipped.add(str(skip), name)
             continue
-        key = readable_key("_".join(image.relative_to(source).with_suffix("").parts))
-        keys[key] += 1  # 1.jpg and 1.png
-        items.append(Item(key if keys[key] == 1 else f"{key}_{keys[key]}", str(image), caption, record))
+        key = plain = readable_key("_".join(image.relative_to(source).with_suffix("").parts))
+        number = 1
+        while key in keys:  # 1.jpg and 1.png
+            number += 1
+            key = f"{plain}_{number}"
+        keys.add(key)
+        items.append(Item(key, str(image), caption, record))
     if not items and classes:
         raise UserError(
             f"{source}: --classes needs a folder for each class, as in {source / 'dog' / 'NAME.jpg'}.{skipped}"

@@ -29,6 +29,7 @@ from typing import NamedTuple
 
 import click
 
+from nxtp.data.images import walk
 from nxtp.data.labels.imagenet import NAMES, SUBSETS, ImageNetClass, by_wnid, imagenet_classes, real_labels, subset
 from nxtp.errors import UserError
 from nxtp.prepare.items import Item, Span, write_items
@@ -55,10 +56,12 @@ def find(source: Path) -> Iterator[Found]:
         UserError: a tar is compressed or damaged.
     """
     if source.is_dir():
-        for folder, folders, files in os.walk(source):
-            folders.sort()
+        splits = [str(source / name) for name in ("train", "val", "test") if (source / name).is_dir()]
+        if len(splits) > 1:
+            raise UserError(f"{source} has several splits: prepare each as a set of its own: {', '.join(splits)}.")
+        for folder, _, files in walk(source):
             name = Path(folder).name if Path(folder) != source else ""
-            for file in sorted(files):
+            for file in files:
                 if _IMAGE.search(file) and not file.startswith("."):
                     yield Found(name, Path(file).stem, os.path.join(folder, file))
         return

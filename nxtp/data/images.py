@@ -6,7 +6,7 @@ import io
 import os
 import threading
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, nullcontext
 from importlib.util import find_spec
 from pathlib import Path
@@ -137,11 +137,26 @@ def middle_of_strip(image: Image.Image) -> Image.Image:
     return image.crop((left, top, image.width - left, image.height - top))
 
 
+def walk(
+    path: str | Path, onerror: Callable[[OSError], None] | None = None
+) -> Iterator[tuple[str, list[str], list[str]]]:
+    """``os.walk`` in sorted order that follows links to directories, and enters each directory once."""
+    entered = set()
+    for folder, folders, files in os.walk(path, onerror=onerror, followlinks=True):
+        status = os.stat(folder)
+        if (status.st_dev, status.st_ino) in entered:  # a link to where it is, or to a place that another leads to
+            folders.clear()
+            continue
+        entered.add((status.st_dev, status.st_ino))
+        folders.sort()
+        yield folder, folders, sorted(files)
+
+
 def find_images(paths: Iterable[str | Path]) -> tuple[list[Path], list[ImageError]]:
     """(images, problems): files as they are, directories expanded to the images anywhere below them, sorted.
 
-    Hidden files and directories are skipped, and each path is returned once. A missing path, and a directory that
-    cannot be read or contains no image, is a problem; the other images are returned all the same.
+    Hidden files and directories are skipped, links followed, and each path is returned once. A missing path, and a
+    directory that cannot be read or contains no image, is a problem; the other images are returned all the same.
     """
     images: dict[Path, None] = {}
     problems: list[ImageError] = []
@@ -152,7 +167,7 @@ def find_images(paths: Iterable[str | Path]) -> tuple[list[Path], list[ImageErro
     for path in map(Path, paths):
         if path.is_dir():
             found = []
-            for folder, folders, files in os.walk(path, onerror=unreadable):
+            for folder, folders, files in walk(path, unreadable):
                 folders[:] = [f for f in folders if not f.startswith(".")]
                 found += [Path(folder, f) for f in files if f[0] != "." and Path(f).suffix.lower() in SUFFIXES]
             if not found:

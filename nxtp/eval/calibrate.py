@@ -46,7 +46,7 @@ def calibrate(cfg: DictConfig) -> dict[str, float]:
     recognizer = Recognizer.from_pretrained(directory, device=cfg.device)
     sampler = sampler_config(cfg.sampler)
     classes = recognizer.prepare_classes(read_classes(cfg.classes)) if cfg.classes is not None else None
-    name, settings = (CLASSIFY, {}) if classes is not None else settings_of(sampler)
+    name, settings = (CLASSIFY, {"classes": classes.fingerprint}) if classes is not None else settings_of(sampler)
     known, recognizer.calibrations = recognizer.calibrations, {}
     data = WebDatasetDataModule(
         config, recognizer.tokenizer, transform=recognizer.pixels, num_image_tokens=recognizer.model.num_image_tokens

@@ -47,7 +47,14 @@ def write_model_dir(
     Args:
         write_weights: writes the safetensors file to a path.
         config: must build the model without other sources.
+
+    Raises:
+        UserError: ``directory`` contains other files, which would be lost.
     """
+    directory = directory.resolve()  # a link stays, and what it leads to is replaced
+    kept = {CONFIG, *FILES, "calibration.json", "calibration.png", "README.md", ".gitattributes"}
+    if directory.exists() and (foreign := sorted(path.name for path in directory.iterdir() if path.name not in kept)):
+        raise UserError(f"'{directory}' contains {some_of(foreign)}, no files of a model: choose another directory.")
     with atomic_directory(directory) as new:
         write_weights(new / WEIGHTS)
         tokenizer.save(new)
@@ -110,7 +117,8 @@ def read_config(directory: Path) -> dict[str, Any]:
 
 def weights_hash(source: str | Path) -> str:
     """What identifies the weights of a model directory or hub name, whatever its name."""
-    return f"sha256:{(weights_sum(read_config(locate(source))) or str(source))[:16]}"
+    directory = locate(source)
+    return f"sha256:{(weights_sum(read_config(directory)) or sha256_of(directory / WEIGHTS))[:16]}"
 
 
 def weights_sum(content: Mapping[str, Any]) -> str | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
@@ -24,6 +23,7 @@ if TYPE_CHECKING:
     from nxtp.inference.figures import AttentionItem
     from nxtp.inference.recognizer import Recognizer
     from nxtp.inference.streaming import ImageSource, Prediction
+    from nxtp.sampling.closed_vocabulary import Vocabulary
     from nxtp.sampling.ranking import Labels
 
 _GRID, _GRID_PIXELS = 12, 256  # images of --grid, and their shorter side
@@ -84,7 +84,7 @@ def predict(images, model, top_k, threshold, device, sampler, ranking, classes, 
     read = None if classes is None else read_classes(classes)
     fabric, recognizer = _load(model, device)
     prepared = recognizer.prepare_classes(read) if read else None
-    settings = _settings("predict", model, top_k, read, limit, recognizer) | {
+    settings = _settings("predict", images, model, top_k, prepared, limit, recognizer) | {
         "sampler": asdict(config),
         "ranking": asdict(order),
     }
@@ -118,7 +118,7 @@ def classify(images, model, top_k, threshold, device, classes, **options):
     def label(pixels: Tensor) -> list[Labels]:
         return recognizer.classify_pixels(pixels, prepared, top_k, limit)
 
-    settings = _settings("classify", model, top_k, read, limit, recognizer)
+    settings = _settings("classify", images, model, top_k, prepared, limit, recognizer)
     _run(images, fabric, recognizer, label, "probability", settings, **options)
 
 
@@ -134,18 +134,22 @@ def _load(model: str, device: str) -> tuple[Fabric | None, Recognizer]:
 
 def _settings(
     command: str,
+    images: Sequence[str],
     model: str,
     top_k: int,
-    classes: list[list[str]] | None,
+    classes: Vocabulary | None,
     threshold: str | float | None,
     recognizer: Recognizer,
 ) -> dict[str, Any]:
     """What rows depend on."""
     from nxtp.inference.model_directory import weights_hash
 
-    listed = classes and f"sha256:{hashlib.sha256(json.dumps(classes).encode()).hexdigest()[:16]}"
+    source = " ".join(images)
+    if len(source) > 100:
+        source = f"{source[:60]}… sha256:{hashlib.sha256(source.encode()).hexdigest()[:16]}"
     calibration = {name: [each.temperature, each.offset] for name, each in recognizer.calibrations.items()}
-    settings = {"command": command, "top_k": top_k, "classes": listed, "model": weights_hash(model)}
+    settings = {"command": command, "input": source, "top_k": top_k, "model": weights_hash(model)}
+    settings |= {"classes": classes and classes.fingerprint}
     return settings | {"threshold": threshold, "calibration": calibration or None}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -27,6 +28,8 @@ from nxtp.model.model import Model, ModelConfig
 from nxtp.model.tokenizer import LabelTokenizer
 from nxtp.model.untrusted import in_one_line
 from nxtp.model.weights import SafetensorsFiles, Spec, full_tensor, mismatch, write_safetensors
+
+log = logging.getLogger("nxtp")
 
 EMBEDDING, HEAD = (f"decoder.lm.{name}" for name in (decoder.EMBEDDING, decoder.HEAD))
 _MAX_TENSORS = 3_000  # while a model is built: with its text tower, and the blocks that are cut
@@ -71,6 +74,7 @@ class Pretrained(  # type: ignore[call-arg]  # the mixin takes these; its types 
         self.model, self.tokenizer, self.config = model.eval(), tokenizer, config
         self.provenance = provenance or {}
         self.calibrations: dict[str, Calibration] = {}
+        self._calibrated_weights: str | None = None  # their SHA-256
         self._is_int8 = False
 
     @property
@@ -114,14 +118,14 @@ class Pretrained(  # type: ignore[call-arg]  # the mixin takes these; its types 
         config: None = None,
         model_card_kwargs: dict[str, Any] | None = None,
     ) -> Path:
-        """Write a model directory, or replace one, in one rename.
+        """Write a model directory, or replace one, in one rename. Calibrations go along if the weights are theirs.
 
         Args:
             writes: False on ranks that only contribute their shards of the weights.
             config, model_card_kwargs: from :meth:`push_to_hub`; with the latter a model card is written too.
 
         Raises:
-            UserError: the weights are int8.
+            UserError: the weights are int8, or the directory contains other files.
         """
         if self._is_int8:
             raise UserError("A model with int8 weights cannot be saved: save the model it was made from.")
@@ -137,7 +141,11 @@ class Pretrained(  # type: ignore[call-arg]  # the mixin takes these; its types 
             return directory
         rebuilt = rebuildable(self.config, self.model)
         model_dir.write_model_dir(directory, weights, self.tokenizer, rebuilt, self.provenance)
-        write_calibrations(directory, model_dir.weights_sum(model_dir.read_config(directory)), self.calibrations)
+        written = model_dir.weights_sum(model_dir.read_config(directory))
+        if written == self._calibrated_weights:
+            write_calibrations(directory, written, self.calibrations)
+        elif self.calibrations:
+            log.warning("'%s' has no calibration: it was of other weights. Run nxtp calibrate.", directory)
         if model_card_kwargs is not None:
             self.generate_model_card(**model_card_kwargs).save(directory / "README.md")
         return directory
@@ -184,7 +192,7 @@ class Pretrained(  # type: ignore[call-arg]  # the mixin takes these; its types 
             calibrations = read_calibrations(directory, model_dir.weights_sum(content))
         model.requires_grad_(False)
         found = cls(model.to(device=device, dtype=dtype), tokenizer, config, content.get("provenance"))
-        found.calibrations = calibrations
+        found.calibrations, found._calibrated_weights = calibrations, model_dir.weights_sum(content)
         return found
 
 

@@ -201,7 +201,7 @@ class Recognizer(Pretrained):
         rows = zip(best.values[:, :top_k].exp().tolist(), best.indices[:, :top_k].tolist(), strict=True)
         ranked = _numbers([[(names[c], p) for p, c in zip(*row, strict=True)] for row in rows])
         limit = threshold_of(threshold, RankingConfig())
-        return [cut(labels, limit) for labels in self._calibrated(ranked, CLASSIFY, {})]
+        return [cut(labels, limit) for labels in self._calibrated(ranked, CLASSIFY, {"classes": classes.fingerprint})]
 
     def _calibrated(self, ranked: list[Labels], sampler: str, settings: dict[str, Any]) -> list[Labels]:
         """With calibrated probabilities, if this sampler with these settings has been calibrated."""

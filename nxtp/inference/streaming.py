@@ -178,7 +178,13 @@ def stream(
 
 
 def batches(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
-    """Consecutive lists of ``size`` items; the last may be shorter."""
+    """Consecutive lists of ``size`` items; the last may be shorter.
+
+    Raises:
+        ValueError: ``size`` below 1.
+    """
+    if size < 1:
+        raise ValueError(f"batch_size must be ≥ 1, got {size}")
     rest = iter(items)
     while batch := list(islice(rest, size)):
         yield batch

@@ -10,6 +10,7 @@ import re
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -47,8 +48,12 @@ class Item(NamedTuple):
         return self.image if isinstance(self.image, str) else self.key
 
     def identity(self) -> bytes:
-        """What makes it this item, wherever the source is stored."""
-        image = os.path.basename(self.image) if isinstance(self.image, str) else self.image[1:]
+        """What makes it this item, wherever the source is stored: of an image file its name and size, or none yet."""
+        image: Any = self.image[1:]
+        if isinstance(self.image, str):
+            image = [os.path.basename(self.image), None]
+            with suppress(OSError):
+                image[1] = os.path.getsize(self.image)
         text = json.dumps([self.key, image, self.caption, self.record], sort_keys=True)
         return text.encode("utf-8", "backslashreplace") + b"\n"
 
@@ -113,8 +118,9 @@ def _sample(item: Item, options: WriterOptions, crop_border: int) -> dict[str, A
     if item.caption is not None:
         sample["txt"] = valid_text(item.caption)
     record = dict(item.record or {}) | {"crc32": zlib.crc32(data)}
-    if options.nouns is not None and item.caption is not None and "labels" not in record:
-        record["labels"] = options.noun_backend()(sample["txt"])
+    caption = sample.get("txt", record.get("caption"))
+    if options.nouns is not None and isinstance(caption, str) and "labels" not in record:
+        record["labels"] = options.noun_backend()(caption)
         if not record["labels"]:
             raise Skip("no nouns")
     text = valid_text(json.dumps(record, ensure_ascii=False))

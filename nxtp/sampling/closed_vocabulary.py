@@ -9,6 +9,8 @@ model: it does not depend on the other classes, and the classes do not add up to
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -138,6 +140,11 @@ class Vocabulary:
         self.sequences = list(known)
         self.names_CN = pad_sequence(members, batch_first=True, padding_value=-1)
         self.delimiter = tokenizer.delimiter_id
+
+    @property
+    def fingerprint(self) -> str:
+        """The same for the same names in the same order."""
+        return f"sha256:{hashlib.sha256(json.dumps(self.classes).encode()).hexdigest()[:16]}"
 
     @cached_property
     def tree(self) -> Tree:

@@ -417,6 +417,12 @@ def test_find_images(tmp_path):
         f"{tmp_path / 'gone.png'}: no such file",
         f"{tmp_path / 'empty'}: no image in this directory",
     ]
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / "here").symlink_to(tmp_path / "sub")
+    (tmp_path / "linked" / "around").symlink_to(tmp_path / "linked")
+    images, problems = find_images([tmp_path / "linked"])
+    assert [str(path.relative_to(tmp_path)) for path in images] == ["linked/here/a.jpeg", "linked/here/deep/c.webp"]
+    assert not problems
     assert find_images([]) == ([], [])
     assert find_images([str(tmp_path / "a.jpg")]) == ([Path(tmp_path / "a.jpg")], [])
 

@@ -6,16 +6,21 @@ import shutil
 import subprocess
 import sys
 from dataclasses import asdict
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from helpers import COLOURS, call_nxtp, ending_recognizer, jpeg, recognizer
 from PIL import Image
+from tokenizers import Tokenizer
+from tokenizers.models import WordPiece
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import PreTrainedTokenizerFast
 
 from nxtp.data.images import ImageError
 from nxtp.data.transforms import ImageTransform, to_pixels
-from nxtp.deploy.onnx.export import DecoderGraph, EncoderGraph, quantize, runner_config
+from nxtp.deploy.onnx.export import DecoderGraph, EncoderGraph, cleans_spaces, quantize, runner_config
 from nxtp.deploy.onnx.pixels import to_pixels as numpy_pixels
 from nxtp.deploy.onnx.runner import OnnxRecognizer
 from nxtp.errors import UserError
@@ -62,6 +67,23 @@ def test_labels_and_probabilities_are_the_models(model, runner, top_k):
     assert_same(runner.predict(IMAGES, top_k), model.predict(IMAGES, top_k))
     assert_same([runner.predict(IMAGES[2], top_k)], [model.predict(IMAGES[2], top_k)])
     assert_same(runner.predict(IMAGES, top_k, batch_size=3), runner.predict(IMAGES, top_k, batch_size=1))
+
+
+def test_spaces_are_cleaned_where_transformers_cleans_them():
+    """It ignores the setting for byte pairs."""
+    made = recognizer()
+    for setting in (False, True):
+        made.tokenizer.tokenizer.clean_up_tokenization_spaces = setting
+        assert not runner_config(made, "float32").cleans_spaces
+    pieces = Tokenizer(WordPiece({"[UNK]": 0, "a": 1, ",": 2, "b": 3, ".": 4}, unk_token="[UNK]"))
+    pieces.pre_tokenizer = Whitespace()
+    for setting in (False, True):
+        fast = PreTrainedTokenizerFast(tokenizer_object=pieces, clean_up_tokenization_spaces=setting)
+        assert cleans_spaces(fast) == setting
+    runner = object.__new__(OnnxRecognizer)
+    runner.tokenizer = SimpleNamespace(decode=lambda ids, skip_special_tokens: " women 's shoe , o ' clock ")
+    runner.config = SimpleNamespace(cleans_spaces=True)
+    assert runner._text([]) == "women's shoe, o'clock"
 
 
 def test_labels_end_at_different_lengths(model):

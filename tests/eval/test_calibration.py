@@ -168,6 +168,26 @@ def calibrated(place, tmp_path):
     return directory
 
 
+def test_a_calibration_does_not_go_along_with_other_weights(calibrated, tmp_path, caplog):
+    recognizer = Recognizer.from_pretrained(calibrated, device="cpu")
+    recognizer.save_pretrained(tmp_path / "copy")
+    assert (tmp_path / "copy" / "calibration.json").is_file()
+    recognizer.model.image_token += 1
+    recognizer.save_pretrained(tmp_path / "other")
+    assert not (tmp_path / "other" / "calibration.json").exists()
+    assert "has no calibration: it was of other weights" in caplog.text
+
+
+def test_classes_are_calibrated_each_vocabulary_for_itself(calibrated):
+    recognizer = Recognizer.from_pretrained(calibrated, device="cpu")
+    image = torch.randint(0, 256, (1, 3, 32, 32), dtype=torch.uint8)
+    mine, other = (recognizer.prepare_classes(names) for names in (["rose", "lemon"], ["lemon", "rose"]))
+    raw = [recognizer.classify_pixels(image, each) for each in (mine, other)]
+    recognizer.calibrations["classify"] = Calibration(2.0, 0.5, {"classes": mine.fingerprint})
+    assert recognizer.classify_pixels(image, mine) == [Calibration(2.0, 0.5)(raw[0][0])]
+    assert recognizer.classify_pixels(image, other) == raw[1]
+
+
 def test_predictions_are_calibrated_where_the_model_directory_says_so(place, calibrated):
     image = torch.randint(0, 256, (1, 3, 32, 32), dtype=torch.uint8)
     plain, found = (Recognizer.from_pretrained(d, device="cpu") for d in (place / "model", calibrated))

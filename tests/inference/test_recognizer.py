@@ -56,12 +56,21 @@ def test_a_second_round_trip_changes_nothing(saved, tmp_path):
     assert first["files"]["tokenizer.json"] == second["files"]["tokenizer.json"]
 
 
-def test_saving_replaces_what_was_there_whole(tmp_path):
-    (tmp_path / "m").mkdir()
-    (tmp_path / "m" / "old.txt").touch()
+def test_saving_replaces_a_model_whole_and_deletes_nothing_else(tmp_path, monkeypatch):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "m").symlink_to("disk")
+    (tmp_path / "m" / "calibration.json").touch()
     recognizer().save_pretrained(tmp_path / "m")
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["m"], "nothing half-written beside it"
-    assert not (tmp_path / "m" / "old.txt").exists()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["disk", "m"], "nothing half-written beside it"
+    assert (tmp_path / "m").is_symlink()
+    assert (tmp_path / "disk" / "model.safetensors").is_file()
+    assert not (tmp_path / "disk" / "calibration.json").exists(), "of the model before"
+    (tmp_path / "m" / "notes.txt").touch()
+    with pytest.raises(UserError, match=r"disk' contains notes\.txt, no files of a model: choose another directory"):
+        recognizer().save_pretrained(tmp_path / "m")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="contains disk, m, no files"):
+        recognizer().save_pretrained(".")
 
 
 def test_inputs_of_every_kind_agree(saved, tmp_path):
@@ -135,6 +144,9 @@ def test_bad_arguments(saved, tmp_path):
     model = Recognizer.from_pretrained(saved, device="cpu")
     with pytest.raises(ValueError, match="top_k must be ≥ 1, got 0"):
         model.predict(jpeg((1, 2, 3)), top_k=0)
+    for call in (model.predict, model.predict_batches):
+        with pytest.raises(ValueError, match="batch_size must be ≥ 1, got 0"):
+            list(call([jpeg((1, 2, 3))], batch_size=0))
     (tmp_path / "x.jpg").write_text("no image")
     with pytest.raises(ImageError, match=r"x\.jpg"):
         model.predict(tmp_path / "x.jpg")

@@ -284,6 +284,9 @@ def test_a_killed_command_is_resumed(model, pictures, tmp_path):
     killed.join(60)
     assert killed.exitcode == -signal.SIGKILL
     assert sorted(path.name for path in tmp_path.iterdir()) == ["o.jsonl.partial"]
+    others = call_nxtp("predict", str(pictures / "deep"), *given[2:], cwd=tmp_path)
+    assert others.returncode == 1
+    assert f"begun with input {pictures}, not {pictures}/deep" in others.stderr
     again = call_nxtp(*given, cwd=tmp_path)
     assert again.returncode == 1, "the image that failed before the kill counts too"
     assert again.stderr.startswith(f"o.jsonl.partial: 5 of {len(expected)} images are done\n")

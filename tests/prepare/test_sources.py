@@ -140,6 +140,18 @@ def test_flickr8k_that_is_not_whole_writes_nothing(flickr8k, tmp_path, damage, m
     assert not (tmp_path / "out").exists()
 
 
+def test_images_that_came_later_or_changed_are_another_source(coco, tmp_path):
+    command = ("coco", coco, "--out", tmp_path / "out", "--splits", "train")
+    run(*command)
+    assert "nothing to do" in run(*command)
+    picture(coco / "train2017" / f"{30:012d}.jpg", 30)
+    assert "a set made with other options (source)" in run(*command, fails=True)
+    assert "3 samples" in run(*command, "--overwrite")
+    image = coco / "train2017" / f"{9:012d}.jpg"
+    image.write_bytes(image.read_bytes() + b"more")
+    assert "a set made with other options (source)" in run(*command, fails=True)
+
+
 def test_coco_without_annotations(tmp_path):
     (tmp_path / "annotations").mkdir()
     assert "captions_train2017.json is missing" in run("coco", tmp_path, "--out", tmp_path / "o", fails=True)
@@ -205,10 +217,27 @@ def test_folders_that_are_no_classes_are_named(tmp_path):
 
 
 def test_images_that_differ_in_their_format_alone_have_keys_of_their_own(tmp_path):
-    for name in ("1.jpg", "1.png", "1.JPG", "a.b.jpg", "a_b.jpg"):
+    for name in ("1.jpg", "1.png", "1.JPG", "1_2.jpg", "a.b.jpg", "a_b.jpg"):
         picture(tmp_path / "mine" / "cat" / name, len(name))
     run("folder", tmp_path / "mine", "--out", tmp_path / "out", "--classes")
-    assert sorted(samples(tmp_path / "out")) == ["cat_1", "cat_1_2", "cat_1_3", "cat_a_b", "cat_a_b_2"]
+    keys = ["cat_1", "cat_1_2", "cat_1_2_2", "cat_1_3", "cat_a_b", "cat_a_b_2"]
+    assert sorted(samples(tmp_path / "out")) == keys
+
+
+def test_nouns_are_found_in_captions_of_json_too(tmp_path):
+    picture(tmp_path / "mine" / "1.jpg")
+    (tmp_path / "mine" / "1.json").write_text(json.dumps({"caption": "a dog on a sofa"}))
+    run("folder", tmp_path / "mine", "--out", tmp_path / "out", "--nouns", "hanta")
+    assert json_of(tmp_path / "out")["1"]["labels"] == ["dog", "sofa"]
+
+
+def test_imagenets_splits_are_not_merged(tmp_path):
+    for split in ("train", "val"):
+        picture(tmp_path / "in" / split / "n01440764" / f"{split}.jpg")
+    message = run("imagenet", tmp_path / "in", "--out", tmp_path / "out", fails=True)
+    both = ", ".join(str(tmp_path / "in" / split) for split in ("train", "val"))
+    assert f"has several splits: prepare each as a set of its own: {both}." in message
+    run("imagenet", tmp_path / "in" / "train", "--out", tmp_path / "out")
 
 
 def test_img2dataset_is_read_in_place(tmp_path):

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.export import Dim
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedTokenizerFast
 
 from nxtp.deploy.onnx.runner import CONFIG, DECODER, DECODER_INPUTS, ENCODER, TOKENIZER, Config
 from nxtp.errors import UserError
@@ -126,6 +126,12 @@ def quantize(path: Path) -> None:
     onnx_ir.save(onnx_ir.from_proto(quantizer.model.model), path, external_data=f"{path.name}.data")
 
 
+def cleans_spaces(tokenizer: PreTrainedTokenizerFast) -> bool:
+    """Whether decoding removes spaces before punctuation: transformers ignores the setting for some tokenizers."""
+    ids = tokenizer("a , b .", add_special_tokens=False)["input_ids"]
+    return bool(tokenizer.decode(ids) != tokenizer.backend_tokenizer.decode(ids))
+
+
 def runner_config(recognizer: Recognizer, weights: str) -> Config:
     model, tokenizer = recognizer.model, recognizer.tokenizer
     name, settings = settings_of(OneShotConfig())
@@ -138,7 +144,7 @@ def runner_config(recognizer: Recognizer, weights: str) -> Config:
         delimiter=tokenizer.delimiter_id,
         never_first=list(never_first(model, tokenizer)),
         max_label_tokens=MAX_LABEL_TOKENS,
-        cleans_spaces=bool(tokenizer.tokenizer.clean_up_tokenization_spaces),
+        cleans_spaces=cleans_spaces(tokenizer.tokenizer),
         blocks=len(model.decoder.blocks),
         heads=getattr(lm, "num_key_value_heads", None) or lm.num_attention_heads,
         head_width=getattr(lm, "head_dim", None) or lm.hidden_size // lm.num_attention_heads,

@@ -22,7 +22,9 @@ from nxtp.model.hub import reason
 FORMAT = 2
 DECODER_INPUTS = ("image_tokens", "tokens", "positions", "mask", "rows", "keys", "values")
 CONFIG, ENCODER, DECODER, TOKENIZER = "config.json", "encoder.onnx", "decoder.onnx", "tokenizer.json"
-_UNSPACED = (" .", " ?", " !", " ,", " n't", " 'm", " 's", " 've", " 're")  # where a tokenizer cleans up its spaces
+# Where a tokenizer cleans up its spaces: what it writes for what, in transformers' order.
+_UNSPACED = {text: text[1:] for text in (" .", " ?", " !", " ,")} | {" ' ": "'"}
+_UNSPACED |= {text: text[1:] for text in (" n't", " 'm", " 's", " 've", " 're")}
 
 ImageLike = str | Path | bytes | Image.Image
 Labels = list[tuple[str, float]]
@@ -193,8 +195,8 @@ class OnnxRecognizer:
 
     def _text(self, ids: list[int]) -> str:
         text = self.tokenizer.decode(ids, skip_special_tokens=True)
-        for spaced in _UNSPACED if self.config.cleans_spaces else ():
-            text = text.replace(spaced, spaced[1:])
+        for spaced, cleaned in _UNSPACED.items() if self.config.cleans_spaces else ():
+            text = text.replace(spaced, cleaned)
         return text.strip()
 
 
