@@ -34,6 +34,7 @@ from nxtp.eval.curves import Curve, LabelHits, write_curves
 from nxtp.eval.embedders import PACKAGED, TextEmbedder, label_embedder, packaged_encoder
 from nxtp.eval.metrics import ExactMatch, SemanticMatch, meaningless, own_metrics
 from nxtp.eval.predictions import prediction_lines
+from nxtp.eval.settings import RANKS, recorded_settings
 from nxtp.inference.figures import GridItem, save_grid
 from nxtp.inference.model_directory import weights_hash
 from nxtp.inference.recognizer import Recognizer
@@ -41,6 +42,7 @@ from nxtp.runs.atomic import write_json
 from nxtp.runs.lock import run_lock
 from nxtp.runs.processes import is_first_rank
 from nxtp.runs.record import FILE, PREDICTIONS_FILE, RunRecord, read_record
+from nxtp.runs.resume import differences, refuse_others
 from nxtp.runs.tracking import configured_loggers, end_tracking, log_evaluation
 from nxtp.sampling.closed_vocabulary import read_classes
 from nxtp.sampling.ranking import Labels, ranking_config, threshold_of
@@ -50,7 +52,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("nxtp")
 
-RANKS = ("accelerator", "devices", "num_nodes")  # what evaluation uses of a trainer
 PATIENCE = timedelta(minutes=30)  # as PyTorch's
 
 
@@ -119,11 +120,11 @@ def evaluate(cfg: DictConfig) -> dict[str, float]:
 
 def evaluate_into(out: Path, cfg: DictConfig, overrides: list[str]) -> dict[str, float]:
     """:func:`evaluate` in a directory that no other command writes to."""
-    config: dict = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
-    if "trainer" in config:
-        config["trainer"] = {key: config["trainer"][key] for key in RANKS}
+    config = recorded_settings(cfg)
     record = RunRecord(cfg.name, config, overrides, cfg.seed, cfg.sweep, command="evaluate")
     earlier = read_record(out)
+    if cfg.sweep is not None and earlier is not None and earlier["status"] == "finished":
+        refuse_others(out, earlier, differences(earlier["config"], config))
     loggers = configured_loggers(cfg)
     in_training_run = (out / FILE).exists() and (earlier or {}).get("command", "train") == "train"
     if in_training_run and loggers:
@@ -167,8 +168,9 @@ def evaluate_sets(
             opened[f"data.val.{name}"] = {"plan": each.plan} | ({} if config.allow_missing_shards else each.local)
         return data, opened
 
-    threshold = threshold_of(cfg.threshold, ranking_config(cfg.ranking))
-    if cfg.curve and (threshold is not None or ranking_config(cfg.ranking).name != "prob"):
+    ranking = ranking_config(cfg.ranking)
+    threshold = threshold_of(cfg.threshold, ranking)
+    if cfg.curve and (threshold is not None or ranking.name != "prob" or ranking.published):
         raise UserError("curve=true is over all thresholds on probabilities: omit threshold and ranking.")
     named = read_classes(cfg.classes) if cfg.classes is not None else None
     classes = recognizer.prepare_classes(named) if named is not None else None

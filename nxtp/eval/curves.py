@@ -42,7 +42,7 @@ class LabelHits:
     def update(self, predictions: Sequence[Labels], targets: Sequence[Sequence[str]]) -> None:
         for ranked, truth in zip(predictions, map(set, map(distinct, targets)), strict=True):
             if truth:
-                self.probabilities += [probability for _, probability in ranked]
+                self.probabilities += [min(probability, 1.0) for _, probability in ranked]  # sums, rounded
                 self.right += [normalise(label) in truth for label, _ in ranked]
                 self.images += [self.count] * len(ranked)
                 self.count += 1

@@ -40,7 +40,7 @@ def find_checkpoint(run_dir: Path, resolved: dict[str, Any]) -> str | None:
             raise UserError(f"resume={resume}: no such checkpoint. Use {known}.")
         is_own = Path(resume).resolve().is_relative_to(run_dir.resolve())
         if previous is not None and not is_own:
-            _refuse_others(run_dir, previous, differences(previous["config"], resolved))
+            refuse_others(run_dir, previous, differences(previous["config"], resolved))
         return str(resume)
     if previous is None:
         return None
@@ -58,14 +58,17 @@ def find_checkpoint(run_dir: Path, resolved: dict[str, Any]) -> str | None:
             f"'{run_dir}' contains this run, finished with another {', '.join(changed)}. To train it longer: "
             f"resume={last_checkpoint(run_dir)}; to train it again: another name."
         )
-    _refuse_others(run_dir, previous, changed)
+    refuse_others(run_dir, previous, changed)
     if finished:
         return "finished"
     return str(last) if last else None
 
 
-def _refuse_others(run_dir: Path, previous: dict[str, Any], changed: list[str]) -> None:
-    """Raise if settings have changed, unless the directory's run has failed before there was anything to lose."""
+def refuse_others(run_dir: Path, previous: dict[str, Any], changed: list[str]) -> None:
+    """
+    Raises:
+        UserError: settings have changed, and the directory's run did not fail before there was anything to lose.
+    """
     if changed and not (previous["status"] == "failed" and recover(last_checkpoint(run_dir)) is None):
         changes = ", ".join(changed[:6])
         raise UserError(

@@ -181,6 +181,10 @@ def run_in_process(command: str, cfg: DictConfig, runs: list[str]) -> float | No
     out = Path(hydra.runtime.output_dir)
     log.info("%s", f"{hydra.job.num + 1}/{len(runs)}  {out.name}" if runs else f"run {hydra.job.num + 1}  {out.name}")
     resolved: Any = OmegaConf.to_container(cfg, resolve=True)
+    if command == "evaluate":
+        from nxtp.eval.settings import recorded_settings
+
+        resolved = recorded_settings(cfg)
     if is_finished(out, resolved):
         log.info("%s: finished before", out.name)
         return _objective(out)

@@ -56,8 +56,11 @@ def check_settings(cfg: DictConfig) -> None:
     for name in ("accumulate_grad_batches", "log_every_n_steps", "check_val_every_n_epoch"):
         if (value := trainer.get(name)) is not None:
             at_least(f"trainer.{name}", value, 1)
-    if trainer.get("val_check_interval") == 0:
-        raise UserError("trainer.val_check_interval must be > 0, got 0.")
+    interval = trainer.get("val_check_interval")
+    if interval == 0 or not isinstance(interval, int | float | None):  # ranks would not agree on when a time is up
+        raise UserError(
+            f"trainer.val_check_interval must be a number of batches or a share of an epoch, got {interval}."
+        )
     if cfg.matmul_precision not in (None, "highest", "high", "medium"):
         raise UserError(f"matmul_precision must be highest, high, medium or null, got {cfg.matmul_precision}.")
     if cfg.validation.semantic == PACKAGED:

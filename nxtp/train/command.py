@@ -45,7 +45,7 @@ from nxtp.runs.processes import is_first_rank
 from nxtp.runs.record import PREDICTIONS_FILE, RunRecord, read_record
 from nxtp.runs.resume import PER_MACHINE, clear, find_checkpoint, last_checkpoint
 from nxtp.runs.tracking import configured_loggers, end_tracking
-from nxtp.train.callbacks.averaging import keep_average
+from nxtp.train.callbacks.averaging import defer_average, keep_average
 from nxtp.train.callbacks.early_stopping import EarlyStopping
 from nxtp.train.callbacks.predictions import WritePredictions
 from nxtp.train.callbacks.preemption import PreemptionHandler, call_handler, preempted_by
@@ -99,7 +99,7 @@ def train_from(checkpoint: str | None, cfg: DictConfig, run_dir: Path, record: R
         trainer = build_trainer(cfg, run_dir)
         timeout = to_dataclass(ParallelConfig, cfg.parallel, "parallel").start_timeout
         start = StartTogether(trainer.strategy, timeout, setting="parallel.start_timeout")
-        data, module = build(cfg, run_dir, start.ranks)
+        data, module = build(cfg, run_dir, start.ranks, resumes=checkpoint is not None)
         record.data = describe_data(data)
     except Exception as error:
         if cfg.sweep is not None and is_first_rank():  # for the sweep's status; otherwise nothing is written
@@ -185,7 +185,7 @@ def filter_lightning_messages() -> None:
 
 
 def build(
-    cfg: DictConfig, run_dir: Path, ranks_of_run: Callable[[], Ranks] = Ranks
+    cfg: DictConfig, run_dir: Path, ranks_of_run: Callable[[], Ranks] = Ranks, resumes: bool = False
 ) -> tuple[WebDatasetDataModule, RecognitionModule]:
     """Tokenizer, data and module of a composed configuration; ``ranks_of_run`` is called before data is opened."""
     sections: dict[str, Any] = {name: to_dataclass(kind, cfg[name], name) for name, kind in SECTIONS.items()}
@@ -194,7 +194,7 @@ def build(
     check_memory(shape, cfg, optim)
     sets: dict[str, OpenedSet] = {}
     ranks = ranks_of_run()
-    tokenizer = find_tokenizer(model, config, run_dir, sets, ranks, reuse=cfg.resume != "restart")
+    tokenizer = find_tokenizer(model, config, run_dir, sets, ranks, reuse=resumes)
     data = WebDatasetDataModule(
         config,
         tokenizer,
@@ -226,7 +226,7 @@ def find_tokenizer(
     The last one is the first rank's, for all. It needs the training set, which is opened and added to ``sets``.
 
     Args:
-        reuse: take the one that this run has trained before.
+        reuse: take the one that this run has trained before; a start that failed may have had other settings.
     """
     trained = run_dir / "tokenizer"
     if source := model.tokenizer or model.decoder.source:
@@ -263,7 +263,10 @@ def build_trainer(cfg: DictConfig, run_dir: Path) -> L.Trainer:
     callbacks = [*named.values(), PreemptionHandler(last_checkpoint(run_dir))]
     options = {"_convert_": "all", "logger": loggers or False, "callbacks": callbacks, "default_root_dir": None}
     trainer = instantiated(cfg.trainer, "trainer", **options)
-    if any(isinstance(callback, WeightAveraging) for callback in callbacks):
+    averaging = [callback for callback in callbacks if isinstance(callback, WeightAveraging)]
+    for callback in averaging:
+        defer_average(callback)
+    if averaging:
         if isinstance(trainer.strategy, FSDP2Strategy):
             raise UserError("callbacks: WeightAveraging averages whole weights: use trainer=ddp, or no averaging.")
         for saver in (c for c in callbacks if isinstance(c, ModelCheckpoint)):
@@ -360,9 +363,9 @@ def finish(
     record: RunRecord,
 ) -> None:
     """Write the final metrics, predictions and the model directory, of the best or the last weights."""
-    keep_average(trainer, module)
     trainer.save_checkpoint(last_checkpoint(run_dir), weights_only=False)
     trainer.strategy.checkpoint_io.wait()
+    keep_average(trainer, module)
     record.metrics["train/loss"] = float(trainer.logged_metrics.get("train/loss", float("nan")))
     record.parameters = count_parameters(module.model)
     if data.val_names and trainer.limit_val_batches:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import warnings
 import zlib
 from collections import Counter
 from contextlib import ExitStack
@@ -13,6 +14,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -35,7 +37,7 @@ from nxtp.model.weights import full_tensor
 from nxtp.sampling.one_shot import one_shot
 from nxtp.sampling.ranking import RankingConfig, rank
 from nxtp.sampling.samplers import never_first
-from nxtp.train.optim import OptimConfig, build_optimizer
+from nxtp.train.optim import OptimConfig, build_optimizer, create_schedule
 
 log = logging.getLogger("nxtp")
 
@@ -110,9 +112,10 @@ class RecognitionModule(L.LightningModule):
         self.model: Any = None  # a Model, once it is configured
         self._gathered = ExitStack()  # the full weights, while validating
         self.stop_signal, self.stop_agreed = 0, False
-        # Supervised tokens of the step so far, and of its first batch: tensors on the device, None between steps.
-        self._step_tokens: Any = None
+        # Loss and supervised tokens of the step so far, tokens of its first batch; on the device, None between steps.
+        self._step_sums: Any = None
         self._divisor: Any = None
+        self._options: list[dict[str, Any]] = []  # of the optimizer's groups, as configured
         self._sums: Sums | None = None  # of the last batch, not read yet
         self._losses = nn.ModuleList(MeanMetric() for _ in self.val_names)
         k, semantic = self.validation.top_k, self.validation.semantic
@@ -153,6 +156,23 @@ class RecognitionModule(L.LightningModule):
         # Not earlier: a run that resumes has the weights of its encoder only now.
         if self.features is not None:
             self.features.check(self.model.encoder)
+        if self.loaded_step:
+            self._restore_options()
+
+    def _restore_options(self) -> None:
+        """Of a run that resumes: its own learning rates, weight decay, …, and its own schedule at the step where it is.
+
+        Lightning has loaded those of the run that saved the checkpoint.
+        """
+        (optimizer,), (config,) = self.trainer.optimizers, self.trainer.lr_scheduler_configs
+        for group, options in zip(optimizer.param_groups, self._options, strict=True):
+            group.pop("initial_lr", None)
+            group.update(options)
+        schedule = create_schedule(optimizer, self.optim_config, int(self.trainer.estimated_stepping_batches))
+        with warnings.catch_warnings(action="ignore"):  # the optimizer has not made these steps in this process
+            for _ in range(config.scheduler.last_epoch):
+                schedule.step()
+        config.scheduler = schedule
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         # A step's random numbers (stochastic depth) do not depend on the steps before it, so that a resumed run draws
@@ -169,12 +189,13 @@ class RecognitionModule(L.LightningModule):
         sums = self._over_ranks(mine, loss.count * usable, self.stop_signal)
         self._sums = Sums(torch.cat([sums, mine[None]]), self.global_step, batch.names)
         tokens = sums[1].clamp(min=1)
-        self.log("train/loss", sums[0] / tokens)  # not prog_bar: Lightning reads such values at every step
         # Ranks average their gradients: times world_size is the sum. All batches that are accumulated for one step are
         # divided by the first one's tokens; on_before_optimizer_step corrects that.
         if self._divisor is None:
-            self._divisor, self._step_tokens = tokens, torch.zeros_like(tokens)
-        self._step_tokens += sums[1]
+            self._divisor, self._step_sums = tokens, torch.zeros_like(sums[:2])
+        self._step_sums += sums[:2]
+        loss_of_step = self._step_sums[0] / self._step_sums[1].clamp(min=1)
+        self.log("train/loss", loss_of_step)  # not prog_bar: Lightning reads such values at every step
         return loss.total * usable * (self._world_size / self._divisor)
 
     def check_last_batch(self) -> None:
@@ -220,10 +241,10 @@ class RecognitionModule(L.LightningModule):
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         if self.trainer.accumulate_grad_batches > 1:
             # Lightning has divided each batch's loss by the number of batches per step.
-            scale = self.trainer.accumulate_grad_batches * self._divisor / self._step_tokens.clamp(min=1)
+            scale = self.trainer.accumulate_grad_batches * self._divisor / self._step_sums[1].clamp(min=1)
             gradients = [p.grad for p in self.parameters() if p.grad is not None]
             torch._foreach_mul_([g.to_local() if isinstance(g, DTensor) else g for g in gradients], scale)
-        self._step_tokens = self._divisor = None
+        self._step_sums = self._divisor = None
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any] | None:
         self._count(batch, training=False)
@@ -298,6 +319,8 @@ class RecognitionModule(L.LightningModule):
             raise UserError("The learning-rate schedule needs an end: set trainer.max_steps or trainer.max_epochs.")
         fused = not (self._scales_loss and self.trainer.gradient_clip_val)  # which Lightning refuses
         optimizer, schedule = build_optimizer(self.model, self.optim_config, int(total), fused=fused)
+        given = ({name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups)
+        self._options = [options | {"lr": options.pop("initial_lr")} for options in given]
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     @property
@@ -358,6 +381,13 @@ class RecognitionModule(L.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if "samples_read" not in checkpoint.get("counts", {}):
             raise UserError(f"The checkpoint is {OLD_FORMAT}.")
+        if checkpoint["recognizer"]["tokenizer"] != self.tokenizer.files():
+            raise UserError(
+                "The checkpoint has another tokenizer, whose tokens have other numbers: "
+                "model.tokenizer=runs/NAME/tokenizer takes that of run NAME."
+            )
+        if self.trainer.state.fn == TrainerFn.FITTING and "optimizer_states" not in checkpoint:
+            raise UserError("The checkpoint has the weights alone, as best.ckpt: resume from last.ckpt.")
         self.loaded_step = checkpoint["global_step"]
         if self.trainer.is_global_zero:  # the sum over all ranks continues on one of them
             counts = checkpoint["counts"]

@@ -124,6 +124,16 @@ def brute_force_f1(probabilities, said):
     return 2 * sum(probabilities[:said]) / (said + sum(probabilities))
 
 
+def test_a_sum_that_is_rounded_above_1_leaves_the_thresholds_as_they_are():
+    curves = []
+    for top in (1.0, 1 + 1e-7):
+        hits = LabelHits()
+        hits.update([[("a", top), ("b", 0.5)], [("a", 0.3), ("c", 0.1)]], [["a"], ["c"]])
+        curves.append(Curve.of(hits))
+    for one, other in zip(vars(curves[0]).values(), vars(curves[1]).values(), strict=True):
+        assert one.tolist() == other.tolist()
+
+
 def test_a_threshold_or_the_expected_f1_says_how_many_labels():
     labels = [("a", 0.9), ("b", 0.8), ("c", 0.3), ("d", 0.02)]
     assert cut(labels, 0.3) == labels[:3]

@@ -49,7 +49,11 @@ def recipe(composed_once):
         ("trainer.accumulate_grad_batches=0", "trainer.accumulate_grad_batches must be ≥ 1, got 0."),
         ("trainer.log_every_n_steps=0", "trainer.log_every_n_steps must be ≥ 1, got 0."),
         ("trainer.check_val_every_n_epoch=0", "trainer.check_val_every_n_epoch must be ≥ 1, got 0."),
-        ("trainer.val_check_interval=0", "trainer.val_check_interval must be > 0, got 0."),
+        (
+            "trainer.val_check_interval=0",
+            "trainer.val_check_interval must be a number of batches or a share of an epoch",
+        ),
+        ("trainer.val_check_interval='00:00:10:00'", "trainer.val_check_interval must be a number of batches or"),
         ("trainer.val_check_interval=100", "trainer.val_check_interval: `val_check_interval` (100) must be less than"),
         ("matmul_precision=5", "matmul_precision must be highest, high, medium or null, got 5."),
         ("trainer.precision=bf61-mixed", "trainer.precision=bf61-mixed is unknown. Did you mean 'bf16-mixed'? Known: "),

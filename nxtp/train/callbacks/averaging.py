@@ -13,9 +13,14 @@ def swap_back(trainer: L.Trainer, module: L.LightningModule) -> None:
             callback.on_validation_epoch_end(trainer, module)
 
 
+def defer_average(callback: WeightAveraging) -> None:
+    """Lightning replaces the weights by their average when the training ends; last.ckpt has to have both before."""
+    callback.on_train_end = lambda *_: None
+
+
 def keep_average(trainer: L.Trainer, module: L.LightningModule) -> None:
     """End of the training: from now on the averaged weights are the model's, of loaded checkpoints too."""
     for callback in trainer.callbacks:
         if isinstance(callback, WeightAveraging):
-            callback.on_train_end(trainer, module)  # Lightning skips it if a resumed run has no step left
+            type(callback).on_train_end(callback, trainer, module)
     trainer.callbacks = [c for c in trainer.callbacks if not isinstance(c, WeightAveraging)]

@@ -19,5 +19,9 @@ class EarlyStopping(callbacks.EarlyStopping):
     def __init__(self, monitor: str | None = None, **options: Any):
         super().__init__(monitor, **options)
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """What the run has seen so far, with the patience of this configuration."""
+        super().load_state_dict(state_dict | {"patience": self.patience})
+
     def on_fit_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         trainer.should_stop = trainer.should_stop or self.stopping_reason_message is not None

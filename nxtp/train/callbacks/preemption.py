@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import signal
 import time
 from pathlib import Path
@@ -59,7 +58,7 @@ class LastCheckpoint(Checkpoint):
     ) -> None:
         if trainer.global_step == self._saved or trainer.global_step % self.every:
             return
-        self._is_due = _validation_follows(trainer, n)
+        self._is_due = _validation_follows(trainer)
         if not self._is_due:
             self._save(trainer)
 
@@ -72,14 +71,10 @@ class LastCheckpoint(Checkpoint):
         trainer.save_checkpoint(self.path, weights_only=False)
 
 
-def _validation_follows(trainer: L.Trainer, batch: int) -> bool:
-    """Whether Lightning validates after this batch of the epoch."""
-    every = trainer.val_check_batch
-    if not trainer.enable_validation or not sum(trainer.num_val_batches or [1]):
-        return False
-    if trainer.check_val_every_n_epoch is not None and (trainer.current_epoch + 1) % trainer.check_val_every_n_epoch:
-        return False
-    return trainer.is_last_batch if math.isinf(every) else (batch + 1) % every == 0
+def _validation_follows(trainer: L.Trainer) -> bool:
+    """Whether Lightning validates after this batch."""
+    loop = trainer.fit_loop
+    return bool(sum(trainer.num_val_batches or [1])) and loop.epoch_loop._should_check_val_fx(loop._data_fetcher)
 
 
 class PreemptionHandler(L.Callback):
@@ -112,7 +107,7 @@ class PreemptionHandler(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, module: RecognitionModule, outputs: Any, batch: Any, n: int
     ) -> None:
-        if module.stop_agreed and module.between_steps and not _validation_follows(trainer, n):
+        if module.stop_agreed and module.between_steps and not _validation_follows(trainer):
             self._stop(trainer, module)
 
     def on_validation_batch_start(self, trainer: L.Trainer, module: RecognitionModule, *_: Any) -> None:
