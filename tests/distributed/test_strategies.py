@@ -126,11 +126,11 @@ def test_batches_of_unequal_tokens_weigh_by_their_tokens():
     weight = torch.nn.Parameter(torch.zeros(1))
     weight.grad = torch.tensor([(6 / 3 + 4 / 3) / 2])
     trainer = SimpleNamespace(accumulate_grad_batches=2)
-    tokens = {"_divisor": torch.tensor(3.0), "_step_tokens": torch.tensor(10.0)}
+    tokens = {"_divisor": torch.tensor(3.0), "_step_sums": torch.tensor([1.0, 10.0])}
     module = SimpleNamespace(trainer=trainer, parameters=lambda: [weight], **tokens)
     RecognitionModule.on_before_optimizer_step(module, None)
     assert weight.grad.item() == pytest.approx(1)
-    assert (module._divisor, module._step_tokens) == (None, None)
+    assert (module._divisor, module._step_sums) == (None, None)
 
 
 def test_a_decoder_in_shards_is_filled_on_every_rank(root):
