@@ -10,6 +10,7 @@ import fcntl
 import hashlib
 import json
 import shutil
+import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -172,8 +173,9 @@ class FeatureWriter:
             return
         try:
             directory.mkdir(parents=True, exist_ok=True)
-            self._lock = (directory / LOCK).open("w")  # held until this process ends, however it ends
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock = (directory / LOCK).open("w")
+            weakref.finalize(self, lock.close)  # held as long as this writer is, or until the process ends, however
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if not (directory / META).exists():
                 write_json(directory / META, asdict(meta))
         except BlockingIOError:
