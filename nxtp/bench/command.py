@@ -74,23 +74,6 @@ def predict(**options: Any) -> None:
     run("predict", **options)
 
 
-@bench.command(short_help="All that wants a GPU, in nine minutes.")
-@seed
-@click.option("--device", type=click.Choice(("cuda", "cpu")), default="cuda", show_default=True, help="cpu: to try it.")
-@choice("--size", SIZES[::-1], "Of the model; g3m is the published one, 1.78 B parameters.")
-@number("--batch-size", 16, "Images per training step.")
-@number("--budget", 540, "Seconds in all.")
-def gpu(**options: Any) -> None:
-    """Training, prediction, static shapes and the memory forecast: a Markdown table, then one JSON object."""
-    import json
-
-    from nxtp.bench.gpu import markdown, measure_gpu
-
-    result = measure_gpu(**options)
-    click.echo(markdown(result))
-    click.echo(json.dumps(result))
-
-
 @bench.command(short_help="Images per second and core of three loaders.")
 @as_json
 @seed

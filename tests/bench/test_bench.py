@@ -17,7 +17,7 @@ from click.testing import CliRunner
 from helpers import write_shards
 from rich.console import Console
 
-from nxtp.bench import command, gpu, models, processes
+from nxtp.bench import command, models, processes
 from nxtp.bench.command import bench
 from nxtp.bench.data import write_photos
 from nxtp.bench.models import SIZES, Trainer
@@ -31,6 +31,10 @@ from nxtp.model.flops import count_parameters, meta_model, peak_memory_bytes
 from nxtp.model.layout import MATCHED
 from nxtp.model.model import Model
 from nxtp.train import module
+
+sys.path.append(str(Path(__file__).resolve().parents[2] / "experiments" / "benchmarks"))
+
+import gpu
 
 pytestmark = pytest.mark.costly
 
@@ -256,8 +260,8 @@ def test_gpu_prints_a_table_and_one_object_last(here, monkeypatch):
 
     monkeypatch.setattr(gpu, "bounded", part)
     monkeypatch.setattr(models, "MEASURED_S", 0)
-    arguments = ["gpu", "--size=tiny", "--device=cpu", "--batch-size=2", "--budget=600"]
-    result = CliRunner().invoke(bench, arguments, catch_exceptions=False)
+    arguments = ["--size=tiny", "--device=cpu", "--batch-size=2", "--budget=600"]
+    result = CliRunner().invoke(gpu.main, arguments, catch_exceptions=False)
     *table, last = result.stdout.splitlines()
     numbers = json.loads(last)
     cells = {row.split("|")[1].strip(): [cell.strip() for cell in row.split("|")[2:-1]] for row in table[2:]}
@@ -305,7 +309,6 @@ def test_the_commands_of_the_parts_exist(size):
     for name, arguments in gpu.commands(size, "cpu", 2, 0).items():
         if name == "static":
             assert Path(arguments[1]).is_file()
-            sys.path.append(str(Path(arguments[1]).parent))
             from static_shapes import static_shapes as target
         else:
             target = bench.commands[arguments[4]]
@@ -314,8 +317,8 @@ def test_the_commands_of_the_parts_exist(size):
 
 @pytest.mark.slow  # in processes of its own, as a user runs it
 def test_gpu_runs_as_a_command():
-    arguments = ["gpu", "--size=tiny", "--device=cpu", "--batch-size=2"]
-    result = CliRunner().invoke(bench, arguments, catch_exceptions=False)
+    arguments = ["--size=tiny", "--device=cpu", "--batch-size=2"]
+    result = CliRunner().invoke(gpu.main, arguments, catch_exceptions=False)
     numbers = json.loads(result.stdout.splitlines()[-1])
     assert numbers["train"]["images_per_s_ratio"] > 0
     assert numbers["predict"]["precision"] == "bf16-true"

@@ -1,4 +1,10 @@
-"""`nxtp bench gpu`: all that wants a GPU, each part a command of its own, in bounded time."""
+"""All that wants a GPU: training, prediction, static shapes and the memory forecast, in nine minutes.
+
+    python experiments/benchmarks/gpu.py
+
+Each part is a command of its own, in bounded time. Prints a Markdown table, as in docs/performance.md, then one JSON
+object.
+"""
 
 from __future__ import annotations
 
@@ -9,18 +15,19 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
+from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import click
 
+from nxtp.bench.command import choice, number, seed
 from nxtp.bench.models import SIZES
 from nxtp.bench.predict import COUNTS
 from nxtp.bench.reporting import choose_device, machine_description, machine_line
-from nxtp.config import EXPERIMENTS
 from nxtp.cost.memory import Step, memory
 
-STATIC = EXPERIMENTS / "benchmarks" / "static_shapes.py"
+STATIC = Path(__file__).with_name("static_shapes.py")
 NEEDS_GPU = "needs a GPU"
 ROW = "| {} | {} | {} | {} | {} |"
 
@@ -88,9 +95,9 @@ def measure_gpu(*, size: str, device: str, batch_size: int, budget: int, seed: i
     result: dict[str, Any] = {"size": size, "device": device, "batch_size": batch_size}
     result["forecast_bytes"] = memory(model.config, None, model.optim, step).total
     parts = commands(size, device, batch_size, seed)
-    if device == "cpu" or not STATIC.is_file():
+    if device == "cpu":
         del parts["static"]
-        result["static"] = {"error": NEEDS_GPU if device == "cpu" else f"needs a checkout, for {STATIC.name}"}
+        result["static"] = {"error": NEEDS_GPU}
     for left, (name, command) in zip(range(len(parts), 0, -1), parts.items(), strict=True):
         seconds = max((deadline - time.monotonic()) / (2 if name == "train" else left), 1)
         click.echo(f"{name}: {seconds:.0f} s at most", err=True)
@@ -158,3 +165,20 @@ def static_rows(static: dict[str, Any]) -> list[tuple[str, ...]]:
     of_k = ((k, static["rows"][f"compiled@{k}"]) for k in COUNTS)
     name = "static shapes with CUDA graphs, {} labels, ms"
     return [(name.format(k), f"{1e3 * r['seconds']:.1f}", "", f"{r['ratio']:.2f}× as it is", "") for k, r in of_k]
+
+
+@click.command()
+@seed
+@click.option("--device", type=click.Choice(("cuda", "cpu")), default="cuda", show_default=True, help="cpu: to try it.")
+@choice("--size", ("g3m", "full", "tiny"), "Of the model; g3m is the published one, 1.78 B parameters.")
+@number("--batch-size", 16, "Images per training step.")
+@number("--budget", 540, "Seconds in all.")
+def main(**options: Any) -> None:
+    """Training, prediction, static shapes and the memory forecast: a Markdown table, then one JSON object."""
+    result = measure_gpu(**options)
+    click.echo(markdown(result))
+    click.echo(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
