@@ -5,6 +5,7 @@ import json
 import re
 from collections import Counter
 from functools import partial
+from types import SimpleNamespace
 
 import lightning as L
 import pytest
@@ -27,6 +28,7 @@ from nxtp.model.tokenizer import train_tokenizer
 from nxtp.model.trainable import TrainableConfig
 from nxtp.prepare.writer import write_shard
 from nxtp.runs.resume import clear, differences, find_checkpoint, is_finished
+from nxtp.train.callbacks.predictions import WritePredictions
 from nxtp.train.module import RecognitionModule
 from nxtp.train.optim import OptimConfig
 
@@ -137,6 +139,20 @@ def batch_of(number: int = 2) -> Batch:
     return Batch(
         images, layout, [f"key{i}" for i in range(number)], ["s.tar"] * number, [["a"]] * number, number, Counter()
     )
+
+
+def test_predictions_of_several_ranks_are_in_the_sets_order(tmp_path, monkeypatch):
+    """As those of one process: rank r has the r-th batch of each step."""
+    module = SimpleNamespace(val_names=["v"])
+    ranks = [WritePredictions(tmp_path / "predictions.jsonl") for _ in range(2)]
+    for number, callback in ((0, ranks[0]), (1, ranks[1]), (2, ranks[0]), (3, ranks[1]), (4, ranks[0])):
+        batch = SimpleNamespace(keys=[f"{number}a", f"{number}b"], labels=[["rose"]] * 2)
+        outputs = None if number == 1 else {"predictions": [[("rose", 0.5)]] * 2}
+        callback.on_validation_batch_end(None, module, outputs, batch, 0)
+    monkeypatch.setattr("nxtp.train.callbacks.predictions.gathered", lambda own: [rank._batches for rank in ranks])
+    ranks[0].on_validation_end(SimpleNamespace(is_global_zero=True), module)
+    keys = [json.loads(line)["key"] for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
+    assert keys == [f"{number}{part}" for number in (0, 2, 3, 4) for part in "ab"]
 
 
 def test_a_loss_that_is_not_finite_stops_with_the_keys(shards):
