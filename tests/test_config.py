@@ -72,6 +72,7 @@ PUBLISHED = {
     "model/decoder=llama2_7b": 6_738_415_616 + 2 * 2 * 4096,  # two rows more, of the embedding and of the output
     "model/encoder=clip_vit_l_14": 303_179_776,
     "model/encoder=dinov3_vit_b_16": 85_641_216,
+    "model/encoder=efficientnet_lite0": 2_958_848,
     "model/encoder=mobileclip2_s2": 34_935_280,
     "model/encoder=pe_core_b_16": 85_799_424,
     "model/encoder=pe_core_l_14": 303_507_456,

