@@ -19,5 +19,5 @@ def recorded_settings(cfg: DictConfig) -> dict[str, Any]:
         config["trainer"] = {key: config["trainer"][key] for key in RANKS}
     try:
         return config | {"weights": weights_hash(cfg.model_dir)}
-    except UserError:
+    except (UserError, OSError):
         return config | {"weights": None}

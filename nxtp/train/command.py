@@ -284,9 +284,8 @@ def check_monitors(callbacks: dict[str, Callback], cfg: DictConfig) -> None:
             best. Lightning would find the first at the end of an epoch, the second never.
     """
     ours = metric_names(cfg)
-    others = [
-        c for c in callbacks.values() if not type(c).__module__.startswith(("lightning.", "nxtp."))
-    ]  # may log anything
+    # Others than Lightning's and ours may log anything.
+    others = [c for c in callbacks.values() if not type(c).__module__.startswith(("lightning.", "nxtp."))]
     for name, callback in callbacks.items():
         metric, mode = getattr(callback, "monitor", None), getattr(callback, "mode", None)
         where = f"callbacks.{name}.monitor={metric}"

@@ -42,6 +42,8 @@ def test_a_finished_evaluation_is_that_of_the_same_weights(tmp_path, trainer):
     model(tmp_path / "m", "b" * 64)
     assert not is_finished(tmp_path / "out", recorded_settings(cfg)), "another model in the same place"
     assert recorded_settings(settings(tmp_path / "gone"))["weights"] is None
+    (tmp_path / "m" / "config.yaml").write_text("format: 1\nmodel: {}\n")
+    assert recorded_settings(cfg)["weights"] is None, "evaluating it says what is missing"
 
 
 def test_an_evaluation_of_other_settings_is_not_overwritten_by_a_sweep(tmp_path):
