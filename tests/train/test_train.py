@@ -104,6 +104,7 @@ def test_training_is_deterministic_and_learns(tmp_path, shards, losses):
     assert losses["matched"][-1] < 0.75 * losses["matched"][0]
 
 
+@pytest.mark.filterwarnings("ignore:Found .* in eval mode")  # as nxtp train ignores it
 def test_only_what_should_train_changes(tmp_path, shards):
     trainable = TrainableConfig(encoder=1, decoder="none", embedding=False, head=False)
     L.seed_everything(0, verbose=False)
@@ -119,6 +120,7 @@ def test_only_what_should_train_changes(tmp_path, shards):
     assert {"projection.weight", "image_token"} <= changed
 
 
+@pytest.mark.filterwarnings("ignore:Found .* in eval mode")  # as nxtp train ignores it
 def test_what_is_frozen_of_the_encoder_is_in_evaluation_mode_while_it_trains(tmp_path, shards):
     """Lightning leaves modules in the mode in which it finds them."""
     vision = {"timm_model_name": "test_resnet", "timm_drop_path": 0.1}
