@@ -9,17 +9,18 @@ image folders train2017/ and val2017/.
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import click
 
 from nxtp.errors import UserError
-from nxtp.prepare.items import Item, write_items
+from nxtp.prepare.items import Item, caption_items, write_splits
 from nxtp.prepare.options import Script, WriterOptions, writer_options
 from nxtp.prepare.writer import Skipped
 
 
-def coco_items(source: Path, split: str, *, separate: bool = False) -> tuple[list[Item], Skipped]:
+def coco_items(source: Path, split: str, separate: bool = False) -> tuple[list[Item], Skipped]:
     """(items, skipped) of one split; an image's captions joined by spaces, or one item per caption.
 
     Raises:
@@ -40,16 +41,9 @@ def coco_items(source: Path, split: str, *, separate: bool = False) -> tuple[lis
         raise UserError(f"{path} does not contain COCO captions ({type(error).__name__}: {error}).") from error
     if not (source / f"{split}2017").is_dir():
         raise _missing(source / f"{split}2017", split)
-    items, skipped = [], Skipped()
-    for image in sorted(files):
-        texts, key, file = captions[image], files[image].stem, str(source / f"{split}2017" / files[image].name)
-        if not texts:
-            skipped.add("no caption", file)
-        elif separate:
-            items += [Item(f"{key}_{n}", file, text) for n, text in enumerate(texts)]
-        else:
-            items.append(Item(key, file, " ".join(texts)))
-    return items, skipped
+    folder = source / f"{split}2017"
+    images = ((files[image].stem, str(folder / files[image].name), captions[image]) for image in sorted(files))
+    return caption_items(images, separate)
 
 
 def _missing(path: Path, split: str) -> UserError:
@@ -72,11 +66,7 @@ def main(source: Path, out: Path, splits: str, separate: bool, options: WriterOp
     \b
     nxtp prepare coco /datasets/coco --out data/shards/coco
     """
-    names = [name.strip() for name in splits.split(",")]
-    found = {name: coco_items(source, name, separate=separate) for name in names}  # all, before anything is written
-    for split, (items, skipped) in found.items():
-        made_by = {"script": "coco", "split": split, "captions": "separate" if separate else "joined"}
-        write_items(out / split, items, made_by=made_by, skipped=skipped, options=options)
+    write_splits("coco", partial(coco_items, source), out, splits, separate, options)
 
 
 if __name__ == "__main__":

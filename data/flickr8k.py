@@ -8,19 +8,20 @@ beside the folder Flicker8k_Dataset, or Images as copies call it.
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import click
 
 from nxtp.errors import UserError
-from nxtp.prepare.items import Item, write_items
+from nxtp.prepare.items import Item, caption_items, write_splits
 from nxtp.prepare.options import Script, WriterOptions, writer_options
 from nxtp.prepare.writer import Skipped
 
 FOLDERS = ("Flicker8k_Dataset", "Images")
 
 
-def flickr8k_items(source: Path, split: str, *, separate: bool = False) -> tuple[list[Item], Skipped]:
+def flickr8k_items(source: Path, split: str, separate: bool = False) -> tuple[list[Item], Skipped]:
     """(items, skipped) of one split; an image's captions joined by spaces, or one item per caption.
 
     Raises:
@@ -36,16 +37,8 @@ def flickr8k_items(source: Path, split: str, *, separate: bool = False) -> tuple
         if not tab or "#" not in name:
             raise UserError(f"{tokens}, line {number}: expected IMAGE#NUMBER, a tab and a caption, got {line[:60]!r}.")
         captions.setdefault(name.partition("#")[0], []).append(" ".join(text.split()))
-    items, skipped = [], Skipped()
-    for image in sorted(_lines(source / f"Flickr_8k.{split}Images.txt")):
-        key, file, texts = Path(image).stem, str(folder / image), captions.get(image, [])
-        if not texts:
-            skipped.add("no caption", file)
-        elif separate:
-            items += [Item(f"{key}_{n}", file, text) for n, text in enumerate(texts)]
-        else:
-            items.append(Item(key, file, " ".join(texts)))
-    return items, skipped
+    names = sorted(_lines(source / f"Flickr_8k.{split}Images.txt"))
+    return caption_items(((Path(n).stem, str(folder / n), captions.get(n, [])) for n in names), separate)
 
 
 def _lines(path: Path) -> list[str]:
@@ -72,11 +65,7 @@ def main(source: Path, out: Path, splits: str, separate: bool, options: WriterOp
     \b
     nxtp prepare flickr8k /datasets/flickr8k --out data/shards/flickr8k
     """
-    names = [name.strip() for name in splits.split(",")]
-    found = {name: flickr8k_items(source, name, separate=separate) for name in names}  # all, before any is written
-    for split, (items, skipped) in found.items():
-        made_by = {"script": "flickr8k", "split": split, "captions": "separate" if separate else "joined"}
-        write_items(out / split, items, made_by=made_by, skipped=skipped, options=options)
+    write_splits("flickr8k", partial(flickr8k_items, source), out, splits, separate, options)
 
 
 if __name__ == "__main__":

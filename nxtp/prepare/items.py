@@ -9,7 +9,7 @@ import os
 import re
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -104,6 +104,39 @@ def write_items(
         nouns=nouns,
         options=options,
     )
+
+
+def caption_items(images: Iterable[tuple[str, str, Sequence[str]]], separate: bool) -> tuple[list[Item], Skipped]:
+    """(items, skipped) of (key, image, captions): an image's captions joined by spaces, or one item per caption."""
+    items, skipped = [], Skipped()
+    for key, image, captions in images:
+        if not captions:
+            skipped.add("no caption", image)
+        elif separate:
+            items += [Item(f"{key}_{n}", image, text) for n, text in enumerate(captions)]
+        else:
+            items.append(Item(key, image, " ".join(captions)))
+    return items, skipped
+
+
+def write_splits(
+    script: str,
+    find: Callable[[str, bool], tuple[list[Item], Skipped]],
+    out: Path,
+    splits: str,
+    separate: bool,
+    options: WriterOptions,
+) -> None:
+    """A set of shards per split, in ``out``; all splits are found before any is written.
+
+    Args:
+        find: a split's name and ``separate`` → its items, as :func:`caption_items` makes them.
+        splits: names, separated by commas.
+    """
+    found = {name: find(name, separate) for name in map(str.strip, splits.split(","))}
+    for split, (items, skipped) in found.items():
+        made_by = {"script": script, "split": split, "captions": "separate" if separate else "joined"}
+        write_items(out / split, items, made_by=made_by, skipped=skipped, options=options)
 
 
 def readable_key(key: str) -> str:

@@ -141,7 +141,7 @@ class Vocabulary:
         self.names_CN = pad_sequence(members, batch_first=True, padding_value=-1)
         self.delimiter = tokenizer.delimiter_id
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """The same for the same names in the same order."""
         return f"sha256:{hashlib.sha256(json.dumps(self.classes).encode()).hexdigest()[:16]}"
