@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import tempfile
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -20,16 +20,15 @@ from typing import IO, Any
 def atomic_file(path: Path) -> Iterator[IO[bytes]]:
     """A new binary file that replaces ``path``, synced to disk, unless an error is raised."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    prefix = f".{path.name}."
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=prefix, suffix=".tmp", delete=False) as file:
+    new = _new(path)
+    with open(new, "xb") as file:
         try:
             yield file
             file.flush()
-            os.fchmod(file.fileno(), 0o644)
             os.fsync(file.fileno())
-            os.replace(file.name, path)
+            os.replace(new, path)
         except BaseException:
-            remove(Path(file.name))
+            remove(new)
             raise
 
 
@@ -37,10 +36,10 @@ def atomic_file(path: Path) -> Iterator[IO[bytes]]:
 def atomic_directory(path: Path) -> Iterator[Path]:
     """A new directory that replaces ``path`` unless an error is raised."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    new = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    new = _new(path)
+    new.mkdir()
     try:
         yield new
-        new.chmod(0o755)
         replace(new, path)
     finally:
         shutil.rmtree(new, ignore_errors=True)
@@ -84,6 +83,10 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_bytes())
     except (FileNotFoundError, NotADirectoryError, ValueError, RecursionError):
         return None
+
+
+def _new(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
 
 
 def _old(path: Path) -> Path:

@@ -13,7 +13,6 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
     path = tmp_path / "sub" / "a.json"
     write_json(path, {"é": [1]})
     assert json.loads(path.read_text()) == {"é": [1]}
-    assert path.stat().st_mode & 0o777 == 0o644
     with suppress(RuntimeError), atomic_file(path) as file:
         file.write(b"half")
         raise RuntimeError
@@ -30,8 +29,19 @@ def test_a_directory_is_replaced_whole_or_not_at_all(tmp_path):
         (new / "x").write_text("three")
         raise RuntimeError
     assert (path / "x").read_text() == "two"
-    assert path.stat().st_mode & 0o777 == 0o755
     assert os.listdir(tmp_path) == ["model"]
+
+
+@pytest.mark.parametrize("umask", [0o002, 0o022, 0o077])
+def test_permissions_follow_the_umask(tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        with atomic_directory(tmp_path / "model") as new:
+            write_json(new / "a.json", {})
+    finally:
+        os.umask(before)
+    assert (tmp_path / "model").stat().st_mode & 0o777 == 0o777 & ~umask
+    assert (tmp_path / "model" / "a.json").stat().st_mode & 0o777 == 0o666 & ~umask
 
 
 def test_a_directory_and_a_file_replace_each_other(tmp_path):
