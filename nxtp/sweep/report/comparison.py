@@ -96,19 +96,25 @@ def differences(
     return found
 
 
-def ranked(records: list[Record], spec: Spec, metric: str) -> list[list[Arm]]:
-    """Arms by a metric, best first; those whose intervals overlap, or that have none, are in one group."""
+def ranked(records: list[Record], spec: Spec, metric: str) -> list[list[list[Arm]]]:
+    """Groups of arms by a metric, best first: arms whose intervals overlap, or that have none, are in one group.
+
+    Arms are in one list if they differ in nothing but the columns of ``spec.baseline``.
+    """
     known = {arm: v for arm, of in arms(records, spec).items() if (v := values([of], metric)[0]).size}
     best = -1 if metric.endswith("loss") else 1
-    groups: list[tuple[float, list[Arm]]] = []  # with the lowest bound of each
+    lists: dict[Arm, list[list[Arm]]] = {}
+    lowest: dict[Arm, float] = {}  # bound of a list's arms so far
     for arm, each in sorted(known.items(), key=lambda item: -best * item[1].mean()):
-        bounds = interval(each) or (-np.inf, np.inf)
-        low, high = sorted(best * bound for bound in bounds)
-        if groups and high >= groups[-1][0]:
-            groups[-1] = min(groups[-1][0], low), [*groups[-1][1], arm]
+        key = (arm[0], *(t for column, t in zip(spec.columns, arm[1:], strict=True) if column not in spec.baseline))
+        groups = lists.setdefault(key, [])
+        low, high = sorted(best * bound for bound in interval(each) or (-np.inf, np.inf))
+        if groups and high >= lowest[key]:
+            groups[-1].append(arm)
         else:
-            groups.append((low, [arm]))
-    return [group for _, group in groups]
+            groups.append([arm])
+        lowest[key] = min(low, lowest.get(key, np.inf))
+    return list(lists.values())
 
 
 def markdown(records: list[Record], spec: Spec) -> str:
@@ -118,22 +124,35 @@ def markdown(records: list[Record], spec: Spec) -> str:
         note(f"report.yaml, baseline: no run has {spec.baseline}; nothing is compared")
     if not found:
         return ""
+    titles = ("size", *spec.columns)
+    differ = [t for t, texts in zip(titles, zip(*arms(records, spec), strict=True), strict=True) if len(set(texts)) > 1]
+
+    def only(wanted: list[str], arm: Arm) -> list[str]:
+        return [part for title, part in zip(titles, arm, strict=True) if title in wanted]
+
     shown = [m for m in spec.metrics if any(m in row for _, row in found)]
     counts = {m: [row[m][2] for _, row in found if m in row] for m in shown}
-    body = [[*arm, *(_difference(*row[m][:2]) if m in row else "" for m in shown)] for arm, row in found]
-    header = ["size", *spec.columns, *(f"Δ {spec.metrics[m]} ({_basis(counts[m])})" for m in shown)]
+    body = [[*only(differ, arm), *(_difference(*row[m][:2]) if m in row else "" for m in shown)] for arm, row in found]
+    header = [*differ, *(f"Δ {spec.metrics[m]} ({_basis(counts[m])})" for m in shown)]
     where = ", ".join(f"{column} {text(value) or '–'}" for column, value in spec.baseline.items())
-    about = (
-        f"Difference from {where}, paired by {', '.join(spec.over)}, with its 95 % bootstrap interval over seeds and\n"
-        "images, or over seeds only where records lack the hits of each image. ≈: it contains 0, the arms are not\n"
-        "distinguishable."
-    )
-    table = as_markdown(header, body, 1 + len(spec.columns))
-    places = [f"- {spec.metrics[m]}: {_places(ranked(records, spec, m))}" for m in shown]
-    order_of = (
-        "Best first; arms in braces are not ranked, as their own intervals overlap (the paired ones above tell more):"
-    )
-    return "\n".join(["", about, "", table, order_of, "", *places, ""])
+    lines = [
+        "",
+        f"Difference from {where}, paired by {', '.join(spec.over)}.",
+        "In brackets: the 95 % bootstrap interval over the seeds and images that the header counts. ≈: it contains 0.",
+        "",
+        as_markdown(header, body, len(differ)),
+        "Best first. Arms in braces are not ranked: their own intervals overlap (the paired ones above tell more).",
+        "",
+    ]
+    compared = [title for title in differ if title in spec.baseline]
+    alike = [title for title in differ if title not in spec.baseline]
+    for metric in shown:
+        for groups in ranked(records, spec, metric):
+            where = "".join(f", {t} {part}" for t, part in zip(alike, only(alike, groups[0][0]), strict=True))
+            names = [[" ".join(part or "–" for part in only(compared, arm)) for arm in group] for group in groups]
+            places = " > ".join(f"{{{', '.join(group)}}}" if len(group) > 1 else group[0] for group in names)
+            lines.append(f"- {spec.metrics[metric]}{where}: {places}")
+    return "\n".join([*lines, ""])
 
 
 def _basis(counts: list[tuple[int, int]]) -> str:
@@ -147,11 +166,3 @@ def _difference(mean: float, bounds: Interval | None) -> str:
     if bounds is None:
         return f"{mean:+z.3f} (one run)"
     return f"{mean:+z.3f} [{bounds[0]:+z.3f}, {bounds[1]:+z.3f}]" + (" ≈" if bounds[0] <= 0 <= bounds[1] else "")
-
-
-def _places(groups: list[list[Arm]]) -> str:
-    sizes = {arm[0] for group in groups for arm in group}
-    names = [
-        [" ".join(part or "–" for part in (arm if len(sizes) > 1 else arm[1:])) for arm in group] for group in groups
-    ]
-    return " > ".join(f"{{{', '.join(group)}}}" if len(group) > 1 else group[0] for group in names)
