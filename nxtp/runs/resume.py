@@ -10,6 +10,7 @@ from nxtp.errors import UserError
 from nxtp.runs.atomic import recover
 from nxtp.runs.record import FILE, PREDICTIONS_FILE, read_record
 
+MODES = ("auto", "never", "restart")  # of `resume`; anything else is the path of a checkpoint
 # Settings of data that may differ between the machines of a run.
 PER_MACHINE = ("num_workers", "cache_dir", "cache_gb", "read_timeout", "retries", "index_dir", "index_gb")
 # Settings that may differ between two commands of one run: where it is computed, and what is logged.
@@ -34,9 +35,9 @@ def find_checkpoint(run_dir: Path, resolved: dict[str, Any]) -> str | None:
             start from any checkpoint of its own directory, with other settings too.
     """
     resume, previous = resolved["resume"], read_record(run_dir)
-    if resume not in ("auto", "never", "restart"):
+    if resume not in MODES:
         if not Path(resume).exists():
-            known = "auto, never, restart, or the path of a checkpoint"
+            known = f"{', '.join(MODES)}, or the path of a checkpoint"
             raise UserError(f"resume={resume}: no such checkpoint. Use {known}.")
         is_own = Path(resume).resolve().is_relative_to(run_dir.resolve())
         if previous is not None and not is_own:

@@ -43,7 +43,7 @@ from nxtp.runs.lock import run_lock
 from nxtp.runs.log import run_log
 from nxtp.runs.processes import is_first_rank
 from nxtp.runs.record import PREDICTIONS_FILE, RunRecord, read_record
-from nxtp.runs.resume import PER_MACHINE, clear, find_checkpoint, last_checkpoint
+from nxtp.runs.resume import MODES, PER_MACHINE, clear, find_checkpoint, last_checkpoint
 from nxtp.runs.tracking import configured_loggers, end_tracking
 from nxtp.train.callbacks.averaging import defer_average, keep_average
 from nxtp.train.callbacks.early_stopping import EarlyStopping
@@ -117,7 +117,8 @@ def train_from(checkpoint: str | None, cfg: DictConfig, run_dir: Path, record: R
     for name, spec in {"train": data.config.train, **data.config.val}.items():
         warn_if_nouns_differ(name, spec, data.config.nouns, data.config.nouns)
     start.opened = opened_by_rank(record, module, checkpoint, data)
-    trainer.callbacks += [start, RunRecordWriter(run_dir, cfg, record)]
+    writer = RunRecordWriter(run_dir, cfg, record)
+    trainer.callbacks += [start, writer]
     ranks = getattr(trainer.strategy.launcher, "procs", [])  # those that this process starts
     preempted = None
     try:
@@ -139,7 +140,9 @@ def train_from(checkpoint: str | None, cfg: DictConfig, run_dir: Path, record: R
         counts = module.final_counts or module.own_counts()
         record.samples_seen, record.samples_read = counts["samples_seen"], counts["samples_read"]
         record.samples_skipped = counts["skipped"] | dict(data.shard_faults)
-        if trainer.is_global_zero:
+        # A run that cannot be continued with these settings keeps its record.
+        keeps = cfg.resume not in MODES and not writer.written and read_record(run_dir) is not None
+        if trainer.is_global_zero and not keeps:
             with suppress(OSError) if record.status == "failed" else nullcontext():  # the disk may be full
                 record.write(run_dir)
             end_tracking(trainer.loggers, run_dir)

@@ -182,6 +182,10 @@ def test_what_cannot_go_on_is_one_line(root):
         r"set optim\.trainable, optim\.encoder_lr, .* as the run that saved it did",
         output.splitlines()[-1],
     )
+    files = [root / "runs" / "plain" / name for name in ("run.json", "config.yaml")]
+    before = [file.read_bytes() for file in files]
+    run(root, "plain", "resume=runs/plain/checkpoints/last.ckpt", "optim.encoder_lr=1e-3", code=1)
+    assert [file.read_bytes() for file in files] == before, "the finished run keeps its record"
     module = RecognitionModule(tiny_config(), train_tokenizer(["a rose"], vocab_size=400), OptimConfig())
     tokenizer = train_tokenizer(["an ocean"], vocab_size=400)
     with pytest.raises(UserError, match=r"another tokenizer, .*: model\.tokenizer=runs/NAME/tokenizer takes that of"):
