@@ -27,7 +27,7 @@ from omegaconf.errors import (
     ValidationError,
 )
 
-from nxtp.errors import UserError, at_least, nearest
+from nxtp.errors import UserError, at_least, nearest, one_line
 from nxtp.runs.secrets import has_key, refuse_secrets
 
 log = logging.getLogger("nxtp")
@@ -294,7 +294,7 @@ def explain(error: BaseException, config_name: str) -> str:
     if isinstance(error, (MissingMandatoryValue, InterpolationToMissingValueError)):
         found = re.search(r"[Mm]issing(?: mandatory)? value:? *'?([\w.]+)", str(error))
         return f"'{found[1] if found else error}' has no value: set it on the command line, as in name=mine."
-    text = " ".join(line.strip() for line in str(error).splitlines() if line.strip())
+    text = one_line(error)
     cause: BaseException | None = error
     while cause is not None:
         parent, key = getattr(cause, "parent_node", None), getattr(cause, "key", None)
@@ -368,8 +368,7 @@ def instantiated(node: Any, where: str, **arguments: Any) -> Any:
     except InstantiationException as error:
         if isinstance(error.__cause__, UserError):
             raise error.__cause__ from error
-        reason = " ".join(str(error.__cause__ or error).split())
-        raise UserError(f"{where} cannot be instantiated: {reason}") from error
+        raise UserError(f"{where} cannot be instantiated: {one_line(error.__cause__ or error)}") from error
 
 
 def rank_count(trainer: Any) -> int:

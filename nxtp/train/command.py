@@ -32,7 +32,7 @@ from nxtp.distributed.fsdp2 import FSDP2Strategy
 from nxtp.distributed.parallelize import ParallelConfig
 from nxtp.distributed.rendezvous import Ranks
 from nxtp.distributed.start import StartTogether
-from nxtp.errors import UserError, by_kind, nearest
+from nxtp.errors import UserError, by_kind, nearest, one_line
 from nxtp.eval.metrics import HIT_CUTS
 from nxtp.model.flops import count_parameters, meta_model
 from nxtp.model.layout import Objective
@@ -130,7 +130,7 @@ def train_from(checkpoint: str | None, cfg: DictConfig, run_dir: Path, record: R
         preempted = preempted_by(error)
         if preempted is None:
             if "`val_check_interval`" in str(error):  # more batches than an epoch has, which Lightning finds now
-                error = UserError(f"trainer.val_check_interval: {' '.join(str(error).split())}")
+                error = UserError(f"trainer.val_check_interval: {one_line(error)}")
             record.fail(error)
             raise error
         record.status = "interrupted"

@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from nxtp.errors import UserError
+from nxtp.errors import UserError, one_line
 from nxtp.runs import secrets
 from nxtp.runs.record import FILE, FORMAT, PREDICTIONS_FILE
 from nxtp.sweep.report.hits import read_hits
@@ -31,7 +31,7 @@ _ABSOLUTE = re.compile(r"(?:^|[\s=:,'\"\[{(])(?:~?/|[A-Za-z]:[\\/]|file:)")
 
 
 def note(line: str) -> None:
-    click.echo(f"note: {' '.join(line.split())}", err=True)
+    click.echo(f"note: {one_line(line)}", err=True)
 
 
 def parsed(text: str, where: str) -> Record | None:

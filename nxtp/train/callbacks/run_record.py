@@ -15,6 +15,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
+from nxtp.errors import one_line
 from nxtp.runs.record import RunRecord
 from nxtp.runs.tracking import log_record
 from nxtp.train.module import RecognitionModule
@@ -104,7 +105,7 @@ def ended_by(trainer: L.Trainer) -> str:
     for callback in trainer.callbacks if trainer.should_stop else ():
         if isinstance(callback, EarlyStopping) and callback.stopping_reason_message:
             reason = callback.stopping_reason_message.removesuffix(" Signaling Trainer to stop.")
-            return f"early stopping: {' '.join(reason.split()).rstrip('.')}"
+            return f"early stopping: {one_line(reason).rstrip('.')}"
         if isinstance(callback, Timer) and (callback.time_remaining() or 0) <= 0:  # negative, if it is over
             return "trainer.max_time"
     return "a callback" if trainer.should_stop else f"trainer.max_epochs={trainer.max_epochs}"
