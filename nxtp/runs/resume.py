@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -91,15 +92,16 @@ def differences(old: dict[str, Any], new: dict[str, Any], *, may_change_trainer:
     if new.get("global_batch"):  # then another number of ranks accumulates another number of batches
         ignored.add("trainer.accumulate_grad_batches")
 
-    def differ(old: Any, new: Any, prefix: str) -> list[str]:
-        if prefix in ignored:
-            return []
-        if not (isinstance(old, dict) and isinstance(new, dict)):
-            return [] if old == new else [prefix]
-        keys = dict.fromkeys([*old, *new])
-        return [d for k in keys for d in differ(old.get(k), new.get(k), f"{prefix}.{k}" if prefix else k)]
+    return [key for key, *_ in differing(old, new) if not any(f"{key}.".startswith(f"{each}.") for each in ignored)]
 
-    return differ(old, new, "")
+
+def differing(old: Any, new: Any, where: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Where nested dictionaries differ: the dotted key and both values, None for a missing one."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in {**old, **new}:
+            yield from differing(old.get(key), new.get(key), f"{where}.{key}" if where else str(key))
+    elif old != new:
+        yield where, old, new
 
 
 def is_finished(run_dir: Path, resolved: dict[str, Any]) -> bool:
