@@ -90,7 +90,7 @@ def together(
 
 
 def shared(parts: Iterable[T]) -> Iterator[T]:
-    """On every rank, the parts of all: the first of each rank in turn, then the second of each, … None is no part.
+    """Yield on every rank the parts of all ranks: the first of each, then the second of each, …; None is no part.
 
     Raises:
         UserError: on the first rank, if another one has failed or died; the others end with code 1.

@@ -69,7 +69,7 @@ def find_checkpoint(run_dir: Path, resolved: dict[str, Any]) -> str | None:
 def refuse_others(run_dir: Path, previous: dict[str, Any], changed: list[str]) -> None:
     """
     Raises:
-        UserError: settings have changed, and the directory's run did not fail before there was anything to lose.
+        UserError: settings have ``changed``, unless the directory's run failed before its first checkpoint.
     """
     if changed and not (previous["status"] == "failed" and recover(last_checkpoint(run_dir)) is None):
         changes = ", ".join(changed[:6])
