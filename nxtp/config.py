@@ -27,7 +27,7 @@ from omegaconf.errors import (
     ValidationError,
 )
 
-from nxtp.errors import UserError, at_least, nearest
+from nxtp.errors import UserError, at_least, nearest, one_line
 from nxtp.runs.secrets import has_key, refuse_secrets
 
 log = logging.getLogger("nxtp")
@@ -81,14 +81,14 @@ def _add_study(overrides: Sequence[str]) -> None:
 
 
 def _only_others(config_name: str, cfg: DictConfig) -> set[str]:
-    """The keys and groups that the other command with studies has, and this one has not."""
+    """Keys and groups that this command lacks and the other one with studies has."""
     (other,) = {"train", "evaluate"} - {config_name}
     theirs = {*OmegaConf.load(conf_dir() / f"{other}.yaml"), *_groups(other)}
     return theirs - {*cfg, *_groups(config_name), "hydra"}
 
 
 def _avoids(study: str, foreign: set[str]) -> bool:
-    """Whether a study sets and sweeps none of these keys and groups: it is of a command that lacks them."""
+    """Whether a study sets and sweeps none of these keys and groups, so that a command without them can run it."""
     try:
         content: Any = OmegaConf.load(_study_file(study))
     except yaml.YAMLError:
@@ -102,7 +102,7 @@ def _avoids(study: str, foreign: set[str]) -> bool:
 def _refuse_hidden_options(overrides: Sequence[str]) -> None:
     """
     Raises:
-        UserError: an override takes an option that ./conf has too, but of another content.
+        UserError: an override selects an option that ./conf has too, with other content.
     """
     for override in overrides:
         file = f"{override.replace('=', '/')}.yaml"
@@ -145,7 +145,7 @@ def parse_arguments(argv: Sequence[str]) -> tuple[Namespace, list[str]]:
 def _check_overrides(overrides: Sequence[str]) -> None:
     """
     Raises:
-        UserError: what Hydra would accept and a run stumble over, or what it would say in words of its own.
+        UserError: an override that Hydra accepts and a run fails on, or whose error Hydra words less clearly.
     """
     for override in overrides:
         group, _, option = override.partition("=")
@@ -166,7 +166,7 @@ def compose_and_run(
     Args:
         function: a callable, or "module:name" of one, which is imported once the configuration is composed.
         argv: Hydra's: overrides, ``--cfg job``, …
-        multirun: run all that ``argv`` sweeps over; else of a study one run, what its runs share.
+        multirun: run all that ``argv`` sweeps over; otherwise one run, of a study with what its runs share.
 
     Returns:
         Of several runs the errors of those that failed in this process; they have been logged.
@@ -294,7 +294,7 @@ def explain(error: BaseException, config_name: str) -> str:
     if isinstance(error, (MissingMandatoryValue, InterpolationToMissingValueError)):
         found = re.search(r"[Mm]issing(?: mandatory)? value:? *'?([\w.]+)", str(error))
         return f"'{found[1] if found else error}' has no value: set it on the command line, as in name=mine."
-    text = " ".join(line.strip() for line in str(error).splitlines() if line.strip())
+    text = one_line(error)
     cause: BaseException | None = error
     while cause is not None:
         parent, key = getattr(cause, "parent_node", None), getattr(cause, "key", None)
@@ -350,7 +350,7 @@ def to_dataclass(cls: type[T], node: Any, where: str) -> T:
 
 @cache
 def _structured(cls: Any) -> Any:
-    """Kept, as building it takes longer than all that :func:`to_dataclass` does with it."""
+    """Cached: building it takes longer than the rest of :func:`to_dataclass`."""
     return OmegaConf.structured(cls)
 
 
@@ -368,8 +368,7 @@ def instantiated(node: Any, where: str, **arguments: Any) -> Any:
     except InstantiationException as error:
         if isinstance(error.__cause__, UserError):
             raise error.__cause__ from error
-        reason = " ".join(str(error.__cause__ or error).split())
-        raise UserError(f"{where} cannot be instantiated: {reason}") from error
+        raise UserError(f"{where} cannot be instantiated: {one_line(error.__cause__ or error)}") from error
 
 
 def rank_count(trainer: Any) -> int:

@@ -62,6 +62,11 @@ def printable(name: str | Path) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
+def one_line(text: object) -> str:
+    """A text, such as a library's error, without line breaks."""
+    return " ".join(str(text).split())
+
+
 def counted(number: int, noun: str) -> str:
     """ "1 shard", "2,000 shards"."""
     return f"{number:,} {noun}{'s' * (number != 1)}"

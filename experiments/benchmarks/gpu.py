@@ -24,8 +24,9 @@ import click
 from nxtp.bench.command import choice, number, seed
 from nxtp.bench.models import SIZES
 from nxtp.bench.predict import COUNTS
-from nxtp.bench.reporting import choose_device, machine_description, machine_line
+from nxtp.bench.reporting import machine_description, machine_line
 from nxtp.cost.memory import Step, memory
+from nxtp.inference.pretrained import usable_device
 
 STATIC = Path(__file__).with_name("static_shapes.py")
 NEEDS_GPU = "needs a GPU"
@@ -89,7 +90,7 @@ def measure_gpu(*, size: str, device: str, batch_size: int, budget: int, seed: i
     Raises:
         UserError: there is no such device.
     """
-    deadline, device = time.monotonic() + budget, choose_device(device)
+    deadline, device = time.monotonic() + budget, usable_device(device).type
     model = SIZES[size]()
     step = Step(batch=batch_size, precision="bf16-mixed", on_gpu=device == "cuda")
     result: dict[str, Any] = {"size": size, "device": device, "batch_size": batch_size}

@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from nxtp.errors import UserError
+from nxtp.inference.pretrained import usable_device
 from nxtp.runs.record import cpu_name
 
 
@@ -24,23 +24,12 @@ def show(measure: Callable[..., dict[str, Any]], table: Callable[[dict[str, Any]
         UserError: of ``measure``, or there is no such device.
     """
     if "device" in options:
-        options["device"] = choose_device(options["device"])
+        options["device"] = usable_device(options["device"]).type
     with Console(stderr=True).status("measuring …"):
         result = measure(**options)
     Console().print(table(result))
     if json:
         print(json_module.dumps(result), flush=True)
-
-
-def choose_device(name: str) -> str:
-    """``auto`` → cuda if there is a GPU, else cpu.
-
-    Raises:
-        UserError: ``cuda`` without a GPU.
-    """
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: PyTorch finds no GPU. Use --device cpu or --device auto.")
-    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
 
 
 def machine_description(device: str = "cpu") -> dict[str, Any]:

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from nxtp.cost.memory import memory, sections, step_of
+from nxtp.errors import counted
 from nxtp.model.flops import TYPICAL, count_parameters, meta_model, training_flops, typical_layout
 from nxtp.train.checks import check_settings
 
@@ -75,8 +76,10 @@ def print_description(cfg: DictConfig, as_json: bool = False) -> None:
 
 def memory_table(memory: dict[str, Any], step: dict[str, Any]) -> Table:
     """What a rank stores, and the peak of training and validation; both as in :func:`description`."""
-    ranks = f"{step['ranks']} rank{'s' * (step['ranks'] > 1)}"
-    caption = f"{ranks}, {step['strategy']}, {step['batch']} images each, {step['precision']}; peak in {memory['when']}"
+    caption = (
+        f"{counted(step['ranks'], 'rank')}, {step['strategy']}, {step['batch']} images each, {step['precision']}; "
+        f"peak in {memory['when']}"
+    )
     table = Table(title="Memory per rank (GB)", caption=caption)
     for column in ("part", "at most", "at the peak"):
         table.add_column(column, justify="left" if column == "part" else "right")

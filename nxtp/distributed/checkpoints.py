@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from nxtp.errors import UserError, root_cause
+from nxtp.errors import UserError, one_line, root_cause
 from nxtp.model.weights import Spec, Weights, assign
 from nxtp.runs.atomic import recover, remove, replace
 
@@ -317,4 +317,4 @@ def _reason(error: BaseException) -> str:
     error = root_cause(error)
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    return " ".join(str(error).split())[:300].rstrip(".")
+    return one_line(error)[:300].rstrip(".")

@@ -60,7 +60,7 @@ class FSDP2Strategy(ModelParallelStrategy):
             parameter = parameters.get(name.rpartition("/")[0])  # None in validation, which has no optimizer
             if parameter is None:
                 return None
-            return torch.empty_like(parameter) if shape else torch.empty(shape)  # moments; the number of steps
+            return torch.empty_like(parameter) if shape == parameter.shape else torch.empty(shape)
 
         return read_checkpoint(Path(self.broadcast(checkpoint_path)), target)
 

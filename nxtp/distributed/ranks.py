@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from nxtp.config import instantiated
 from nxtp.distributed.rendezvous import Ranks
-from nxtp.errors import UserError
+from nxtp.errors import UserError, one_line
 
 if TYPE_CHECKING:
     from lightning import Fabric
@@ -77,7 +77,7 @@ def together(
             fabric.launch()
             start.meet(fabric.world_size)
     except ValueError as error:  # Lightning's, of a launcher that has started another number
-        raise UserError(f"trainer: {' '.join(str(error).split())}") from error
+        raise UserError(f"trainer: {one_line(error)}") from error
     started = strategy.launcher.procs[:]
     strategy.launcher.procs.clear()  # of a rank in this list that dies, Lightning would kill this process
     try:
@@ -90,7 +90,7 @@ def together(
 
 
 def shared(parts: Iterable[T]) -> Iterator[T]:
-    """On every rank, the parts of all: the first of each rank in turn, then the second of each, … None is no part.
+    """Yield on every rank the parts of all ranks: the first of each, then the second of each, …; None is no part.
 
     Raises:
         UserError: on the first rank, if another one has failed or died; the others end with code 1.
@@ -126,7 +126,7 @@ def gathered(value: Any) -> list[Any]:
     try:
         dist.all_gather_object(every, value)
     except RuntimeError as error:
-        leave(f"Another rank has ended, or does not answer ({' '.join(str(error).split())[:100]}).")
+        leave(f"Another rank has ended, or does not answer ({one_line(error)[:100]}).")
     return every
 
 

@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any, TypeVar
 
-from nxtp.errors import UserError
+from nxtp.errors import UserError, one_line
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -147,8 +147,7 @@ class Ranks:
         try:
             told = json.loads(self.store.get(f"nxtp/{key}"))
         except RuntimeError as error:
-            reason = " ".join(str(error).split())[:200]
-            raise UserError(f"Rank {self.rank} has lost the first rank: {reason}") from error
+            raise UserError(f"Rank {self.rank} has lost the first rank: {one_line(error)[:200]}") from error
         if "error" in told:
             raise UserError(told["error"])
         return told["value"]

@@ -11,9 +11,8 @@ import lightning as L
 import torch.distributed as dist
 
 from nxtp.distributed.rendezvous import Ranks
-from nxtp.errors import UserError
-
-_MISSING = "nothing"
+from nxtp.errors import UserError, one_line
+from nxtp.runs.resume import differing
 
 
 class StartTogether(L.Callback):
@@ -57,7 +56,7 @@ class StartTogether(L.Callback):
             place = f"{environment.main_address}:{environment.main_port}"
             raise UserError(
                 f"Rank {environment.global_rank()} waited {self.timeout:g} s{self.setting} for "
-                f"{environment.world_size()} ranks to meet at {place}: {' '.join(str(error).split())[:200]}"
+                f"{environment.world_size()} ranks to meet at {place}: {one_line(error)[:200]}"
             ) from error
 
     def setup(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
@@ -87,10 +86,8 @@ def require_same(opened: dict[str, Any]) -> None:
             raise UserError(f"Rank {rank} has opened something else than rank 0: {found}.")
 
 
-def difference(first: Any, other: Any, where: str = "") -> str | None:
+def difference(first: Any, other: Any) -> str | None:
     """The first value in which nested dictionaries differ."""
-    if not (isinstance(first, dict) and isinstance(other, dict)):
-        return None if first == other else f"{where}: {other} instead of {first}"
-    pairs = ((key, first.get(key, _MISSING), other.get(key, _MISSING)) for key in {**first, **other})
-    found = (difference(one, two, f"{where}.{key}" if where else str(key)) for key, one, two in pairs)
-    return next(filter(None, found), None)
+    for key, one, two in differing(first, other):
+        return f"{key}: {'nothing' if two is None else two} instead of {'nothing' if one is None else one}"
+    return None

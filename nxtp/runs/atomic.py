@@ -46,7 +46,7 @@ def atomic_directory(path: Path) -> Iterator[Path]:
 
 
 def replace(new: Path, path: Path) -> None:
-    """Rename ``new`` to ``path``, which is a file, a directory or nothing; so is ``new``."""
+    """Rename ``new``, a file or a directory, to ``path``; what was there is deleted."""
     old = _old(path)
     if path.exists() and (new.is_dir() or path.is_dir()):
         remove(old)

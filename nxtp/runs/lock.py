@@ -22,7 +22,7 @@ from nxtp.runs.record import is_alive
 
 log = logging.getLogger("nxtp")
 
-FILE = ".lock"  # never deleted: who opens it anew would hold another lock
+FILE = ".lock"  # never deleted: a process that creates it again would lock another file
 WAIT_S = 60.0
 
 

@@ -11,14 +11,14 @@ from pathlib import Path
 from nxtp.errors import UserError
 
 FILE = "train.log"
-# For lines that a terminal shows in another way, as in a progress bar: nothing but the file gets them.
+# For lines that a terminal shows in another way, such as a progress bar: only the file gets them.
 to_file = logging.getLogger("nxtp.to_file")
 to_file.propagate = False
 to_file.addHandler(logging.NullHandler())
 
 
 class _File(logging.FileHandler):
-    """Drops what a full disk does not take: what ends the run then is reported elsewhere."""
+    """Ignores the errors of a full disk: the error that ends the run is reported elsewhere."""
 
     def handleError(self, record: logging.LogRecord) -> None:
         pass

@@ -22,7 +22,7 @@ def is_first_rank() -> bool:
 
 
 def follow_parent() -> None:
-    """Of a process that another one of nxtp has started: a rank dies with it, a run of a sweep saves and stops."""
+    """If another process of nxtp has started this one: a rank dies with it, a run of a sweep saves and stops then."""
     parent, os.environ[PARENT] = os.environ.get(PARENT), str(os.getpid())
     if parent in (None, str(os.getpid())):
         return
@@ -43,7 +43,7 @@ def _signal_when_parent_dies(number: int) -> None:
 
 @contextmanager
 def deaf_children() -> Iterator[None]:
-    """Processes that are forked in this block do not get :data:`SIGNALS`: one to the group is for their parent."""
+    """Processes that are forked in this block ignore :data:`SIGNALS`, which a terminal or scheduler sends to all."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         yield
@@ -52,7 +52,7 @@ def deaf_children() -> Iterator[None]:
 
 
 def end_with_parent() -> None:
-    """In a child of :func:`deaf_children`: end if the parent dies or sends SIGTERM itself, for which PyTorch has it."""
+    """In a child of :func:`deaf_children`: end when the parent dies or sends SIGTERM, as PyTorch does to end it."""
 
     def wait() -> None:
         while signal.sigwaitinfo([signal.SIGTERM]).si_pid != os.getppid():

@@ -70,9 +70,11 @@ def cpu_name() -> str:
 
 
 def others_seconds() -> float:
-    """CPU time that this machine has used, without this process and those that it has started."""
-    machine, own = psutil.cpu_times(), 0.0
-    for process in (psutil.Process(), *psutil.Process().children(recursive=True)):
+    """CPU time that this machine has used, without this process, its children, and its run's other ranks."""
+    machine, own, root = psutil.cpu_times(), 0.0, psutil.Process()
+    if "TORCHELASTIC_RUN_ID" in os.environ or int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+        root = root.parent() or root  # torchrun's or SLURM's process, which has started all ranks of this machine
+    for process in (root, *root.children(recursive=True)):
         with suppress(psutil.Error):
             times = process.cpu_times()
             own += times.user + times.system + times.children_user + times.children_system

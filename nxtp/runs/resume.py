@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from nxtp.errors import UserError
 from nxtp.runs.atomic import recover
 from nxtp.runs.record import FILE, PREDICTIONS_FILE, read_record
 
+MODES = ("auto", "never", "restart")  # of `resume`; anything else is the path of a checkpoint
 # Settings of data that may differ between the machines of a run.
 PER_MACHINE = ("num_workers", "cache_dir", "cache_gb", "read_timeout", "retries", "index_dir", "index_gb")
 # Settings that may differ between two commands of one run: where it is computed, and what is logged.
@@ -34,9 +36,9 @@ def find_checkpoint(run_dir: Path, resolved: dict[str, Any]) -> str | None:
             start from any checkpoint of its own directory, with other settings too.
     """
     resume, previous = resolved["resume"], read_record(run_dir)
-    if resume not in ("auto", "never", "restart"):
+    if resume not in MODES:
         if not Path(resume).exists():
-            known = "auto, never, restart, or the path of a checkpoint"
+            known = f"{', '.join(MODES)}, or the path of a checkpoint"
             raise UserError(f"resume={resume}: no such checkpoint. Use {known}.")
         is_own = Path(resume).resolve().is_relative_to(run_dir.resolve())
         if previous is not None and not is_own:
@@ -67,7 +69,7 @@ def find_checkpoint(run_dir: Path, resolved: dict[str, Any]) -> str | None:
 def refuse_others(run_dir: Path, previous: dict[str, Any], changed: list[str]) -> None:
     """
     Raises:
-        UserError: settings have changed, and the directory's run did not fail before there was anything to lose.
+        UserError: settings have ``changed``, unless the directory's run failed before its first checkpoint.
     """
     if changed and not (previous["status"] == "failed" and recover(last_checkpoint(run_dir)) is None):
         changes = ", ".join(changed[:6])
@@ -90,15 +92,16 @@ def differences(old: dict[str, Any], new: dict[str, Any], *, may_change_trainer:
     if new.get("global_batch"):  # then another number of ranks accumulates another number of batches
         ignored.add("trainer.accumulate_grad_batches")
 
-    def differ(old: Any, new: Any, prefix: str) -> list[str]:
-        if prefix in ignored:
-            return []
-        if not (isinstance(old, dict) and isinstance(new, dict)):
-            return [] if old == new else [prefix]
-        keys = dict.fromkeys([*old, *new])
-        return [d for k in keys for d in differ(old.get(k), new.get(k), f"{prefix}.{k}" if prefix else k)]
+    return [key for key, *_ in differing(old, new) if not any(f"{key}.".startswith(f"{each}.") for each in ignored)]
 
-    return differ(old, new, "")
+
+def differing(old: Any, new: Any, where: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Where nested dictionaries differ: the dotted key and both values, None for a missing one."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in {**old, **new}:
+            yield from differing(old.get(key), new.get(key), f"{where}.{key}" if where else str(key))
+    elif old != new:
+        yield where, old, new
 
 
 def is_finished(run_dir: Path, resolved: dict[str, Any]) -> bool:

@@ -47,8 +47,7 @@ class Wandb(WandbLogger):
             )
         self.model_artifact = model_artifact
         self._file = Path(save_dir) / RUN_FILE
-        known = read_json(self._file)
-        known = known if isinstance(known, dict) else {}
+        known = read_json(self._file) or {}
         self._next_row = known.get("next_row", 0)
         if offline:
             options["mode"] = "offline"  # Lightning's `offline` sets a variable, too late for the client

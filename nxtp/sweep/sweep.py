@@ -26,6 +26,7 @@ import nxtp.sweep.search.plugin  # noqa: F401  registers hydra/sweeper=optuna
 from nxtp.config import compose_and_run, composed, explained, parse_arguments, quoted
 from nxtp.errors import UserError
 from nxtp.runs.lock import announce
+from nxtp.runs.processes import SIGNALS
 from nxtp.runs.record import read_record
 from nxtp.runs.resume import is_finished
 from nxtp.runs.secrets import refuse_secrets
@@ -34,7 +35,7 @@ log = logging.getLogger("nxtp")
 
 LOG = "log.txt"  # a run's output, where several run at the same time
 LONGEST_NAME = 180  # bytes; a file name has at most 255, and longer ones are derived from it
-FORWARDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+LISTED = 5  # runs in an error
 
 
 @dataclass(frozen=True)
@@ -140,10 +141,10 @@ def parse(overrides: Iterable[str]) -> list[Override]:
     return OverridesParser.create().parse_overrides(list(overrides))
 
 
-def first_lines(reasons: dict[str, str], count: int = 5) -> str:
+def first_lines(reasons: dict[str, str]) -> str:
     """A line for each of the first few runs, with the reason, and how many more there are."""
-    more = f"\n  and {len(reasons) - count} more" if len(reasons) > count else ""
-    return "".join(f"\n  {run}: {reason}" for run, reason in list(reasons.items())[:count]) + more
+    more = f"\n  and {len(reasons) - LISTED} more" if len(reasons) > LISTED else ""
+    return "".join(f"\n  {run}: {reason}" for run, reason in list(reasons.items())[:LISTED]) + more
 
 
 def run_name(point: Iterable[str]) -> str:
@@ -239,7 +240,7 @@ def forwarding(child: subprocess.Popen) -> Iterator[list[int]]:
             child.send_signal(number)
 
     try:
-        before = {number: signal.signal(number, forward) for number in (*FORWARDED, signal.SIGINT)}
+        before = {number: signal.signal(number, forward) for number in SIGNALS}
     except ValueError:  # not the main thread: its parent gets the signals
         before = {}
     try:

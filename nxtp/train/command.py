@@ -32,7 +32,7 @@ from nxtp.distributed.fsdp2 import FSDP2Strategy
 from nxtp.distributed.parallelize import ParallelConfig
 from nxtp.distributed.rendezvous import Ranks
 from nxtp.distributed.start import StartTogether
-from nxtp.errors import UserError, by_kind, nearest
+from nxtp.errors import UserError, by_kind, nearest, one_line
 from nxtp.eval.metrics import HIT_CUTS
 from nxtp.model.flops import count_parameters, meta_model
 from nxtp.model.layout import Objective
@@ -43,7 +43,7 @@ from nxtp.runs.lock import run_lock
 from nxtp.runs.log import run_log
 from nxtp.runs.processes import is_first_rank
 from nxtp.runs.record import PREDICTIONS_FILE, RunRecord, read_record
-from nxtp.runs.resume import PER_MACHINE, clear, find_checkpoint, last_checkpoint
+from nxtp.runs.resume import MODES, PER_MACHINE, clear, find_checkpoint, last_checkpoint
 from nxtp.runs.tracking import configured_loggers, end_tracking
 from nxtp.train.callbacks.averaging import defer_average, keep_average
 from nxtp.train.callbacks.early_stopping import EarlyStopping
@@ -117,7 +117,8 @@ def train_from(checkpoint: str | None, cfg: DictConfig, run_dir: Path, record: R
     for name, spec in {"train": data.config.train, **data.config.val}.items():
         warn_if_nouns_differ(name, spec, data.config.nouns, data.config.nouns)
     start.opened = opened_by_rank(record, module, checkpoint, data)
-    trainer.callbacks += [start, RunRecordWriter(run_dir, cfg, record)]
+    writer = RunRecordWriter(run_dir, cfg, record)
+    trainer.callbacks += [start, writer]
     ranks = getattr(trainer.strategy.launcher, "procs", [])  # those that this process starts
     preempted = None
     try:
@@ -129,7 +130,7 @@ def train_from(checkpoint: str | None, cfg: DictConfig, run_dir: Path, record: R
         preempted = preempted_by(error)
         if preempted is None:
             if "`val_check_interval`" in str(error):  # more batches than an epoch has, which Lightning finds now
-                error = UserError(f"trainer.val_check_interval: {' '.join(str(error).split())}")
+                error = UserError(f"trainer.val_check_interval: {one_line(error)}")
             record.fail(error)
             raise error
         record.status = "interrupted"
@@ -139,7 +140,9 @@ def train_from(checkpoint: str | None, cfg: DictConfig, run_dir: Path, record: R
         counts = module.final_counts or module.own_counts()
         record.samples_seen, record.samples_read = counts["samples_seen"], counts["samples_read"]
         record.samples_skipped = counts["skipped"] | dict(data.shard_faults)
-        if trainer.is_global_zero:
+        # A run that cannot be continued with these settings keeps its record.
+        keeps = cfg.resume not in MODES and not writer.written and read_record(run_dir) is not None
+        if trainer.is_global_zero and not keeps:
             with suppress(OSError) if record.status == "failed" else nullcontext():  # the disk may be full
                 record.write(run_dir)
             end_tracking(trainer.loggers, run_dir)

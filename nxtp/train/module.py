@@ -7,6 +7,7 @@ import math
 import warnings
 import zlib
 from collections import Counter
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -25,6 +26,7 @@ from nxtp.data.features.store import FeatureStore
 from nxtp.distributed.checkpoints import OLD_FORMAT
 from nxtp.distributed.fsdp2 import FSDP2Strategy
 from nxtp.distributed.parallelize import ParallelConfig, parallelize, unsharded
+from nxtp.distributed.ranks import gathered
 from nxtp.errors import UserError
 from nxtp.eval.embedders import label_embedder
 from nxtp.eval.metrics import ExactMatch, SemanticMatch, meaningless, own_metrics
@@ -57,7 +59,7 @@ class ValidationConfig:
 
 
 class Sums:
-    """Numbers of a batch on their way to the host; reading them waits for them alone, not for later work.
+    """Numbers of a batch, copied to the host in the background; reading them does not wait for later work.
 
     Args:
         values: float32 [n], on the device.
@@ -97,18 +99,18 @@ class RecognitionModule(L.LightningModule):
         optim: OptimConfig,
         *,
         validation: ValidationConfig | None = None,
-        val_names: tuple[str, ...] | list[str] = (),
+        val_names: Sequence[str] = (),
         max_skip_fraction: float = 0.1,
         parallel: ParallelConfig | None = None,
         seed: int = 0,
-        provenance: dict[str, Any] | None = None,
         features: FeatureStore | None = None,
     ):
         super().__init__()
         self.model_config, self.tokenizer, self.optim_config = model, tokenizer, optim
         self.validation, self.val_names = validation or ValidationConfig(), list(val_names)
         self.max_skip_fraction, self.seed, self.features = max_skip_fraction, seed, features
-        self.parallel, self.provenance = parallel or ParallelConfig(), provenance or {}
+        self.parallel = parallel or ParallelConfig()
+        self.provenance: dict[str, Any] = {}  # of a model directory
         self.model: Any = None  # a Model, once it is configured
         self._gathered = ExitStack()  # the full weights, while validating
         self.stop_signal, self.stop_agreed = 0, False
@@ -160,7 +162,7 @@ class RecognitionModule(L.LightningModule):
             self._restore_options()
 
     def _restore_options(self) -> None:
-        """Of a run that resumes: its own learning rates, weight decay, …, and its own schedule at the step where it is.
+        """Give a resumed run its own learning rates, weight decay, … and schedule, at the step where it is.
 
         Lightning has loaded those of the run that saved the checkpoint.
         """
@@ -199,7 +201,7 @@ class RecognitionModule(L.LightningModule):
         return loss.total * usable * (self._world_size / self._divisor)
 
     def check_last_batch(self) -> None:
-        """Read what the last batch has left: whether its loss is finite, and whether a rank has a signal to stop.
+        """Read the sums of the last batch: whether its loss is finite, and whether a rank has a signal to stop.
 
         Raises:
             UserError: the loss is not finite.
@@ -252,7 +254,16 @@ class RecognitionModule(L.LightningModule):
             return None
         with torch.compiler.set_stance("force_eager"):  # each cache length, and each block with a cache, would compile
             loss, prefilled = self.model.evaluate(batch.images, batch.layout, self.tokenizer.prompt_ids)
-            predictions = self.predict_labels(batch.images, prefilled)
+            samples = one_shot(
+                self.model,
+                batch.images,
+                prompt=self.tokenizer.prompt_ids,
+                delimiter=self.tokenizer.delimiter_id,
+                top_k=self.validation.top_k,
+                never_first=never_first(self.model, self.tokenizer),
+                prefilled=prefilled,
+            )
+        predictions = rank(samples, self.tokenizer.decode_label, RankingConfig(), self.validation.top_k)
         labels = [[label for label, _ in image] for image in predictions]
         for scores in (*self._scores[dataloader_idx].values(), *self._own[dataloader_idx].values()):
             scores.update(labels, batch.labels)
@@ -294,24 +305,6 @@ class RecognitionModule(L.LightningModule):
                 "Ignore %s: '%s' has %d different labels, all of which are predicted. Set validation.top_k=1.",
                 ", ".join(f"{name}/{value}" for value in found), name, labels,
             )  # fmt: skip
-
-    def predict_labels(self, images: Tensor, prefilled: Any = None) -> list[list[tuple[str, float]]]:
-        """Labels with their probabilities per image, most probable first.
-
-        Args:
-            images: uint8 [B, 3, H, W].
-            prefilled: what ``model.prefill`` returned for them; None computes it.
-        """
-        samples = one_shot(
-            self.model,
-            images,
-            prompt=self.tokenizer.prompt_ids,
-            delimiter=self.tokenizer.delimiter_id,
-            top_k=self.validation.top_k,
-            never_first=never_first(self.model, self.tokenizer),
-            prefilled=prefilled,
-        )
-        return rank(samples, self.tokenizer.decode_label, RankingConfig(), self.validation.top_k)
 
     def configure_optimizers(self) -> dict[str, Any]:
         total = self.trainer.estimated_stepping_batches
@@ -367,9 +360,7 @@ class RecognitionModule(L.LightningModule):
 
     def counts(self) -> dict[str, Any]:
         """The same over all ranks; a collective call."""
-        every = [self.own_counts()] * self._world_size
-        if self._world_size > 1:
-            torch.distributed.all_gather_object(every, self.own_counts())
+        every = gathered(self.own_counts())
         total = {key: sum(counts[key] for counts in every) for key in ("samples_read", "samples_seen")}
         return total | {"skipped": dict(sum((Counter(counts["skipped"]) for counts in every), Counter()))}
 

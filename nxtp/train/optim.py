@@ -63,6 +63,7 @@ def build_optimizer(model: Model, config: OptimConfig, total_steps: int, fused: 
     """
     sharded = any(isinstance(parameter, DTensor) for parameter in model.parameters())
     optimizer = create_optimizer(groups_of(model, config), config, fused=fused, sharded=sharded)
+    optimizer.register_load_state_dict_pre_hook(refuse_other_groups)
     return optimizer, create_schedule(optimizer, config, total_steps)
 
 
@@ -108,6 +109,22 @@ def create_optimizer(
     if fused and package == "torch" and "fused" not in config.optimizer:
         settings |= {"fused": True} if _takes(target, "fused") else {}
     return instantiated(config.optimizer, "optim.optimizer", params=groups, **settings)
+
+
+def refuse_other_groups(optimizer: Optimizer, saved: dict[str, Any]) -> None:
+    """A hook of ``load_state_dict``, whose own error names no settings.
+
+    Raises:
+        UserError: the saved state has other parameter groups.
+    """
+    every = saved["param_groups"], optimizer.param_groups
+    theirs, ours = ([len(group["params"]) for group in groups] for groups in every)
+    if theirs != ours:
+        raise UserError(
+            f"The checkpoint's optimizer has groups of {theirs} parameters, that of this run {ours}: set "
+            "optim.trainable, optim.encoder_lr, optim.decay_final_norm and optim.optimizer as the run that saved it "
+            "did (config.yaml in its directory)."
+        )
 
 
 def create_schedule(optimizer: Optimizer, config: OptimConfig, total_steps: int) -> Any:

@@ -23,6 +23,7 @@ from nxtp.distributed.checkpoints import (
 )
 from nxtp.distributed.fsdp2 import FSDP2Strategy
 from nxtp.errors import UserError
+from nxtp.train.optim import refuse_other_groups
 
 
 @pytest.fixture
@@ -91,6 +92,17 @@ def test_either_form_resumes_either_way(tmp_path, one_rank, form, then):
     expected, _ = trained(steps=3)
     for name, tensor in expected.state_dict().items():
         torch.testing.assert_close(getattr(found := model.state_dict()[name], "full_tensor", lambda: found)(), tensor)
+
+
+def test_a_sharded_checkpoint_of_other_parameter_groups_is_refused(tmp_path, one_rank):
+    save(*trained(one_rank), tmp_path / "last.ckpt")
+    model, _ = trained(one_rank, steps=0)
+    optimizer = torch.optim.AdamW([{"params": [p]} for p in model.parameters()])
+    optimizer.register_load_state_dict_pre_hook(refuse_other_groups)
+    with pytest.raises(
+        UserError, match=r"has groups of \[2, 2\] parameters, that of this run \[1, 1, 1, 1\]: set optim"
+    ):
+        load(model, optimizer, tmp_path / "last.ckpt")
 
 
 def test_a_sharded_checkpoint_is_copied_before_it_is_written(tmp_path, one_rank, monkeypatch):

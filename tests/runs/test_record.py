@@ -7,8 +7,9 @@ from collections import namedtuple
 from types import SimpleNamespace
 
 import psutil
+import pytest
 
-from nxtp.runs.record import FILE, RunRecord, read_record
+from nxtp.runs.record import FILE, RunRecord, others_seconds, read_record
 
 
 def test_a_record_is_written_and_read(tmp_path):
@@ -43,3 +44,20 @@ def test_cores_that_others_use_are_measured_without_ones_own(monkeypatch, tmp_pa
     machine, own, now[0] = Times(user=45.0, idle=8.0, iowait=2.0), Times(user=10.0, children_user=5.0), 10.0
     record.write(tmp_path)
     assert json.loads((tmp_path / "run.json").read_text())["other_cores"] == 1.5
+
+
+@pytest.mark.parametrize("variable", ["TORCHELASTIC_RUN_ID", "SLURM_STEP_NUM_TASKS", None])
+def test_ranks_of_the_same_run_are_no_others(monkeypatch, variable):
+    """A launcher has started two ranks; the machine has used only their CPU time."""
+    ranks = [
+        SimpleNamespace(cpu_times=lambda: Times(user=7.0), children=lambda recursive: [], parent=lambda: launcher)
+        for _ in range(2)
+    ]
+    launcher = SimpleNamespace(cpu_times=lambda: Times(user=1.0), children=lambda recursive: ranks)
+    monkeypatch.setattr(psutil, "cpu_times", lambda: Times(user=15.0, idle=3.0))
+    monkeypatch.setattr(psutil, "Process", lambda: ranks[0])
+    for name in ("TORCHELASTIC_RUN_ID", "SLURM_STEP_NUM_TASKS"):
+        monkeypatch.delenv(name, raising=False)
+    if variable:
+        monkeypatch.setenv(variable, "2")
+    assert others_seconds() == (0 if variable else 8)

@@ -162,6 +162,16 @@ def test_a_run_done_again_replaces_its_record(study):
     assert sum("0.123" in line for line in lines) == 1
 
 
+def test_a_record_of_a_later_run_is_kept(study):
+    """Here is a run of yesterday; the records come from the one that another machine did again today."""
+    run(study)
+    later = (study / "records.jsonl").read_text().replace('"started": "2026', '"started": "2027')
+    (study / "records.jsonl").write_text(later)
+    done = run(study)
+    assert (study / "records.jsonl").read_text() == later
+    assert done.stderr.count("records.jsonl has a run that was started later, which counts") == 12
+
+
 def test_plot_has_words_and_no_date(study):
     run(study)
     picture = (study / "plot.svg").read_text()

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 
 import lightning as L
 import pytest
@@ -175,6 +176,16 @@ def test_what_cannot_go_on_is_one_line(root):
     assert output.splitlines()[-1] == (
         "error: The checkpoint has the weights alone, as best.ckpt: resume from last.ckpt."
     )
+    output = run(root, "other_groups", "resume=runs/plain/checkpoints/last.ckpt", "optim.encoder_lr=1e-3", code=1)
+    assert re.search(
+        r"error: The checkpoint's optimizer has groups of \[\d+, \d+\] parameters, that of this run \[(\d+, ){3}\d+\]: "
+        r"set optim\.trainable, optim\.encoder_lr, .* as the run that saved it did",
+        output.splitlines()[-1],
+    )
+    files = [root / "runs" / "plain" / name for name in ("run.json", "config.yaml")]
+    before = [file.read_bytes() for file in files]
+    run(root, "plain", "resume=runs/plain/checkpoints/last.ckpt", "optim.encoder_lr=1e-3", code=1)
+    assert [file.read_bytes() for file in files] == before, "the finished run keeps its record"
     module = RecognitionModule(tiny_config(), train_tokenizer(["a rose"], vocab_size=400), OptimConfig())
     tokenizer = train_tokenizer(["an ocean"], vocab_size=400)
     with pytest.raises(UserError, match=r"another tokenizer, .*: model\.tokenizer=runs/NAME/tokenizer takes that of"):

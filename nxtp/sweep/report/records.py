@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from nxtp.errors import UserError
+from nxtp.errors import UserError, one_line
 from nxtp.runs import secrets
 from nxtp.runs.record import FILE, FORMAT, PREDICTIONS_FILE
 from nxtp.sweep.report.hits import read_hits
@@ -31,7 +31,7 @@ _ABSOLUTE = re.compile(r"(?:^|[\s=:,'\"\[{(])(?:~?/|[A-Za-z]:[\\/]|file:)")
 
 
 def note(line: str) -> None:
-    click.echo(f"note: {' '.join(line.split())}", err=True)
+    click.echo(f"note: {one_line(line)}", err=True)
 
 
 def parsed(text: str, where: str) -> Record | None:
@@ -141,10 +141,14 @@ def _key(record: Record) -> tuple[str, str]:
     return (str(record.get("sweep") or ""), str(record["name"]))
 
 
+def _started(record: Record) -> str:
+    return str(record.get("started") or "")
+
+
 def unique(records: Iterable[Record | None]) -> list[Record]:
     """By sweep and name, in order; of two with the same the one that was started later."""
     chosen: dict[tuple[str, str], Record] = {}
-    for record in sorted(filter(None, records), key=lambda r: str(r.get("started") or "")):
+    for record in sorted(filter(None, records), key=_started):
         if _key(record) in chosen:
             note(f"two runs are named {'/'.join(_key(record))}; the one started later counts")
         chosen[_key(record)] = record
@@ -162,8 +166,14 @@ def of_study(records: Iterable[Record], study: str) -> list[Record]:
 
 
 def merge(old: list[Record], new: list[Record]) -> list[Record]:
-    """A run that was repeated replaces its record."""
-    both = {_key(r): r for r in (*old, *new)}
+    """By sweep and name, in order; a run that was repeated replaces its record, unless it was started before it."""
+    both = {_key(r): r for r in old}
+    for record in new:
+        kept = both.setdefault(_key(record), record)
+        if _started(kept) > _started(record):
+            note(f"{'/'.join(_key(record))}: records.jsonl has a run that was started later, which counts")
+        else:
+            both[_key(record)] = record
     return [both[k] for k in sorted(both)]
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from nxtp.config import to_dataclass
-from nxtp.errors import UserError, nearest
+from nxtp.errors import UserError, nearest, one_line
 
 
 @dataclass
@@ -59,7 +59,7 @@ class Spec:
         except FileNotFoundError:
             raise UserError(f"'{path}' is missing: it specifies what the report shows (docs/studies.md).") from None
         except yaml.YAMLError as error:
-            raise UserError(f"'{path}' is not YAML: {' '.join(str(error).split())}") from error
+            raise UserError(f"'{path}' is not YAML: {one_line(error)}") from error
         if not isinstance(content, dict):
             raise UserError(f"'{path}' must be a mapping, got '{content}'.")
         spec = to_dataclass(cls, content, f"{path}: ")

@@ -83,8 +83,8 @@ def measured(record: Record) -> dict[str, float]:
 
 
 def beside_others(records: list[Record]) -> list[bool]:
-    """Whether other work ran beside each run: as its record measured it, or of an older record, whether another run on
-    such a device overlaps with it."""
+    """Whether other work ran beside each run: by its record, or, if an older record has no measurement, because another
+    run on such a device overlaps with it."""
     spans = []
     for record in records:
         begin = datetime.fromisoformat(record["started"]).timestamp() if record.get("started") else math.nan
@@ -122,7 +122,7 @@ def rows(records: list[Record], spec: Spec) -> list[Row]:
 
 
 def _references(records: list[Record], spec: Spec, name: str) -> list[Row]:
-    """Rows of ``name``, one for all images that give it values within 5 %, with the columns that tell which."""
+    """Rows of the reference ``name``: one for all records whose values agree within 5 %, with the columns shared."""
     found: list[tuple[dict[str, float], list[Row]]] = []
     for record in records:
         hits = record.get("hits", {}).items()

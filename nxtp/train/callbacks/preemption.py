@@ -17,7 +17,7 @@ from nxtp.runs.processes import SIGNALS
 from nxtp.train.callbacks.averaging import swap_back
 from nxtp.train.module import RecognitionModule
 
-TWICE_S = 1.0  # seconds in which a second signal of the same kind is the first one, sent twice
+TWICE_S = 1.0  # a second signal of the same kind within these seconds counts as the first one, sent twice
 
 
 class Preempted(Exception):
@@ -29,7 +29,7 @@ class Preempted(Exception):
 
 
 def preempted_by(error: BaseException) -> Preempted | None:
-    """What stopped the run, if a signal did; before the first step and after the last one Lightning handles signals."""
+    """The signal that stopped the run, if one did; before the first step and after the last, Lightning handles it."""
     if isinstance(error, Preempted):
         return error
     if isinstance(error, SIGTERMException):
@@ -80,11 +80,11 @@ def _validation_follows(trainer: L.Trainer) -> bool:
 class PreemptionHandler(L.Callback):
     """After a signal to any rank, saves the checkpoint ``path`` and raises :class:`Preempted` on all ranks.
 
-    The handler only stores the signal in the module, whose next step shares it with all ranks along with the loss; the
-    run stops after the step that follows, or in the validation that comes first. A
-    second signal of the same kind has its previous effect, if it comes later: a process group gets one twice, from its
-    scheduler and from its parent. A previous handler (submitit's requeues the job) is called after the checkpoint is
-    saved: :func:`call_handler`.
+    The handler only stores the signal in the module, whose next step shares it with all ranks along with the loss. The
+    run stops after the step that follows, or in a validation before it. A second signal of the same kind has the effect
+    that it had before the training, unless it comes within :data:`TWICE_S`: a scheduler and a parent process may both
+    send one. A previous handler (submitit's requeues the job) is called after the checkpoint is saved:
+    :func:`call_handler`.
     """
 
     def __init__(self, path: Path):

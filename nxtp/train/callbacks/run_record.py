@@ -15,6 +15,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
+from nxtp.errors import one_line
 from nxtp.runs.record import RunRecord
 from nxtp.runs.tracking import log_record
 from nxtp.train.module import RecognitionModule
@@ -26,23 +27,21 @@ class RunRecordWriter(L.Callback):
     """Writes config.yaml and run.json, and updates run.json after each validation and every ``interval`` seconds.
     At the start W&B gets the record.
 
-    Not before all ranks have started: until then each of them looks for a run in the directory.
+    Not before all ranks have started, as each looks for a run in the directory, and a checkpoint is loaded: a run that
+    cannot be continued keeps its files.
+
+    ``written``  when run.json was last written; 0.0: not yet
     """
 
     interval = 30.0
 
     def __init__(self, run_dir: Path, cfg: DictConfig, record: RunRecord):
         self.run_dir, self.cfg, self.record = run_dir, cfg, record
-        self._written = 0.0
-
-    @rank_zero_only
-    def on_fit_start(self, trainer: L.Trainer, module: RecognitionModule) -> None:
-        self.run_dir.mkdir(parents=True, exist_ok=True)
-        OmegaConf.save(self.cfg, self.run_dir / "config.yaml", resolve=True)
-        self._write(trainer)
+        self.written = 0.0
 
     @rank_zero_only
     def on_train_start(self, trainer: L.Trainer, module: RecognitionModule) -> None:
+        self._write(trainer)
         for logger in trainer.loggers:
             log_record(logger, asdict(self.record))
         log.info("%s", plan_of(trainer, validates=bool(module.val_names)))
@@ -54,7 +53,7 @@ class RunRecordWriter(L.Callback):
 
     @rank_zero_only
     def on_train_batch_end(self, trainer: L.Trainer, module: RecognitionModule, *_: Any) -> None:
-        if time.monotonic() - self._written > self.interval:
+        if time.monotonic() - self.written > self.interval:
             self._write(trainer)
 
     @rank_zero_only
@@ -73,10 +72,13 @@ class RunRecordWriter(L.Callback):
         self._write(trainer)
 
     def _write(self, trainer: L.Trainer) -> None:
+        if not self.written:
+            self.run_dir.mkdir(parents=True, exist_ok=True)
+            OmegaConf.save(self.cfg, self.run_dir / "config.yaml", resolve=True)
         steps = trainer.global_step if self.record.ended_by else trainer.estimated_stepping_batches
         self.record.step, self.record.steps = trainer.global_step, int(steps) if math.isfinite(steps) else 0
         self.record.write(self.run_dir)
-        self._written = time.monotonic()
+        self.written = time.monotonic()
 
 
 def plan_of(trainer: L.Trainer, validates: bool) -> str:
@@ -103,7 +105,7 @@ def ended_by(trainer: L.Trainer) -> str:
     for callback in trainer.callbacks if trainer.should_stop else ():
         if isinstance(callback, EarlyStopping) and callback.stopping_reason_message:
             reason = callback.stopping_reason_message.removesuffix(" Signaling Trainer to stop.")
-            return f"early stopping: {' '.join(reason.split()).rstrip('.')}"
+            return f"early stopping: {one_line(reason).rstrip('.')}"
         if isinstance(callback, Timer) and (callback.time_remaining() or 0) <= 0:  # negative, if it is over
             return "trainer.max_time"
     return "a callback" if trainer.should_stop else f"trainer.max_epochs={trainer.max_epochs}"
