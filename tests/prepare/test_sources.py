@@ -511,9 +511,12 @@ def test_imagenet_validation_with_each_kind_of_truth(tmp_path):
         run("imagenet", tmp_path / "val.tar", "--truth", tmp_path / truth, "--out", out)
         assert {int(k[-1]): r["wnid"] for k, r in json_of(out).items()} == dict(enumerate(wnids, start=1)), truth
     assert "add --truth" in run("imagenet", tmp_path / "val.tar", "--out", tmp_path / "x", fails=True)
-    assert "does not contain the classes" in run(
-        "imagenet", tmp_path / "val.tar", "--truth", DATA / "concepts.csv", "--out", tmp_path / "x", fails=True
-    )
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "short.csv").write_text("ImageId,PredictionString\nILSVRC2012_val_00000001,\n")
+    (tmp_path / "half.tar.gz").write_bytes((tmp_path / "ILSVRC2012_devkit_t12.tar.gz").read_bytes()[:-200])
+    for truth in (DATA / "concepts.csv", tmp_path / "empty", tmp_path / "short.csv", tmp_path / "half.tar.gz"):
+        message = run("imagenet", tmp_path / "val.tar", "--truth", truth, "--out", tmp_path / "x", fails=True)
+        assert "does not contain the classes" in message, truth
 
 
 def test_imagenet_variants(tmp_path, class_folders):
