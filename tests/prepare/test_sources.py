@@ -86,6 +86,7 @@ def test_coco(coco, tmp_path):
 
     stopped = ("coco", coco, "--out", tmp_path / "stop", "--splits", "val", "--stop-nouns", "number, Sofa")
     assert "--stop-nouns needs --nouns" in run(*stopped, fails=True)
+    assert "No noun backend ''" in run(*stopped, "--nouns", "", fails=True), "an unset shell variable"
     run(*stopped, "--nouns", "hanta")
     assert samples(tmp_path / "stop" / "val")["000000000139"]["labels"] == ["dog"]
     assert read_manifest(tmp_path / "stop" / "val")["nouns"]["stop"] == "number, Sofa"
