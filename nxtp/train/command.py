@@ -332,7 +332,7 @@ def describe_data(data: WebDatasetDataModule) -> dict[str, Any]:
             }
             for key, shards in sources.items()
         }
-        opened = data.open(name, spec)
+        opened = data.open(name, spec, whole=name != "train")
         described[name] = {
             **parts.get("", {"sources": parts}),
             "samples": len(opened),
