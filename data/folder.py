@@ -37,7 +37,7 @@ def folder_items(source: Path, classes: bool = False) -> tuple[list[Item], Skipp
     """
     images, problems = find_images([source])
     if not images:
-        raise UserError(str(problems[0]) if problems else f"{source}: no image in this directory")
+        raise problems[0]
     below = {folder for image in images for folder in image.relative_to(source).parents}
     splits = {name: folder for folder in sorted(below, reverse=True) if (name := folder.name.lower()) in SPLITS}
     if classes and len(splits) > 1:

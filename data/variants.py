@@ -68,23 +68,6 @@ def altered(position: int, shards: IndexedShards, kind: str, strength: float, se
     return sample
 
 
-def make_variant(source: Path, out: Path, kind: str, strength: float | None, seed: int, options: WriterOptions) -> None:
-    """
-    Raises:
-        UserError: ``strength`` is not positive, no shards in ``source``, or ``out`` contains another set.
-    """
-    if strength is None:
-        strength = KINDS[kind][0]
-    if strength <= 0:
-        raise UserError(f"--strength must be > 0, got {strength:g} ({KINDS[kind][1]}).")
-    shards = IndexedShards(expand_shards(str(source)))
-    made_by = {"script": "variants", "version": 1, "kind": kind, "strength": strength, "seed": seed}
-    made_by |= {"source": source.name, "manifest": manifest_hash(source)}
-    items, make = range(len(shards)), partial(altered, shards=shards, kind=kind, strength=strength, seed=seed)
-    shards.close()  # each process opens its own
-    write_set(out, items, make, made_by=made_by, options=options)
-
-
 @click.command(cls=Script, context_settings={"show_default": True})
 @click.argument("source", type=click.Path(path_type=Path, exists=True, file_okay=False))
 @click.option("--kind", type=click.Choice(list(KINDS)), required=True)
@@ -100,7 +83,16 @@ def main(source, kind, out, strength, seed, shard_size, workers, overwrite):
     \b
     nxtp prepare variants data/shards/classes/val --kind blur --out data/shards/classes/val_blur
     """
-    make_variant(source, out, kind, strength, seed, WriterOptions(shard_size, workers, overwrite=overwrite))
+    if strength is None:
+        strength = KINDS[kind][0]
+    if strength <= 0:
+        raise UserError(f"--strength must be > 0, got {strength:g} ({KINDS[kind][1]}).")
+    shards = IndexedShards(expand_shards(str(source)))
+    made_by = {"script": "variants", "version": 1, "kind": kind, "strength": strength, "seed": seed}
+    made_by |= {"source": source.name, "manifest": manifest_hash(source)}
+    make = partial(altered, shards=shards, kind=kind, strength=strength, seed=seed)
+    options = WriterOptions(shard_size, workers, overwrite=overwrite)
+    write_set(out, range(len(shards)), make, made_by=made_by, options=options)
 
 
 if __name__ == "__main__":

@@ -134,14 +134,13 @@ class WebDatasetDataModule(L.LightningDataModule):
     def val_names(self) -> list[str]:
         return list(self.config.val)
 
-    def open(self, name: str, spec: Any, *, whole: bool | None = None) -> OpenedSet:
+    def open(self, name: str, spec: Any, *, whole: bool = False) -> OpenedSet:
         """The indexed shards of ``spec``, opened once per process.
 
         Args:
-            whole: ignore data.where and data.caption_key, which are of training sets. By default of any but "train".
+            whole: ignore data.where and data.caption_key, as a validation set does while training.
         """
         if name not in self.sets:
-            whole = name != "train" if whole is None else whole
             config = replace(self.config, where=None, caption_key=None) if whole else self.config
             self.sets[name] = open_set(name, spec, config, self.ranks)
         return self.sets[name]
@@ -182,18 +181,18 @@ class WebDatasetDataModule(L.LightningDataModule):
         return sampler.steps - left, left
 
     def val_dataloader(self) -> list[ResumableDataLoader]:
-        return [self.loader(name, spec, training=False) for name, spec in self.config.val.items()]
+        return [self.loader(name, spec, training=False, whole=True) for name, spec in self.config.val.items()]
 
     def loader(
-        self, name: str, spec: Any, *, training: bool, whole: bool | None = None, share: tuple[int, int] = (0, 1)
+        self, name: str, spec: Any, *, training: bool, whole: bool = False, share: tuple[int, int] = (0, 1)
     ) -> ResumableDataLoader:
         """Batches of one set: shuffled and in whole steps for training, each sample once otherwise.
 
         Args:
-            whole: ignore data.max_samples, data.fraction, data.where and data.caption_key, which are of training sets.
+            whole: ignore data.max_samples, data.fraction, data.where and data.caption_key, as a validation set does
+                while training.
             share: (rank, number of ranks), without a trainer.
         """
-        whole = not training if whole is None else whole
         opened = self.open(name, spec, whole=whole)
         shards = opened.shards
         rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else share

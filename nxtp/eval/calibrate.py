@@ -53,7 +53,7 @@ def calibrate(cfg: DictConfig) -> dict[str, float]:
     )
     where, spec = next(iter(config.val.items()))
     hits = LabelHits()
-    for batch in track(data.loader(where, spec, training=False, whole=False), where, transient=True):
+    for batch in track(data.loader(where, spec, training=False), where, transient=True):
         if classes is not None:
             predictions = recognizer.classify_pixels(batch.images, classes, cfg.top_k)
         else:

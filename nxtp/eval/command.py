@@ -164,7 +164,7 @@ def evaluate_sets(
         )
         opened: dict[str, Any] = {"command": dict(enumerate(overrides)), "model": weights_hash(cfg.model_dir)}
         for name, spec in config.val.items():
-            each = data.open(name, spec, whole=False)
+            each = data.open(name, spec)
             opened[f"data.val.{name}"] = {"plan": each.plan} | ({} if config.allow_missing_shards else each.local)
         return data, opened
 
@@ -183,7 +183,7 @@ def evaluate_sets(
     if record is None:
         with together(fabric, open_data) as (data, share):
             for name, spec in config.val.items():
-                loader = data.loader(name, spec, training=False, whole=False, share=share)
+                loader = data.loader(name, spec, training=False, share=share)
                 deque(shared(predicted(loader, predict, cfg.grid)), maxlen=0)
         return {}
 
@@ -203,7 +203,7 @@ def evaluate_sets(
     predictions = out / f".{PREDICTIONS_FILE}.part"
     with together(fabric, open_data) as (data, share), predictions.open("w") as file:
         for name, spec in config.val.items():
-            loader = data.loader(name, spec, training=False, whole=False, share=share)
+            loader = data.loader(name, spec, training=False, share=share)
             warn_if_nouns_differ(name, spec, config.nouns, recognizer.provenance.get("nouns"))
             scores: dict[str, Metric] = {"": ExactMatch(top_k=cfg.top_k)}
             if embedder is not None:

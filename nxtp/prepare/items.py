@@ -19,6 +19,7 @@ import numpy as np
 from PIL import Image
 
 from nxtp.data.images import ImageError, load_image
+from nxtp.data.labels.nouns import NounBackend
 from nxtp.data.shards.reader import MAX_CAPTION_BYTES, MAX_IMAGE_BYTES, MAX_JSON_BYTES, valid_text
 from nxtp.errors import UserError, counted
 from nxtp.prepare.options import WriterOptions
@@ -87,9 +88,8 @@ def write_items(
     if twice:
         raise UserError(f"The source has {counted(len(twice), 'key')} more than once, the first is '{twice[0]}'.")
     order = np.random.default_rng(0).permutation(len(items))
-    nouns = None
-    if options.nouns:
-        backend = options.noun_backend()
+    nouns, backend = None, options.noun_backend()
+    if backend is not None:
         nouns = {"backend": backend.name, "version": backend.version}
         nouns |= {"stop": options.stop_nouns} if options.stop_nouns else {}
     digest = hashlib.sha256()
@@ -98,7 +98,7 @@ def write_items(
     return write_set(
         out,
         [items[i] for i in order],
-        partial(_sample, options=options, crop_border=crop_border),
+        partial(_sample, options=options, nouns=backend, crop_border=crop_border),
         made_by={**made_by, **options.made_by(), "crop_border": crop_border, "source": digest.hexdigest()[:16]},
         skipped=skipped,
         nouns=nouns,
@@ -144,7 +144,7 @@ def readable_key(key: str) -> str:
     return re.sub(r"[./\\\x00-\x1f\x7f\ud800-\udfff]", "_", key)
 
 
-def _sample(item: Item, options: WriterOptions, crop_border: int) -> dict[str, Any]:
+def _sample(item: Item, options: WriterOptions, nouns: NounBackend | None, crop_border: int) -> dict[str, Any]:
     """A shard's sample, or Skip: a bad image, a caption without nouns, or something too large to be read."""
     data, extension = _convert(_read(item.image), options, crop_border)
     sample: dict[str, Any] = {"__key__": item.key, extension: data}
@@ -152,8 +152,8 @@ def _sample(item: Item, options: WriterOptions, crop_border: int) -> dict[str, A
         sample["txt"] = valid_text(item.caption)
     record = dict(item.record or {}) | {"crc32": zlib.crc32(data)}
     caption = sample.get("txt", record.get("caption"))
-    if options.nouns is not None and isinstance(caption, str) and "labels" not in record:
-        record["labels"] = options.noun_backend()(caption)
+    if nouns is not None and isinstance(caption, str) and "labels" not in record:
+        record["labels"] = nouns(caption)
         if not record["labels"]:
             raise Skip("no nouns")
     text = valid_text(json.dumps(record, ensure_ascii=False))

@@ -39,15 +39,15 @@ class WriterOptions:
     overwrite: bool = _option(False, "Replace a set that was made with other options.", is_flag=True)
 
     def __post_init__(self) -> None:
-        if self.nouns is not None:
-            self.noun_backend()  # an unknown name is an error before anything is read
-        elif self.stop_nouns:
+        # An unknown backend is an error before anything is read.
+        if self.noun_backend() is None and self.stop_nouns:
             raise UserError(
                 "--stop-nouns needs --nouns. Without it training finds the nouns: set nouns.stop=[…] there."
             )
 
-    def noun_backend(self) -> NounBackend:
-        return noun_backend(self.nouns or "hanta", self.stop_nouns.split(","))
+    def noun_backend(self) -> NounBackend | None:
+        """The backend of --nouns; None if no nouns are stored."""
+        return None if self.nouns is None else noun_backend(self.nouns, self.stop_nouns.split(","))
 
     def made_by(self) -> dict[str, Any]:
         """The options that change what is written."""

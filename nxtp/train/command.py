@@ -26,6 +26,7 @@ from nxtp.data.features.store import FeatureStore
 from nxtp.data.labels.from_samples import label_counts, warn_if_nouns_differ
 from nxtp.data.mixture import OpenedSet, open_set
 from nxtp.data.shards.manifest import manifest_hash
+from nxtp.data.shards.urls import directory_of
 from nxtp.data.transforms import ImageTransform
 from nxtp.distributed.checkpoints import BackgroundCheckpoints
 from nxtp.distributed.fsdp2 import FSDP2Strategy
@@ -330,11 +331,11 @@ def describe_data(data: WebDatasetDataModule) -> dict[str, Any]:
         parts = {
             key: {
                 "shards": f"{shards!s:.2000}",  # thousands of names are no part of a model directory
-                "manifest": manifest_hash(Path(shards)) if isinstance(shards, str) and Path(shards).is_dir() else None,
+                "manifest": manifest_hash(directory) if (directory := directory_of(shards)) else None,
             }
             for key, shards in sources.items()
         }
-        opened = data.open(name, spec)
+        opened = data.open(name, spec, whole=name != "train")
         described[name] = {
             **parts.get("", {"sources": parts}),
             "samples": len(opened),

@@ -433,7 +433,7 @@ def test_labels_are_what_the_samples_say(tmp_path):
     assert sorted(texts) == ["leaf", "lemon", "ocean", "rose", "stone"]
 
 
-def test_another_noun_backend_than_the_trainings_is_logged(tmp_path, caplog):
+def test_another_noun_backend_than_the_trainings_is_logged(tmp_path, caplog, monkeypatch):
     shards = write_shards(tmp_path / "s", [2])
     manifest = json.loads((shards / "manifest.json").read_text())
     with caplog.at_level(logging.WARNING, "nxtp"):
@@ -444,7 +444,10 @@ def test_another_noun_backend_than_the_trainings_is_logged(tmp_path, caplog):
         warn_if_nouns_differ("val", str(shards), "hanta", "nltk")
         (shards / "manifest.json").write_text(json.dumps(manifest | {"nouns": {"backend": "nltk", "version": "1"}}))
         warn_if_nouns_differ("other", str(shards), "hanta", "hanta")
-    assert [record.getMessage().split(":")[0] for record in caplog.records] == ["Set 'val'", "Set 'other'"]
+        monkeypatch.setenv("HOME", str(tmp_path))
+        warn_if_nouns_differ("home", "~/s", "hanta", "hanta")
+    names = [record.getMessage().split(":")[0] for record in caplog.records]
+    assert names == ["Set 'val'", "Set 'other'", "Set 'home'"]
     assert "'nltk'" in caplog.records[1].getMessage()
 
 

@@ -204,13 +204,14 @@ def test_a_validation_set_has_another_name_than_the_training_set(tmp_path):
     assert "nothing found at 'b'" in done.stderr, "no validation sets is no error"
 
 
-def test_an_unfinished_copy_is_not_taken_for_the_set(tmp_path, bucket):
+def test_an_unfinished_copy_is_not_taken_for_the_set(tmp_path, bucket, monkeypatch):
     """Its manifest lists all shards: before, a mixture trained on those that had come, without a word."""
     write_shards(tmp_path / "a", [4, 4, 4])
     (tmp_path / "a" / "part-00001.tar").unlink()
     for path in (tmp_path / "a").iterdir():
         bucket.pipe_file(f"/bucket/a/{path.name}", path.read_bytes())
-    for place in (f"{tmp_path}/a/", "memory://bucket/a"):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for place in (f"{tmp_path}/a/", "~/a", f"file://{tmp_path}/a", "memory://bucket/a"):
         config = DataConfig(cache_dir=str(tmp_path / "cache"))
         errors = on_ranks(2, lambda ranks, place=place, config=config: open_set("train", {"x": place}, config, ranks))
         assert errors == [errors[0]] * 2

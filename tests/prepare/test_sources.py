@@ -86,6 +86,7 @@ def test_coco(coco, tmp_path):
 
     stopped = ("coco", coco, "--out", tmp_path / "stop", "--splits", "val", "--stop-nouns", "number, Sofa")
     assert "--stop-nouns needs --nouns" in run(*stopped, fails=True)
+    assert "No noun backend ''" in run(*stopped, "--nouns", "", fails=True), "an unset shell variable"
     run(*stopped, "--nouns", "hanta")
     assert samples(tmp_path / "stop" / "val")["000000000139"]["labels"] == ["dog"]
     assert read_manifest(tmp_path / "stop" / "val")["nouns"]["stop"] == "number, Sofa"
@@ -511,9 +512,12 @@ def test_imagenet_validation_with_each_kind_of_truth(tmp_path):
         run("imagenet", tmp_path / "val.tar", "--truth", tmp_path / truth, "--out", out)
         assert {int(k[-1]): r["wnid"] for k, r in json_of(out).items()} == dict(enumerate(wnids, start=1)), truth
     assert "add --truth" in run("imagenet", tmp_path / "val.tar", "--out", tmp_path / "x", fails=True)
-    assert "does not contain the classes" in run(
-        "imagenet", tmp_path / "val.tar", "--truth", DATA / "concepts.csv", "--out", tmp_path / "x", fails=True
-    )
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "short.csv").write_text("ImageId,PredictionString\nILSVRC2012_val_00000001,\n")
+    (tmp_path / "half.tar.gz").write_bytes((tmp_path / "ILSVRC2012_devkit_t12.tar.gz").read_bytes()[:-200])
+    for truth in (DATA / "concepts.csv", tmp_path / "empty", tmp_path / "short.csv", tmp_path / "half.tar.gz"):
+        message = run("imagenet", tmp_path / "val.tar", "--truth", truth, "--out", tmp_path / "x", fails=True)
+        assert "does not contain the classes" in message, truth
 
 
 def test_imagenet_variants(tmp_path, class_folders):
@@ -579,7 +583,8 @@ def test_imagenet_names():
     assert [c.index for c in classes] == list(range(1000))
     assert by_wnid()["n02510455"].labels("clip") == ["giant panda"]
     assert all(c.synonyms for c in classes)
-    assert len({c.clip_name for c in classes}) == 998  # CLIP's authors call two classes "missile" and two "sunglasses"
+    names = {c.labels("clip")[0] for c in classes}
+    assert len(names) == 998  # CLIP's authors call two classes "missile" and two "sunglasses"
     assert len(subset("imagenet_a")) == len(subset("imagenet_r")) == 200
     assert len(real_labels()) == 50_000
     with pytest.raises(UserError, match="Did you mean 'synonyms'"):

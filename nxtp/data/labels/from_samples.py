@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections import Counter
 from typing import Any
 
@@ -12,6 +11,7 @@ from nxtp.data.labels.cleaning import clean_labels
 from nxtp.data.labels.nouns import NounBackend, noun_backend
 from nxtp.data.shards.manifest import read_manifest
 from nxtp.data.shards.reader import IndexedShards, RawSample, SampleError
+from nxtp.data.shards.urls import directory_of
 from nxtp.errors import UserError, by_kind, counted
 
 log = logging.getLogger("nxtp")
@@ -23,8 +23,8 @@ def warn_if_nouns_differ(name: str, spec: Any, nouns: str, trained: str | None) 
     A set's backend is the one that the manifest of its shards, ``spec``, names, else ``nouns``.
     """
     for source in named_sources(spec).values():
-        is_directory = isinstance(source.shards, str | os.PathLike) and os.path.isdir(source.shards)
-        manifest = read_manifest(source.shards) if is_directory else None
+        directory = directory_of(source.shards)
+        manifest = read_manifest(directory) if directory else None
         here = ((manifest or {}).get("nouns") or {}).get("backend", nouns)
         if trained is not None and here != trained:
             log.warning("Set '%s': noun backend '%s'; the model was trained with '%s'.", name, here, trained)

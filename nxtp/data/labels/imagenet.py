@@ -22,22 +22,19 @@ class ImageNetClass:
     wnid: str
     synonyms: tuple[str, ...]
 
-    @property
-    def clip_name(self) -> str:
-        """The name that CLIP's authors chose; two pairs of classes share theirs."""
-        from open_clip import IMAGENET_CLASSNAMES  # seconds to import, and seldom needed
-
-        return IMAGENET_CLASSNAMES[self.index]
-
     def labels(self, names: str = "synonyms") -> list[str]:
-        """The class as label texts: all ``synonyms``, the ``first`` of them, or the ``clip`` name.
+        """The class as label texts: all ``synonyms``, the ``first`` of them, or CLIP's name for it (``clip``).
+
+        Two pairs of classes share their ``clip`` name.
 
         Raises:
             UserError: another value of ``names``.
         """
         one_of("names", names, NAMES)
         if names == "clip":
-            return [self.clip_name]
+            from open_clip import IMAGENET_CLASSNAMES  # seconds to import, and seldom needed
+
+            return [IMAGENET_CLASSNAMES[self.index]]
         return list(self.synonyms) if names == "synonyms" else [self.synonyms[0]]
 
 

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import io
-from typing import Any
 
 from nxtp.data.shards.cache import RemoteCache
-from nxtp.data.shards.remote import read_file
-from nxtp.data.shards.urls import is_remote, local_path
+from nxtp.data.shards.counts import read_content
 from nxtp.errors import UserError, some_of
 
 
@@ -22,11 +20,9 @@ def read_captions(shard: str, column: str, cache: RemoteCache | None) -> dict[st
     from pyarrow.parquet import ParquetFile
 
     url = f"{shard.removesuffix('.tar')}.parquet"
-    source: Any = local_path(url)
-    if is_remote(url) and cache is not None:
-        source = io.BytesIO(read_file(url, cache.pace, cache.retries))
+    content = io.BytesIO(read_content(url, cache))
     try:
-        with ParquetFile(source) as file:
+        with ParquetFile(content) as file:
             missing = {"key", column} - set(file.schema_arrow.names)
             if missing:
                 found = some_of(file.schema_arrow.names)

@@ -19,7 +19,7 @@ from nxtp.data.shards.cache import RemoteCache
 from nxtp.data.shards.manifest import MANIFEST
 from nxtp.data.shards.remote import ForwardFile, RemoteError, read_file
 from nxtp.data.shards.tar_index import IndexStore, ShardIndex, index_shard, stamp_of
-from nxtp.data.shards.urls import is_remote, local_path
+from nxtp.data.shards.urls import directory_of, is_remote, local_path
 from nxtp.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -64,9 +64,11 @@ def listed_counts(urls: Sequence[str], cache: RemoteCache | None) -> dict[str, i
 
 
 def missing_shards(spec: Any, urls: Sequence[str], cache: RemoteCache | None) -> list[str]:
-    """Names that the manifest of a directory lists, if ``spec`` is one, and that are not among ``urls``: of a copy that
-    is not finished."""
-    directory = spec.rstrip("/") if isinstance(spec, str) else None
+    """Shards that the manifest of the directory ``spec`` lists and ``urls`` lack, as in an unfinished copy.
+
+    Empty if ``spec`` is not a directory.
+    """
+    directory = str(directory_of(spec) or spec).rstrip("/")
     if {url.rpartition("/")[0] for url in urls} == {directory}:
         with suppress(KeyError, TypeError):
             rows = read_json(f"{directory}/{MANIFEST}", cache)["shards"]

@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from braceexpand import braceexpand
 
@@ -46,12 +47,12 @@ def expand_shards(spec: str | os.PathLike | Sequence[str | os.PathLike]) -> list
 
 
 def _expand_one(spec: str) -> list[str]:
-    path = os.path.expanduser(local_path(spec))
-    if os.path.isdir(path):
-        found = sorted(glob.glob(os.path.join(glob.escape(path), "*.tar")))
+    if directory := directory_of(spec):
+        found = sorted(glob.glob(os.path.join(glob.escape(directory), "*.tar")))
         if not found:
-            raise UserError(f"No shards: the directory {spec} contains no *.tar file.{sets_below(path)}")
+            raise UserError(f"No shards: the directory {spec} contains no *.tar file.{sets_below(directory)}")
         return found
+    path = os.path.expanduser(local_path(spec))
     if os.path.exists(path):
         return [path]
     try:
@@ -93,6 +94,12 @@ def _expand_remote(url: str) -> list[str]:
         advice = advice or (" There is nothing at all: check the names of bucket and directory." if not entries else "")
         raise UserError(f"No shards: no *.tar file found at {url}.{advice}")
     return found
+
+
+def directory_of(spec: Any) -> str | None:
+    """The path of the local directory that ``spec`` names; None if it is anything else."""
+    path = os.path.expanduser(local_path(os.fspath(spec))) if isinstance(spec, str | os.PathLike) else ""
+    return path if os.path.isdir(path) else None
 
 
 def sets_below(directory: Path | str) -> str:
