@@ -94,7 +94,8 @@ class LabelAPI(litserve.LitAPI):
     def encode_response(self, output):
         if isinstance(output, Refused):
             return JSONResponse({"error": output}, status_code=422)
-        return {"labels": [{"label": label, "probability": probability} for label, probability in output]}
+        # Plain strings: the process that answers would import torch to unpickle a PredictedLabel.
+        return {"labels": [{"label": str(label), "probability": probability} for label, probability in output]}
 
     def _labels(self, inputs: Sequence["Input"]) -> "list[Labels | Refused]":
         """One forward pass per top_k: the labels of a smaller one are not always the first of a larger one."""

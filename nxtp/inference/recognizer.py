@@ -22,7 +22,7 @@ from nxtp.model.attention_maps import label_attention, label_relevance, patch_at
 from nxtp.sampling.autoregressive import AutoregressiveConfig
 from nxtp.sampling.clip import ClipSimilarity
 from nxtp.sampling.closed_vocabulary import Classes, Vocabulary, class_log_probs
-from nxtp.sampling.ranking import Labels, RankingConfig, cut, rank, ranking_config, threshold_of
+from nxtp.sampling.ranking import Labels, PredictedLabel, RankingConfig, cut, rank, ranking_config, threshold_of
 from nxtp.sampling.samplers import SamplerConfig, sample, sampler_config, settings_of
 
 log = logging.getLogger("nxtp")
@@ -247,7 +247,8 @@ class Recognizer(Pretrained):
         """Attention of a label's tokens to the image: float32 [blocks, heads, tokens, rows, columns].
 
         The weights of each decoder block and head on the grid of image tokens; :func:`average` of
-        nxtp/model/attention_maps.py reduces them to one map. Any label will do, predicted or not.
+        nxtp/model/attention_maps.py reduces them to one map. A label that :meth:`predict` returned is spelled
+        as the model wrote it; any other text is taken as it is.
 
         Raises:
             ImageError: an image that cannot be read.
@@ -264,7 +265,7 @@ class Recognizer(Pretrained):
         return self._of_label(label_relevance, image, label)
 
     def _of_label(self, maps: Callable[..., Tensor], image: ImageLike, label: str) -> Tensor:
-        (ids,) = self.tokenizer.encode_labels([label])
+        (ids,) = self.tokenizer.encode_labels([label.written if isinstance(label, PredictedLabel) else label])
         if not ids:
             raise UserError(f"The label '{label}' has no tokens.")
         where = {"prompt": self.tokenizer.prompt_ids, "delimiter": self.tokenizer.delimiter_id}
