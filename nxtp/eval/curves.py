@@ -93,7 +93,7 @@ def write_curves(curves: Mapping[str, Curve], directory: Path) -> None:
             numbers = np.stack([curve.threshold, curve.precision, curve.recall, curve.f1, curve.labels_per_image], 1)
             chosen = np.unique(np.linspace(0, len(numbers) - 1, POINTS).astype(int)) if len(numbers) else ()
             writer.writerows([name, *(f"{number:.6g}" for number in numbers[i])] for i in chosen)
-    figure, _ = new_figure(6.4, 4.8)
+    figure = new_figure(6.4, 4.8)
     axes = figure.add_subplot()
     for name, curve in curves.items():
         label = f"{name}: average precision {curve.average_precision:.3f}"
@@ -141,7 +141,7 @@ def fit(probabilities: np.ndarray, right: np.ndarray) -> tuple[float, float]:
 
 def save_reliability(samplers: Mapping[str, Calibration], path: Path) -> None:
     """A PNG of a panel per sampler: probability against the share that is right, before and after."""
-    figure, _ = new_figure(4.2 * len(samplers), 4.4)
+    figure = new_figure(4.2 * len(samplers), 4.4)
     for axes, (name, each) in zip(figure.subplots(1, len(samplers), squeeze=False)[0], samplers.items(), strict=True):
         axes.plot([0, 1], [0, 1], color="#999999", lw=1, ls="--")
         for when, colour in (("before", MISS), ("after", HIT)):
