@@ -131,7 +131,7 @@ def rank(
 
 
 def threshold_of(value: str | float | None, ranking: RankingConfig) -> str | float | None:
-    """How many labels to say: those of at least this probability, or "f1": see :func:`cut`. None: all.
+    """A checked threshold for :func:`cut`: a probability, "f1", or None.
 
     Raises:
         UserError: something else, or the ranking gives no probabilities.
@@ -151,13 +151,13 @@ def threshold_of(value: str | float | None, ranking: RankingConfig) -> str | flo
 
 
 def cut(labels: Labels, threshold: str | float | None) -> Labels:
-    """The labels of one image that are said.
+    """The labels of one image that a threshold keeps.
 
     Args:
         labels: with their probabilities, best first.
-        threshold: the lowest probability; or "f1": as many labels as have the highest expected F1, 2·(right among
-            them) / (how many + how many labels the image has), each expectation the sum of probabilities of being
-            right. At least one. It assumes calibrated probabilities (:mod:`nxtp.inference.calibration`).
+        threshold: None keeps all; a number is the lowest probability that is kept; "f1" keeps the first n labels, n ≥ 1
+            with the highest expected F1 = 2·(right labels kept) / (n + labels of the image). Both counts are sums of
+            probabilities, so these must be calibrated (:mod:`nxtp.inference.calibration`).
     """
     if threshold is None or not labels:
         return labels
