@@ -182,7 +182,7 @@ class Recognizer(Pretrained):
             )
         clip = self._clip(order.clip) if order.name == "clip" else None
         decode, limit = self.tokenizer.decode_label, threshold_of(threshold, order)
-        ranked = _numbers(rank(samples, decode, order, top_k, model=self.model, images=images, clip=clip))
+        ranked = _without_nan(rank(samples, decode, order, top_k, model=self.model, images=images, clip=clip))
         if order.name == "prob" and not order.published:
             ranked = self._calibrated(ranked, *settings_of(config))
         return [cut(labels, limit) for labels in ranked]
@@ -199,7 +199,7 @@ class Recognizer(Pretrained):
         best = log_probs_BC.sort(dim=1, descending=True, stable=True)
         names = [each[0] for each in classes.classes]
         rows = zip(best.values[:, :top_k].exp().tolist(), best.indices[:, :top_k].tolist(), strict=True)
-        ranked = _numbers([[(names[c], p) for p, c in zip(*row, strict=True)] for row in rows])
+        ranked = _without_nan([[(names[c], p) for p, c in zip(*row, strict=True)] for row in rows])
         limit = threshold_of(threshold, RankingConfig())
         return [cut(labels, limit) for labels in self._calibrated(ranked, CLASSIFY, {"classes": classes.fingerprint})]
 
@@ -320,8 +320,12 @@ class Recognizer(Pretrained):
         return self._clips[source]
 
 
-def _numbers(labels: list[Labels]) -> list[Labels]:
-    """The labels, or a UserError if a probability is NaN."""
+def _without_nan(labels: list[Labels]) -> list[Labels]:
+    """The labels as they are.
+
+    Raises:
+        UserError: a probability is NaN.
+    """
     if any(math.isnan(probability) for each in labels for _, probability in each):
         raise UserError("The model's probabilities are no numbers (NaN): its weights or settings are damaged.")
     return labels
