@@ -94,7 +94,8 @@ class LabelAPI(litserve.LitAPI):
     def encode_response(self, output):
         if isinstance(output, Refused):
             return JSONResponse({"error": output}, status_code=422)
-        return {"labels": [{"label": label, "probability": probability} for label, probability in output]}
+        # Plain strings: the process that answers would import torch to unpickle a PredictedLabel.
+        return {"labels": [{"label": str(label), "probability": probability} for label, probability in output]}
 
     def _labels(self, inputs: Sequence["Input"]) -> "list[Labels | Refused]":
         """One forward pass per top_k: the labels of a smaller one are not always the first of a larger one."""
@@ -147,7 +148,10 @@ class Server(litserve.LitServer):
         while WorkerSetupStatus.READY not in self.workers_setup_status.values():
             ended = next((each.exitcode for each in self.inference_workers if not each.is_alive()), None)
             if ended is not None:  # after a line of its own, unless it was killed
-                raise SystemExit(1) if ended >= 0 else UserError(_killed(ended))
+                if ended >= 0:
+                    raise SystemExit(1)
+                name = signal.Signals(-ended).name
+                raise UserError(f"The process that loads the model was killed ({name}): is there enough memory?")
             time.sleep(0.05)
 
     def _start_server(self, port: int, *arguments: Any, **options: Any) -> Any:
@@ -186,10 +190,6 @@ def _end_worker(*_: Any) -> None:
     """Libraries delete their temporary files. To free every object takes longer than the 5 s that LitServe waits."""
     atexit._run_exitfuncs()
     os._exit(0)
-
-
-def _killed(code: int) -> str:
-    return f"The process that loads the model was killed ({signal.Signals(-code).name}): is there enough memory?"
 
 
 @click.command()

@@ -319,11 +319,9 @@ def evaluate_set(
                 metric.update(labels, part.labels)
             if cfg.curve:
                 result.hits.update(part.predictions, part.labels)
-            pictures = iter(part.pictures)
             file.writelines(prediction_lines(name, part.keys, part.labels, part.predictions))
-            for truth, ranked in zip(part.labels, part.predictions, strict=True):
-                if len(result.shown) < cfg.grid:
-                    result.shown.append(GridItem(Image.fromarray(next(pictures)), truth, ranked))
+            pictures = map(Image.fromarray, part.pictures[: cfg.grid - len(result.shown)])
+            result.shown += map(GridItem, pictures, part.labels, part.predictions)
             report_skipped(part.examples, result.skipped)
             result.skipped += part.skipped
             result.samples_read += part.samples_read

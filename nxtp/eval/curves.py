@@ -1,4 +1,4 @@
-"""Whether label probabilities are true, and what a threshold on them gives: calibration and precision-recall curves."""
+"""Calibration and precision-recall curves of label probabilities."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class LabelHits:
 
 @dataclass
 class Curve:
-    """Precision and recall over all images, where labels with at least a probability are said; rising recall.
+    """Precision and recall over all images for each threshold on the labels' probabilities, in order of rising recall.
 
     ``average_precision``  Σ (R_i - R_{i-1}) P_i over the thresholds, from the highest down: the area under the curve's
                            steps. Labels that are not among the predictions count as never found, so it depends on k.
@@ -70,10 +70,10 @@ class Curve:
         right = torch.tensor(hits.right, dtype=torch.long)
         scores = torch.tensor(hits.probabilities, dtype=torch.float64)
         precision, recall, thresholds = binary_precision_recall_curve(scores, right)
-        found = recall[:-1].flip(0).numpy() * int(right.sum())  # the last point says nothing
+        found = recall[:-1].flip(0).numpy() * int(right.sum())  # the last point has no threshold
         precision = precision[:-1].flip(0).numpy()
-        said = np.searchsorted(np.sort(-scores.numpy()), -thresholds.flip(0).numpy(), side="right")
-        return cls(thresholds.flip(0).numpy(), precision, found / max(hits.truths, 1), said / max(hits.count, 1))
+        kept = np.searchsorted(np.sort(-scores.numpy()), -thresholds.flip(0).numpy(), side="right")
+        return cls(thresholds.flip(0).numpy(), precision, found / max(hits.truths, 1), kept / max(hits.count, 1))
 
     @property
     def average_precision(self) -> float:
@@ -93,7 +93,7 @@ def write_curves(curves: Mapping[str, Curve], directory: Path) -> None:
             numbers = np.stack([curve.threshold, curve.precision, curve.recall, curve.f1, curve.labels_per_image], 1)
             chosen = np.unique(np.linspace(0, len(numbers) - 1, POINTS).astype(int)) if len(numbers) else ()
             writer.writerows([name, *(f"{number:.6g}" for number in numbers[i])] for i in chosen)
-    figure, _ = new_figure(6.4, 4.8)
+    figure = new_figure(6.4, 4.8)
     axes = figure.add_subplot()
     for name, curve in curves.items():
         label = f"{name}: average precision {curve.average_precision:.3f}"
@@ -101,14 +101,14 @@ def write_curves(curves: Mapping[str, Curve], directory: Path) -> None:
         label += "".join(f", F1 {curve.f1[i]:.2f} at {curve.threshold[i]:.2g}" for i in best)
         axes.step(curve.recall, curve.precision, where="pre", label=label, marker="o", markevery=best)
     axes.set(xlabel="recall", ylabel="precision", xlim=(0, 1.02), ylim=(0, 1.05))
-    axes.set_title("Labels said from a probability on, over all images", fontsize=11)
+    axes.set_title("Labels above a threshold on their probability, over all images", fontsize=11)
     axes.grid(alpha=0.3)
     axes.legend(frameon=False, loc="lower left", fontsize=9)
     save_figure(figure, directory / "curve.png")
 
 
 def reliability(probabilities: np.ndarray, right: np.ndarray, bins: int = BINS) -> list[list[float]]:
-    """Of equally wide bins of probability those that are not empty: mean probability, share that is right, labels."""
+    """[mean probability, share that is right, number of labels] of each non-empty bin; bins are equally wide."""
     index = np.minimum((probabilities * bins).astype(int), bins - 1)
     members = [index == i for i in range(bins)]
     return [[float(probabilities[m].mean()), float(right[m].mean()), int(m.sum())] for m in members if m.any()]
@@ -141,7 +141,7 @@ def fit(probabilities: np.ndarray, right: np.ndarray) -> tuple[float, float]:
 
 def save_reliability(samplers: Mapping[str, Calibration], path: Path) -> None:
     """A PNG of a panel per sampler: probability against the share that is right, before and after."""
-    figure, _ = new_figure(4.2 * len(samplers), 4.4)
+    figure = new_figure(4.2 * len(samplers), 4.4)
     for axes, (name, each) in zip(figure.subplots(1, len(samplers), squeeze=False)[0], samplers.items(), strict=True):
         axes.plot([0, 1], [0, 1], color="#999999", lw=1, ls="--")
         for when, colour in (("before", MISS), ("after", HIT)):

@@ -14,23 +14,23 @@ import numpy as np
 class Hits:
     """Which predictions of N images are right.
 
-    ``hits_NK``   bool, whether each of the first K predictions, best first, is among the image's labels
-    ``truths_N``  int64, how many labels it has, at least 1
-    ``said_N``    int64, how many predictions it has
+    ``hits_NK``      bool, whether each of the first K predictions, best first, is among the image's labels
+    ``truths_N``     int64, how many labels it has, at least 1
+    ``predicted_N``  int64, how many predictions it has
     """
 
     hits_NK: np.ndarray
     truths_N: np.ndarray
-    said_N: np.ndarray
+    predicted_N: np.ndarray
 
     @classmethod
     def of(cls, predictions: Sequence[Sequence[str]], targets: Sequence[Sequence[str]]) -> Hits:
         """Of labels as :func:`nxtp.data.labels.cleaning.distinct` returns them; each image has a target."""
-        said_N = np.array([len(labels) for labels in predictions], dtype=int)
-        hits_NK = np.zeros((len(targets), said_N.max(initial=1)), dtype=bool)
+        predicted_N = np.array([len(labels) for labels in predictions], dtype=int)
+        hits_NK = np.zeros((len(targets), predicted_N.max(initial=1)), dtype=bool)
         for row, labels, truth in zip(hits_NK, predictions, map(set, targets), strict=True):
             row[: len(labels)] = [label in truth for label in labels]
-        return cls(hits_NK, np.array([len(labels) for labels in targets], dtype=int), said_N)
+        return cls(hits_NK, np.array([len(labels) for labels in targets], dtype=int), predicted_N)
 
     def metric(self, name: str) -> np.ndarray | None:
         """Float64 [N]: a metric of each image; None for one that is not exact.
@@ -42,16 +42,20 @@ class Hits:
         kind, _, k = name.partition("@")
         if kind not in ("recall", "precision", "f1", "hit") or not k.isdigit():
             return None
-        found_N, said_N = self.hits_NK[:, : int(k)].sum(axis=1), np.minimum(self.said_N, int(k))
+        found_N, counted_N = self.hits_NK[:, : int(k)].sum(axis=1), np.minimum(self.predicted_N, int(k))
         # F1 = 2PR/(P+R) = 2 hits / (targets + predictions)
-        below = {"recall": self.truths_N, "precision": np.maximum(said_N, 1), "f1": (self.truths_N + said_N) / 2}
+        below = {
+            "recall": self.truths_N,
+            "precision": np.maximum(counted_N, 1),
+            "f1": (self.truths_N + counted_N) / 2,
+        }
         return found_N / below[kind] if kind in below else (found_N > 0).astype(float)
 
     def packed(self) -> str:
         """Base64 of a compressed .npz: about two bytes per image."""
         buffer, hits, width = io.BytesIO(), np.packbits(self.hits_NK, axis=1), np.array(self.hits_NK.shape[1])
-        truths, said = self.truths_N.astype("u2"), self.said_N.astype("u2")
-        np.savez_compressed(buffer, hits=hits, width=width, truths=truths, said=said)
+        truths, predicted = self.truths_N.astype("u2"), self.predicted_N.astype("u2")
+        np.savez_compressed(buffer, hits=hits, width=width, truths=truths, said=predicted)
         return b64encode(buffer.getvalue()).decode()
 
     @classmethod

@@ -173,10 +173,10 @@ class ExactMatch(_Means):
         """B images: predicted labels, best first, and reference labels."""
         _check(predictions, targets, None)
         truths = [distinct(labels) for labels in targets]
-        said = [distinct(labels) for labels, truth in zip(predictions, truths, strict=True) if truth]
-        hits = Hits.of(said, [truth for truth in truths if truth])
+        predicted = [distinct(labels) for labels, truth in zip(predictions, truths, strict=True) if truth]
+        hits = Hits.of(predicted, [truth for truth in truths if truth])
         rows = [row for name in self.names if (row := hits.metric(name)) is not None]
-        self._add(torch.tensor(np.stack(rows).sum(axis=1)), len(said))
+        self._add(torch.tensor(np.stack(rows).sum(axis=1)), len(predicted))
         hashes = [zlib.crc32(label.encode()) % _LABEL_HASHES for truth in truths for label in truth]
         self.seen = self.seen.index_fill(0, torch.tensor(hashes, dtype=torch.long, device=self.seen.device), 1)
 

@@ -65,7 +65,8 @@ def save_grid(
     panels = [1, 1, 1.25] if looks else [1, 1.25]
     columns, side = (1, max(2.05, 0.2 * top)) if looks else (4, 2.05)  # inches of an image
     rows = -(-len(items) // columns)
-    figure, height = new_figure(0.89 * side * sum(panels) * columns, side * rows + 0.75)
+    height = side * rows + 0.75  # margins are fractions of it
+    figure = new_figure(0.89 * side * sum(panels) * columns, height)
     margins = {"left": 0.01, "right": 0.985, "top": 1 - 0.62 / height, "bottom": 0.12 / height}
     grid = figure.add_gridspec(rows, columns, **margins, wspace=0.08, hspace=0.45 / side)
     for index, item in enumerate(items):
@@ -109,7 +110,8 @@ def heat_map(weights: np.ndarray) -> Image.Image:
 def save_attention(path: Path | str | BinaryIO, items: Sequence[AttentionItem]) -> None:
     """A PNG with one row per image: the image, then the image under the attention of each label."""
     columns = 1 + max(len(item.maps) for item in items)
-    figure, height = new_figure(2.1 * columns, 2.35 * len(items) + 0.6)
+    height = 2.35 * len(items) + 0.6
+    figure = new_figure(2.1 * columns, height)
     margins = {"left": 0.01, "right": 0.99, "top": 1 - 0.75 / height, "bottom": 0.05 / height}
     grid = figure.add_gridspec(len(items), columns, **margins, wspace=0.05, hspace=0.2)
     for row, item in enumerate(items):
@@ -125,7 +127,8 @@ def save_contact_sheet(path: Path | str, items: Sequence[SheetItem], *, title: s
     """A PNG of images, each with its key, its caption on two lines, and its labels."""
     columns, rows = 6, max(1, -(-len(items) // 6))
     missing = "no caption" if any(item.caption for item in items) else ""  # sets of classes have none
-    figure, height = new_figure(2.5 * columns, 3.25 * rows + 0.6)
+    height = 3.25 * rows + 0.6
+    figure = new_figure(2.5 * columns, height)
     margins = {"left": 0.01, "right": 0.99, "top": 1 - 0.75 / height, "bottom": 0.85 / height}
     grid = figure.add_gridspec(rows, columns, **margins, wspace=0.08, hspace=0.48)
     for index, item in enumerate(items):
@@ -147,14 +150,14 @@ def save_contact_sheet(path: Path | str, items: Sequence[SheetItem], *, title: s
     save_figure(figure, path)
 
 
-def new_figure(width: float, height: float) -> tuple[Figure, float]:
-    """A figure of so many inches, and its height: margins are fractions of it."""
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure; sizes in inches."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), dpi=100, facecolor="white")
     FigureCanvasAgg(figure)
-    return figure, height
+    return figure
 
 
 def _fitted(figure: Figure, text: str, room: float, font: dict[str, Any]) -> str:

@@ -63,7 +63,7 @@ def write_model_dir(
             "nxtp": nxtp.__version__,
             "model": asdict(config),
             "provenance": provenance,
-            "files": {name: _fingerprint(new / name) for name in FILES},
+            "files": {name: {"bytes": (new / name).stat().st_size, "sha256": sha256_of(new / name)} for name in FILES},
         }
         text = yaml.dump(content, Dumper=_WithoutAliases, sort_keys=False, allow_unicode=True)
         (new / CONFIG).write_text(text)
@@ -155,10 +155,6 @@ def verify(directory: Path, files: Mapping[str, Any]) -> None:
 def _altered(path: Path) -> UserError:
     differs = "is not the file that was saved (size or SHA-256 differ)"
     return UserError(f"'{path}' {differs}: copy or export the model again.")
-
-
-def _fingerprint(path: Path) -> dict[str, Any]:
-    return {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
 
 
 def read_tokenizer(directory: Path, prompt: str) -> LabelTokenizer:

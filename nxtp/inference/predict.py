@@ -201,21 +201,23 @@ def _run(
         if fabric:
             settings |= {"ranks": share[1], "batch_size": batch_size, "images": source.count}
         source = shared_out(source, batch_size, share)
-        writer = PredictionWriter(out, settings, score, overwrite, batch_size, share) if out else None
-        if writer:
-            if writer.count and is_first:
+        writer, done = None, 0
+        if out:
+            writer = PredictionWriter(out, settings, score, overwrite, batch_size, share)
+            done = writer.count
+            if done and is_first:
                 of = "" if source.count is None else f" of {source.count:,}"
-                err.print(f"{writer.partial}: {writer.count:,}{of} images are done", **_PLAIN)
+                err.print(f"{writer.partial}: {done:,}{of} images are done", **_PLAIN)
             source = replace(source, items=writer.remaining(source.items))
         failed = False
-        left = (source.count or 0) - (writer.count if writer else 0)
+        left = (source.count or 0) - done
         in_grid, in_attention = _spread(left, _GRID), _spread(left, _ATTENTION)
         # Whoever writes a name on the pipe and waits for its labels gets them.
         ahead = batch_size if stdin else None
         predictions = stream(source, label, recognizer.transform, batch_size, workers or WORKERS, ahead)
         progress = track(
-            predictions, "Images", total=source.count, completed=writer.count if writer else 0, console=err,
-            transient=True, disable=not (writer and is_first and err.is_terminal),
+            predictions, "Images", total=source.count, completed=done, console=err, transient=True,
+            disable=not (writer and is_first and err.is_terminal),
         )  # fmt: skip
         try:
             for position, prediction in enumerate(progress):

@@ -178,7 +178,7 @@ class Pretrained(  # type: ignore[call-arg]  # the mixin takes these; its types 
             if verify:
                 model_dir.check_sizes(directory, files)
             config = to_dataclass(ModelConfig, content["model"], f"{directory / model_dir.CONFIG}: model")
-            config.encoder = config.encoder.filled({})  # of before: nothing else was possible
+            config.encoder = config.encoder.filled({})  # a directory from before these settings existed
             weights = SafetensorsFiles([directory / model_dir.WEIGHTS])
             rows, stored = fit(config, weights, directory)  # before anything is allocated or a large file is read
             if verify:

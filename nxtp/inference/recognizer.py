@@ -22,7 +22,7 @@ from nxtp.model.attention_maps import label_attention, label_relevance, patch_at
 from nxtp.sampling.autoregressive import AutoregressiveConfig
 from nxtp.sampling.clip import ClipSimilarity
 from nxtp.sampling.closed_vocabulary import Classes, Vocabulary, class_log_probs
-from nxtp.sampling.ranking import Labels, RankingConfig, cut, rank, ranking_config, threshold_of
+from nxtp.sampling.ranking import Labels, PredictedLabel, RankingConfig, cut, rank, ranking_config, threshold_of
 from nxtp.sampling.samplers import SamplerConfig, sample, sampler_config, settings_of
 
 log = logging.getLogger("nxtp")
@@ -182,7 +182,7 @@ class Recognizer(Pretrained):
             )
         clip = self._clip(order.clip) if order.name == "clip" else None
         decode, limit = self.tokenizer.decode_label, threshold_of(threshold, order)
-        ranked = _numbers(rank(samples, decode, order, top_k, model=self.model, images=images, clip=clip))
+        ranked = _without_nan(rank(samples, decode, order, top_k, model=self.model, images=images, clip=clip))
         if order.name == "prob" and not order.published:
             ranked = self._calibrated(ranked, *settings_of(config))
         return [cut(labels, limit) for labels in ranked]
@@ -199,7 +199,7 @@ class Recognizer(Pretrained):
         best = log_probs_BC.sort(dim=1, descending=True, stable=True)
         names = [each[0] for each in classes.classes]
         rows = zip(best.values[:, :top_k].exp().tolist(), best.indices[:, :top_k].tolist(), strict=True)
-        ranked = _numbers([[(names[c], p) for p, c in zip(*row, strict=True)] for row in rows])
+        ranked = _without_nan([[(names[c], p) for p, c in zip(*row, strict=True)] for row in rows])
         limit = threshold_of(threshold, RankingConfig())
         return [cut(labels, limit) for labels in self._calibrated(ranked, CLASSIFY, {"classes": classes.fingerprint})]
 
@@ -247,7 +247,8 @@ class Recognizer(Pretrained):
         """Attention of a label's tokens to the image: float32 [blocks, heads, tokens, rows, columns].
 
         The weights of each decoder block and head on the grid of image tokens; :func:`average` of
-        nxtp/model/attention_maps.py reduces them to one map. Any label will do, predicted or not.
+        nxtp/model/attention_maps.py reduces them to one map. A label that :meth:`predict` returned is spelled
+        as the model wrote it; any other text is taken as it is.
 
         Raises:
             ImageError: an image that cannot be read.
@@ -264,7 +265,7 @@ class Recognizer(Pretrained):
         return self._of_label(label_relevance, image, label)
 
     def _of_label(self, maps: Callable[..., Tensor], image: ImageLike, label: str) -> Tensor:
-        (ids,) = self.tokenizer.encode_labels([label])
+        (ids,) = self.tokenizer.encode_labels([label.written if isinstance(label, PredictedLabel) else label])
         if not ids:
             raise UserError(f"The label '{label}' has no tokens.")
         where = {"prompt": self.tokenizer.prompt_ids, "delimiter": self.tokenizer.delimiter_id}
@@ -319,8 +320,12 @@ class Recognizer(Pretrained):
         return self._clips[source]
 
 
-def _numbers(labels: list[Labels]) -> list[Labels]:
-    """The labels, or a UserError if a probability is NaN."""
+def _without_nan(labels: list[Labels]) -> list[Labels]:
+    """The labels as they are.
+
+    Raises:
+        UserError: a probability is NaN.
+    """
     if any(math.isnan(probability) for each in labels for _, probability in each):
         raise UserError("The model's probabilities are no numbers (NaN): its weights or settings are damaged.")
     return labels

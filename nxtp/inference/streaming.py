@@ -234,7 +234,11 @@ def _shards(specs: list[str], cache_dir: str | None, ranks: Ranks | None) -> Ima
 def _named(images: Iterable[Any]) -> Iterator[ImageItem]:
     """Images as items, named by their path, by the name beside them, or by their number."""
     for number, image in enumerate(images):
-        name, image = image if isinstance(image, tuple) else (image if isinstance(image, str | Path) else number, image)
+        name: Any = number
+        if isinstance(image, tuple):
+            name, image = image
+        elif isinstance(image, str | Path):
+            name = image
         yield ImageItem(str(name), partial(lambda given: given, image))
 
 

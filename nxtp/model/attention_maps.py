@@ -62,9 +62,8 @@ def _attend(
     with torch.no_grad():
         embeddings = model.embed(model.encode(image[None]), layout.tokens_BU, len(prompt))
     embeddings.requires_grad_(torch.is_grad_enabled())
-    return *model.decoder.attention(embeddings, layout.positions_BT, layout.mask(model.config.attention)), count + len(
-        prompt
-    )
+    hidden, weights = model.decoder.attention(embeddings, layout.positions_BT, layout.mask(model.config.attention))
+    return hidden, weights, count + len(prompt)
 
 
 def _on_grid(weights: Sequence[Tensor], begin: int, label: Sequence[int], count: int) -> Tensor:

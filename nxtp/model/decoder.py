@@ -34,9 +34,9 @@ class DecoderConfig:
     """Which language model, and which of its blocks are kept.
 
     ``source``       a local directory or Hub name with weights; null builds from ``config`` with random weights
-    ``config``       fields of the Hugging Face configuration; with a ``source`` they override its own. With a
-                     ``model_type`` they are whole: of the random decoder, which a source replaces, or of the source
-                     that ``_name_or_path`` names, so that nothing is fetched to describe it
+    ``config``       fields of the Hugging Face configuration; with a ``source`` they override its own. Fields with a
+                     ``model_type`` describe a whole decoder: a random one, which a ``source`` replaces, or the
+                     ``source`` itself if ``_name_or_path`` names it, so that its configuration is not fetched
     ``depth``        keep this many blocks (of a random model: its number of blocks); null keeps all
     ``keep``         which: first, last, ends (half from either end), or even (every n/depth-th from the first on)
     ``blocks``       keep exactly these blocks of the source, e.g. [0, 1, 2, 31]; instead of ``depth``

@@ -79,9 +79,8 @@ class EncoderConfig:
 
     def filled(self, found: Mapping[str, Any]) -> EncoderConfig:
         """With ``found``, else the defaults, for every setting of the input that is null."""
-        null = [name for name in DEFAULTS if getattr(self, name) is None]
-        chosen: dict[str, Any] = {name: found.get(name, DEFAULTS[name]) for name in null}
-        lists: dict[str, Any] = {name: list(chosen[name]) for name in ("mean", "std") if name in chosen}
+        chosen = {name: found.get(name, usual) for name, usual in DEFAULTS.items() if getattr(self, name) is None}
+        lists: dict[str, Any] = {name: list(value) for name, value in chosen.items() if isinstance(value, tuple)}
         return replace(self, **chosen | lists)
 
 
@@ -106,20 +105,20 @@ class Encoder(ComputesBuffers):
         unused, idle, self.num_tokens, self.width = _probed[key]
         self.visual = _build_tower(tower, config.depth)
         if config.pretrained is not None and load_pretrained:
-            null: dict[str, Any] = dict.fromkeys(DEFAULTS)
-            usual = replace(config, **null).filled(trained)
-            for name, right in asdict(usual).items():
-                if name in trained and getattr(config, name) != right:
-                    given, where = getattr(config, name), config.pretrained
-                    log.warning("model.encoder.%s is %s; '%s' was trained with %s.", name, given, where, right)
+            usual = EncoderConfig().filled(trained)
+            for name in DEFAULTS:
+                given, right = getattr(config, name), getattr(usual, name)
+                if name in trained and given != right:
+                    message = "model.encoder.%s is %s; '%s' was trained with %s."
+                    log.warning(message, name, given, config.pretrained, right)
             if is_model_dir(config.pretrained):
                 fill_from_model_dir(self.visual, Path(config.pretrained), without=unused)
             else:
-                kept = self.visual.state_dict().keys()
-                weights = (
-                    pretrained_tower(config) if config.name else _timm_weights(config, tower["vision_cfg"])
-                ).items()
-                self.visual.load_state_dict({n: t for n, t in weights if n in kept or config.depth is None})
+                state = pretrained_tower(config) if config.name else _timm_weights(config, tower["vision_cfg"])
+                if config.depth is not None:
+                    kept = self.visual.state_dict()
+                    state = {name: tensor for name, tensor in state.items() if name in kept}
+                self.visual.load_state_dict(state)
         for name in unused:
             owner, _, leaf = name.rpartition(".")
             setattr(self.visual.get_submodule(owner), leaf, None)

@@ -23,7 +23,7 @@ _PLAIN_TYPES = ("null", "bool", "int", "float", "str", "seq", "map")
 
 @contextmanager
 def in_one_line(directory: Path) -> Iterator[None]:
-    """Raise whatever a library says of the directory's contents as a UserError of one line."""
+    """Turn every error that a library raises about the directory's contents into a UserError of one line."""
     try:
         yield
     except BaseException as error:

@@ -32,14 +32,14 @@ def open_weights(path: Path) -> Weights:
     return PickledFile(path)
 
 
-MAPPED_BYTES = 1 << 28  # read of a file before it is mapped anew
+MAPPED_BYTES = 1 << 28  # read from a file before it is mapped again
 
 
 class PickledFile(Weights):
     """Tensors of a PyTorch pickle, at the top or under ``model`` or ``state_dict``.
 
-    ``extra`` has the plain values beside them. The file is memory-mapped anew after :data:`MAPPED_BYTES`, so that no
-    more of its pages stay in memory; one of before PyTorch 1.6 cannot be mapped, and is read at once.
+    ``extra`` has the plain values beside them. The file is memory-mapped again after every :data:`MAPPED_BYTES`, so
+    that no more of its pages stay in memory; a file from before PyTorch 1.6 cannot be mapped and is read at once.
 
     Raises:
         UserError: a file that is missing, truncated, not one of tensors, or that would run code.

@@ -91,7 +91,7 @@ def greedy(
     generator = torch.Generator(logits_BV.device).manual_seed(config.seed)
     process = _penalty_and_temperature(config)
     process += _label_starts(config, delimiter, never_first)
-    warp = LogitsProcessorList()  # top_p first: both limits are those of the whole distribution
+    warp = LogitsProcessorList()  # top_p first: it applies to the whole distribution, as top_k does
     if config.top_p is not None:
         warp.append(TopPLogitsWarper(config.top_p))
     if config.top_k is not None:

@@ -25,6 +25,12 @@ RANKINGS = ("prob", "ppl", "sim_mean", "sim_max", "clip", "none")
 Labels = list[tuple[str, float]]
 
 
+class PredictedLabel(str):
+    """A label's normalised text ("great dane"); ``written`` is the text as the model wrote it ("Great Dane")."""
+
+    written: str
+
+
 @dataclass
 class RankingConfig:
     """How labels are scored and ordered. A label may occur several times, as other tokens of the same text.
@@ -73,7 +79,7 @@ def rank(
     """Samples → for each image at most ``top_k`` labels with their scores, best first.
 
     Occurrences of a label (other tokens, same text after case and spaces are folded) are merged; empty labels are
-    skipped.
+    skipped. Each label is a :class:`PredictedLabel`, ``written`` as its most probable occurrence.
 
     Args:
         decode: token ids of one label → its text.
@@ -83,10 +89,11 @@ def rank(
     Raises:
         ValueError: one of these is missing.
     """
-    texts = [
-        [normalise(decode(ids[:length])) if length else "" for ids, length in zip(*image, strict=True)]
+    written = [
+        [decode(ids[:length]) if length else "" for ids, length in zip(*image, strict=True)]
         for image in zip(samples.tokens_BKL.tolist(), samples.lengths_BK.tolist(), strict=True)
     ]
+    texts = [list(map(normalise, image)) for image in written]
     if config.name == "clip":
         if images is None or clip is None:
             raise ValueError("ranking clip needs images and clip")
@@ -106,12 +113,16 @@ def rank(
         counted_BKL = index_L <= samples.lengths_BK[..., None]
         scores = ((value_BKL * counted_BKL).sum(dim=-1) / counted_BKL.sum(dim=-1)).tolist()
     ranked = []
-    for image_texts, image_scores in zip(texts, scores, strict=True):
-        occurrences: dict[str, list[float]] = {}
-        for text, score in zip(image_texts, image_scores, strict=True):
+    for image in zip(texts, written, samples.label_probs_BK.tolist(), scores, strict=True):
+        occurrences: dict[str, list[tuple[float, str, float]]] = {}
+        for text, spelling, probability, score in zip(*image, strict=True):
             if text:
-                occurrences.setdefault(text, []).append(score)
-        labels = [(text, _merged(values, config, samples.disjoint)) for text, values in occurrences.items()]
+                occurrences.setdefault(text, []).append((probability, spelling, score))
+        labels: Labels = []
+        for text, found in occurrences.items():
+            label = PredictedLabel(text)
+            label.written = max(found)[1]
+            labels.append((label, _merged([score for *_, score in found], config, samples.disjoint)))
         if config.name != "none":
             sign = 1 if config.name == "sim_mean" or (config.name == "ppl" and config.published) else -1
             labels.sort(key=lambda item: (sign * item[1], item[0]))
@@ -120,7 +131,7 @@ def rank(
 
 
 def threshold_of(value: str | float | None, ranking: RankingConfig) -> str | float | None:
-    """How many labels to say: those of at least this probability, or "f1": see :func:`cut`. None: all.
+    """A checked threshold for :func:`cut`: a probability, "f1", or None.
 
     Raises:
         UserError: something else, or the ranking gives no probabilities.
@@ -140,13 +151,13 @@ def threshold_of(value: str | float | None, ranking: RankingConfig) -> str | flo
 
 
 def cut(labels: Labels, threshold: str | float | None) -> Labels:
-    """The labels of one image that are said.
+    """The labels of one image that a threshold keeps.
 
     Args:
         labels: with their probabilities, best first.
-        threshold: the lowest probability; or "f1": as many labels as have the highest expected F1, 2·(right among
-            them) / (how many + how many labels the image has), each expectation the sum of probabilities of being
-            right. At least one. It assumes calibrated probabilities (:mod:`nxtp.inference.calibration`).
+        threshold: None keeps all; a number is the lowest probability that is kept; "f1" keeps the first n labels, n ≥ 1
+            with the highest expected F1 = 2·(right labels kept) / (n + labels of the image). Both counts are sums of
+            probabilities, so these must be calibrated (:mod:`nxtp.inference.calibration`).
     """
     if threshold is None or not labels:
         return labels

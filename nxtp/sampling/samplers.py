@@ -78,8 +78,7 @@ def sample(
     if isinstance(config, GreedyConfig):
         tokens, probs = greedy(model, images, config, **common)
         return split_labels(tokens, probs, delimiter, config.max_tokens)
-    settings = {"max_tokens": config.max_tokens, "temperature": config.temperature}
-    return one_shot(model, images, top_k=top_k, classes=classes, **settings, **common)
+    return one_shot(model, images, top_k=top_k, classes=classes, **asdict(config), **common)
 
 
 def never_first(model: Model, tokenizer: LabelTokenizer) -> Sequence[int]:

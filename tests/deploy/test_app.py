@@ -142,6 +142,9 @@ def test_labels_are_the_models(address, model):
     assert [unescape(part.split('"')[0]) for part in shown.split('data-label="')[1:]] == [
         label for label, _ in expected
     ]
+    assert [unescape(part.split('"')[0]) for part in shown.split('data-written="')[1:]] == [
+        label.written for label, _ in expected
+    ]
     assert " ms." in shown
 
 

@@ -5,15 +5,18 @@ import math
 import numpy as np
 import pytest
 import torch
-from helpers import jpeg, recognizer
+from helpers import ending_recognizer, jpeg, recognizer
 from PIL import Image
 from transformers.models.llama import modeling_llama
 
 from nxtp.errors import UserError
+from nxtp.inference import recognizer as inference
 from nxtp.inference.figures import AttentionItem, overlay, save_attention
 from nxtp.inference.recognizer import Recognizer
 from nxtp.model.attention_maps import average, grid_side
 from nxtp.model.layout import lay_out
+from nxtp.sampling.one_shot import OneShotConfig
+from nxtp.sampling.samplers import sample
 
 
 @torch.no_grad()
@@ -97,6 +100,24 @@ def test_relevance_is_a_weight_times_what_it_does_to_the_labels_probability(monk
             up, down = (log_prob()[0] for nudge["by"] in (0.05, -0.05))
             expected = weights[block][0, head, first + token, column] * (up - down) / 0.1
             torch.testing.assert_close(found[block, head, token, column], expected.clamp(min=0), rtol=0.02, atol=1e-7)
+
+
+def test_a_predicted_label_is_asked_about_as_it_was_written(monkeypatch):
+    """The text that is returned is in lower case."""
+    ours, image = ending_recognizer(), jpeg((200, 40, 60))
+    predicted = ours.predict(image, top_k=5)
+    asked = []
+    monkeypatch.setattr(inference, "label_relevance", lambda model, pixels, label, **_: asked.append(tuple(label)))
+    for label, _ in predicted:
+        ours.relevance(image, label)
+    pixels, tokenizer = ours.transform(image)[None], ours.tokenizer
+    samples = sample(ours.model, pixels, OneShotConfig(), tokenizer=tokenizer, top_k=5)
+    written = [
+        tokenizer.decode_label(ids[:length])
+        for ids, length in zip(samples.tokens_BKL[0].tolist(), samples.lengths_BK[0].tolist(), strict=True)
+    ]
+    assert set(asked) <= set(tokenizer.encode_labels(written)), "some are written twice"
+    assert any(tokenizer.decode_label(ids) != label for ids, (label, _) in zip(asked, predicted, strict=True))
 
 
 def test_an_average_is_of_what_is_named():

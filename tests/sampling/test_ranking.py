@@ -49,6 +49,11 @@ def test_prob_adds_up_and_ppl_takes_the_better_occurrence():
     same(ranked("ppl", MADE), [("cat ant", 0.125**0.5), ("ant", 0.3), ("bee", 0.081**0.5)])
 
 
+def test_a_label_has_the_spelling_of_its_most_probable_occurrence():
+    found = {label: label.written for label, _ in ranked("prob", MADE)}
+    assert found == {"cat ant": " cat ant", "bee": "Bee", "ant": "ant"}
+
+
 def test_probabilities_of_a_label_written_twice_do_not_add_up():
     made = split_labels(torch.tensor([[0, END, 1, END, 0, END]]), torch.full((1, 6), 0.9), END, max_tokens=5)
     same(ranked("prob", made), [("ant", 0.81), ("bee", 0.81)])

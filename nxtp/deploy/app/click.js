@@ -5,5 +5,5 @@ element.addEventListener('click', (event) => {
     each.classList.toggle('chosen', each === row);
     each.setAttribute('aria-pressed', each === row);
   });
-  trigger('click', {label: row.dataset.label});
+  trigger('click', {label: row.dataset.label, written: row.dataset.written});
 });

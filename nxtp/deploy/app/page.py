@@ -21,7 +21,7 @@ from nxtp.inference.figures import overlay
 from nxtp.inference.recognizer import Recognizer
 from nxtp.model.attention_maps import average
 from nxtp.sampling.closed_vocabulary import classes_of_lines
-from nxtp.sampling.ranking import Labels
+from nxtp.sampling.ranking import Labels, PredictedLabel
 
 MAX_LABELS, MAX_CLASSES, MAX_CHARACTERS, MAX_EXAMPLES = 30, 2000, 50_000, 12
 MAX_LABEL = 200  # characters
@@ -64,7 +64,7 @@ class Predictor:
         return _rows(labels, seconds)
 
     def look(self, path: str | None, label: str) -> Image.Image:
-        """The image under the relevance of a label: where it is seen.
+        """The image under the relevance of a label, spelled as the model writes it: where it is seen.
 
         Raises:
             gr.Error: there is no image, or it cannot be read: shown by the page.
@@ -112,9 +112,11 @@ def _rows(labels: Labels, seconds: float) -> str:
     rows = []
     for label, probability in labels:
         text = escape(label)
+        written = escape(label.written) if isinstance(label, PredictedLabel) else text
         value = f"{100 * probability:.1f} %" if probability >= 0.0005 or probability == 0 else f"{probability:.0e}"
         rows.append(
-            f'<button type="button" class="row" data-label="{text}" aria-pressed="false">'
+            f'<button type="button" class="row" data-label="{text}" data-written="{written}" '
+            f'aria-pressed="false">'
             f'<span class="name">{text}</span>'
             f'<span class="track"><span class="bar" style="width:{100 * probability:.2f}%"></span></span>'
             f'<span class="value">{value}</span></button>'
@@ -169,7 +171,8 @@ def make_page(recognizer: Recognizer, examples: Path | None = None) -> gr.Blocks
 
         def show(path: str | None, event: gr.EventData):
             label = str(event.label)
-            return gr.update(value=predictor.look(path, label), label=f"Where “{label}” looks", visible=True)
+            seen = predictor.look(path, str(event.written))
+            return gr.update(value=seen, label=f"Where “{label}” looks", visible=True)
 
         labels.click(show, image, look, **options)
     page.queue(max_size=MAX_WAITING, default_concurrency_limit=1)
