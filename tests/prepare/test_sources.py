@@ -623,7 +623,7 @@ def test_a_negative_seed_is_one_line():
 
 def test_img2dataset_where_nothing_can_be_written(tmp_path, monkeypatch):
     write_shard(tmp_path / "0.tar", [{"__key__": "a", "jpg": b"x"}])
-    monkeypatch.setattr("tempfile.NamedTemporaryFile", failing(PermissionError(13, "Permission denied")))
+    monkeypatch.setattr("nxtp.runs.atomic.open", failing(PermissionError(13, "Permission denied")), raising=False)
     assert "manifest.json cannot be written there (Permission denied)" in run("img2dataset", tmp_path, fails=True)
     monkeypatch.setattr("os.access", lambda path, mode: mode != os.W_OK)
     monkeypatch.setattr("img2dataset.describe_shard", failing(AssertionError("read although it cannot be written")))
