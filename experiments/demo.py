@@ -15,7 +15,7 @@ in {hit:.0%}, and the ten most probable labels contain {recall:.0%} of what is t
   {run}/predictions.png   unseen scenes with their labels
   {run}/attention.png     where each label is seen
 
-Next:
+Next, after `source .venv/bin/activate`:
   nxtp predict photo.jpg --model {run}/model           any image; the model knows 100 concepts, drawn as emoji
   nxtp train -m experiment=demo name=depth model.decoder.depth=1,2,4    a sweep; then: nxtp report runs/depth
   nxtp prepare folder --help                            your own pictures""")

@@ -46,7 +46,7 @@ class Recognizer(Pretrained):
         super().__init__(*args, **kwargs)
         self.pixels = ImageTransform.of(self.model.encoder.config)
         self._clips: dict[str, ClipSimilarity] = {}
-        self._warned = False
+        self._warned = self._warned_uncalibrated = False
 
     def predict(
         self,
@@ -206,7 +206,13 @@ class Recognizer(Pretrained):
     def _calibrated(self, ranked: list[Labels], sampler: str, settings: dict[str, Any]) -> list[Labels]:
         """With calibrated probabilities, if this sampler with these settings has been calibrated."""
         known = self.calibrations.get(sampler)
-        return [known(labels) for labels in ranked] if known and known.settings == settings else ranked
+        if known and known.settings == settings:
+            return [known(labels) for labels in ranked]
+        if self.calibrations and not self._warned_uncalibrated:
+            what = "these classes" if sampler == CLASSIFY else f"the sampler {sampler} with these settings"
+            log.warning("The model's calibration is not for %s: probabilities are the model's own.", what)
+            self._warned_uncalibrated = True
+        return ranked
 
     @torch.inference_mode()
     def embed(

@@ -188,7 +188,7 @@ def test_a_calibration_does_not_go_along_with_other_weights(calibrated, tmp_path
     assert "has no calibration: it was of other weights" in caplog.text
 
 
-def test_classes_are_calibrated_each_vocabulary_for_itself(calibrated):
+def test_classes_are_calibrated_each_vocabulary_for_itself(calibrated, caplog):
     recognizer = Recognizer.from_pretrained(calibrated, device="cpu")
     image = torch.randint(0, 256, (1, 3, 32, 32), dtype=torch.uint8)
     mine, other = (recognizer.prepare_classes(names) for names in (["rose", "lemon"], ["lemon", "rose"]))
@@ -196,6 +196,7 @@ def test_classes_are_calibrated_each_vocabulary_for_itself(calibrated):
     recognizer.calibrations["classify"] = Calibration(2.0, 0.5, {"classes": mine.fingerprint})
     assert recognizer.classify_pixels(image, mine) == [Calibration(2.0, 0.5)(raw[0][0])]
     assert recognizer.classify_pixels(image, other) == raw[1]
+    assert caplog.text.count("The model's calibration is not for these classes") == 1, "once, and nothing of the first"
 
 
 def test_predictions_are_calibrated_where_the_model_directory_says_so(place, calibrated):

@@ -36,7 +36,8 @@ def generated(folder: Path, records: list[rec.Record]) -> tuple[dict[str, str], 
     spec = Spec.read(folder / "report.yaml")
     rows = tables.rows(records, spec)
     if not rows:
-        raise UserError(f"{folder.name}: no finished run and no published value; nothing to show.")
+        sweep = f"{folder.name}/laptop or {folder.name}/full"
+        raise UserError(f"{folder.name}: no finished run of a sweep name={sweep}, and no published value.")
     files = {
         "README.md": _with_table(folder / "README.md", tables.markdown(rows, spec) + comparison.markdown(records, spec))
     }
@@ -50,7 +51,9 @@ def differing(folder: Path, files: dict[str, str]) -> list[str]:
 
 
 def _with_table(readme: Path, table: str) -> str:
-    content = readme.read_text() if readme.is_file() else ""
+    if not readme.is_file():
+        raise UserError(f"'{readme}' is missing: create it with the lines {START} and {END}, for the table.")
+    content = readme.read_text()
     if content.count(START) != 1 or content.count(END) != 1 or content.index(START) > content.index(END):
         raise UserError(f"'{readme}' needs the lines {START} and {END}, once each: the table goes between them.")
     before, _, rest = content.partition(START)
@@ -153,7 +156,8 @@ def report(study: str, runs: Path, check: bool, wandb: str | None, as_json: bool
         click.echo(json.dumps({"study": directory.name, "metrics": spec.metrics, "lines": lines, "changed": changed}))
     elif not check:
         show(rows, spec)
-        click.echo(f"{os.path.relpath(directory)}: {', '.join(files)}")
+        differences = " (with the differences from the baseline)" if spec.baseline else ""
+        click.echo(f"{os.path.relpath(directory)}: {', '.join(files).replace('README.md', f'README.md{differences}')}")
     elif changed:
         click.echo(f"{directory.name}: would differ: {', '.join(changed)}")
     sys.exit(check and bool(changed))
