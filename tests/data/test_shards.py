@@ -849,8 +849,7 @@ def test_the_cache_is_bounded(tmp_path, site):
     shards = IndexedShards([f"{url}/r-{i}.tar" for i in range(6)], cache, IndexStore(tmp_path / "index"))
     for turn in range(2):
         assert [shards.read(i).key[0] for i in range(0, 60, 5)] == [str(i // 10) for i in range(0, 60, 5)], turn
-        kept = list((tmp_path / "cache").glob("*.tar"))
-        assert sum(p.stat().st_size for p in kept) <= 2.5 * size
+        until(lambda: len(list((tmp_path / "cache").glob("*.tar"))) <= 2)  # deleted behind a transfer's last byte
     ahead = shards.prefetch([0, 1])
     for i in (0, 1):
         ahead.reached(i)  # three quarters of this cache are one shard
