@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from PIL import Image
 
 from nxtp.config import instantiated
-from nxtp.errors import UserError
+from nxtp.errors import UserError, one_line
 
 
 class Augmentation:
@@ -43,7 +43,7 @@ class Augmentation:
                 try:
                     image = step(image)
                 except Exception as error:
-                    reason = " ".join(str(error).split())
+                    reason = one_line(error)
                     raise UserError(f"{name} failed on {sample}: {type(error).__name__}: {reason}") from error
                 if not isinstance(image, Image.Image) or image.mode != "RGB":
                     kind = image.mode if isinstance(image, Image.Image) else type(image).__name__

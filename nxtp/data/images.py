@@ -16,7 +16,7 @@ import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile
 
-from nxtp.errors import UserError, printable
+from nxtp.errors import UserError, one_line, printable
 
 MAX_PIXELS = 100_000_000  # of an RGB image: about 1 GB while it is decoded
 _LARGE = 16_000_000  # pixels; such images are decoded one at a time: threads must not multiply their memory
@@ -283,7 +283,7 @@ def _reason(error: Exception) -> str:
         return "too large for the memory"
     if isinstance(error, OSError) and error.strerror:  # from the operating system
         return error.strerror[0].lower() + error.strerror[1:]
-    detail = " ".join(str(error).split()) or type(error).__name__
+    detail = one_line(error) or type(error).__name__
     return f"cannot be decoded ({detail})"
 
 

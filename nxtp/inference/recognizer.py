@@ -22,7 +22,7 @@ from nxtp.model.attention_maps import label_attention, label_relevance, patch_at
 from nxtp.sampling.autoregressive import AutoregressiveConfig
 from nxtp.sampling.clip import ClipSimilarity
 from nxtp.sampling.closed_vocabulary import Classes, Vocabulary, class_log_probs
-from nxtp.sampling.ranking import Labels, PredictedLabel, RankingConfig, cut, rank, ranking_config, threshold_of
+from nxtp.sampling.ranking import Labels, RankingConfig, cut, rank, ranking_config, spelling, threshold_of
 from nxtp.sampling.samplers import SamplerConfig, sample, sampler_config, settings_of
 
 log = logging.getLogger("nxtp")
@@ -46,7 +46,7 @@ class Recognizer(Pretrained):
         super().__init__(*args, **kwargs)
         self.pixels = ImageTransform.of(self.model.encoder.config)
         self._clips: dict[str, ClipSimilarity] = {}
-        self._warned = self._warned_uncalibrated = False
+        self._warned: set[str] = set()
 
     def predict(
         self,
@@ -170,9 +170,8 @@ class Recognizer(Pretrained):
         images = images.to(self.device)
         order, config = ranking_config(ranking), sampler_config(sampler)
         matched = self.provenance.get("objective") == "matched"
-        if isinstance(config, AutoregressiveConfig) and matched and not self._warned:
-            log.warning("Greedy and beam search write text that objective 'matched' does not train; use one_shot.")
-            self._warned = True
+        if isinstance(config, AutoregressiveConfig) and matched:
+            self._warn_once("Greedy and beam search write text that objective 'matched' does not train; use one_shot.")
         samples = sample(self.model, images, config, tokenizer=self.tokenizer, top_k=top_k, classes=classes)
         if samples.complete_B is not None and not samples.complete_B.all():
             log.warning(
@@ -208,11 +207,15 @@ class Recognizer(Pretrained):
         known = self.calibrations.get(sampler)
         if known and known.settings == settings:
             return [known(labels) for labels in ranked]
-        if self.calibrations and not self._warned_uncalibrated:
+        if self.calibrations:
             what = "these classes" if sampler == CLASSIFY else f"the sampler {sampler} with these settings"
-            log.warning("The model's calibration is not for %s: probabilities are the model's own.", what)
-            self._warned_uncalibrated = True
+            self._warn_once(f"The model's calibration is not for {what}: probabilities are the model's own.")
         return ranked
+
+    def _warn_once(self, message: str) -> None:
+        if message not in self._warned:
+            log.warning(message)
+            self._warned.add(message)
 
     @torch.inference_mode()
     def embed(
@@ -271,7 +274,7 @@ class Recognizer(Pretrained):
         return self._of_label(label_relevance, image, label)
 
     def _of_label(self, maps: Callable[..., Tensor], image: ImageLike, label: str) -> Tensor:
-        (ids,) = self.tokenizer.encode_labels([label.written if isinstance(label, PredictedLabel) else label])
+        (ids,) = self.tokenizer.encode_labels([spelling(label)])
         if not ids:
             raise UserError(f"The label '{label}' has no tokens.")
         where = {"prompt": self.tokenizer.prompt_ids, "delimiter": self.tokenizer.delimiter_id}

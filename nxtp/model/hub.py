@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from nxtp.errors import UserError
+from nxtp.errors import UserError, one_line
 
 
 def is_path(source: str | Path) -> bool:
@@ -28,5 +28,5 @@ def require_source(source: str | Path, setting: str) -> None:
 
 def reason(error: BaseException) -> str:
     """The first sentence of a library's error, on one line."""
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = one_line(error) or type(error).__name__
     return text.split(". ")[0][:200].rstrip(".")

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from nxtp.errors import UserError
+from nxtp.errors import UserError, one_line
 from nxtp.model.decoder import DecoderConfig
 from nxtp.model.encoder import EncoderConfig
 from nxtp.model.model import Model, ModelConfig
@@ -86,7 +86,7 @@ class Recording:
         except (KeyError, TypeError, ValueError, IndexError) as error:
             raise UserError(f"'{self.directory / META}' does not describe the model: {error!r}") from error
         except RuntimeError as error:
-            lines = " ".join(str(error).split())
+            lines = one_line(error)
             raise UserError(f"'{self.directory}': parameters and {META} do not fit: {lines}") from error
         for names, what in ((mismatch.missing_keys, "lacks"), (mismatch.unexpected_keys, f"has more than {META}:")):
             if names:

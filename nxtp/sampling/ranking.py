@@ -31,6 +31,11 @@ class PredictedLabel(str):
     written: str
 
 
+def spelling(label: str) -> str:
+    """A label as the model wrote it, if :func:`rank` returned it; any other text as it is."""
+    return label.written if isinstance(label, PredictedLabel) else label
+
+
 @dataclass
 class RankingConfig:
     """How labels are scored and ordered. A label may occur several times, as other tokens of the same text.

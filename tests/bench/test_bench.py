@@ -27,6 +27,7 @@ from nxtp.bench.train import train_table
 from nxtp.data.config import DataConfig
 from nxtp.data.mixture import open_set
 from nxtp.errors import UserError
+from nxtp.inference.pretrained import usable_device
 from nxtp.model.flops import count_parameters, meta_model, peak_memory_bytes
 from nxtp.model.layout import MATCHED
 from nxtp.model.model import Model
@@ -152,6 +153,11 @@ def test_ways_agree_where_only_some_parts_train(photos, monkeypatch):
     assert assert_equal(*results, "step") < TOLERANCE
     assert "gradient of first encoder block" not in results[0]
     assert "gradient of last encoder block" in results[0]
+
+
+def test_without_a_gpu_auto_is_the_cpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert usable_device("auto").type == usable_device("cpu").type == "cpu"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -15,7 +15,7 @@ from collections.abc import Callable, Coroutine, Iterator
 from contextlib import suppress
 from typing import Any
 
-from nxtp.errors import UserError
+from nxtp.errors import UserError, one_line
 
 for driver in ("aiobotocore", "botocore"):
     logging.getLogger(driver).setLevel(logging.WARNING)  # they tell each run where its credentials are from
@@ -88,7 +88,7 @@ def find_files(url: str, *, matching: bool = False) -> list[dict[str, Any]]:
     except FileNotFoundError:
         return []
     except Exception as error:  # each store has errors of its own
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        reason = one_line(error)[:200] or type(error).__name__
         raise UserError(f"{url} cannot be listed: {reason.rstrip('.')}. Check address and credentials.") from error
     before = url.removesuffix("/").removesuffix(path)  # what comes before a path in this store
     return [entry | {"url": before + store._strip_protocol(entry["name"])} for entry in found]
@@ -152,7 +152,7 @@ def received(url: str, start: int, pace: Pace, retries: int) -> Iterator[tuple[i
                 if isinstance(error, RemoteError):
                     raise
                 kind = "stalled shard" if isinstance(error, TimeoutError) else "unreachable shard"
-                reason = "not found" if isinstance(error, FileNotFoundError) else " ".join(str(error).split())
+                reason = "not found" if isinstance(error, FileNotFoundError) else one_line(error)
                 raise RemoteError(kind, reason[:200] or type(error).__name__) from error
             if url.startswith("pipe:"):
                 have = 0

@@ -21,7 +21,7 @@ from nxtp.inference.figures import overlay
 from nxtp.inference.recognizer import Recognizer
 from nxtp.model.attention_maps import average
 from nxtp.sampling.closed_vocabulary import classes_of_lines
-from nxtp.sampling.ranking import Labels, PredictedLabel
+from nxtp.sampling.ranking import Labels, spelling
 
 MAX_LABELS, MAX_CLASSES, MAX_CHARACTERS, MAX_EXAMPLES = 30, 2000, 50_000, 12
 MAX_LABEL = 200  # characters
@@ -112,10 +112,9 @@ def _rows(labels: Labels, seconds: float) -> str:
     rows = []
     for label, probability in labels:
         text = escape(label)
-        written = escape(label.written) if isinstance(label, PredictedLabel) else text
         value = f"{100 * probability:.1f} %" if probability >= 0.0005 or probability == 0 else f"{probability:.0e}"
         rows.append(
-            f'<button type="button" class="row" data-label="{text}" data-written="{written}" '
+            f'<button type="button" class="row" data-label="{text}" data-written="{escape(spelling(label))}" '
             f'aria-pressed="false">'
             f'<span class="name">{text}</span>'
             f'<span class="track"><span class="bar" style="width:{100 * probability:.2f}%"></span></span>'

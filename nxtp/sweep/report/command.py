@@ -156,8 +156,9 @@ def report(study: str, runs: Path, check: bool, wandb: str | None, as_json: bool
         click.echo(json.dumps({"study": directory.name, "metrics": spec.metrics, "lines": lines, "changed": changed}))
     elif not check:
         show(rows, spec)
-        differences = " (with the differences from the baseline)" if spec.baseline else ""
-        click.echo(f"{os.path.relpath(directory)}: {', '.join(files).replace('README.md', f'README.md{differences}')}")
+        click.echo(f"{os.path.relpath(directory)}: {', '.join(files)}")
+        if spec.baseline:
+            click.echo("The differences from the baseline are in README.md.")
     elif changed:
         click.echo(f"{directory.name}: would differ: {', '.join(changed)}")
     sys.exit(check and bool(changed))

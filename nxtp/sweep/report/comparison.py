@@ -148,10 +148,10 @@ def markdown(records: list[Record], spec: Spec) -> str:
     alike = [title for title in differ if title not in spec.baseline]
     for metric in shown:
         for groups in ranked(records, spec, metric):
-            where = "".join(f", {t} {part}" for t, part in zip(alike, only(alike, groups[0][0]), strict=True))
+            shared = "".join(f", {t} {part}" for t, part in zip(alike, only(alike, groups[0][0]), strict=True))
             names = [[" ".join(part or "–" for part in only(compared, arm)) for arm in group] for group in groups]
             places = " > ".join(f"{{{', '.join(group)}}}" if len(group) > 1 else group[0] for group in names)
-            lines.append(f"- {spec.metrics[metric]}{where}: {places}")
+            lines.append(f"- {spec.metrics[metric]}{shared}: {places}")
     return "\n".join([*lines, ""])
 
 
