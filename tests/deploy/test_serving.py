@@ -32,6 +32,7 @@ IMAGES = [jpeg(colour, seed=i) for i, colour in enumerate([*COLOURS.values()] * 
 def place(tmp_path_factory):
     root = tmp_path_factory.mktemp("serving")
     recognizer().save_pretrained(root / "model")
+    (root / "quick.py").write_text(QUICK)
     return root
 
 
@@ -72,7 +73,6 @@ if "SLOW" in os.environ:
 
 
 def start_server(place, model="model", **environment) -> tuple[Command, int]:
-    (place / "quick.py").write_text(QUICK)
     port = free_port()
     options = ("--port", str(port), "--batch-size", "4", "--wait-ms", "300", "--max-mb", "1", "--device", "cpu")
     return start_nxtp("serve", model, *options, cwd=place, NXTP_IMPORT="quick", **environment), port
