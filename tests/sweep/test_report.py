@@ -501,7 +501,10 @@ def arms(study):
 def test_differences_are_paired_and_what_overlaps_is_not_ranked(arms, capsys):
     done = run(arms)
     assert done.exit_code == 0
-    assert done.stdout.endswith("The differences from the baseline are in README.md.\n")
+    shown = done.stdout.split()
+    assert shown.index("Difference") > shown.index("sampler"), "below the table"
+    assert "Δ" in shown
+    assert "{good," in shown
     readme = (arms / "README.md").read_text()
     assert "| sampler | Δ recall@2 (3 seeds, 4 images) | Δ hit@1 (3 seeds, 4 images) |" in readme
     assert "| same | +0.000 [+0.000, +0.000] ≈ | +0.000 [+0.000, +0.000] ≈ |" in readme
@@ -559,6 +562,33 @@ def test_images_of_another_set_are_not_paired(arms):
     readme = (arms / "README.md").read_text()
     assert "Δ recall@2 (3 seeds, 4 images)" in readme
     assert "| bad | -0.458 [-0.458, -0.458] |" in readme, "by seeds, which agree"
+
+
+def test_values_have_the_names_that_the_report_gives_them(arms):
+    for file in (arms.parent.parent / "runs").glob("**/run.json"):
+        record = json.loads(file.read_text())
+        record["config"] |= {"lr": 0.0003, "k": record["config"]["sampler"] == "bad"}
+        file.write_text(json.dumps(record))
+    spec = """
+columns: {k: k, lr: lr, sampler: sampler}
+names: {k: {true: worst, false: usual}, sampler: {good: the best}}
+metrics: {val/hit@1: hit@1}
+baseline: {sampler: the best, k: usual, lr: 3e-4}
+plot: {kind: bar, x: sampler, y: [val/hit@1], where: {lr: 3e-4, k: worst}}
+"""
+    (arms / "report.yaml").write_text(spec)
+    run(arms)
+    readme = (arms / "README.md").read_text()
+    assert "| usual | 0.0003 | the best |" in readme
+    assert "| worst | bad | -0." in readme
+    assert "- hit@1: {usual same, usual the best, worst bad}" in readme
+    assert "the best" in (arms / "results.csv").read_text()
+    drawn = (arms / "plot.svg").read_text()
+    assert ">bad<" in drawn
+    assert ">same<" not in drawn
+    (arms / "report.yaml").write_text(spec.replace("sampler: {good", "samplr: {good"))
+    with pytest.raises(UserError, match=r"names: unknown 'samplr'\. Did you mean 'sampler'"):
+        Spec.read(arms / "report.yaml")
 
 
 def test_a_baseline_must_be_a_column(arms):

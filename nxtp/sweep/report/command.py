@@ -27,8 +27,8 @@ def drawn(rows: list[tables.Row], spec: Spec) -> dict[str, str]:
     return {"results.csv": content} | ({"plot.svg": picture} if picture else {})
 
 
-def generated(folder: Path, records: list[rec.Record]) -> tuple[dict[str, str], list[tables.Row], Spec]:
-    """The generated files of a study by name, from its records alone, with the rows and the specification.
+def generated(folder: Path, records: list[rec.Record]) -> tuple[dict[str, str], list[tables.Row], Spec, str]:
+    """The generated files of a study by name, from its records alone; the rows, the specification and the differences.
 
     Raises:
         UserError: report.yaml is wrong, README.md lacks the markers, or there is neither record nor published value.
@@ -38,11 +38,10 @@ def generated(folder: Path, records: list[rec.Record]) -> tuple[dict[str, str], 
     if not rows:
         sweep = f"{folder.name}/laptop or {folder.name}/full"
         raise UserError(f"{folder.name}: no finished run of a sweep name={sweep}, and no published value.")
-    files = {
-        "README.md": _with_table(folder / "README.md", tables.markdown(rows, spec) + comparison.markdown(records, spec))
-    }
+    differences = comparison.markdown(records, spec)
+    files = {"README.md": _with_table(folder / "README.md", tables.markdown(rows, spec) + differences)}
     files |= {"records.jsonl": rec.as_lines(records)} if records else {}
-    return files | drawn(rows, spec), rows, spec
+    return files | drawn(rows, spec), rows, spec, differences
 
 
 def differing(folder: Path, files: dict[str, str]) -> list[str]:
@@ -88,9 +87,10 @@ def differing_settings(records: list[rec.Record]) -> Spec:
     return Spec({k: k for k in differ}, metrics, plot=Plot(x, y, "line" if numeric else "bar", lines))
 
 
-def show(rows: list[tables.Row], spec: Spec) -> None:
+def show(rows: list[tables.Row], spec: Spec, differences: str) -> None:
     from rich import box
     from rich.console import Console
+    from rich.markdown import Markdown
     from rich.table import Table
 
     header, body, start = tables.cells(rows, spec)
@@ -99,7 +99,10 @@ def show(rows: list[tables.Row], spec: Spec) -> None:
         table.add_column(title, justify="left" if i < start else "right", overflow="fold")
     for row in body:
         table.add_row(*row)
-    Console().print(table)
+    console = Console()
+    console.print(table)
+    if differences:
+        console.print(Markdown(differences))
 
 
 def find(study: str) -> Path | None:
@@ -138,7 +141,7 @@ def report(study: str, runs: Path, check: bool, wandb: str | None, as_json: bool
             raise UserError(f"'{study}' contains no finished run; nothing to show.")
         spec = differing_settings(records)
         rows = tables.rows(records, spec)
-        files = drawn(rows, spec)
+        files, differences = drawn(rows, spec), ""
     else:
         directory = folder
         sweeps = [f.stem for f in folder.glob("*.yaml") if f.stem not in NOT_A_SWEEP] or ["laptop", "full"]
@@ -147,7 +150,7 @@ def report(study: str, runs: Path, check: bool, wandb: str | None, as_json: bool
         records = rec.merge(old, rec.of_study(new, folder.name))
         if not records:
             rec.note(f"{folder.name}: no finished run")
-        files, rows, spec = generated(folder, records)
+        files, rows, spec, differences = generated(folder, records)
     changed = differing(directory, files)
     for name in changed if not check else ():
         (directory / name).write_bytes(files[name].encode())
@@ -155,10 +158,8 @@ def report(study: str, runs: Path, check: bool, wandb: str | None, as_json: bool
         lines = [asdict(line) for line in tables.lines(rows, spec)]
         click.echo(json.dumps({"study": directory.name, "metrics": spec.metrics, "lines": lines, "changed": changed}))
     elif not check:
-        show(rows, spec)
+        show(rows, spec, differences)
         click.echo(f"{os.path.relpath(directory)}: {', '.join(files)}")
-        if spec.baseline:
-            click.echo("The differences from the baseline are in README.md.")
     elif changed:
         click.echo(f"{directory.name}: would differ: {', '.join(changed)}")
     sys.exit(check and bool(changed))

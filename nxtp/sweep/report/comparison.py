@@ -11,7 +11,7 @@ from nxtp.errors import counted
 from nxtp.eval.hits import Hits
 from nxtp.sweep.report.records import Record, note
 from nxtp.sweep.report.spec import Spec
-from nxtp.sweep.report.tables import as_markdown, is_time, measured, order, settings, size, text
+from nxtp.sweep.report.tables import as_markdown, columns, is_time, measured, order, settings, size, text
 
 RESAMPLES = 2_000
 # Student's t at 97.5 % for 1, 2, … degrees of freedom, over the normal distribution's 1.96: 3 seeds know little
@@ -50,7 +50,7 @@ def arms(records: list[Record], spec: Spec) -> Runs:
     found: dict[Arm, dict[Arm, Record]] = {}
     for record in records:
         known = settings(record)
-        arm = (size(record), *(text(known.get(key)) for key in spec.columns.values()))
+        arm = (size(record), *columns(record, spec).values())
         found.setdefault(arm, {})[tuple(text(known.get(key)) for key in spec.over)] = record
     return dict(sorted(found.items(), key=lambda item: [order(part) for part in item[0]]))
 
@@ -83,8 +83,8 @@ def differences(
     """
     runs, found = arms(records, spec), []
     for arm, of in runs.items():
-        columns = dict(zip(spec.columns, arm[1:], strict=True)) | {c: text(v) for c, v in spec.baseline.items()}
-        base = (arm[0], *columns.values())
+        shown = dict(zip(spec.columns, arm[1:], strict=True)) | {c: text(v) for c, v in spec.baseline.items()}
+        base = (arm[0], *shown.values())
         if base == arm or base not in runs:
             continue
         row = {}

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from omegaconf import OmegaConf
 
 from nxtp.config import to_dataclass
 from nxtp.errors import UserError, nearest, one_line
@@ -39,12 +40,13 @@ class Published:
 @dataclass
 class Spec:
     """``columns`` title → configuration key; ``over`` keys averaged over; ``metrics`` metric → title; ``baseline``
-    column → value of the arms that others are compared with."""
+    column → value of the arms that others are compared with; ``names`` column → value → what is shown for it."""
 
     columns: dict[str, str] = field(default_factory=dict)
     metrics: dict[str, str] = field(default_factory=dict)
     over: list[str] = field(default_factory=lambda: ["seed"])
     baseline: dict[str, Any] = field(default_factory=dict)
+    names: dict[str, dict[Any, str]] = field(default_factory=dict)
     paper: list[Published] = field(default_factory=list)
     plot: Plot | None = None
 
@@ -55,7 +57,7 @@ class Spec:
             UserError: no such file, no YAML, a key that is unknown or missing, a name that is no column or metric.
         """
         try:
-            content = yaml.safe_load(path.read_text())
+            content: Any = OmegaConf.to_container(OmegaConf.load(path))  # 3e-4 is a number, as in the configuration
         except FileNotFoundError:
             raise UserError(f"'{path}' is missing: it specifies what the report shows (docs/studies.md).") from None
         except yaml.YAMLError as error:
@@ -64,6 +66,7 @@ class Spec:
             raise UserError(f"'{path}' must be a mapping, got '{content}'.")
         spec = to_dataclass(cls, content, f"{path}: ")
         _require(spec.baseline, spec.columns, f"{path}, baseline")
+        _require(spec.names, spec.columns, f"{path}, names")
         for paper in spec.paper:
             _require([paper.metric], spec.metrics, f"{path}, paper")
             _require(paper.where, [*spec.columns, "size"], f"{path}, paper, where")

@@ -103,6 +103,14 @@ def text(value: Any) -> str:
     return "" if value is None else str(value)
 
 
+def columns(record: Record, spec: Spec) -> dict[str, str]:
+    """Column → its value, as report.yaml names it."""
+    known = settings(record)
+    found = {title: text(known.get(key)) for title, key in spec.columns.items()}
+    names = {title: {text(value): name for value, name in each.items()} for title, each in spec.names.items()}
+    return {title: names.get(title, {}).get(value, value) for title, value in found.items()}
+
+
 def rows(records: list[Record], spec: Spec) -> list[Row]:
     """All of results.csv. A time that was measured beside other work is blank."""
     table = []
@@ -110,8 +118,7 @@ def rows(records: list[Record], spec: Spec) -> list[Row]:
         known = settings(record)
         values = {k: v for k, v in measured(record).items() if not (beside and is_time(k))}
         row = {"size": size(record), "sweep": text(record.get("sweep")), "run": record["name"]}
-        row |= {title: text(known.get(k)) for title, k in spec.columns.items()}
-        row |= {k: text(known.get(k)) for k in spec.over}
+        row |= columns(record, spec) | {k: text(known.get(k)) for k in spec.over}
         table.append(row | {k: text(v) for k, v in values.items()})
     for name in REFERENCES:
         table += [{"size": name} | row for row in _references(records, spec, name)]
@@ -129,17 +136,17 @@ def _references(records: list[Record], spec: Spec, name: str) -> list[Row]:
         values = {f"{where}/{metric}": v for where, kept in hits for metric, v in kept.get(name, {}).items()}
         if not values:
             continue
-        columns = {title: text(settings(record).get(key)) for title, key in spec.columns.items()}
+        shown = columns(record, spec)
         for known, of in found:
             if all(math.isclose(known.get(metric, v), v, rel_tol=0.05) for metric, v in values.items()):
                 known.update(values | known)
-                of.append(columns)
+                of.append(shown)
                 break
         else:
-            found.append((values, [columns]))
+            found.append((values, [shown]))
     rows = []
     for values, of in found:
-        texts = {title: {columns[title] for columns in of} for title in spec.columns if len(found) > 1}
+        texts = {title: {shown[title] for shown in of} for title in spec.columns if len(found) > 1}
         where = {title: next(iter(each)) for title, each in texts.items() if len(each) == 1}
         rows.append(where | {metric: text(v) for metric, v in values.items()})
     return rows
