@@ -17,6 +17,7 @@ score the same names, a line each in NAMES.
 from __future__ import annotations
 
 import math
+import time
 from pathlib import Path
 
 import click
@@ -185,13 +186,16 @@ def train(cfg: DictConfig, config: dict, names: list[str], out: Path) -> Baselin
     record = RunRecord(out.name, config, [], cfg.seed, sweep=cfg.name)
     record.parameters = {"model": sum(p.numel() for p in module.parameters())}
     trainer = instantiate(cfg.trainer, logger=False, enable_checkpointing=False, limit_val_batches=0)
+    start = time.perf_counter()
     trainer.fit(module, data)
+    seconds = time.perf_counter() - start
     record.step = record.steps = trainer.global_step
     record.samples_seen, record.status = trainer.global_step * data.config.batch_size, "finished"
     out.mkdir(parents=True, exist_ok=True)
     trainer = instantiate(cfg.trainer, logger=False, callbacks=[WritePredictions(out / PREDICTIONS_FILE)])
     trainer.validate(module, data, verbose=False)
     record.metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    record.metrics["train/images_per_s"] = record.samples_seen / seconds
     record.write(out)
     shown = {name: round(value, 3) for name, value in record.metrics.items()}
     click.echo(f"{out}: {record.step} steps in {record.wall_time_s:.0f} s, {shown}")
