@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import io
 import math
-from typing import TYPE_CHECKING
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
 
 from nxtp.sweep.report.spec import Plot, Spec
 from nxtp.sweep.report.tables import REFERENCES, Line, Row, lines, number, order, text
@@ -67,16 +68,21 @@ def _panel(axes: Axes, drawn: list[Line], metric: str, spec: Spec, plot: Plot) -
     groups = sorted({tuple(line.columns[c] for c in apart) for line in drawn}, key=_order)  # as in the other panels
     bars = [bar for bar in series if bar[1] != "paper"]
     several = len({size for _, size in bars}) > 1
-    width = 0.8 / max(1, len(bars))
-    offset = {bar: (i - (len(bars) - 1) / 2) * width if plot.kind == "bar" else 0.0 for i, bar in enumerate(bars)}
+    beside = {x: [bar for bar in bars if any(point[0] == x for point in series[bar])] for x in xs}
+    width = 0.8 / max(1, *map(len, beside.values()))
+
+    def offset(x: str, group: Group, size: str) -> float:
+        """Of a bar from its x; a published value is in the middle of its group's bars."""
+        places = [i for i, bar in enumerate(beside[x]) if bar[0] == group and size in ("paper", bar[1])]
+        return (fmean(places) - (len(beside[x]) - 1) / 2) * width if places and plot.kind == "bar" else 0.0
+
     for (group, size), points in series.items():
         cycle, index = divmod(groups.index(group), len(PALETTE))
         colour, marker = PALETTE[index], MARKERS[(cycle + index) % len(MARKERS)]
         of = ", ".join(f"{c}: {v}" for c, v in zip(apart, group, strict=True) if v)
         label = ", ".join(filter(None, (of, size if several or size == "paper" or not of else "")))
         weak = several and size == "laptop"
-        same = [offset[bar] for bar in bars if bar[0] == group and size in ("paper", bar[1])]
-        at = [position[x] + (sum(same) / len(same) if same else 0.0) for x, *_ in points]
+        at = [position[x] + offset(x, group, size) for x, *_ in points]
         means, spreads = [p[1] for p in points], [p[2] for p in points]
         if size == "paper":
             axes.plot(at, means, marker, ms=9, mfc="none", mec=colour, mew=1.6, label=label, zorder=3)
@@ -87,9 +93,9 @@ def _panel(axes: Axes, drawn: list[Line], metric: str, spec: Spec, plot: Plot) -
             form = marker + ("--" if weak else "-")
             axes.errorbar(at, means, yerr=spreads, fmt=form, ms=6, capsize=3, color=colour, label=label)
     if not numeric:
-        axes.set_xticks(range(len(xs)), xs)
-        if sum(map(len, xs)) > 45:  # characters of a panel's width: they would lie on one another
-            axes.tick_params("x", rotation=40)
+        long = sum(map(len, xs)) > 45  # characters of a panel's width: they would lie on one another
+        slanted: Any = {"rotation": 40, "ha": "right", "rotation_mode": "anchor"} if long else {}
+        axes.set_xticks(range(len(xs)), xs, **slanted)
     elif plot.log_x and all(value > 0 for value in values):
         axes.set_xscale("log")
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
