@@ -130,9 +130,16 @@ def _development_kit(path: Path) -> list[str]:
 
 
 def objectnet_labels(source: Path) -> Callable[[str], str]:
-    """Folder → label: by ObjectNet's own table if it is beside the images, else the folder's name in words."""
+    """Folder → label: by ObjectNet's own table if it is beside the images, else the folder's name in words.
+
+    Raises:
+        UserError: the table is damaged.
+    """
     table = source.parent / "mappings" / "folder_to_objectnet_label.json"
-    names = json.loads(table.read_text()) if table.is_file() else {}
+    try:
+        names = dict(json.loads(table.read_bytes())) if table.is_file() else {}
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise UserError(f"{table} is not ObjectNet's table of labels ({error}): download it again.") from error
     return lambda folder: str(names.get(folder, re.sub(r"[_\s]+", " ", folder).strip())).lower()
 
 
