@@ -18,7 +18,7 @@ from nxtp.data.shards.cache import RemoteCache
 from nxtp.data.shards.counts import UNAVAILABLE, Count, header_counts, listed_counts, missing_shards
 from nxtp.data.shards.reader import IndexedShards
 from nxtp.data.shards.tar_index import IndexStore
-from nxtp.data.shards.urls import expand_shards, identity
+from nxtp.data.shards.urls import expand_shards, identity, parts_of
 from nxtp.distributed.rendezvous import Ranks
 from nxtp.errors import UserError, by_kind, counted, some_of
 
@@ -150,12 +150,13 @@ def _check_complete(
         UserError: a directory lacks shards that its manifest lists.
     """
     for source, given in sources.items():
-        if missing := missing_shards(given.shards, urls[source], cache):
-            raise UserError(
-                f"data.{name}: the manifest of {given.shards} lists {counted(len(missing), 'shard')} that it does not "
-                f"contain: {some_of(missing)}. Restore them; a glob, as {given.shards.rstrip('/')}/*.tar, or "
-                "data.allow_missing_shards=true trains without them."
-            )
+        for part in map(os.fspath, parts_of(given.shards)):
+            if missing := missing_shards(part, urls[source], cache):
+                raise UserError(
+                    f"data.{name}: the manifest of {part} lists {counted(len(missing), 'shard')} that it does not "
+                    f"contain: {some_of(missing)}. Restore them; a glob, as {part.rstrip('/')}/*.tar, or "
+                    "data.allow_missing_shards=true trains without them."
+                )
 
 
 def _check_available(name: str, counts: Mapping[str, Count], config: DataConfig) -> None:

@@ -19,7 +19,7 @@ from nxtp.data.shards.cache import RemoteCache
 from nxtp.data.shards.manifest import MANIFEST
 from nxtp.data.shards.remote import ForwardFile, RemoteError, read_file
 from nxtp.data.shards.tar_index import IndexStore, ShardIndex, index_shard, stamp_of
-from nxtp.data.shards.urls import directory_of, is_remote, local_path
+from nxtp.data.shards.urls import directory_of, identity, is_remote, local_path
 from nxtp.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -63,16 +63,18 @@ def listed_counts(urls: Sequence[str], cache: RemoteCache | None) -> dict[str, i
     return found
 
 
-def missing_shards(spec: Any, urls: Sequence[str], cache: RemoteCache | None) -> list[str]:
+def missing_shards(spec: str, urls: Sequence[str], cache: RemoteCache | None) -> list[str]:
     """Shards that the manifest of the directory ``spec`` lists and ``urls`` lack, as in an unfinished copy.
 
     Empty if ``spec`` is not a directory.
     """
-    directory = str(directory_of(spec) or spec).rstrip("/")
-    if {url.rpartition("/")[0] for url in urls} == {directory}:
+    directory = (directory_of(spec) or spec).rstrip("/")
+    if directory_of(spec) or any(url.startswith(f"{directory}/") for url in urls):
+        known = {*map(identity, urls)}
         with suppress(KeyError, TypeError):
             rows = read_json(f"{directory}/{MANIFEST}", cache)["shards"]
-            return sorted({row["name"] for row in rows if row["samples"]} - set(map(_name, urls)))
+            names = {row["name"] for row in rows if row["samples"]}
+            return sorted(name for name in names if identity(f"{directory}/{name}") not in known)
     return []
 
 

@@ -37,13 +37,18 @@ def expand_shards(spec: str | os.PathLike | Sequence[str | os.PathLike]) -> list
     Raises:
         UserError: nothing is found, a named file does not exist, or a store cannot be listed.
     """
-    parts = list(spec) if isinstance(spec, Sequence) and not isinstance(spec, str) else [spec]
+    parts = parts_of(spec)
     if not parts:
         raise UserError("No shards: the list of shards is empty.")
     if wrong := [part for part in parts if not (isinstance(part, str | os.PathLike) and os.fspath(part))]:
         raise UserError(f"No shards: give a directory, a glob, a URL, or a list of these, not {wrong[0]!r}.")
     found = {url for part in parts for url in _expand_one(os.fspath(part))}
     return sorted({identity(url): url for url in sorted(found)}.values())
+
+
+def parts_of(spec: Any) -> list[Any]:
+    """The entries of a list of shards; anything else is one entry."""
+    return list(spec) if isinstance(spec, Sequence) and not isinstance(spec, str) else [spec]
 
 
 def _expand_one(spec: str) -> list[str]:
