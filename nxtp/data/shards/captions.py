@@ -1,4 +1,4 @@
-"""Captions in a column of NNNNN.parquet beside the shard NNNNN.tar, where img2dataset writes its table."""
+"""Captions from a column of NNNNN.parquet, the table that img2dataset writes beside NNNNN.tar."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from nxtp.errors import UserError, some_of
 
 
 def read_captions(shard: str, column: str, cache: RemoteCache | None) -> dict[str, str]:
-    """Key → caption of a shard's samples, without those whose caption is null.
+    """Key → caption of a shard's samples; those without one are absent.
 
     Raises:
         OSError: the table cannot be read; RemoteError of a remote one.

@@ -29,10 +29,9 @@ def split_name(name: str) -> tuple[str, str] | None:
 def expand_shards(spec: str | os.PathLike | Sequence[str | os.PathLike]) -> list[str]:
     """Sorted, distinct paths and URLs of shards.
 
-    ``spec`` is a directory (its ``*.tar``, not those of its subdirectories), a file, or a glob, here or in a remote
-    store (``s3://bucket/laion``), a shard's URL, or a ``pipe:`` command, each with brace expressions
-    (``cc3m-{000..331}.tar``), or a list of these. Web servers list nothing, and a URL that ends in .tar is not looked
-    up.
+    ``spec`` is a directory (its ``*.tar``, not those of subdirectories), a file, a glob, a URL, a ``pipe:`` command, or
+    a list of these, with brace expressions (``cc3m-{000..331}.tar``). Directories and globs may be remote
+    (``s3://bucket/laion``), but web servers cannot be listed. A URL that ends in .tar is not looked up.
 
     Raises:
         UserError: nothing is found, a named file does not exist, or a store cannot be listed.
@@ -118,7 +117,7 @@ def local_path(url: str) -> str:
 
 
 def identity(url: str) -> str:
-    """The same text for two spellings of, or links to, one shard."""
+    """The same text for all spellings of one shard, and for links to it."""
     return url if is_remote(url) else os.path.realpath(local_path(url))
 
 
