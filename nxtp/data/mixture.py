@@ -156,7 +156,7 @@ def _check_complete(
 
 
 def _check_available(name: str, counts: Mapping[str, Count], config: DataConfig) -> None:
-    """Raise a UserError if shards are unavailable, or more than may be."""
+    """Raise a UserError if more shards are unavailable than the settings allow."""
     kinds = {url: kind for url, (_, skipped) in counts.items() for kind in skipped if kind in UNAVAILABLE}
     limit = config.max_skip_fraction * len(counts) if config.allow_missing_shards else 0
     if len(kinds) > limit:
