@@ -22,9 +22,9 @@ def warn_if_nouns_differ(name: str, spec: Any, nouns: str, trained: str | None) 
 
     A set's backend is the one that the manifest of its shards, ``spec``, names, else ``nouns``.
     """
-    parts = (part for source in named_sources(spec).values() for part in parts_of(source.shards))
-    manifests = ((directory := directory_of(part)) and read_manifest(directory) for part in parts)
-    for here in sorted({((manifest or {}).get("nouns") or {}).get("backend", nouns) for manifest in manifests}):
+    parts = [part for source in named_sources(spec).values() for part in parts_of(source.shards)]
+    manifests = [read_manifest(directory) if (directory := directory_of(part)) else None for part in parts]
+    for here in dict.fromkeys((manifest or {}).get("nouns", {}).get("backend", nouns) for manifest in manifests):
         if trained is not None and here != trained:
             log.warning("Set '%s': noun backend '%s'; the model was trained with '%s'.", name, here, trained)
 
