@@ -1,10 +1,4 @@
-"""COCO captions 2017 as shards, one set per split.
-
-    nxtp prepare coco /datasets/coco --out data/shards/coco
-
-The source is the unpacked download of https://cocodataset.org: annotations/captions_{train,val}2017.json beside the
-image folders train2017/ and val2017/.
-"""
+"""COCO captions 2017 as shards, one set per split."""
 
 from __future__ import annotations
 
@@ -39,9 +33,9 @@ def coco_items(source: Path, split: str, separate: bool = False) -> tuple[list[I
         raise _missing(path, split) from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} does not contain COCO captions ({type(error).__name__}: {error}).") from error
-    if not (source / f"{split}2017").is_dir():
-        raise _missing(source / f"{split}2017", split)
     folder = source / f"{split}2017"
+    if not folder.is_dir():
+        raise _missing(folder, split)
     images = ((files[image].stem, str(folder / files[image].name), captions[image]) for image in sorted(files))
     return caption_items(images, separate)
 

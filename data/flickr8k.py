@@ -1,10 +1,4 @@
-"""Flickr8k as shards: 8,000 photographs with five captions each, one set per split.
-
-    nxtp prepare flickr8k /datasets/flickr8k --out data/shards/flickr8k
-
-The source is the unpacked download (Hodosh et al., 2013): Flickr8k.token.txt and Flickr_8k.{train,dev,test}Images.txt
-beside the folder Flicker8k_Dataset, or Images as copies call it.
-"""
+"""Flickr8k as shards: 8,000 photographs with five captions each, one set per split."""
 
 from __future__ import annotations
 

@@ -1,10 +1,4 @@
-"""A folder of your own images as shards: NAME.jpg with its caption in NAME.txt and/or {"labels": […]} in NAME.json.
-
-    nxtp prepare folder /datasets/mine --out data/shards/mine
-    nxtp prepare folder /datasets/mine --out data/shards/mine --classes    the folders' names are the labels
-
-Any bitmap format, any depth of subfolders.
-"""
+"""A folder of your own images as shards: NAME.jpg with its caption in NAME.txt and/or {"labels": […]} in NAME.json."""
 
 from __future__ import annotations
 
@@ -18,12 +12,12 @@ import click
 from nxtp.data.images import find_images
 from nxtp.data.labels.cleaning import clean_labels
 from nxtp.data.shards.reader import decode_text
-from nxtp.errors import UserError
+from nxtp.errors import UserError, some_of
 from nxtp.prepare.items import Item, readable_key, write_items
 from nxtp.prepare.options import Script, WriterOptions, writer_options
 from nxtp.prepare.writer import Skip, Skipped
 
-SPLITS = {"train", "val", "valid", "validation", "test"}  # folders that are no classes
+SPLITS = {"train", "val", "valid", "validation", "test"}  # names of folders that contain class folders
 
 
 def folder_items(source: Path, classes: bool = False) -> tuple[list[Item], Skipped]:
@@ -33,18 +27,16 @@ def folder_items(source: Path, classes: bool = False) -> tuple[list[Item], Skipp
         classes: the label of an image is the name of its folder, with spaces for underscores; no other file is read.
 
     Raises:
-        UserError: no image there, or none with a caption or labels; with ``classes``, folders that are no classes.
+        UserError: no image there, or none with a caption or labels; with ``classes``, several splits.
     """
     images, problems = find_images([source])
     if not images:
         raise problems[0]
     below = {folder for image in images for folder in image.relative_to(source).parents}
-    splits = {name: folder for folder in sorted(below, reverse=True) if (name := folder.name.lower()) in SPLITS}
+    splits = [folder for folder in below if folder.name.lower() in SPLITS and folder.name != folder.parent.name]
     if classes and len(splits) > 1:
-        found = sorted(splits.values())
-        names = " and ".join(map(str, found))
-        each = ", ".join(str(source / folder) for folder in found)
-        raise UserError(f"{source} has {names}: prepare each as a set of its own: {each}.")
+        each = some_of([str(source / folder) for folder in sorted(splits)])
+        raise UserError(f"{source} has several splits: prepare each as a set of its own: {each}.")
     items, skipped, keys = [], Skipped(), set[str]()
     for image in images:
         name = str(image.relative_to(source))

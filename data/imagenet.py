@@ -1,18 +1,6 @@
 """ImageNet-1k and its variants as shards; labels are the names of an image's class.
 
-    nxtp prepare imagenet /datasets/ILSVRC2012_img_train.tar --out data/shards/imagenet1k/train
-    nxtp prepare imagenet /datasets/ILSVRC2012_img_val.tar --truth ILSVRC2012_devkit_t12.tar.gz \\
-        --out data/shards/imagenet1k/val
-    nxtp prepare imagenet /datasets/imagenetv2-matched-frequency-format-val --set v2 --out data/shards/imagenet_v2
-    nxtp prepare imagenet /datasets/imagenet/val --set real --out data/shards/imagenet_real
-    nxtp prepare imagenet /datasets/imagenet-a --set a --out data/shards/imagenet_a
-    nxtp prepare imagenet /datasets/objectnet-1.0/images --set objectnet --crop-border 2 --out data/shards/objectnet
-
-A source is a directory of class folders, a directory of flat images, or one of the official tars, read in place.
-Flat validation images need --truth: the development kit, Kaggle's LOC_val_solution.csv, or a text file with one WordNet
-id per line in the order of the images. The sets come from https://image-net.org, https://github.com/modestyachts/ImageNetV2,
-https://github.com/hendrycks/natural-adv-examples, https://github.com/hendrycks/imagenet-r,
-https://github.com/HaohanWang/ImageNet-Sketch and https://objectnet.dev; class names and ReaL's labels are timm's.
+Class names and ReaL's labels are timm's.
 """
 
 from __future__ import annotations
@@ -130,9 +118,16 @@ def _development_kit(path: Path) -> list[str]:
 
 
 def objectnet_labels(source: Path) -> Callable[[str], str]:
-    """Folder → label: by ObjectNet's own table if it is beside the images, else the folder's name in words."""
+    """Folder → label: by ObjectNet's own table if it is beside the images, else the folder's name in words.
+
+    Raises:
+        UserError: the table is damaged.
+    """
     table = source.parent / "mappings" / "folder_to_objectnet_label.json"
-    names = json.loads(table.read_text()) if table.is_file() else {}
+    try:
+        names = dict(json.loads(table.read_bytes())) if table.is_file() else {}
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise UserError(f"{table} is not ObjectNet's table of labels ({error}): download it again.") from error
     return lambda folder: str(names.get(folder, re.sub(r"[_\s]+", " ", folder).strip())).lower()
 
 
@@ -212,7 +207,11 @@ def main(
     objectnet  https://objectnet.dev
 
     \b
-    nxtp prepare imagenet /datasets/imagenet/train --out data/shards/imagenet1k/train
+    nxtp prepare imagenet /datasets/ILSVRC2012_img_train.tar --out data/shards/imagenet1k/train
+    nxtp prepare imagenet /datasets/ILSVRC2012_img_val.tar --truth ILSVRC2012_devkit_t12.tar.gz \\
+        --out data/shards/imagenet1k/val
+    nxtp prepare imagenet /datasets/imagenet/val --set real --out data/shards/imagenet_real
+    nxtp prepare imagenet /datasets/objectnet-1.0/images --set objectnet --crop-border 2 --out data/shards/objectnet
     """
     items, skipped = imagenet_items(source, kind, truth=truth, names=names)
     made_by = {"script": "imagenet", "set": kind, "names": names}

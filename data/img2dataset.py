@@ -1,12 +1,7 @@
 """What img2dataset downloaded (Conceptual Captions 3M, SBU, LAION, …), read in place: a manifest is all it needs.
 
-    img2dataset --url_list cc3m.tsv --input_format tsv --url_col url --caption_col caption \\
-        --output_format webdataset --output_folder data/shards/cc3m/train --image_size 336 --resize_mode keep_ratio
-    nxtp prepare img2dataset data/shards/cc3m/train
-
-`nxtp train` reads its shards (00000.tar with 00000_stats.json) as they are. This script counts and hashes them, and
-counts what img2dataset could not download. Shards of a download that was killed have no _stats.json and are counted as
-unfinished: continue the download, then run this again. Shards that have not changed are not hashed twice.
+The manifest lists the samples and hashes of the shards, and counts what img2dataset could not download. Shards of a
+download that was killed have no _stats.json and are counted as unfinished. Unchanged shards are not hashed twice.
 """
 
 from __future__ import annotations
@@ -80,6 +75,8 @@ def main(directory: str, workers: int) -> None:
     URLs and captions: Conceptual Captions, SBU, LAION, …
 
     \b
+    img2dataset --url_list cc3m.tsv --input_format tsv --url_col url --caption_col caption \\
+        --output_format webdataset --output_folder data/shards/cc3m/train --image_size 336 --resize_mode keep_ratio
     nxtp prepare img2dataset data/shards/cc3m/train
     nxtp prepare img2dataset s3://bucket/laion      img2dataset's counts are believed; nothing is hashed
     """

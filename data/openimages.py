@@ -1,14 +1,4 @@
-"""Open Images V7 as shards: localized narratives as captions, or the verified image-level labels.
-
-    nxtp prepare openimages --images /datasets/openimages/validation \\
-        --narratives open_images_validation_localized_narratives.jsonl --out data/shards/openimages/val
-
-    nxtp prepare openimages --images /datasets/openimages/validation \\
-        --labels oidv7-val-annotations-human-imagelabels.csv --classes oidv7-class-descriptions.csv --out …
-
-Images and files: https://storage.googleapis.com/openimages/web/download_v7.html (give each .jsonl part of the
-training narratives with its own --narratives).
-"""
+"""Open Images V7 as shards: localized narratives as captions, or the verified image-level labels."""
 
 from __future__ import annotations
 

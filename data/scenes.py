@@ -1,11 +1,8 @@
 """The embedded data set: captioned scenes composed of real pictures, from pip packages alone.
 
-    nxtp prepare scenes --out data/shards/demo --concepts 100 --train 20800
-
-One to four pictures (Twemoji) on a muted background, and an English caption that names them. Three splits are
-written as WebDataset shards: ``train`` (captions only: labels come from the nouns in them), ``val`` (unseen
-scenes) and ``val_style`` (the same concepts in another art style, OpenMoji), both with the true labels.
-``examples`` contains a few scenes as plain pictures.
+One to four pictures (Twemoji) on a muted background, and an English caption that names them. There are three splits:
+``train`` (captions only: labels come from their nouns), ``val`` (unseen scenes) and ``val_style`` (the same concepts in
+another art style, OpenMoji), both with the true labels. ``examples`` contains a few scenes as plain pictures.
 
 Every sample is a function of (seed, split, number, options): any number of processes writes the same bytes, and a
 larger split begins with the smaller one.

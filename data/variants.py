@@ -1,7 +1,5 @@
 """Shifted variants of a set of shards: noise, blur or edges in its pictures; captions and labels stay the same.
 
-    nxtp prepare variants data/shards/classes/val --kind noise --out data/shards/classes/val_noise
-
 A variant is a function of the set, its kind, strength and seed: a second run does nothing.
 """
 

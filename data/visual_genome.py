@@ -1,10 +1,4 @@
-"""Visual Genome as shards: names of the objects as labels, or the region descriptions as one caption.
-
-    nxtp prepare visual_genome /datasets/visual_genome --out data/shards/visual_genome
-
-The source is the unpacked download of https://homes.cs.washington.edu/~ranjay/visualgenome: image_data.json and
-objects.json or region_descriptions.json, beside the image folders VG_100K/ and VG_100K_2/.
-"""
+"""Visual Genome as shards: names of the objects as labels, or the region descriptions as one caption."""
 
 from __future__ import annotations
 

@@ -109,12 +109,11 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         lowests = {"batch_size": 1, "val_batch_size": 1, "num_workers": 0, "shuffle_window": 0, "max_labels": 1}
-        lowests |= {"max_image_pixels": 1, "retries": 0}
+        lowests |= {"max_image_pixels": 1, "retries": 0, "index_gb": 0}
         for name, lowest in lowests.items():
             at_least(f"data.{name}", getattr(self, name), lowest)
         if self.cache_gb is not None:
             at_least("data.cache_gb", self.cache_gb, 0)
-        at_least("data.index_gb", self.index_gb, 0)
         if not 0 <= self.max_skip_fraction <= 1:
             raise UserError(f"data.max_skip_fraction must be ≥ 0 and ≤ 1, got {self.max_skip_fraction}.")
         if not 0 < self.read_timeout < math.inf:

@@ -18,7 +18,7 @@ from nxtp.data.shards.cache import RemoteCache
 from nxtp.data.shards.counts import UNAVAILABLE, Count, header_counts, listed_counts, missing_shards
 from nxtp.data.shards.reader import IndexedShards
 from nxtp.data.shards.tar_index import IndexStore
-from nxtp.data.shards.urls import expand_shards, identity
+from nxtp.data.shards.urls import expand_shards, identity, parts_of
 from nxtp.distributed.rendezvous import Ranks
 from nxtp.errors import UserError, by_kind, counted, some_of
 
@@ -29,8 +29,7 @@ log = logging.getLogger("nxtp")
 class MixtureSource:
     """One source of a mixture: the numbers of its shards, ascending, and how often its samples come per epoch.
 
-    ``repeat`` w gives each sample ⌊w⌋ times per epoch, and a share w - ⌊w⌋ of the samples, which moves on with every
-    epoch, once more.
+    With ``repeat`` 2.1 each sample comes twice per epoch, and a tenth of them, another one each epoch, once more.
     """
 
     name: str
@@ -40,7 +39,7 @@ class MixtureSource:
 
 @dataclass(frozen=True)
 class OpenedSet:
-    """A set that is ready to be read: its shards in one sequence, and the sources that they belong to."""
+    """A set that is ready to be read: its shards as one sequence, and its sources."""
 
     shards: IndexedShards
     sources: list[MixtureSource]
@@ -50,9 +49,9 @@ class OpenedSet:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of the names and sizes (in samples) of the sources' shards, wherever these are stored.
+        """SHA-256 of the names of the sources' shards and their numbers of samples, wherever they are stored.
 
-        A name is the path below the source's common directory: a/0.tar and b/0.tar are not b/0.tar and c/0.tar.
+        A name is the path below the source's common directory: a/0.tar and b/0.tar differ from b/0.tar and c/0.tar.
         """
         named = {}
         for source in self.sources:
@@ -64,17 +63,17 @@ class OpenedSet:
 
     @property
     def plan(self) -> str:
-        """What its epochs are a function of besides settings, in words, with the first digits of the fingerprint."""
+        """What its epochs depend on besides settings: shards, samples, and the start of the fingerprint."""
         return f"{counted(len(self.shards.urls), 'shard')} of {len(self):,} samples ({self.fingerprint[:16]})"
 
     @property
     def local(self) -> dict[str, str]:
-        """The bytes of the shards that this machine has: the same on all, if these have the same ones."""
+        """The size of each shard on this machine's disk, to be compared between machines."""
         return {shard.url: f"{shard.stamp[0]:,} bytes" for shard in self.shards.shards if shard.stamp}
 
 
 def open_set(name: str, spec: Any, config: DataConfig, ranks: Ranks | None = None) -> OpenedSet:
-    """The indexed shards of the set ``data.<name>``: on all ``ranks`` the same, which the first lists.
+    """Open the set ``data.<name>``: the first of ``ranks`` lists its shards, and all ranks have the same ones.
 
     Raises:
         UserError: ``spec`` is None, no shard is found, one cannot be had, none has a sample, or two sources share one.
@@ -112,9 +111,9 @@ def open_set(name: str, spec: Any, config: DataConfig, ranks: Ranks | None = Non
 
 
 def _cache_of(name: str, config: DataConfig) -> RemoteCache | None:
-    """The cache of a set's shards; under a limit, remote validation sets have ¼ of it, apart from the training set's.
+    """The cache of a set's shards. With a limit, remote validation sets have ¼ of it, in a directory of their own.
 
-    In one directory, validation would delete what is fetched ahead for the next steps.
+    In one directory, validation would delete what is prefetched for the next training steps.
     """
     if config.cache_dir is None:
         return None
@@ -145,24 +144,19 @@ def _list_shards(name: str, sources: Mapping[str, SourceConfig], is_val: bool) -
 def _check_complete(
     name: str, sources: Mapping[str, SourceConfig], urls: Mapping[str, list[str]], cache: RemoteCache | None
 ) -> None:
-    """
-    Raises:
-        UserError: a directory lacks shards that its manifest lists.
-    """
+    """Raise a UserError if a directory lacks shards that its manifest lists."""
     for source, given in sources.items():
-        if missing := missing_shards(given.shards, urls[source], cache):
-            raise UserError(
-                f"data.{name}: the manifest of {given.shards} lists {counted(len(missing), 'shard')} that it does not "
-                f"contain: {some_of(missing)}. Restore them; a glob, as {given.shards.rstrip('/')}/*.tar, or "
-                "data.allow_missing_shards=true trains without them."
-            )
+        for part in map(os.fspath, parts_of(given.shards)):
+            if missing := missing_shards(part, urls[source], cache):
+                raise UserError(
+                    f"data.{name}: the manifest of {part} lists {counted(len(missing), 'shard')} that it does not "
+                    f"contain: {some_of(missing)}. Restore them; a glob, as {part.rstrip('/')}/*.tar, or "
+                    "data.allow_missing_shards=true trains without them."
+                )
 
 
 def _check_available(name: str, counts: Mapping[str, Count], config: DataConfig) -> None:
-    """
-    Raises:
-        UserError: shards cannot be had, or of those that may be missing too many.
-    """
+    """Raise a UserError if more shards are unavailable than the settings allow."""
     kinds = {url: kind for url, (_, skipped) in counts.items() for kind in skipped if kind in UNAVAILABLE}
     limit = config.max_skip_fraction * len(counts) if config.allow_missing_shards else 0
     if len(kinds) > limit:

@@ -1,4 +1,4 @@
-"""Which samples make each batch of an epoch: arithmetic on positions, a function of (seed, epoch) alone."""
+"""The batches of an epoch: positions of samples, computed from (seed, epoch) alone."""
 
 from __future__ import annotations
 
@@ -15,29 +15,29 @@ from nxtp.data.mixture import MixtureSource
 from nxtp.data.shards.prefetch import Prefetcher
 from nxtp.errors import UserError, at_least
 
-_SUBSET, _ROTATION = 0xDA7A, 0x2077  # distinct streams of random numbers
-_MOST_REPEATS = 10_000  # each is a piece of an epoch, of each shard
-_UNSHUFFLED = 65_536  # positions at a time if nothing is shuffled
-Prefetch = Callable[[Sequence[int]], Prefetcher | None]  # shards in the order of their use → who fetches them
+_SUBSET, _ROTATION = 0xDA7A, 0x2077  # streams of random numbers
+_MOST_REPEATS = 10_000  # each is a piece of the epoch per shard
+_UNSHUFFLED = 65_536  # window size without shuffling
+Prefetch = Callable[[Sequence[int]], Prefetcher | None]  # numbers of shards, in the order of use
 
 
 class ElasticBatchSampler(Sampler[tuple[int, np.ndarray]]):
     """The batches of each epoch on one rank.
 
-    The global order does not depend on the number of ranks and loader workers: shards in a shuffled order, end to end,
-    shuffled again within windows. Step i of all ranks together takes the i-th run of ``batch_size · world`` samples.
-    In training an epoch has whole steps only; the few samples left over change with the epoch. In evaluation
-    (``shuffle=False``) every sample comes once, in the same batches whatever the ranks: in the last step one may be
-    smaller, and others empty. One window is held in memory, and any step is found at once.
+    Shards are shuffled and concatenated, then samples are shuffled within windows. This order does not depend on the
+    number of ranks and workers: step i of all ranks together takes the i-th run of ``batch_size · world`` samples.
+    Training epochs have whole steps only; the few samples left over change with the epoch. In evaluation
+    (``shuffle=False``) every sample comes once, in the same batches for any number of ranks; in the last step one batch
+    may be smaller, and others empty. One window is in memory, and iteration can start at any step at once.
 
     Args:
         shard_sizes: samples of each shard.
         sources: the sources of a mixture; by default all shards are one. In evaluation repeats are ignored.
-        max_samples: use only so many samples, in the sources' natural proportion: of each source whole shards, in an
-            order of ``subset_seed`` alone, and the first samples of one more. A larger choice contains a smaller one.
+        max_samples: use only so many samples, of each source in proportion to its size: whole shards, in an order that
+            depends on ``subset_seed`` alone, and the first samples of one more. A larger subset contains a smaller one.
         fraction: the same as a share of all samples.
-        nodes: share each step out over so many groups of consecutive ranks in the order of its samples' shards, so that
-            each group reads a part of a window's shards.
+        nodes: groups of consecutive ranks. Each step's samples are sorted by shard and split over the groups, so that
+            a group reads only a part of a window's shards.
 
     Yields:
         (epoch, int64 array of positions in the :class:`~nxtp.data.shards.reader.IndexedShards`)
@@ -76,7 +76,7 @@ class ElasticBatchSampler(Sampler[tuple[int, np.ndarray]]):
         self._starts = np.cumsum(self.sizes) - self.sizes
         counts = [int(self.sizes[list(source.shards)].sum()) for source in self.sources]
         used = subset_counts(counts, subset_size(sum(counts), max_samples, fraction))
-        self._chosen = []  # positions of each source that are used, one range per shard
+        self._chosen = []  # used positions of each source, one range per shard
         for source, n in zip(self.sources, used, strict=True):
             shards = [self._range(shard) for shard in source.shards]
             order = _random(subset_seed, _SUBSET, source.name).permutation(len(shards))
@@ -84,10 +84,10 @@ class ElasticBatchSampler(Sampler[tuple[int, np.ndarray]]):
         self._used = used
         repeats = [source.repeat if shuffle else 1.0 for source in self.sources]
         self._repeats = [int(repeat) for repeat in repeats]
-        self._extra = [round((w - r) * n) for w, r, n in zip(repeats, self._repeats, used, strict=True)]
+        self._extra = [round((repeat % 1) * n) for repeat, n in zip(repeats, used, strict=True)]
         self.total = sum(r * n + e for r, n, e in zip(self._repeats, used, self._extra, strict=True))
         self.epoch = 0
-        self.start = 0  # samples of this epoch that all ranks together have had already
+        self.start = 0  # samples of this epoch that are done, over all ranks
         self.prefetch: Prefetch | None = None
         if self.steps == 0:
             raise UserError(
@@ -106,7 +106,7 @@ class ElasticBatchSampler(Sampler[tuple[int, np.ndarray]]):
         return self.steps_after(0)
 
     def steps_after(self, samples: int) -> int:
-        """Steps of an epoch that remain when ``samples`` of it are done."""
+        """Steps of an epoch that remain after ``samples`` over all ranks."""
         left = self.total - samples
         return max(0, left // self.per_step if self.shuffle else -(-left // self.per_step))
 
@@ -123,13 +123,13 @@ class ElasticBatchSampler(Sampler[tuple[int, np.ndarray]]):
             while len(ready) < size:
                 ready = np.concatenate([ready, next(windows)])
             own = slice(self.rank * self.batch_size, (self.rank + 1) * self.batch_size)
-            # Sorted by shard, ranks of a node have neighbours: the step has the same samples.
+            # Sorted by shard, the ranks of a node read the same shards; the step has the same samples.
             together = np.sort(ready[:size]) if self.nodes > 1 else ready[:size]
             yield self.epoch, together[own]
             ready = ready[size:]
 
     def _windows(self, begin: int) -> Iterator[np.ndarray]:
-        """The epoch's positions in order from number ``begin`` on, window by window."""
+        """The epoch's positions in order, from number ``begin`` on, window by window."""
         shuffled = self.shuffle and self.window > 1
         size, seed = self.window if shuffled else _UNSHUFFLED, [self.seed, self.epoch]
         pieces = self._pieces()
@@ -137,10 +137,10 @@ class ElasticBatchSampler(Sampler[tuple[int, np.ndarray]]):
         numbers = range(begin // size, -(-self.total // size))
         ahead: Prefetcher | None = None
         if self.prefetch:
-            own = [self._of_node(_cut(pieces, number * size, (number + 1) * size, ends)) for number in numbers]
-            starts = np.array([piece.start for cut in own for piece in cut], dtype=np.int64)
+            read = [self._of_node(_cut(pieces, number * size, (number + 1) * size, ends)) for number in numbers]
+            starts = np.array([piece.start for window in read for piece in window], dtype=np.int64)
             ahead = self.prefetch((np.searchsorted(self._starts, starts, side="right") - 1).tolist())
-            before = [0, *accumulate(map(len, own))]  # of each window: shards to fetch in earlier ones
+            before = [0, *accumulate(map(len, read))]  # of each window: number of shards to fetch for earlier ones
         try:
             for number in numbers:
                 cut = _cut(pieces, number * size, (number + 1) * size, ends)
@@ -155,7 +155,7 @@ class ElasticBatchSampler(Sampler[tuple[int, np.ndarray]]):
                 ahead.close()
 
     def _of_node(self, window: list[range]) -> list[range]:
-        """What this node reads of a window: its share, and what the steps' samples vary by (three deviations)."""
+        """What this node reads of a window: its share, and a margin (three standard deviations) as steps differ."""
         if self.nodes == 1:
             return window
         node, total = self.rank * self.nodes // self.world, sum(map(len, window))
@@ -164,12 +164,12 @@ class ElasticBatchSampler(Sampler[tuple[int, np.ndarray]]):
         return _cut(sorted(window, key=lambda piece: piece.start), max(begin, 0), min(end, total))
 
     def _pieces(self) -> list[range]:
-        """The epoch's positions of each shard (and repetition), in the shuffled order of shards."""
+        """Ranges of positions, one per shard and repeat, in the shuffled order of shards."""
         pieces: list[range] = []
         for index, source in enumerate(self.sources):
             chosen = self._chosen[index]
             pieces += chosen * self._repeats[index]
-            if extra := self._extra[index]:  # the next ones of all that are used, shard after shard, in a ring
+            if extra := self._extra[index]:  # of a fractional repeat: the next samples, in a ring over the used ones
                 ring = [chosen[i] for i in _random(self.seed, _ROTATION, source.name).permutation(len(chosen))]
                 begin = self.epoch * extra % self._used[index]
                 pieces += _cut(2 * ring, begin, begin + extra)
@@ -183,7 +183,7 @@ class ElasticBatchSampler(Sampler[tuple[int, np.ndarray]]):
 
 
 def _cut(pieces: Sequence[range], begin: int, end: int, ends: np.ndarray | None = None) -> list[range]:
-    """Number begin … end-1 of the positions in ``pieces``, which end at ``ends``."""
+    """Positions number ``begin`` … ``end`` - 1 of ``pieces``, whose cumulative lengths are ``ends``."""
     ends = np.cumsum([len(piece) for piece in pieces]) if ends is None else ends
     found = slice(int(np.searchsorted(ends, begin, side="right")), int(np.searchsorted(ends, end)) + 1)
     cut = []
@@ -212,7 +212,7 @@ def subset_size(total: int, max_samples: int | None, fraction: float | None) -> 
 
 
 def subset_counts(sizes: Sequence[int], wanted: int) -> list[int]:
-    """How many of ``wanted`` samples each source gives: its share, and never fewer when more are wanted.
+    """How many of ``wanted`` samples each source gives: in proportion, and never fewer if more are wanted.
 
     Sample r of a source of n has priority (r + ½) / n; the ``wanted`` smallest are used.
     """

@@ -25,6 +25,10 @@ def test_captions_of_a_table_beside_the_shard(tmp_path):
     assert sum((batch.skipped for batch in batches), Counter()) == {"no caption": 1}
     with pytest.raises(UserError, match=r"0\.parquet has no column 'rewriten'\. It has key, url, rewritten\.$"):
         list(shard_data(str(tmp_path / "0.tar"), caption_key="parquet:rewriten").train_dataloader())
+    damaged = (tmp_path / "0.parquet").read_bytes().replace(b"rewritten", b"rewritte\xff")
+    (tmp_path / "0.parquet").write_bytes(damaged)
+    batches = list(shard_data(str(tmp_path / "0.tar"), caption_key="parquet:rewritten").train_dataloader())
+    assert sum((batch.skipped for batch in batches), Counter()) == {"unreadable captions": 12}, "no UTF-8"
     (tmp_path / "0.parquet").write_bytes(b"PAR1" * 9)
     (tmp_path / "1.parquet").unlink()
     batches = list(shard_data(str(tmp_path), caption_key="parquet:rewritten").train_dataloader())

@@ -444,10 +444,11 @@ def test_another_noun_backend_than_the_trainings_is_logged(tmp_path, caplog, mon
         warn_if_nouns_differ("val", str(shards), "hanta", "nltk")
         (shards / "manifest.json").write_text(json.dumps(manifest | {"nouns": {"backend": "nltk", "version": "1"}}))
         warn_if_nouns_differ("other", str(shards), "hanta", "hanta")
+        warn_if_nouns_differ("list", [str(write_shards(tmp_path / "x", [2])), str(shards)], "hanta", "hanta")
         monkeypatch.setenv("HOME", str(tmp_path))
         warn_if_nouns_differ("home", "~/s", "hanta", "hanta")
     names = [record.getMessage().split(":")[0] for record in caplog.records]
-    assert names == ["Set 'val'", "Set 'other'", "Set 'home'"]
+    assert names == ["Set 'val'", "Set 'other'", "Set 'list'", "Set 'home'"]
     assert "'nltk'" in caplog.records[1].getMessage()
 
 

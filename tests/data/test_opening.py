@@ -219,6 +219,15 @@ def test_an_unfinished_copy_is_not_taken_for_the_set(tmp_path, bucket, monkeypat
         assert len(open_set("train", f"{place.rstrip('/')}/*.tar", config)) == 8
         config.allow_missing_shards = True
         assert len(open_set("train", place, config)) == 8
+    write_shards(tmp_path / "whole", [4])
+    (tmp_path / "whole" / "link.tar").symlink_to(tmp_path / "a" / "part-00002.tar")
+    config = DataConfig(cache_dir=str(tmp_path / "cache"))
+    for place in (tmp_path / "a", "memory://bucket/a"):  # one of several directories, or a path
+        with pytest.raises(UserError, match=f"the manifest of {place} lists 1 shard .* part-00001.tar"):
+            open_set("train", [str(tmp_path / "whole"), place], config)
+    write_shards(tmp_path / "b", [4])
+    (tmp_path / "link.tar").symlink_to(tmp_path / "b" / "part-00000.tar")
+    assert len(open_set("train", [tmp_path / "link.tar", tmp_path / "b"], config)) == 4, "under another name"
 
 
 def test_shards_of_one_name_in_several_directories_are_told_apart(tmp_path):

@@ -203,18 +203,28 @@ def test_folders_that_are_no_classes_are_named(tmp_path):
     for name in ("train/cat/1", "test/cat/1", "train/n02123045/1"):
         picture(tmp_path / "mine" / f"{name}.jpg")
     message = run("folder", tmp_path / "mine", "--out", tmp_path / "out", "--classes", fails=True)
-    assert message.startswith(f"error: {tmp_path / 'mine'} has test and train: prepare each as a set of its own: ")
+    both = f"{tmp_path}/mine/test, {tmp_path}/mine/train"
+    assert f"{tmp_path / 'mine'} has several splits: prepare each as a set of its own: {both}." in message
     message = run("folder", tmp_path / "mine" / "train", "--out", tmp_path / "out", "--classes", fails=True)
     assert "n02123045 is named by a number of WordNet: nxtp prepare imagenet knows" in message
     run("folder", tmp_path / "mine" / "test", "--out", tmp_path / "out", "--classes")
     for name in ("pets/Train/002.Laysan_Albatross/1", "pets/Train/n02085620-Chihuahua/1", "pets/Val/cat/1"):
         picture(tmp_path / "other" / f"{name}.jpg")
     message = run("folder", tmp_path / "other", "--out", tmp_path / "o", "--classes", fails=True)
-    assert "has pets/Train and pets/Val: prepare each as a set of its own: " in message
     assert f": {tmp_path}/other/pets/Train, {tmp_path}/other/pets/Val." in message
     run("folder", tmp_path / "other" / "pets" / "Train", "--out", tmp_path / "o", "--classes")
     labels = {key: record["labels"] for key, record in json_of(tmp_path / "o").items()}
     assert labels == {"002_Laysan_Albatross_1": ["Laysan Albatross"], "n02085620-Chihuahua_1": ["Chihuahua"]}
+
+
+def test_splits_of_one_name_are_not_merged(tmp_path):
+    for name in ("a/train/cat/1", "b/train/cat/1", "c/train/train/cat/1"):
+        picture(tmp_path / "mine" / f"{name}.jpg")
+    message = run("folder", tmp_path / "mine", "--out", tmp_path / "out", "--classes", fails=True)
+    found = ", ".join(f"{tmp_path}/mine/{name}/train" for name in "abc")
+    assert f"{tmp_path / 'mine'} has several splits: prepare each as a set of its own: {found}." in message
+    run("folder", tmp_path / "mine" / "c", "--out", tmp_path / "out", "--classes")
+    assert json_of(tmp_path / "out")["train_train_cat_1"]["labels"] == ["cat"], "an archive in a folder of its name"
 
 
 def test_images_that_differ_in_their_format_alone_have_keys_of_their_own(tmp_path):
@@ -571,6 +581,10 @@ def test_imagenet_variants(tmp_path, class_folders):
         np.asarray(Image.open(io.BytesIO(data))) for data in (found["air_freshener_0a"]["image"], original)
     )
     assert np.array_equal(cropped, whole[2:-2, 2:-2])
+    for damaged in (b"{", b"[5]", b"\xff", b"[" * 100_000):
+        (root.parent / "mappings" / "folder_to_objectnet_label.json").write_bytes(damaged)
+        message = run("imagenet", root, "--set", "objectnet", "--out", tmp_path / "x", fails=True)
+        assert "folder_to_objectnet_label.json is not ObjectNet's table of labels (" in message
 
     picture(tmp_path / "other" / "cats" / "a.jpg")
     assert "the folder 'cats' is not a class" in run(

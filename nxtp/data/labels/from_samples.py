@@ -11,7 +11,7 @@ from nxtp.data.labels.cleaning import clean_labels
 from nxtp.data.labels.nouns import NounBackend, noun_backend
 from nxtp.data.shards.manifest import read_manifest
 from nxtp.data.shards.reader import IndexedShards, RawSample, SampleError
-from nxtp.data.shards.urls import directory_of
+from nxtp.data.shards.urls import directory_of, parts_of
 from nxtp.errors import UserError, by_kind, counted
 
 log = logging.getLogger("nxtp")
@@ -22,10 +22,9 @@ def warn_if_nouns_differ(name: str, spec: Any, nouns: str, trained: str | None) 
 
     A set's backend is the one that the manifest of its shards, ``spec``, names, else ``nouns``.
     """
-    for source in named_sources(spec).values():
-        directory = directory_of(source.shards)
-        manifest = read_manifest(directory) if directory else None
-        here = ((manifest or {}).get("nouns") or {}).get("backend", nouns)
+    parts = [part for source in named_sources(spec).values() for part in parts_of(source.shards)]
+    manifests = [read_manifest(directory) if (directory := directory_of(part)) else None for part in parts]
+    for here in dict.fromkeys((manifest or {}).get("nouns", {}).get("backend", nouns) for manifest in manifests):
         if trained is not None and here != trained:
             log.warning("Set '%s': noun backend '%s'; the model was trained with '%s'.", name, here, trained)
 

@@ -1,4 +1,4 @@
-"""Remote shards: fetched into a local cache of bounded size, each once per machine, and read while they arrive."""
+"""A local cache of remote shards. Each shard is fetched once per machine, and can be read while it arrives."""
 
 from __future__ import annotations
 
@@ -24,36 +24,36 @@ from nxtp.errors import UserError
 log = logging.getLogger(__name__)
 
 RETRY_AFTER = 300.0  # seconds before a shard that could not be fetched is tried again
-_NOTE = 4096  # bytes: what a transfer tells other processes, in its lock file
+_NOTE = 4096  # bytes of a lock file, in which a transfer reports to other processes
 T = TypeVar("T")
 
 
 class RemoteCache:
-    """Fetched shards in ``directory``; above ``limit`` bytes those fetched or prefetched longest ago are deleted.
+    """Fetched shards in ``directory``, shared by the processes of a machine.
 
-    Processes share it: one of them fetches a file while the others read what has arrived. An open file stays readable
-    after its deletion. A transfer of which too little arrives within ``read_timeout`` seconds fails (sooner where parts
-    usually come faster); after a fault it continues, up to ``retries`` times in a row. A failure is reported to all
-    processes, and not tried again for :data:`RETRY_AFTER` seconds.
+    One process fetches a shard; the others read what has arrived. Above ``limit`` bytes the shards fetched or
+    prefetched longest ago are deleted; an open file stays readable. A transfer resumes after a fault or a timeout (at
+    most ``read_timeout`` seconds, see :class:`Pace`), up to ``retries`` times in a row. All processes see a failure,
+    and do not try again for :data:`RETRY_AFTER` seconds.
     """
 
     def __init__(self, directory: Path | str, limit: int | None = None, read_timeout: float = 60.0, retries: int = 3):
         self.directory, self.limit, self.retries = Path(directory), limit, retries
         self.pace = Pace(read_timeout)
-        self.usage: Counter = Counter()  # samples read ("reads"), "hits" among them: without a wait; all "waits"
-        self._arrived: deque[tuple[int, int]] = deque()  # process, and bytes that it fetched
+        self.usage: Counter = Counter()  # samples read ("reads"), those that did not wait ("hits"), "waits"
+        self._arrived: deque[tuple[int, int]] = deque()  # (process id, bytes that it fetched)
         self._begin = time.time()  # failures of earlier runs do not count
 
     def path_of(self, url: str) -> Path:
-        """The local file of a remote shard: a hash of its URL, and the URL's end for people."""
+        """The local file of a remote shard: a hash of its URL, and the end of the URL for readers."""
         tail = re.sub(r"[^\w.-]+", "_", url.removesuffix(".tar"))[-60:]
         return self.directory / f"{hashlib.sha256(url.encode()).hexdigest()[:16]}-{tail}.tar"
 
     def fetch(self, url: str, *, background: bool = False) -> None:
-        """Fetch ``url`` unless it is there, or another thread or process is at it.
+        """Fetch ``url`` unless it is in the cache, or another thread or process fetches it.
 
         Raises:
-            RemoteError: it is not available, now or a while ago; not with ``background``.
+            RemoteError: it is not available now (not with ``background``), or was not a while ago.
             UserError: no file system for this kind of URL is installed; the cache cannot be written.
         """
         path = self.path_of(url)
@@ -85,28 +85,28 @@ class RemoteCache:
             self._transfer(url, lock, file)
 
     def open(self, url: str) -> RemoteFile:
-        """``url``, which is fetched if it is missing, to read from at once; raises as :meth:`fetch`."""
+        """Open ``url`` for reading, and fetch it if it is missing; raises as :meth:`fetch`."""
         return RemoteFile(self, url)
 
     def take_over(self, url: str) -> None:
-        """Let this process fetch what one that stands still has begun: whose files lose their names."""
+        """Unlink the files of another process's stalled transfer, so that this process can fetch the shard."""
         for suffix in (".lock", ".part"):
             self.path_of(url).with_suffix(suffix).unlink(missing_ok=True)
 
     def _check(self, url: str) -> None:
-        """Raise the failure of a transfer of ``url`` a while ago: RemoteError or UserError."""
+        """Raise the recent failure of ``url``, if any: RemoteError or UserError."""
         note = self.note(url)
         if self._begin <= note.get("time", 0) and time.time() - note["time"] < RETRY_AFTER:
             raise UserError(note["fatal"]) if "fatal" in note else RemoteError(note["kind"], note["detail"])
 
     def note(self, url: str) -> dict[str, Any]:
-        """What the last transfer of ``url`` reported: ``bytes`` of the whole file, or its failure."""
+        """Report of the last transfer of ``url``: ``bytes`` of the whole file, or its failure."""
         with suppress(OSError, ValueError):
             return json.loads(self.path_of(url).with_suffix(".lock").read_bytes())
         return {}
 
     def take_usage(self) -> Counter:
-        """Of this process since the last call: samples read, those that were there ("hits"), and bytes fetched."""
+        """Counts of this process since the last call: :attr:`usage`, and "bytes" fetched."""
         taken, self.usage = self.usage, Counter()
         with suppress(IndexError):
             while True:
@@ -129,7 +129,7 @@ class RemoteCache:
                 with file:
                     transfer(url, file, self.pace, self.retries, arrived)
                     os.fsync(file.fileno())
-                    with suppress(FileNotFoundError):  # nor if another process has taken over
+                    with suppress(FileNotFoundError):  # another process has taken over
                         if os.path.samestat(os.fstat(file.fileno()), os.stat(file.name)):
                             os.replace(file.name, path)
             except RemoteError:
@@ -137,22 +137,23 @@ class RemoteCache:
             except OSError as error:
                 raise _local_error(path, error) from error
         except (RemoteError, UserError) as error:
-            told = {"kind": error.kind, "detail": error.detail} if isinstance(error, RemoteError) else {}
-            _write_note(lock, {"time": time.time(), **(told or {"fatal": str(error)[:600]})})
-            Path(file.name).unlink(missing_ok=True)
-            if told:
+            failure = {"fatal": str(error)[:600]}
+            if isinstance(error, RemoteError):
+                failure = {"kind": error.kind, "detail": error.detail}
                 log.warning("%s: %s", url, error)
+            _write_note(lock, {"time": time.time(), **failure})
+            Path(file.name).unlink(missing_ok=True)
             raise
         finally:
             _unlock(lock)
         self._trim(keep=path)
 
     def _transfer_quietly(self, url: str, lock: int, file: BinaryIO) -> None:
-        with suppress(RemoteError, UserError):  # who waits for the file reads it in the note
+        with suppress(RemoteError, UserError):  # a reader finds the failure in the note
             self._transfer(url, lock, file)
 
     def _trim(self, keep: Path) -> None:
-        """Delete what killed transfers left behind, and the oldest files above the limit."""
+        """Delete the parts of killed transfers, and the oldest files above the limit."""
         lock = _lock(self.directory / ".trim.lock", wait=True)
         assert lock is not None
         try:
@@ -176,9 +177,9 @@ class RemoteCache:
 
 
 class RemoteFile:
-    """A remote shard, read by position while it arrives; otherwise as :class:`~nxtp.data.shards.tar_index.LocalFile`.
+    """A remote shard that can be read while it arrives, as :class:`~nxtp.data.shards.tar_index.LocalFile`.
 
-    Every method waits for what it needs.
+    Every method waits for the bytes that it needs.
 
     Raises:
         RemoteError, UserError: as :meth:`RemoteCache.fetch`.
@@ -188,36 +189,36 @@ class RemoteFile:
         self._cache, self._url, self._path = cache, url, cache.path_of(url)
         self._file: OpenFile | None = None
         self._whole = False
-        cache.fetch(url, background=True)  # first: what a killed transfer left behind is not read
+        cache.fetch(url, background=True)  # first: it truncates the part of a killed transfer
         self._look()
 
     @property
     def arrived(self) -> bool:
-        """Whether all of it has."""
+        """Whether the whole file has arrived."""
         if not self._whole:
             self._look()
         return self._whole
 
     @property
     def stamp(self) -> tuple[int, int]:
-        """Its size; the time of a fetched file means nothing."""
+        """Its size, and 0: the mtime of a fetched file means nothing."""
         size = self._wait(lambda: self._size() if self.arrived else self._cache.note(self._url).get("bytes"))
         return size, 0
 
     def read(self, size: int, offset: int) -> bytes:
-        """``size`` bytes from ``offset`` on; fewer only behind the end."""
+        """``size`` bytes from ``offset`` on; fewer only at the end of the file."""
         while True:
             self._wait(lambda: self._size() >= offset + size or self.arrived or None)
             assert self._file is not None
             whole, data = self._whole, os.pread(self._file.fileno(), size, offset)
-            if len(data) == size or whole:  # else another transfer has begun again
+            if len(data) == size or whole:  # else another transfer has started over
                 return data
 
     def _size(self) -> int:
         return os.fstat(self._file.fileno()).st_size if self._file else 0
 
     def _look(self) -> None:
-        """Open what there is of the file."""
+        """Open the whole file, or the part that has arrived."""
         with suppress(FileNotFoundError):
             self._file = OpenFile(self._path)
             self._whole = True
@@ -228,7 +229,7 @@ class RemoteFile:
                 self._file = OpenFile(part)
 
     def _wait(self, found: Callable[[], T | None]) -> T:
-        """What ``found`` returns, as soon as it is not None."""
+        """Wait until ``found`` returns a value, and return it."""
         if (value := found()) is not None:
             return value
         cache, pause, size, deadline, taken_over = self._cache, 0.001, -1, 0.0, False
@@ -239,7 +240,7 @@ class RemoteFile:
                 size, deadline = self._size(), now + 2 * cache.pace.limit * (cache.retries + 1)
             elif now > deadline and taken_over:
                 raise RemoteError("stalled shard", "other processes fetch it, and stand still")
-            elif now > deadline:  # whoever fetches it is frozen: a run that shares the cache, stopped by Ctrl-Z
+            elif now > deadline:  # the process that fetches it is frozen, as by Ctrl-Z
                 cache.take_over(self._url)
                 size, taken_over = -1, True
             cache.fetch(self._url, background=True)
@@ -253,7 +254,7 @@ def _local_error(path: Path, error: OSError) -> UserError:
 
 
 def _lock(path: Path, wait: bool = False) -> int | None:
-    """A descriptor that holds the lock ``path``; None if another has it."""
+    """Lock the file ``path``: its descriptor, or None if it is locked already."""
     lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
@@ -264,7 +265,7 @@ def _lock(path: Path, wait: bool = False) -> int | None:
 
 
 def _unlock(lock: int) -> None:
-    fcntl.flock(lock, fcntl.LOCK_UN)  # a process forked meanwhile has the descriptor too: closing is not enough
+    fcntl.flock(lock, fcntl.LOCK_UN)  # closing does not unlock what a forked process has open too
     os.close(lock)
 
 

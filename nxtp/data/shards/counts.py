@@ -1,4 +1,4 @@
-"""How many samples shards have: as files beside them list, or by their headers."""
+"""Numbers of samples of shards: from files beside them, else from the tar headers."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ from nxtp.data.shards.cache import RemoteCache
 from nxtp.data.shards.manifest import MANIFEST
 from nxtp.data.shards.remote import ForwardFile, RemoteError, read_file
 from nxtp.data.shards.tar_index import IndexStore, ShardIndex, index_shard, stamp_of
-from nxtp.data.shards.urls import directory_of, is_remote, local_path
+from nxtp.data.shards.urls import directory_of, identity, is_remote, local_path
 from nxtp.errors import UserError
 
 log = logging.getLogger(__name__)
 
-UNAVAILABLE = ("shard vanished", "unreadable shard", "unreachable shard", "stalled shard")  # could not be had at all
+UNAVAILABLE = ("shard vanished", "unreadable shard", "unreachable shard", "stalled shard")  # not read at all
 THREADS = 16  # files read at once
-_MANY = 100  # shards
-_MOST = 10**9  # samples of a shard: a list that has more of one is damaged
+_MANY = 100  # shards, whose counting is shown
+_MOST = 10**9  # samples per shard: a list with more is damaged
 Count = tuple[int, dict[str, int]]  # samples of a shard, and what is skipped in it, by kind
 
 
 def listed_counts(urls: Sequence[str], cache: RemoteCache | None) -> dict[str, int]:
-    """Samples of those ``urls`` that a file beside them lists; nothing is read of the shards.
+    """Numbers of samples that files beside ``urls`` list; the shards themselves are not read.
 
-    The files are, the first that lists a shard counts: manifest.json; sizes.json of open_clip; index.json of
-    WebDataset; of each shard, _stats.json or parquet of img2dataset. A manifest counts for a local shard of the bytes
-    that it lists. A shard without a sample is not believed to have none: its headers are few.
+    The first of these files that lists a shard counts: manifest.json, sizes.json of open_clip, index.json of
+    WebDataset, per shard _stats.json or .parquet of img2dataset. A manifest's entry is ignored if a local shard has
+    another size, and any entry of 0 samples: reading the headers of such a shard costs little.
 
     Raises:
         UserError: a remote shard without ``cache``.
@@ -46,7 +46,7 @@ def listed_counts(urls: Sequence[str], cache: RemoteCache | None) -> dict[str, i
     found: dict[str, int] = {}
     directories: dict[str, list[str]] = {}
     for url in urls:
-        if not url.startswith("pipe:"):  # nothing is beside a command
+        if not url.startswith("pipe:"):  # a command has no directory
             directories.setdefault(url.rpartition("/")[0], []).append(url)
     with ThreadPoolExecutor(THREADS) as pool:
         for directory, members in directories.items():
@@ -63,40 +63,41 @@ def listed_counts(urls: Sequence[str], cache: RemoteCache | None) -> dict[str, i
     return found
 
 
-def missing_shards(spec: Any, urls: Sequence[str], cache: RemoteCache | None) -> list[str]:
+def missing_shards(spec: str, urls: Sequence[str], cache: RemoteCache | None) -> list[str]:
     """Shards that the manifest of the directory ``spec`` lists and ``urls`` lack, as in an unfinished copy.
 
     Empty if ``spec`` is not a directory.
     """
-    directory = str(directory_of(spec) or spec).rstrip("/")
-    if {url.rpartition("/")[0] for url in urls} == {directory}:
+    directory = (directory_of(spec) or spec).rstrip("/")
+    if directory_of(spec) or any(url.startswith(f"{directory}/") for url in urls):
+        known = {*map(identity, urls)}
         with suppress(KeyError, TypeError):
             rows = read_json(f"{directory}/{MANIFEST}", cache)["shards"]
-            return sorted({row["name"] for row in rows if row["samples"]} - set(map(_name, urls)))
+            names = {row["name"] for row in rows if row["samples"]}
+            return sorted(name for name in names if identity(f"{directory}/{name}") not in known)
     return []
 
 
 def header_counts(
     urls: Sequence[str], cache: RemoteCache | None, store: IndexStore, *, shown: bool = False
 ) -> list[Count]:
-    """Samples of shards by their stored indexes, else by their headers, which are stored then.
+    """Samples of shards from their stored indexes, else from their headers; new indexes are stored.
 
     Args:
-        shown: show progress, if it takes long.
+        shown: show progress for many shards.
     """
-
     failed: list[str] = []
 
     def count(url: str) -> Count:
         name = index_name(url)
         with suppress(OSError):
             head = store.head(name, None if is_remote(url) else stamp_of(name))
-            if head and head[0]:  # one without samples may have been replaced: no reader would notice
+            if head and head[0]:  # an empty shard may have been replaced, which no reader would notice
                 return head[0], dict(head[2])
         try:
             index = read_index(url, cache)
         except RemoteError as error:
-            if not failed:  # all are named by who asks, not why
+            if not failed:  # the caller names all, without the reason
                 log.warning("%s: %s", url, error)
             failed.append(url)
             return 0, {error.kind: 1}
@@ -112,7 +113,7 @@ def header_counts(
 
 
 def count_shards(urls: Sequence[str], cache: RemoteCache | None, store: IndexStore) -> list[Count]:
-    """Samples of shards, listed beside them or counted."""
+    """Samples of shards, from files beside them or from their headers."""
     listed = listed_counts(urls, cache)
     unlisted = [url for url in urls if url not in listed]
     found = dict(zip(unlisted, header_counts(unlisted, cache, store), strict=True))
@@ -120,7 +121,7 @@ def count_shards(urls: Sequence[str], cache: RemoteCache | None, store: IndexSto
 
 
 def read_index(url: str, cache: RemoteCache | None) -> ShardIndex:
-    """A shard's index from its headers; of a remote one that is not in the cache, long members are not transferred.
+    """Index a shard by its headers. Long members of a remote shard that is not in the cache are not transferred.
 
     Raises:
         RemoteError: it is not available.
@@ -135,12 +136,12 @@ def read_index(url: str, cache: RemoteCache | None) -> ShardIndex:
 
 
 def index_name(url: str) -> str:
-    """What a shard's index is stored under: the same from every working directory."""
+    """The name of a shard's stored index: the same from every working directory."""
     return url if is_remote(url) else os.path.abspath(local_path(url))
 
 
 def successes(url: str, cache: RemoteCache | None) -> int | None:
-    """Samples of one shard, by what img2dataset has written beside it; None without."""
+    """Samples of one shard by img2dataset's files beside it; None without them."""
     stem = url.removesuffix(".tar")
     with suppress(ArithmeticError, KeyError, TypeError, ValueError):
         if 0 < (count := int(read_json(f"{stem}_stats.json", cache)["successes"])) < _MOST:
@@ -149,7 +150,7 @@ def successes(url: str, cache: RemoteCache | None) -> int | None:
 
 
 def _rows_of_parquet(url: str, cache: RemoteCache | None) -> int | None:
-    """Rows whose download has succeeded."""
+    """The number of rows whose download succeeded."""
     try:
         from pyarrow.parquet import read_table
 
@@ -167,7 +168,7 @@ def read_content(url: str, cache: RemoteCache | None) -> bytes:
 
 
 def read_json(url: str, cache: RemoteCache | None) -> Any:
-    """A small file's content; None if there is none, or it is no JSON."""
+    """The content of a small JSON file; None if it is missing or no JSON."""
     try:
         return json.loads(read_content(url, cache))
     except (OSError, RecursionError, ValueError) as error:
@@ -177,7 +178,7 @@ def read_json(url: str, cache: RemoteCache | None) -> Any:
 
 
 def _fits(url: str, listed: tuple[int, int | None] | None) -> bool:
-    """Whether a shard is listed, with the bytes that it has if that is known."""
+    """Whether a shard's entry can be used: a plausible number of samples, and the size of a local file."""
     if listed is None or not 0 < listed[0] < _MOST:
         return False
     if listed[1] is None or is_remote(url):

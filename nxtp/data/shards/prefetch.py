@@ -1,4 +1,4 @@
-"""Fetching ahead of the reader: several shards at a time, as many ahead as the cache holds."""
+"""Prefetching remote shards: several at a time, as many ahead of the reader as fit into the cache."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from nxtp.errors import UserError
 
 _THREADS = 8
 _AHEAD = 64  # shards, in a cache without a limit
-_SHARE = 0.75  # of the cache that is fetched before it is read: what is being read must stay
+_SHARE = 0.75  # of the cache for shards that are not read yet; the rest is for those being read
 
 
 class Prefetcher:
-    """Fetches ``urls`` in the order of their use, from threads of this process, until it is closed.
+    """Threads that fetch ``urls`` in this order, until :meth:`close`.
 
-    Ranks of one machine that have the same order share the work: each passes over what another one fetches. A failure
-    is reported when a sample is read.
+    Ranks of one machine share the work: each skips what another one fetches. A failure is reported when a sample is
+    read.
     """
 
     def __init__(self, cache: RemoteCache, urls: Sequence[str]):
@@ -32,13 +32,13 @@ class Prefetcher:
             threading.Thread(target=self._run, name="prefetch", daemon=True).start()
 
     def reached(self, index: int) -> None:
-        """The reader is at ``urls[index]``: earlier ones are not needed any more."""
+        """The reader is at ``urls[index]``: earlier shards are no longer needed."""
         with self._changed:
             self._reached = index
             self._changed.notify_all()
 
     def close(self) -> None:
-        """Start no other transfer; those that run end by themselves."""
+        """Start no more transfers; running ones finish."""
         with self._changed:
             self._urls = []
             self._changed.notify_all()
@@ -60,7 +60,7 @@ class Prefetcher:
             return self._urls[self._next - 1]
 
     def _ahead(self) -> int:
-        """How many shards from the reader's on may be in the cache."""
+        """How many shards may be in the cache, from the reader's on."""
         if self._cache.limit is None:
             return _AHEAD
         if not self._sizes:

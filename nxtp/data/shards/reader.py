@@ -1,4 +1,4 @@
-"""Many shards as one sequence of samples, read by position: an epoch is exact, its order is arithmetic."""
+"""Many shards as one sequence of samples, read by position: so an epoch can be exact and shuffled by arithmetic."""
 
 from __future__ import annotations
 
@@ -32,17 +32,17 @@ MAX_CAPTION_BYTES = 1 << 16
 MAX_JSON_BYTES = 1 << 20
 MAX_IMAGE_BYTES = 1 << 28
 _MEMBERS = (("image", MAX_IMAGE_BYTES), ("caption", MAX_CAPTION_BYTES), ("json", MAX_JSON_BYTES))  # as in an index
-UNLISTED = "unlisted sample"  # a kind that is counted: its shard has more than a file beside it lists
+UNLISTED = "unlisted sample"  # kind: the shard has more samples than a file beside it lists
 _OPEN_SHARDS = 16
 _OPEN_INDEXES = 32
 _OPEN_CAPTIONS = 8
 _ALL = Selection()
 _SPREAD_SHARDS = 32
-_GAP = 1 << 14  # unwanted bytes that are read along rather than skipped by another read
+_GAP = 1 << 14  # bytes between members: up to so many, one read is faster than several
 
 
 class SampleError(Exception):
-    """A sample that cannot be used: it is skipped, and counted by ``kind``."""
+    """A sample that cannot be used. It is skipped and counted by ``kind``."""
 
     def __init__(self, kind: str, key: str, shard: str):
         super().__init__(kind, key, shard)
@@ -54,9 +54,9 @@ class SampleError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class RawSample:
-    """A sample as its shard stores it: the image's encoded bytes, texts decoded; None if absent.
+    """A sample as stored: the image's encoded bytes, decoded texts (None if absent).
 
-    ``unlisted``, of the last sample that the list of counts promises: how many more its shard has.
+    ``unlisted`` of the last sample that a file beside the shard lists: how many more the shard has.
     """
 
     key: str
@@ -73,10 +73,7 @@ class RawSample:
 
 @dataclass(frozen=True, slots=True)
 class _Shard:
-    """What is known of a shard without its index.
-
-    ``stamp`` is the size and time of a local file that is there.
-    """
+    """What is known of a shard without its index; ``stamp`` is None if it is remote or missing."""
 
     url: str
     samples: int
@@ -85,20 +82,20 @@ class _Shard:
 
     @property
     def name(self) -> str:
-        """What its index is stored under."""
+        """The name of its stored index."""
         return index_name(self.url)
 
 
 class IndexedShards:
     """Many shards as one sequence of samples, positions 0 … len-1, in the order of ``urls``.
 
-    A shard is indexed once and its index stored on disk (``store``): at once, or when a sample is first read if a file
-    beside it lists their number. Remote shards (``://`` and ``pipe:``) are fetched into ``cache`` and read while they
-    arrive. What is readable in damaged shards is used; ``skipped`` counts the rest by kind. Copies (pickles, forks)
-    share nothing: each process and thread opens its own files.
+    Each shard is indexed once, and the index stored on disk (``store``): now, or when it is first read if a file beside
+    it lists the number of its samples. Remote shards (``://`` and ``pipe:``) are fetched into ``cache`` and read while
+    they arrive. Readable samples of damaged shards are used; ``skipped`` counts the others by kind. Each process and
+    thread opens its own files.
 
     Args:
-        counts: of each shard; by default :func:`~nxtp.data.shards.counts.count_shards` finds them.
+        counts: samples of each shard, by default from :func:`~nxtp.data.shards.counts.count_shards`.
 
     Raises:
         UserError: a remote shard without ``cache``, or with a scheme that cannot be opened.
@@ -143,7 +140,7 @@ class IndexedShards:
         return self.urls[self._locate(position)[0]]
 
     def key_of(self, position: int) -> str:
-        """The key at ``position``; its number in the shard, in brackets, if the shard can no longer be read."""
+        """The key at ``position``; [number in the shard] if the shard can no longer be read."""
         number, row = self._locate(position)
         with suppress(RemoteError):
             if found := self._find(number, row):
@@ -151,7 +148,7 @@ class IndexedShards:
         return f"[{row}]"
 
     def spread(self, most: int) -> list[int]:
-        """Up to ``most`` positions, spread evenly over 32 shards, or over so many as have twice as many samples."""
+        """Up to ``most`` positions, evenly over 32 shards, or over more where these have too few samples."""
         numbers = np.flatnonzero(self.sizes)
         shards = max(_SPREAD_SHARDS, 2 * most * len(numbers) // len(self) + 1)
         if shards < len(numbers):
@@ -162,7 +159,7 @@ class IndexedShards:
         return (places - ends[at] + self._ends[numbers[at]]).tolist()
 
     def prefetch(self, numbers: Iterable[int]) -> Prefetcher | None:
-        """Fetch the remote ones among the shards ``numbers``, in this order, before they are read."""
+        """Start to fetch the remote shards among ``numbers``, in this order; None if there are none."""
         urls = [self.urls[number] for number in numbers]
         return Prefetcher(self.cache, urls) if self.cache is not None and any(map(is_remote, urls)) else None
 
@@ -171,10 +168,10 @@ class IndexedShards:
 
         Raises:
             SampleError: "shard vanished", "shard changed" (since it was indexed), "unreadable shard", "unreachable
-                shard", "stalled shard", "missing sample" (the manifest promised more), "truncated member",
+                shard", "stalled shard", "missing sample" (the manifest lists more), "truncated member",
                 "oversized image|caption|json", "corrupt json", "bad labels" (not a list of strings), "damaged
                 image" (other bytes than its JSON's ``crc32``), "unreadable captions" (beside the shard), or FILTERED
-                (its shard's ``selections`` has it not).
+                (the shard's ``selections`` excludes it).
             IndexError: no such position.
         """
         key, url, content = self._content(position, ("image", "caption", "json"))
@@ -202,7 +199,7 @@ class IndexedShards:
         return RawSample(key, url, content["image"], caption or None, labels, self._unlisted(position))
 
     def _captions(self, position: int, column: str) -> dict[str, str]:
-        """Those beside the shard of ``position``, from this thread's most recently used ones."""
+        """Captions beside the shard of ``position``; each thread caches the most recent tables."""
         number = self._locate(position)[0]
         tables: OrderedDict[int, dict[str, str]] = self._local.__dict__.setdefault("captions", OrderedDict())
         if number not in tables:
@@ -216,11 +213,11 @@ class IndexedShards:
         return tables[number]
 
     def read_image(self, position: int) -> bytes:
-        """The image's bytes at ``position``, whatever the texts beside it contain; raises as :meth:`read`."""
+        """The image's bytes at ``position``; damaged texts do not matter. Raises as :meth:`read`."""
         return self._content(position, ("image",))[2]["image"]
 
     def _content(self, position: int, wanted: Container[str]) -> tuple[str, str, dict[str, bytes]]:
-        """Key, shard and the bytes of a sample's ``wanted`` members; of the others the headers are checked."""
+        """Key, shard and the bytes of a sample's ``wanted`` members; of the others only the headers are checked."""
         number, row = self._locate(position)
         url, cache = self.urls[number], self.cache
         if cache is not None and is_remote(url):
@@ -262,12 +259,12 @@ class IndexedShards:
         if cache is not None and is_remote(url):
             cache.usage["hits"] += cache.usage["waits"] == waits
         if zlib.crc32(headers) != checksum:
-            self.store.forget(self.shards[number].name)  # size and time are those of the indexed file, its content not
+            self.store.forget(self.shards[number].name)  # size and mtime are as indexed, the content is not
             raise SampleError("shard changed", key, url)
         return key, url, content
 
     def close(self) -> None:
-        """Close the files that this thread has open; they are opened again when needed."""
+        """Close this thread's files; they are opened again when needed."""
         self._local.__dict__.clear()
 
     def _locate(self, position: int) -> tuple[int, int]:
@@ -277,9 +274,9 @@ class IndexedShards:
         return number, int(position - self._ends[number] + self.sizes[number])
 
     def _find(self, number: int, row: int) -> tuple[str, list[int]] | None:
-        """Key and places of a shard's sample; None if it has fewer.
+        """Key of a shard's sample and its row in the index; None if the shard has fewer.
 
-        Of a shard that is not indexed yet, and still arrives, only so many headers are read as it takes.
+        Of a shard that is still arriving and not indexed, only the headers up to this sample are read.
         """
         indexes: OrderedDict[int, ShardIndex | Indexing] = self._local.__dict__.setdefault("indexes", OrderedDict())
         shard = self.shards[number]
@@ -304,7 +301,7 @@ class IndexedShards:
         return sample
 
     def _index_here(self, shard: _Shard) -> ShardIndex | None:
-        """The index of a local shard, made by one process while others wait for it."""
+        """Index a local shard: one process does it, the others wait."""
         if is_remote(shard.url):
             return None
         with self.store.locked(shard.name):
@@ -320,11 +317,11 @@ class IndexedShards:
         return max(len(index) - listed, 0) if isinstance(index, ShardIndex) and row == listed - 1 else 0
 
     def _remote_file(self, url: str) -> RemoteFile | None:
-        """A shard's file while it is fetched; None of a local one."""
+        """The file of a remote shard; None for a local one."""
         return self.cache.open(url) if self.cache is not None and is_remote(url) else None
 
     def _open(self, number: int, key: str) -> LocalFile | RemoteFile:
-        """A shard's file, from this thread's most recently used ones; :meth:`_find` comes first."""
+        """A shard's open file; each thread caches the most recent ones. Call :meth:`_find` first."""
         shard = self.shards[number]
         files: OrderedDict[int, LocalFile | RemoteFile] = self._local.__dict__.setdefault("files", OrderedDict())
         if number in files:

@@ -1,4 +1,4 @@
-"""Remote files through fsspec: listing, and transfers that continue where they failed."""
+"""Remote files through fsspec: listing, and transfers that resume after a fault."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from typing import Any
 from nxtp.errors import UserError, one_line
 
 for driver in ("aiobotocore", "botocore"):
-    logging.getLogger(driver).setLevel(logging.WARNING)  # they tell each run where its credentials are from
+    logging.getLogger(driver).setLevel(logging.WARNING)  # they log where credentials come from
 PART = 1 << 22  # bytes of a range
-_CHUNK = 1 << 20  # bytes of a stream that are waited for together
+_CHUNK = 1 << 20  # bytes of a stream under one timeout
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "az": "azure", "abfs": "azure", "abfss": "azure"}
-Chunks = Iterator[tuple[int | None, bytes]]  # bytes of the whole file if that is known, and the next bytes
+Chunks = Iterator[tuple[int | None, bytes]]  # size of the whole file, if known, and the next bytes
 
 
 class RemoteError(OSError):
-    """A remote file is not available now; ``kind`` is what is counted: "unreachable shard" or "stalled shard"."""
+    """A remote file is not available; ``kind`` is counted: "unreachable shard" or "stalled shard"."""
 
     def __init__(self, kind: str, detail: str):
         super().__init__(f"{kind}: {detail}")
@@ -37,16 +37,16 @@ class RemoteError(OSError):
 
 
 class Pace:
-    """How long a part of a file may take: ten times what is usual, at most ``limit`` seconds.
+    """The timeout for a part of a file: ten times the usual time, at most ``limit`` seconds.
 
-    A stalled connection is then replaced after seconds, and a slow network is still waited for.
+    So a stalled connection is replaced after seconds, and a slow network does not time out.
     """
 
     def __init__(self, limit: float):
         self.limit, self._usual = limit, limit / 300
 
     def patience(self, failures: int) -> float:
-        """Seconds for the next part after so many failures in a row."""
+        """Seconds for the next part after ``failures`` in a row."""
         return min(self.limit, max(1.0, 10 * self._usual) * 4**failures)
 
     def took(self, seconds: float) -> None:
@@ -75,9 +75,9 @@ def open_store(url: str) -> tuple[Any, str]:
 
 
 def find_files(url: str, *, matching: bool = False) -> list[dict[str, Any]]:
-    """What a remote directory contains (of a file: itself), or with ``matching`` what a glob finds.
+    """Entries of a remote directory (a file is its own entry), or with ``matching`` those that a glob finds.
 
-    Each with its URL (``url``), ``type`` ("file" or "directory") and ``size``.
+    Each has ``url``, ``type`` ("file" or "directory") and ``size``.
 
     Raises:
         UserError: it cannot be listed.
@@ -102,17 +102,17 @@ def read_file(url: str, pace: Pace, retries: int) -> bytes:
 
 
 def transfer(url: str, file: Any, pace: Pace, retries: int, arrived: Callable[[int | None, int], None]) -> None:
-    """Write a remote file, or the output of a ``pipe:`` command, to an empty file, in order.
+    """Write a remote file, or the output of a ``pipe:`` command, to an empty file.
 
     Args:
-        arrived: called after every write with the bytes of the whole file, if known, and those written.
+        arrived: called after every write with the size of the whole file, if known, and the bytes written.
 
     Raises:
         RemoteError, UserError: as :func:`received`.
         OSError: the local file cannot be written.
     """
     for total, begin, data in received(url, 0, pace, retries):
-        if begin == 0 and file.tell():  # a command begins again
+        if begin == 0 and file.tell():  # a command starts over
             file.seek(0)
             file.truncate()
         _write(file, data)
@@ -120,12 +120,12 @@ def transfer(url: str, file: Any, pace: Pace, retries: int, arrived: Callable[[i
 
 
 def received(url: str, start: int, pace: Pace, retries: int) -> Iterator[tuple[int | None, int, bytes]]:
-    """A remote file from byte ``start`` on: bytes of the whole file, if known; where the next bytes begin; the bytes.
+    """Yield a remote file from byte ``start`` on: size of the whole file, if known; offset of the next bytes; these.
 
-    After a fault it continues where it was (a command begins again), waiting longer each time.
+    After a fault the transfer resumes at the same offset (a command starts over), after a longer pause each time.
 
     Args:
-        retries: so many faults in a row are allowed.
+        retries: faults in a row that are allowed.
 
     Raises:
         RemoteError: the file is not available.
@@ -160,13 +160,13 @@ def received(url: str, start: int, pace: Pace, retries: int) -> Iterator[tuple[i
 
 
 class ForwardFile:
-    """A remote file that is read forwards; otherwise as :class:`~nxtp.data.shards.tar_index.LocalFile`.
+    """A remote file for reading forwards, as :class:`~nxtp.data.shards.tar_index.LocalFile`.
 
-    What is not read is not transferred, where it is longer than :data:`PART`. Every method raises as :func:`received`.
+    Gaps longer than :data:`PART` are not transferred. Every method raises as :func:`received`.
     """
 
     arrived = True
-    _begin: int  # of the data that is in memory
+    _begin: int  # offset of the data in memory
     _data: bytes
     _chunks: Iterator[tuple[int | None, int, bytes]]
 
@@ -178,11 +178,11 @@ class ForwardFile:
 
     @property
     def stamp(self) -> tuple[int, int]:
-        """Its size, -1 if the server does not tell it; the time means nothing."""
+        """Its size, -1 if the server does not report it, and 0: there is no mtime."""
         return -1 if self._total is None else self._total, 0
 
     def read(self, size: int, offset: int) -> bytes:
-        """``size`` bytes from ``offset`` on; fewer only behind the end."""
+        """``size`` bytes from ``offset`` on; fewer only at the end of the file."""
         if not self._begin <= offset <= self._begin + len(self._data) + PART:
             if offset >= self.stamp[0]:
                 return b""
@@ -230,7 +230,7 @@ def _chunks(url: str, start: int, pace: Pace, failures: int) -> Chunks:
     if url.startswith(("http://", "https://")):
         yield from _streamed(store, path, start, wait, pace)
         return
-    # A store without coroutines has time limits of its own.
+    # A store without coroutines has its own timeouts.
     size = (wait(store._info(path)) if store.async_impl else store.info(path))["size"]
     for begin in range(start, size, PART):
         end, clock = min(begin + PART, size), time.monotonic()
@@ -243,7 +243,7 @@ def _chunks(url: str, start: int, pace: Pace, failures: int) -> Chunks:
 
 
 def _streamed(store: Any, url: str, start: int, wait: Callable[..., Any], pace: Pace) -> Chunks:
-    """One response of a web server, which may have no ranges."""
+    """One response of a web server, which may ignore the range."""
 
     async def get() -> Any:
         session = await store.set_session()
@@ -287,4 +287,4 @@ def _of_command(command: str, limit: float) -> Chunks:
                 raise OSError(f"exit code {code}")
         finally:
             with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)  # the shell and what it started
+                os.killpg(process.pid, signal.SIGKILL)  # the shell and its children

@@ -1,4 +1,4 @@
-"""Where the samples of a tar shard are: an index made from its headers alone, once, and stored on disk."""
+"""The index of a tar shard: where its samples are, by its headers alone. It is created once and stored on disk."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ _FORMAT = "6"  # of the files of an IndexStore
 _INDEX = re.compile(r"[0-9a-f]{32}\.safetensors")
 _UNFINISHED = re.compile(rf"\.{_INDEX.pattern}\..+\.tmp")  # by atomic_file
 _UNREADABLE = (OSError, SafetensorError, KeyError, ValueError)
-_MAX_HEADER_BYTES = 1 << 20  # of a long name, or of pax records
-_PADDING = 1 << 20  # bytes behind the end of a tar that are looked at: writers pad with zeros
+_MAX_HEADER_BYTES = 1 << 20  # of a long name or of pax records
+_PADDING = 1 << 20  # bytes that are checked behind the end of a tar: writers pad with zeros
 _IRREGULAR = {b"1": "link", b"2": "link", b"S": "sparse file"} | dict.fromkeys((b"3", b"4", b"6"), "special file")
 _PAX_RECORD = re.compile(rb"(\d{1,9}) ([^=]+)=")
 _COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\x00", b"\x28\xb5\x2f\xfd")
@@ -46,8 +46,8 @@ class ShardIndex:
     """Where the samples of one shard are.
 
     ``keys``     of the samples
-    ``rows``     int64 [samples, 7]: offset and size in bytes of image, text and JSON, -1 if absent; CRC-32 of the tar
-                 headers of these, in this order: another value means another file
+    ``rows``     int64 [samples, 7]: offset and size in bytes of image, text and JSON, -1 if absent; CRC-32 of their tar
+                 headers, by which a replaced file is noticed
     ``stamp``    size and mtime (ns) of the file; None if it could not be opened
     ``skipped``  counts by kind: "truncated shard", "corrupt shard", "empty shard", "compressed shard", "shard
                  vanished", "unreadable shard", "data behind the end"; of samples "no image", "duplicate key",
@@ -64,7 +64,7 @@ class ShardIndex:
         return len(self.keys)
 
     def is_of(self, path: str) -> bool:
-        """Whether a sound shard has exactly these headers: it is a copy, whatever its time."""
+        """Whether this is the index of an undamaged shard that has exactly the headers of the file ``path``."""
         if self.skipped:
             return False
         with open(path, "rb", buffering=0) as file:
@@ -77,10 +77,10 @@ class ShardIndex:
 
 
 class IndexStore:
-    """One small file per shard, named after the shard's location, valid while the shard's size and time are the same.
+    """One file per shard, named by a hash of its path or URL; valid while the shard has the same size and mtime.
 
-    Of a shard with another time all headers are compared: a copy keeps its index. Above about ``limit`` bytes the least
-    recently read indexes are deleted.
+    If only the mtime differs, all headers are compared: a copied shard keeps its index. Above about ``limit`` bytes the
+    least recently read indexes are deleted.
 
     Args:
         directory: by default ``$XDG_CACHE_HOME/nxtp/index``, usually ~/.cache/nxtp/index.
@@ -89,11 +89,11 @@ class IndexStore:
     def __init__(self, directory: Path | str | None = None, limit: float = 10e9):
         default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nxtp" / "index"
         self.directory, self.limit = Path(directory) if directory is not None else default, limit
-        self._unchecked = math.inf  # bytes written since this process has looked at the size of all
+        self._unchecked = math.inf  # bytes written since this process last measured the directory
         self._warned = False
 
     def head(self, name: str, stamp: tuple[int, int] | None) -> tuple[int, tuple[int, int], Counter] | None:
-        """(samples, stamp, skipped) without reading the index itself; None if it is missing or of another shard."""
+        """(samples, stamp, skipped), without reading the whole index; None if it is missing or of another shard."""
         head = self._head(name)
         if head is None or stamp in (None, head[1]):
             return head
@@ -124,7 +124,7 @@ class IndexStore:
         return None
 
     def save(self, name: str, index: ShardIndex) -> None:
-        """Store an index; that it cannot be written is warned of once."""
+        """Store an index; a failure is logged once."""
         if index.stamp is None:
             return
         tensors = {"keys": np.frombuffer(json.dumps(index.keys).encode(), dtype=np.uint8), "rows": index.rows}
@@ -147,7 +147,7 @@ class IndexStore:
                 )
 
     def _trim(self) -> None:
-        """Delete the least recently read indexes above the limit, and what killed processes left unfinished."""
+        """Delete the least recently read indexes above the limit, and unfinished files of killed processes."""
         self._unchecked, files = 0, []
         for path in self.directory.iterdir():
             with suppress(FileNotFoundError):
@@ -164,7 +164,7 @@ class IndexStore:
 
     @contextmanager
     def locked(self, name: str) -> Iterator[None]:
-        """One process at a time makes what has this name; nothing waits where no lock can be had."""
+        """A lock between processes that create what has this name; no lock where the directory cannot be written."""
         with ExitStack() as held:
             with suppress(OSError):
                 self.directory.mkdir(parents=True, exist_ok=True)
@@ -188,7 +188,7 @@ def stamp_of(file: str | int) -> tuple[int, int]:
 
 
 class _Damage(Exception):
-    """The tar cannot be followed beyond this point; ``name`` is the truncated member, if known."""
+    """The tar cannot be read beyond this point; ``name`` is the truncated member, if known."""
 
     def __init__(self, kind: str, name: str | None = None):
         super().__init__(kind, name)
@@ -196,32 +196,31 @@ class _Damage(Exception):
 
 
 class OpenFile(io.FileIO):
-    """A file that is closed with its object, without Python's warning that nobody closed it."""
+    """A file that is closed when its object is deleted, without a ResourceWarning."""
 
     def __del__(self) -> None:
         self.close()
 
 
 class LocalFile:
-    """A shard on disk, read by position; its ``stamp`` is its size and mtime (ns)."""
+    """A shard on disk, read by offset; ``stamp`` is its size and mtime (ns)."""
 
-    arrived = True  # all of it: a remote shard may be read while it is fetched
+    arrived = True  # a remote shard may still be arriving
 
     def __init__(self, path: str | os.PathLike):
         self._file = OpenFile(path)
         self.stamp = stamp_of(self._file.fileno())
 
     def read(self, size: int, offset: int) -> bytes:
-        """``size`` bytes from ``offset`` on; fewer only behind the end."""
+        """``size`` bytes from ``offset`` on; fewer only at the end of the file."""
         return os.pread(self._file.fileno(), size, offset)
 
 
 def index_shard(path: str | os.PathLike, file: Any = None) -> ShardIndex:
-    """Find the samples of a shard from its tar headers alone; ``file`` is as :class:`LocalFile`, if it is open already.
+    """Index a shard by its tar headers; ``file`` is the open file, with the interface of :class:`LocalFile`.
 
-    Agrees with WebDataset on sound shards. In a damaged tar the samples before the damage are used and the damage is
-    counted; nothing is raised but what ``file`` raises of a remote shard. The first sample of a duplicate key is used.
-    Names are only keys: nothing is ever written under them.
+    The samples are those that WebDataset reads. Of a damaged tar the samples before the damage are used, and the damage
+    is counted; only a remote ``file`` raises. The first sample of a duplicate key is used.
     """
     index = Indexing(path, file).find(None)
     assert isinstance(index, ShardIndex)
@@ -229,7 +228,7 @@ def index_shard(path: str | os.PathLike, file: Any = None) -> ShardIndex:
 
 
 class Indexing:
-    """The work of :func:`index_shard`, done as far as a sample needs it: its shard may still be arriving."""
+    """:func:`index_shard` in steps, only as far as needed: the shard may still be arriving."""
 
     def __init__(self, path: str | os.PathLike, file: Any = None):
         self.path, self._file, self._samples = path, file, _Samples()
@@ -237,7 +236,7 @@ class Indexing:
 
     @property
     def stamp(self) -> tuple[int, int] | None:
-        """As of an index."""
+        """As in :class:`ShardIndex`."""
         return self._file.stamp if self._file else None
 
     @property
@@ -250,10 +249,10 @@ class Indexing:
         yield from _members(self._file.read, self._file.stamp[0])
 
     def find(self, row: int | None) -> tuple[str, list[int]] | ShardIndex:
-        """Key and places of sample ``row`` as in an index; the whole index if that has been read, or is to be (None).
+        """Key and index row of sample ``row``; the whole index if ``row`` is None or the end of the shard is reached.
 
         Raises:
-            RemoteError: the shard does not arrive; start again.
+            RemoteError: the shard does not arrive; create another Indexing.
         """
         samples, damage = self._samples, None
         try:
@@ -290,7 +289,7 @@ class _Samples:
         self._key: str | None = None
         self._members: dict[str, tuple[int, int, bytes]] = {}
         self._repeated = False
-        self._usual: set[str] = set()  # extensions of the previous sample
+        self._previous: set[str] = set()  # extensions of the previous sample
 
     def add(self, name: str, offset: int, size: int, header: bytes, irregular: str | None) -> None:
         if METADATA_NAME.match(name) or (parts := split_name(name)) is None:
@@ -308,7 +307,7 @@ class _Samples:
             self._members[extension] = (offset, size, header)
 
     def close(self) -> None:
-        """End the open sample."""
+        """Finish the current sample."""
         key, members = self._key, self._members
         if key is None:
             return
@@ -325,16 +324,16 @@ class _Samples:
             self.keys.append(key)
             self.rows.append((*places, zlib.crc32(b"".join(header for *_, header in found))))
         self.seen.add(key)
-        self._usual = set(members)
+        self._previous = set(members)
         self._discard()
 
     def close_damaged(self, damage: _Damage) -> None:
-        """End at a damage: the open sample is used if it is complete, judged by the previous sample."""
+        """Finish at damage: the current sample is used if it seems complete, compared with the previous one."""
         self.skipped[damage.kind] += 1
         if damage.name is not None:
             complete = (split_name(damage.name) or (None,))[0] != self._key
         else:
-            complete = bool(self._usual) and self._usual <= set(self._members)
+            complete = bool(self._previous) and self._previous <= set(self._members)
         if self._key is not None and not complete:
             self.skipped["incomplete sample"] += 1
             self._discard()
@@ -345,14 +344,14 @@ class _Samples:
 
 
 def _members(read: Callable[[int, int], bytes], end: int) -> Iterator[tuple[str, int, int, bytes, str | None]]:
-    """Name, data offset, data size, header, and of what is no regular file its kind; directories are skipped.
+    """Yield name, data offset, data size, header and kind of each member, without directories.
 
-    Formats: ustar, GNU long names, pax. Names and places are those of Python's tarfile, which WebDataset reads with.
-    _Damage if the tar ends early, a header is not one, or something follows the end.
+    The kind of a regular file is None. Formats: ustar, GNU long names, pax; the results agree with Python's tarfile,
+    which WebDataset uses. _Damage if the tar ends early, a header is invalid, or data follows the end.
     """
     position = 0
-    shared: dict[bytes, bytes] = {}  # what pax headers say of all further members
-    extended: dict[bytes, bytes] = {}  # what the headers before a member say of it: of two the first counts
+    shared: dict[bytes, bytes] = {}  # pax records of all further members
+    extended: dict[bytes, bytes] = {}  # pax records of the next member; the first of two counts
     while position < end or position == 0:
         header = read(_BLOCK, position)
         if position == 0 and (not header or header.startswith(_COMPRESSED)):
@@ -380,25 +379,25 @@ def _members(read: Callable[[int, int], bytes], end: int) -> Iterator[tuple[str,
                 extended = _pax_records(content) | extended
             elif kind == b"g":
                 shared |= _pax_records(content)
-                if b"size" in shared:  # of every member: nobody writes that, and readers do not agree on it
+                if b"size" in shared:  # of all members: readers do not agree on its meaning
                     raise _Damage("corrupt shard")
             continue
         more = kind == b"S" and header[482]
-        while more:  # blocks of a map of holes
+        while more:  # further headers of a sparse file
             more = (read(_BLOCK, data) if data + _BLOCK <= end else b"").ljust(_BLOCK, b"\0")[504]
             data += _BLOCK
-        about = shared | extended
+        records = shared | extended
         extended = {}
-        if any(key.startswith(b"GNU.sparse.") for key in about):
+        if any(key.startswith(b"GNU.sparse.") for key in records):
             kind = b"S"
-        text = about.get(b"GNU.sparse.name", about.get(b"path", name)).decode("utf-8", "backslashreplace")
-        size = _number(about[b"size"], 10) if b"size" in about else size
+        path = records.get(b"GNU.sparse.name", records.get(b"path", name)).decode("utf-8", "backslashreplace")
+        size = _number(records[b"size"], 10) if b"size" in records else size
         size = 0 if kind in b"123456" else size  # links, devices, directories: no data, whatever the header says
         position = data + _padded(size)
         if data + size > end:
-            raise _Damage("truncated shard", text)
+            raise _Damage("truncated shard", path)
         if kind != b"5":
-            yield text, data, size, header, None if kind in b"0\x007" else _IRREGULAR.get(kind, "unknown member")
+            yield path, data, size, header, None if kind in b"0\x007" else _IRREGULAR.get(kind, "unknown member")
     raise _Damage("truncated shard")  # a tar ends with a block of zeros
 
 
@@ -406,12 +405,12 @@ def _parse_header(header: bytes) -> tuple[bytes, int, bytes]:
     """Type flag, size and name of a tar header; _Damage if the checksum or a number is wrong."""
     checksum = _number(header[148:156], 8)
     excess = sum(header) - sum(header[148:156]) + 8 * 32 - checksum
-    if excess and excess != 256 * sum(byte > 127 for byte in header[:148] + header[156:]):  # old tars added signed
+    if excess and excess != 256 * sum(byte > 127 for byte in header[:148] + header[156:]):  # old tars sum signed bytes
         raise _Damage("corrupt shard")
     binary = header[124] == 0x80  # GNU: sizes from 8 GiB on
     size = int.from_bytes(header[125:136], "big") if binary else _number(header[124:136], 8)
     name, kind = header[:100].split(b"\0", 1)[0], header[156:157]
-    if kind == b"\0" and name.endswith(b"/"):  # a directory before there were types
+    if kind == b"\0" and name.endswith(b"/"):  # old tars mark a directory by its slash
         kind = b"5"
     if header[345] and header[257:263] == b"ustar\0":
         name = header[345:500].split(b"\0", 1)[0] + b"/" + name

@@ -29,21 +29,25 @@ def split_name(name: str) -> tuple[str, str] | None:
 def expand_shards(spec: str | os.PathLike | Sequence[str | os.PathLike]) -> list[str]:
     """Sorted, distinct paths and URLs of shards.
 
-    ``spec`` is a directory (its ``*.tar``, not those of its subdirectories), a file, or a glob, here or in a remote
-    store (``s3://bucket/laion``), a shard's URL, or a ``pipe:`` command, each with brace expressions
-    (``cc3m-{000..331}.tar``), or a list of these. Web servers list nothing, and a URL that ends in .tar is not looked
-    up.
+    ``spec`` is a directory (its ``*.tar``, not those of subdirectories), a file, a glob, a URL, a ``pipe:`` command, or
+    a list of these, with brace expressions (``cc3m-{000..331}.tar``). Directories and globs may be remote
+    (``s3://bucket/laion``), but web servers cannot be listed. A URL that ends in .tar is not looked up.
 
     Raises:
         UserError: nothing is found, a named file does not exist, or a store cannot be listed.
     """
-    parts = list(spec) if isinstance(spec, Sequence) and not isinstance(spec, str) else [spec]
+    parts = parts_of(spec)
     if not parts:
         raise UserError("No shards: the list of shards is empty.")
     if wrong := [part for part in parts if not (isinstance(part, str | os.PathLike) and os.fspath(part))]:
         raise UserError(f"No shards: give a directory, a glob, a URL, or a list of these, not {wrong[0]!r}.")
     found = {url for part in parts for url in _expand_one(os.fspath(part))}
     return sorted({identity(url): url for url in sorted(found)}.values())
+
+
+def parts_of(spec: Any) -> list[Any]:
+    """The entries of a list of shards; anything else is one entry."""
+    return list(spec) if isinstance(spec, Sequence) and not isinstance(spec, str) else [spec]
 
 
 def _expand_one(spec: str) -> list[str]:
@@ -113,7 +117,7 @@ def local_path(url: str) -> str:
 
 
 def identity(url: str) -> str:
-    """The same text for two spellings of, or links to, one shard."""
+    """The same text for all spellings of one shard, and for links to it."""
     return url if is_remote(url) else os.path.realpath(local_path(url))
 
 
