@@ -149,7 +149,7 @@ def markdown(records: list[Record], spec: Spec) -> str:
     for metric in shown:
         for groups in ranked(records, spec, metric):
             shared = "".join(f", {t} {part}" for t, part in zip(alike, only(alike, groups[0][0]), strict=True))
-            names = [[" ".join(part or "–" for part in only(compared, arm)) for arm in group] for group in groups]
+            names = [[" ".join(filter(None, only(compared, arm))) or "–" for arm in group] for group in groups]
             places = " > ".join(f"{{{', '.join(group)}}}" if len(group) > 1 else group[0] for group in names)
             lines.append(f"- {spec.metrics[metric]}{shared}: {places}")
     return "\n".join([*lines, ""])
