@@ -33,7 +33,7 @@ from nxtp.data.mixture import open_set
 from nxtp.data.shards.reader import SampleError
 from nxtp.errors import UserError
 from nxtp.model.flops import Flops, ModelFlops, meta_model
-from nxtp.model.layout import Layout, lay_out
+from nxtp.model.layout import Layout, Objective, lay_out
 from nxtp.model.model import ModelConfig
 from nxtp.model.tokenizer import train_tokenizer
 from nxtp.train.optim import OptimConfig
@@ -110,7 +110,7 @@ def measure(
             prompt=[1] * PROMPT_TOKENS,
             delimiter=DELIMITER,
             num_image_tokens=model.num_image_tokens,
-            objective=cfg.objective.name,
+            objective=to_dataclass(Objective, cfg.objective, "objective"),
         )
 
     rows, executed = {}, {}

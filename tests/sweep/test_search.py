@@ -300,6 +300,20 @@ def test_a_directory_in_use_is_refused():
 
 # Searches through Hydra
 
+
+def test_a_search_has_ended_although_a_trials_process_has_not(tmp_path):
+    with locked(tmp_path / "search"):
+        if (trial := os.fork()) == 0:
+            time.sleep(60)
+            os._exit(0)
+    try:
+        with locked(tmp_path / "search"):
+            pass
+    finally:
+        os.kill(trial, signal.SIGKILL)
+        os.waitpid(trial, 0)
+
+
 OPTUNA = ("-m", "hydra/sweeper=optuna")
 
 

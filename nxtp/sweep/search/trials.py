@@ -71,6 +71,7 @@ def locked(directory: Path) -> Iterator[None]:
             raise UserError(f"Another process searches in '{directory}': wait for it.") from None
         yield
     finally:
+        fcntl.flock(lock, fcntl.LOCK_UN)  # trials' processes, which may end later, have it open too
         os.close(lock)
 
 
