@@ -28,7 +28,7 @@ from nxtp.inference.model_directory import (
 )
 from nxtp.inference.pretrained import EMBEDDING, HEAD, fit
 from nxtp.model.decoder import DecoderConfig
-from nxtp.model.flops import meta_model
+from nxtp.model.meta import meta_model
 from nxtp.model.model import ModelConfig
 from nxtp.model.tokenizer import PROMPT, LabelTokenizer
 from nxtp.model.trainable import TrainableConfig
