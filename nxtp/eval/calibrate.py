@@ -54,11 +54,7 @@ def calibrate(cfg: DictConfig) -> dict[str, float]:
     where, spec = next(iter(config.val.items()))
     hits = LabelHits()
     for batch in track(data.loader(where, spec, training=False), where, transient=True):
-        if classes is not None:
-            predictions = recognizer.classify_pixels(batch.images, classes, cfg.top_k)
-        else:
-            predictions = recognizer.predict_pixels(batch.images, cfg.top_k, sampler)
-        hits.update(predictions, batch.labels)
+        hits.update(recognizer.label_pixels(batch.images, cfg.top_k, classes, sampler), batch.labels)
     found = calibration_of(hits, where)
     found.settings = settings
     found.measured |= {"shards": str(spec), "top_k": cfg.top_k}

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -88,10 +89,8 @@ def predict(images, model, top_k, threshold, device, sampler, ranking, classes, 
         "sampler": asdict(config),
         "ranking": asdict(order),
     }
-
-    def label(pixels: Tensor) -> list[Labels]:
-        return recognizer.predict_pixels(pixels, top_k, config, order, prepared, limit)
-
+    how = {"top_k": top_k, "sampler": config, "ranking": order, "classes": prepared, "threshold": limit}
+    label = partial(recognizer.predict_pixels, **how)
     _run(images, fabric, recognizer, label, "probability" if ranking == "prob" else "score", settings, **options)
 
 
@@ -114,10 +113,7 @@ def classify(images, model, top_k, threshold, device, classes, **options):
     read, limit = read_classes(classes), threshold_of(threshold, RankingConfig())
     fabric, recognizer = _load(model, device)
     prepared = recognizer.prepare_classes(read)
-
-    def label(pixels: Tensor) -> list[Labels]:
-        return recognizer.classify_pixels(pixels, prepared, top_k, limit)
-
+    label = partial(recognizer.classify_pixels, classes=prepared, top_k=top_k, threshold=limit)
     settings = _settings("classify", images, model, top_k, prepared, limit, recognizer)
     _run(images, fabric, recognizer, label, "probability", settings, **options)
 
