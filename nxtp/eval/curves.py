@@ -84,8 +84,8 @@ class Curve:
         return 2 * self.precision * self.recall / np.maximum(self.precision + self.recall, 1e-12)
 
 
-def write_curves(curves: Mapping[str, Curve], directory: Path) -> None:
-    """curve.csv, about 200 points of each set, and curve.png."""
+def write_curves(curves: Mapping[str, Curve], directory: Path) -> list[str]:
+    """curve.csv, about 200 points of each set, and curve.png: names of the files."""
     with (directory / "curve.csv").open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["set", "threshold", "precision", "recall", "f1", "labels_per_image"])
@@ -105,6 +105,7 @@ def write_curves(curves: Mapping[str, Curve], directory: Path) -> None:
     axes.grid(alpha=0.3)
     axes.legend(frameon=False, loc="lower left", fontsize=9)
     save_figure(figure, directory / "curve.png")
+    return ["curve.csv", "curve.png"]
 
 
 def reliability(probabilities: np.ndarray, right: np.ndarray, bins: int = BINS) -> list[list[float]]:

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import shutil
 
 import numpy as np
@@ -196,6 +197,8 @@ def test_classes_are_calibrated_each_vocabulary_for_itself(calibrated, caplog):
     recognizer.calibrations["classify"] = Calibration(2.0, 0.5, {"classes": mine.fingerprint})
     assert recognizer.classify_pixels(image, mine) == [Calibration(2.0, 0.5)(raw[0][0])]
     assert recognizer.classify_pixels(image, other) == raw[1]
+    assert recognizer.label_pixels(image, 2, other) == raw[1]
+    assert recognizer.label_pixels(image, 3) == recognizer.predict_pixels(image, 3)
     assert caplog.text.count("The model's calibration is not for these classes") == 1, "once, and nothing of the first"
 
 
@@ -259,7 +262,10 @@ def test_calibrate_writes_into_the_model_directory_and_evaluate_draws_a_curve(pl
         assert content["samplers"]["one_shot"]["measured"]["images"] == 40
         assert (place / "mine" / "calibration.png").stat().st_size > 5_000
         given = [*DATA, "semantic=null", "grid=0", "top_k=3", "prior=val", "out=curve", "curve=true"]
-        assert call_nxtp("evaluate", "model=mine", *given, cwd=place).returncode == 0
+        done = call_nxtp("evaluate", "model=mine", *given, cwd=place)
+        assert done.returncode == 0
+    line = done.stdout.splitlines()[-1]
+    assert re.fullmatch(r"metrics\.json, predictions\.jsonl, curve\.csv, curve\.png in \S*curve", line)
     metrics = json.loads((place / "curve" / "metrics.json").read_text())
     rows = list(csv.DictReader((place / "curve" / "curve.csv").open()))
     assert 0 < metrics["val/average_precision"] < 1
