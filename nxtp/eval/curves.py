@@ -120,6 +120,11 @@ def calibration_error(found: Sequence[Sequence[float]]) -> float:
     return sum(abs(p - share) * n for p, share, n in found) / max(sum(n for *_, n in found), 1)
 
 
+def brier_score(probabilities: np.ndarray, right: np.ndarray) -> float:
+    """Mean of (probability - 1 if right, else 0)² over labels. Unlike the error above, a constant does not lower it."""
+    return float(((probabilities - right) ** 2).mean())
+
+
 def fit(probabilities: np.ndarray, right: np.ndarray) -> tuple[float, float]:
     """Temperature and offset with the least negative log-likelihood of what is right.
 
