@@ -20,7 +20,7 @@ import nxtp.sweep.sweep
 import nxtp.train.command
 from nxtp.config import composed, to_dataclass
 from nxtp.data.labels.nouns import noun_backend
-from nxtp.model.flops import meta_model
+from nxtp.model.meta import meta_model
 from nxtp.model.model import ModelConfig
 
 recipe = composed("train", ["name=x", *TINY_OVERRIDES])  # Hydra's plugins and its grammar

@@ -18,8 +18,8 @@ from nxtp.data.config import DataConfig
 from nxtp.errors import UserError
 from nxtp.model.decoder import DecoderConfig
 from nxtp.model.encoder import EncoderConfig
-from nxtp.model.flops import count_parameters, meta_model
 from nxtp.model.layout import Objective
+from nxtp.model.meta import count_parameters, meta_model
 from nxtp.model.model import ModelConfig
 from nxtp.model.trainable import TrainableConfig
 from nxtp.sampling.ranking import RANKINGS, RankingConfig, ranking_config

@@ -14,8 +14,8 @@ from nxtp.cost.memory import step_of
 from nxtp.data.config import DataConfig
 from nxtp.data.mixture import open_set
 from nxtp.errors import UserError
-from nxtp.model.flops import count_parameters, meta_model
 from nxtp.model.layout import MATCHED, PUBLISHED, Objective
+from nxtp.model.meta import count_parameters, meta_model
 from nxtp.model.model import ModelConfig
 from nxtp.train.checks import check_settings
 from nxtp.train.command import build

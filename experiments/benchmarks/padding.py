@@ -32,8 +32,9 @@ from nxtp.data.labels.nouns import noun_backend
 from nxtp.data.mixture import open_set
 from nxtp.data.shards.reader import SampleError
 from nxtp.errors import UserError
-from nxtp.model.flops import Flops, ModelFlops, meta_model
+from nxtp.model.flops import Flops, ModelFlops
 from nxtp.model.layout import Layout, Objective, lay_out
+from nxtp.model.meta import meta_model
 from nxtp.model.model import ModelConfig
 from nxtp.model.tokenizer import train_tokenizer
 from nxtp.train.optim import OptimConfig

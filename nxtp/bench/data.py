@@ -37,7 +37,8 @@ from nxtp.data.shards.reader import IndexedShards
 from nxtp.data.shards.urls import expand_shards
 from nxtp.data.transforms import ImageTransform
 from nxtp.errors import UserError
-from nxtp.model.flops import meta_model, peak_flops, training_flops
+from nxtp.model.flops import peak_flops, training_flops
+from nxtp.model.meta import meta_model
 from nxtp.model.tokenizer import train_tokenizer
 from nxtp.prepare.writer import write_shard
 

@@ -13,7 +13,8 @@ from rich.table import Table
 
 from nxtp.cost.memory import memory, sections, step_of
 from nxtp.errors import counted
-from nxtp.model.flops import TYPICAL, count_parameters, meta_model, training_flops, typical_layout
+from nxtp.model.flops import TYPICAL, training_flops, typical_layout
+from nxtp.model.meta import count_parameters, meta_model
 from nxtp.train.checks import check_settings
 
 GPU_SIZES_GB = (16, 24, 40, 48, 80, 141)

@@ -30,7 +30,8 @@ from nxtp.config import rank_count, to_dataclass
 from nxtp.distributed.parallelize import ParallelConfig, parallelize, unsharded
 from nxtp.errors import UserError
 from nxtp.model.attention_rule import branch_mask
-from nxtp.model.flops import LABEL_TOKENS, PROMPT_TOKENS, meta_model, typical_layout
+from nxtp.model.flops import LABEL_TOKENS, PROMPT_TOKENS, typical_layout
+from nxtp.model.meta import meta_model
 from nxtp.model.model import Model, ModelConfig
 from nxtp.sampling.one_shot import first_tokens, likeliest_
 from nxtp.train.checks import PRECISIONS, full_precision, strategy_name

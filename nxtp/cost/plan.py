@@ -27,8 +27,9 @@ from nxtp.config import composed, to_dataclass
 from nxtp.cost.memory import memory, sections, step_of
 from nxtp.data.config import DataConfig, named_sources
 from nxtp.errors import UserError, nearest
-from nxtp.model.flops import Flops, ModelFlops, known_gpus, meta_model, peak_flops, training_flops, typical_layout
+from nxtp.model.flops import Flops, ModelFlops, known_gpus, peak_flops, training_flops, typical_layout
 from nxtp.model.layout import PUBLISHED_LENGTH
+from nxtp.model.meta import meta_model
 from nxtp.model.model import Model
 
 

@@ -106,12 +106,8 @@ class LabelAPI(litserve.LitAPI):
         for top_k in dict.fromkeys(count for _, count in readable.values()):
             same = [place for place, (_, count) in readable.items() if count == top_k]
             pixels = torch.stack([readable[place][0] for place in same])
-            if self.prepared:
-                labels = self.recognizer.classify_pixels(pixels, self.prepared, top_k)
-            else:
-                labels = self.recognizer.predict_pixels(pixels, top_k)
-            for place, found in zip(same, labels, strict=True):
-                outputs[place] = found
+            for place, labels in zip(same, self.recognizer.label_pixels(pixels, top_k, self.prepared), strict=True):
+                outputs[place] = labels
         return outputs
 
 

@@ -14,7 +14,7 @@ from nxtp.config import to_dataclass
 from nxtp.data.config import DataConfig
 from nxtp.data.datamodule import WebDatasetDataModule
 from nxtp.errors import UserError
-from nxtp.eval.curves import BINS, LabelHits, calibration_error, fit, reliability, save_reliability
+from nxtp.eval.curves import BINS, LabelHits, brier_score, calibration_error, fit, reliability, save_reliability
 from nxtp.inference.calibration import CLASSIFY, FILE, Calibration, write_calibrations
 from nxtp.inference.model_directory import WEIGHTS, read_config, weights_sum
 from nxtp.inference.recognizer import Recognizer
@@ -54,25 +54,36 @@ def calibrate(cfg: DictConfig) -> dict[str, float]:
     where, spec = next(iter(config.val.items()))
     hits = LabelHits()
     for batch in track(data.loader(where, spec, training=False), where, transient=True):
-        if classes is not None:
-            predictions = recognizer.classify_pixels(batch.images, classes, cfg.top_k)
-        else:
-            predictions = recognizer.predict_pixels(batch.images, cfg.top_k, sampler)
-        hits.update(predictions, batch.labels)
+        hits.update(recognizer.label_pixels(batch.images, cfg.top_k, classes, sampler), batch.labels)
     found = calibration_of(hits, where)
     found.settings = settings
     found.measured |= {"shards": str(spec), "top_k": cfg.top_k}
     error: Mapping[str, float] = found.measured["ece"]
-    text = f"{name}: temperature {found.temperature:.3f}, offset {found.offset:+.3f}; expected calibration error"
-    Console().print(f"{text} {error['before']:.4f} before, {error['after']:.4f} after", highlight=False)
+    for line in summary(name, found):
+        Console().print(line, highlight=False, soft_wrap=True)
     if error["after"] >= error["before"]:
         Console().print("It is not lower: nothing is stored. A larger set may help.", highlight=False)
         return dict(error)
     known[name] = found
     write_calibrations(directory, weights_sum(read_config(directory)), known)
     save_reliability({n: each for n, each in known.items() if "bins" in each.measured}, directory / "calibration.png")
-    Console().print(f"{FILE} and calibration.png in {directory}", highlight=False, soft_wrap=True)
+    Console().print(
+        f"{FILE} and calibration.png, the reliability diagram, in {directory}", highlight=False, soft_wrap=True
+    )
     return dict(error)
+
+
+def summary(name: str, found: Calibration) -> list[str]:
+    """What was fitted, on how much; and its errors on how much else."""
+    m, error, brier = found.measured, found.measured["ece"], found.measured["brier"]
+    images, labels = m["held_out_images"], m["held_out_labels"]
+    return [
+        f"{name}: temperature {found.temperature:.3f}, offset {found.offset:+.3f}",
+        f"fitted to {m['labels'] - labels:,} labels, the top {m['top_k']} of {m['images'] - images:,} images; "
+        f"measured on {labels:,} labels of {images:,} others:",
+        f"expected calibration error {error['before']:.4f} before, {error['after']:.4f} after",
+        f"Brier score {brier['before']:.4f} before, {brier['after']:.4f} after, {brier['constant']:.4f} for a constant",
+    ]
 
 
 def calibration_of(hits: LabelHits, where: str) -> Calibration:
@@ -101,8 +112,12 @@ def calibration_of(hits: LabelHits, where: str) -> Calibration:
         text = f"data.val.{where}: labels of higher probability are right less often: no temperature mends that"
         raise UserError(f"{text}. {doubt}") from None
     after = np.array([q for _, q in found([("", each) for each in p[odd].tolist()])])
+    brier = {"before": brier_score(p[odd], right[odd]), "after": brier_score(after, right[odd])}
+    brier["constant"] = brier_score(np.full(odd.sum(), right[~odd].mean()), right[odd])
     bins = {"before": reliability(p[odd], right[odd]), "after": reliability(after, right[odd])}
     ece = {when: round(calibration_error(each), 6) for when, each in bins.items()}
     rounded = {when: [[round(x, 6) for x in point] for point in each] for when, each in bins.items()}
     measured = {"set": where, "images": hits.count, "labels": len(p), "bin_count": BINS, "ece": ece, "bins": rounded}
+    measured |= {"held_out_images": hits.count // 2, "held_out_labels": int(odd.sum())}
+    measured["brier"] = {when: round(each, 6) for when, each in brier.items()}
     return Calibration(temperature, offset, measured=measured)

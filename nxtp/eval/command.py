@@ -8,8 +8,9 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO, TypeAlias
 
 import numpy as np
 from hydra.core.hydra_config import HydraConfig
@@ -44,7 +45,7 @@ from nxtp.runs.processes import is_first_rank
 from nxtp.runs.record import FILE, PREDICTIONS_FILE, RunRecord, read_record
 from nxtp.runs.resume import differences, refuse_others
 from nxtp.runs.tracking import configured_loggers, end_tracking, log_evaluation
-from nxtp.sampling.closed_vocabulary import read_classes
+from nxtp.sampling.closed_vocabulary import Vocabulary, read_classes
 from nxtp.sampling.ranking import Labels, ranking_config, threshold_of
 
 if TYPE_CHECKING:
@@ -52,6 +53,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("nxtp")
 
+Predict: TypeAlias = Callable[[Tensor], list[Labels]]  # uint8 [B, 3, S, S] → ranked labels of each image
+PART = f".{PREDICTIONS_FILE}.part"  # until all sets are predicted
 PATIENCE = timedelta(minutes=30)  # as PyTorch's
 
 
@@ -153,32 +156,16 @@ def evaluate_sets(
     fabric = ranks_of(cfg, overrides)
     embedder = embedder_of(cfg.semantic, overrides) if record is not None else None
     recognizer = Recognizer.from_pretrained(cfg.model_dir, device=fabric.device if fabric else cfg.device)
+    predict, classes = predictor_of(cfg, recognizer)
 
     def open_data(ranks: Ranks) -> tuple[WebDatasetDataModule, dict[str, Any]]:
-        data = WebDatasetDataModule(
-            config,
-            recognizer.tokenizer,
-            transform=recognizer.pixels,
-            num_image_tokens=recognizer.model.num_image_tokens,
-            ranks=ranks,
-        )
+        how = {"transform": recognizer.pixels, "num_image_tokens": recognizer.model.num_image_tokens, "ranks": ranks}
+        data = WebDatasetDataModule(config, recognizer.tokenizer, **how)
         opened: dict[str, Any] = {"command": dict(enumerate(overrides)), "model": weights_hash(cfg.model_dir)}
         for name, spec in config.val.items():
             each = data.open(name, spec)
             opened[f"data.val.{name}"] = {"plan": each.plan} | ({} if config.allow_missing_shards else each.local)
         return data, opened
-
-    ranking = ranking_config(cfg.ranking)
-    threshold = threshold_of(cfg.threshold, ranking)
-    if cfg.curve and (threshold is not None or ranking.name != "prob" or ranking.published):
-        raise UserError("curve=true is over all thresholds on probabilities: omit threshold and ranking.")
-    named = read_classes(cfg.classes) if cfg.classes is not None else None
-    classes = recognizer.prepare_classes(named) if named is not None else None
-
-    def predict(pixels: Tensor) -> list[Labels]:
-        if classes is not None:
-            return recognizer.classify_pixels(pixels, classes, cfg.top_k, threshold)
-        return recognizer.predict_pixels(pixels, cfg.top_k, cfg.sampler, cfg.ranking, None, threshold)
 
     if record is None:
         with together(fabric, open_data) as (data, share):
@@ -187,21 +174,12 @@ def evaluate_sets(
                 deque(shared(predicted(loader, predict, cfg.grid)), maxlen=0)
         return {}
 
-    console = Console()
-    found: dict[str, SetResult] = {}
-    first = next(iter(config.val))
-    record.data = {name: {"shards": str(spec)} for name, spec in config.val.items()}
-    if cfg.prior is not None:
-        counts = label_counts(open_set("prior", cfg.prior, config).shards, config)
-        frequent = sorted(counts, key=lambda label: (-counts[label], label))[: cfg.top_k]
-        record.data["train"] = {"shards": str(cfg.prior), "frequent_labels": frequent}
-    record.parameters = {"model": sum(p.numel() for p in recognizer.model.parameters())}
-    record.monitor = f"{first}/recall@{cfg.top_k}"
+    begin_record(record, cfg, config, recognizer)
     if embedder is not None:
         embedder.device = recognizer.device
+    found: dict[str, SetResult] = {}
     out.mkdir(parents=True, exist_ok=True)
-    predictions = out / f".{PREDICTIONS_FILE}.part"
-    with together(fabric, open_data) as (data, share), predictions.open("w") as file:
+    with together(fabric, open_data) as (data, share), (out / PART).open("w") as file:
         for name, spec in config.val.items():
             loader = data.loader(name, spec, training=False, share=share)
             warn_if_nouns_differ(name, spec, config.nouns, recognizer.provenance.get("nouns"))
@@ -209,33 +187,66 @@ def evaluate_sets(
             if embedder is not None:
                 scores["semantic_"] = SemanticMatch(embedder, top_k=cfg.top_k)
             scores |= own_metrics(cfg.metrics, "metrics")
-            found[name] = evaluate_set(name, loader, predict, scores, cfg, file, console)
-    metrics: dict[str, float] = {}
+            found[name] = evaluate_set(name, loader, predict, scores, cfg, file)
+    return write_results(out, found, classes, cfg.curve, data.shard_faults, record)
+
+
+def write_results(
+    out: Path, found: dict[str, SetResult], classes: Vocabulary | None, curve: bool, faults: Counter, record: RunRecord
+) -> dict[str, float]:
+    """Write and print what has been measured on all sets, and add it to ``record``. Returns the metrics."""
+    values = {name: result.values() for name, result in found.items()}  # among ranks: all of them have predicted
+    metrics = {f"{name}/{key}": value for name, each in values.items() for key, value in each.items()}
     marked: list[str] = []
-    skipped: Counter = Counter()
-    for name, result in found.items():  # metrics that are computed among ranks would wait for those of the others
-        values = result.values()
-        metrics |= {f"{name}/{key}": value for key, value in values.items()}
-        choices = len(named) if named is not None else result.scores[""].labels
-        marked += [f"{name}/{key}" for key in meaningless(values, choices)]
-        skipped += result.skipped
+    files = ["metrics.json", PREDICTIONS_FILE]
+    for number, (name, result) in enumerate(found.items()):
+        choices = result.scores[""].labels if classes is None else len(classes.classes)
+        marked += [f"{name}/{key}" for key in meaningless(values[name], choices)]
         if result.shown:
-            save_grid(out / f"predictions{'' if name == first else '_' + name}.png", result.shown)
-    predictions.replace(out / PREDICTIONS_FILE)
-    if cfg.curve:
+            files.append(f"predictions{f'_{name}' if number else ''}.png")
+            save_grid(out / files[-1], result.shown)
+    (out / PART).replace(out / PREDICTIONS_FILE)
+    if curve:
         curves = {name: Curve.of(result.hits) for name, result in found.items()}
-        write_curves(curves, out)
+        files += write_curves(curves, out)
         metrics |= {f"{name}/average_precision": each.average_precision for name, each in curves.items()}
-    skipped += data.shard_faults
     write_json(out / "metrics.json", metrics)
+    skipped = sum([*(result.skipped for result in found.values()), faults], Counter())
     record.metrics, record.samples_skipped = dict(metrics), dict(skipped)
     record.samples_seen = int(sum(value for key, value in metrics.items() if key.endswith("/images")))
     record.samples_read = record.samples_seen + skipped.total()
+    console = Console()
     console.print(metrics_table(metrics, marked))
     if skipped:
         log.warning("Skipped samples and shards: %s.", by_kind(skipped))
-    console.print(f"metrics.json and predictions.jsonl in {out}", highlight=False)
+    console.print(f"{', '.join(files)} in {out}", highlight=False, soft_wrap=True)
     return metrics
+
+
+def predictor_of(cfg: DictConfig, recognizer: Recognizer) -> tuple[Predict, Vocabulary | None]:
+    """Pixels → ranked labels, with the sampler or for the classes of ``cfg``; and these classes.
+
+    Raises:
+        UserError: settings that do not go together.
+    """
+    ranking = ranking_config(cfg.ranking)
+    threshold = threshold_of(cfg.threshold, ranking)
+    if cfg.curve and (threshold is not None or ranking.name != "prob" or ranking.published):
+        raise UserError("curve=true is over all thresholds on probabilities: omit threshold and ranking.")
+    classes = recognizer.prepare_classes(read_classes(cfg.classes)) if cfg.classes is not None else None
+    how = {"sampler": cfg.sampler, "ranking": cfg.ranking, "threshold": threshold}
+    return partial(recognizer.label_pixels, top_k=cfg.top_k, classes=classes, **how), classes
+
+
+def begin_record(record: RunRecord, cfg: DictConfig, config: DataConfig, recognizer: Recognizer) -> None:
+    """What is known before anything is measured."""
+    record.data = {name: {"shards": str(spec)} for name, spec in config.val.items()}
+    if cfg.prior is not None:
+        counts = label_counts(open_set("prior", cfg.prior, config).shards, config)
+        frequent = sorted(counts, key=lambda label: (-counts[label], label))[: cfg.top_k]
+        record.data["train"] = {"shards": str(cfg.prior), "frequent_labels": frequent}
+    record.parameters = {"model": sum(p.numel() for p in recognizer.model.parameters())}
+    record.monitor = f"{next(iter(config.val))}/recall@{cfg.top_k}"
 
 
 def embedder_of(source: str | None, overrides: Sequence[str]) -> TextEmbedder | None:
@@ -275,11 +286,10 @@ def ranks_of(cfg: DictConfig, overrides: Sequence[str]) -> Fabric | None:
     return fabric_of({key: trainer[key] for key in RANKS}, "trainer", PATIENCE)
 
 
-def predicted(loader: ResumableDataLoader, predict: Callable[[Tensor], list[Labels]], pictures: int) -> Iterator[Part]:
+def predicted(loader: ResumableDataLoader, predict: Predict, pictures: int) -> Iterator[Part]:
     """This rank's batches of one set.
 
     Args:
-        predict: uint8 [B, 3, S, S] → ranked labels of each image.
         pictures: how many of its first images to keep.
     """
     for batch in loader:
@@ -297,21 +307,19 @@ def predicted(loader: ResumableDataLoader, predict: Callable[[Tensor], list[Labe
 def evaluate_set(
     name: str,
     loader: ResumableDataLoader,
-    predict: Callable[[Tensor], list[Labels]],
+    predict: Predict,
     scores: dict[str, Metric],
     cfg: DictConfig,
     file: TextIO,
-    console: Console,
 ) -> SetResult:
     """Update ``scores`` with one set, of all ranks: batch by batch in the set's order, as in one process.
 
     Args:
-        predict: uint8 [B, 3, S, S] → ranked labels of each image.
         file: gets a line of JSON per image.
     """
     result = SetResult(scores)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console) as progress:
+    with Progress(*columns) as progress:
         task = progress.add_task(name, total=loader.sampler.total)
         for part in shared(predicted(loader, predict, cfg.grid)):
             labels = [[label for label, _ in ranked] for ranked in part.predictions]

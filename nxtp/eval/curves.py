@@ -84,8 +84,8 @@ class Curve:
         return 2 * self.precision * self.recall / np.maximum(self.precision + self.recall, 1e-12)
 
 
-def write_curves(curves: Mapping[str, Curve], directory: Path) -> None:
-    """curve.csv, about 200 points of each set, and curve.png."""
+def write_curves(curves: Mapping[str, Curve], directory: Path) -> list[str]:
+    """curve.csv, about 200 points of each set, and curve.png: names of the files."""
     with (directory / "curve.csv").open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["set", "threshold", "precision", "recall", "f1", "labels_per_image"])
@@ -105,6 +105,7 @@ def write_curves(curves: Mapping[str, Curve], directory: Path) -> None:
     axes.grid(alpha=0.3)
     axes.legend(frameon=False, loc="lower left", fontsize=9)
     save_figure(figure, directory / "curve.png")
+    return ["curve.csv", "curve.png"]
 
 
 def reliability(probabilities: np.ndarray, right: np.ndarray, bins: int = BINS) -> list[list[float]]:
@@ -117,6 +118,11 @@ def reliability(probabilities: np.ndarray, right: np.ndarray, bins: int = BINS) 
 def calibration_error(found: Sequence[Sequence[float]]) -> float:
     """Expected calibration error of :func:`reliability`: mean of |probability - share that is right| over labels."""
     return sum(abs(p - share) * n for p, share, n in found) / max(sum(n for *_, n in found), 1)
+
+
+def brier_score(probabilities: np.ndarray, right: np.ndarray) -> float:
+    """Mean of (probability - 1 if right, else 0)² over labels. Unlike the error above, a constant does not lower it."""
+    return float(((probabilities - right) ** 2).mean())
 
 
 def fit(probabilities: np.ndarray, right: np.ndarray) -> tuple[float, float]:

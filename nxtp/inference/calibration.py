@@ -39,7 +39,8 @@ class Calibration:
     """Of one sampler; called with ranked labels, it returns them with calibrated probabilities.
 
     ``settings``  of the sampler that was calibrated: with others its probabilities are other ones
-    ``measured``  what `nxtp calibrate` found on images that it did not fit to: set, images, labels, ``ece``, ``bins``
+    ``measured``  what `nxtp calibrate` found on images that it did not fit to: set, images, labels, ``ece``, ``bins``;
+                  how many images and labels were held out, and ``brier``, which earlier files lack
     """
 
     temperature: float

@@ -25,6 +25,8 @@ COARSE = 7  # fewer rows of image tokens than this do not show where an object i
 _CAPTION: dict[str, Any] = {"size": 8.5}
 _LABELS: dict[str, Any] = {"size": 9, "weight": "bold"}
 _TITLE: dict[str, Any] = {"size": 14, "weight": "bold"}
+_GRID_TITLE: dict[str, Any] = {"size": 15, "weight": "bold"}
+_LEGEND: dict[str, Any] = {"size": 11}
 _IMAGE_TITLE: dict[str, Any] = {"color": "#333333", "pad": 3, "size": 9.5}
 
 
@@ -62,24 +64,33 @@ def save_grid(
     """A PNG of images, each with its attention map, its true labels and its ``top`` predictions as bars: hits blue,
     misses orange. ``what`` predictions are, for the title."""
     looks = any(item.weights is not None for item in items)
+    most = max((len(item.predictions) for item in items), default=top)
+    title = f"Top-{min(top, most)} {what} with their probabilities"
+    legend = "blue: among the true labels · orange: not" if any(item.truth for item in items) else ""
+    top = max(3, min(top, most))  # bars of fewer labels are as high as an image, too
     panels = [1, 1, 1.25] if looks else [1, 1.25]
-    columns, side = (1, max(2.05, 0.2 * top)) if looks else (4, 2.05)  # inches of an image
+    columns, side = (1, max(2.05, 0.2 * top)) if looks else (_columns(len(items), 4), 2.05)  # inches of an image
     rows = -(-len(items) // columns)
-    height = side * rows + 0.75  # margins are fractions of it
-    figure = new_figure(0.89 * side * sum(panels) * columns, height)
-    margins = {"left": 0.01, "right": 0.985, "top": 1 - 0.62 / height, "bottom": 0.12 / height}
+    figure = new_figure(0.89 * side * sum(panels) * columns, 1)
+    width = _width(figure, title, _GRID_TITLE)
+    size = min(15, 15 * 0.97 * figure.bbox.width / width)
+    beside = width + _width(figure, legend, _LEGEND) < 0.94 * figure.bbox.width  # else the legend is below the title
+    head = 0.62 if beside or not legend else 0.87
+    height = side * rows + 0.13 + head  # margins are fractions of it
+    figure.set_size_inches(figure.get_figwidth(), height)
+    margins = {"left": 0.01, "right": 0.985, "top": 1 - head / height, "bottom": 0.12 / height}
     grid = figure.add_gridspec(rows, columns, **margins, wspace=0.08, hspace=0.45 / side)
     for index, item in enumerate(items):
         cell = grid[index].subgridspec(1, len(panels), width_ratios=panels, wspace=0.04)
         _draw_image(figure.add_subplot(cell[0]), item.image, ", ".join(item.truth) or item.name, is_name=not item.truth)
         if item.weights is not None and item.predictions:
             _draw_image(figure.add_subplot(cell[1]), overlay(item.image, item.weights), item.predictions[0][0])
-        _draw_bars(figure.add_subplot(cell[-1]), item, top)
-    most = max((len(item.predictions) for item in items), default=top)
-    title = f"Top-{min(top, most)} {what} with their probabilities"
-    figure.text(0.012, 1 - 0.3 / height, title, fontsize=15, weight="bold")
-    legend = "blue: among the true labels · orange: not" if any(item.truth for item in items) else ""
-    figure.text(0.985, 1 - 0.3 / height, legend, fontsize=11, color="#555555", ha="right")
+        _draw_bars(figure.add_subplot(cell[-1], box_aspect=1 / panels[-1]), item, top)
+    for axes in figure.axes:
+        axes.set_anchor("N")  # names of a row are at one height
+    figure.text(0.012, 1 - 0.3 / height, title, **_GRID_TITLE | {"size": size})
+    place = {"x": 0.985, "ha": "right"} if beside else {"x": 0.012}
+    figure.text(y=1 - (0.3 if beside else 0.55) / height, s=legend, color="#555555", **place, **_LEGEND)
     save_figure(figure, path)
 
 
@@ -125,29 +136,39 @@ def save_attention(path: Path | str | BinaryIO, items: Sequence[AttentionItem]) 
 
 def save_contact_sheet(path: Path | str, items: Sequence[SheetItem], *, title: str) -> None:
     """A PNG of images, each with its key, its caption on two lines, and its labels."""
-    columns, rows = 6, max(1, -(-len(items) // 6))
+    columns = max(3, _columns(len(items), 6))
+    rows = max(1, -(-len(items) // columns))
     missing = "no caption" if any(item.caption for item in items) else ""  # sets of classes have none
-    height = 3.25 * rows + 0.6
-    figure = new_figure(2.5 * columns, height)
-    margins = {"left": 0.01, "right": 0.99, "top": 1 - 0.75 / height, "bottom": 0.85 / height}
-    grid = figure.add_gridspec(rows, columns, **margins, wspace=0.08, hspace=0.48)
-    for index, item in enumerate(items):
+    figure = new_figure(2.5 * columns, 1)
+    side = 0.98 * 2.5 / (1.08 - 0.08 / columns)  # inches of an image
+    texts = [
+        [_fitted(figure, text, side * figure.dpi, font) for text, font in ((caption, _CAPTION), (labels, _LABELS))]
+        for caption, labels in ((item.caption or missing, " · ".join(item.labels) or "no label") for item in items)
+    ]
+    below = [6 + 10.5 * (1 + caption.count("\n")) * bool(caption) for caption, _ in texts]  # points: where labels begin
+    room = max((y + 12 * (1 + labels.count("\n")) for y, (_, labels) in zip(below, texts, strict=True)), default=0) / 72
+    height = 0.75 + rows * (side + room) + 0.3 * (rows - 1) + 0.1
+    figure.set_size_inches(2.5 * columns, height)
+    margins = {"left": 0.01, "right": 0.99, "top": 1 - 0.75 / height, "bottom": (0.1 + room) / height}
+    grid = figure.add_gridspec(rows, columns, **margins, wspace=0.08, hspace=(0.3 + room) / side)
+    for index, (item, (caption, labels), y) in enumerate(zip(items, texts, below, strict=True)):
         axes = figure.add_subplot(grid[index])
         _draw_image(axes, item.image, item.key, is_name=True, size=7.5, color="#777777")
         axes.set_anchor("S")  # the captions of a row begin at one height
-        room = axes.get_position(original=True).width * figure.bbox.width
-        caption = _fitted(figure, item.caption or missing, room, _CAPTION)
-        labels = _fitted(figure, " · ".join(item.labels) or "no label", room, _LABELS)
         place: dict[str, Any] = {"xycoords": "axes fraction", "textcoords": "offset points", "parse_math": False}
         place |= {"ha": "center", "va": "top", "annotation_clip": False}
         colour = "#222222" if item.caption else "#999999"
         axes.annotate(caption, (0.5, 0), (0, -4), color=colour, **_CAPTION, **place)
-        below = -6 - 10.5 * (1 + caption.count("\n")) * bool(caption)
-        axes.annotate(labels, (0.5, 0), (0, below), color=HIT if item.labels else MISS, **_LABELS, **place)
+        axes.annotate(labels, (0.5, 0), (0, -y), color=HIT if item.labels else MISS, **_LABELS, **place)
     while len(title) > 20 and _width(figure, title, _TITLE) > 0.97 * figure.bbox.width:
         title = "…" + title[6:]  # the end of a long path says more
     figure.text(0.012, 1 - 0.32 / height, title, parse_math=False, **_TITLE)
     save_figure(figure, path)
+
+
+def _columns(count: int, most: int) -> int:
+    """One row if that has room, else as many as leave the fewest places of the last row empty."""
+    return count if count <= most else min(range(most, most // 2, -1), key=lambda columns: -count % columns)
 
 
 def new_figure(width: float, height: float) -> Figure:

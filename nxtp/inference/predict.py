@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from nxtp.inference.figures import AttentionItem
     from nxtp.inference.recognizer import Recognizer
     from nxtp.inference.streaming import ImageSource, Prediction
+    from nxtp.inference.writer import PredictionWriter
     from nxtp.sampling.closed_vocabulary import Vocabulary
     from nxtp.sampling.ranking import Labels
 
@@ -88,10 +90,8 @@ def predict(images, model, top_k, threshold, device, sampler, ranking, classes, 
         "sampler": asdict(config),
         "ranking": asdict(order),
     }
-
-    def label(pixels: Tensor) -> list[Labels]:
-        return recognizer.predict_pixels(pixels, top_k, config, order, prepared, limit)
-
+    how = {"top_k": top_k, "sampler": config, "ranking": order, "classes": prepared, "threshold": limit}
+    label = partial(recognizer.predict_pixels, **how)
     _run(images, fabric, recognizer, label, "probability" if ranking == "prob" else "score", settings, **options)
 
 
@@ -114,10 +114,7 @@ def classify(images, model, top_k, threshold, device, classes, **options):
     read, limit = read_classes(classes), threshold_of(threshold, RankingConfig())
     fabric, recognizer = _load(model, device)
     prepared = recognizer.prepare_classes(read)
-
-    def label(pixels: Tensor) -> list[Labels]:
-        return recognizer.classify_pixels(pixels, prepared, top_k, limit)
-
+    label = partial(recognizer.classify_pixels, classes=prepared, top_k=top_k, threshold=limit)
     settings = _settings("classify", images, model, top_k, prepared, limit, recognizer)
     _run(images, fabric, recognizer, label, "probability", settings, **options)
 
@@ -178,9 +175,9 @@ def _run(
     from rich.console import Console
     from rich.progress import track
 
-    from nxtp.distributed.ranks import gathered, together
+    from nxtp.distributed.ranks import together
     from nxtp.inference.streaming import WORKERS, shared_out, stream
-    from nxtp.inference.writer import PredictionWriter, json_line, to_row
+    from nxtp.inference.writer import PredictionWriter
 
     for option, path in (("--grid", grid), ("--attention", attention)):
         if path and not path.parent.is_dir():
@@ -189,7 +186,7 @@ def _run(
         _check_attention(recognizer, block, head)
     if fabric and not out:
         raise UserError("Several ranks need --out: they write one file.")
-    console, err = Console(), Console(stderr=True)
+    err = Console(stderr=True)
     shown: dict[int, Prediction] = {}
 
     def open_data(ranks: Ranks) -> tuple[ImageSource, dict[str, Any]]:
@@ -221,26 +218,12 @@ def _run(
         )  # fmt: skip
         try:
             for position, prediction in enumerate(progress):
-                name = printable(prediction.item.name)
-                if prediction.labels is None:
-                    failed = True
-                    err.print(f"error: {name}: {prediction.error}", style="red", **_PLAIN)
-                elif position in in_grid or position in in_attention:
+                failed |= prediction.labels is None
+                if prediction.labels is not None and (position in in_grid or position in in_attention):
                     shown[position] = prediction
-                if writer:
-                    writer.write(prediction)
-                elif as_json:
-                    click.echo(json_line(to_row(prediction, score)))
-                elif prediction.labels is not None:
-                    _print_labels(console, name, prediction.labels)
+                _emit(prediction, score, writer, as_json, err)
             if writer:
-                counts = gathered((writer.count, writer.failed))  # every rank has written its share
-                writer.count, writer.failed = (sum(each) for each in zip(*counts, strict=True))
-                failed = writer.failed > 0
-                if is_first:
-                    writer.finish()
-                    err.print(writer.summary(), **_PLAIN)
-                gathered(None)  # a rank that ended with code 1 before would have the first one killed
+                failed = _finish(writer, is_first, err)
         except KeyboardInterrupt:
             if writer:
                 err.print(f"Stopped after {writer.count:,}; the same command resumes from {writer.partial}.", **_PLAIN)
@@ -250,11 +233,38 @@ def _run(
                 writer.close()
     if grid and shown and is_first:
         what = "classes" if settings["command"] == "classify" else "predicted labels"
-        _save_grid(grid, [shown[position] for position in in_grid if position in shown], what)
+        _save_grid(grid, [shown[i] for i in in_grid if i in shown], what)
     if attention and shown and is_first:
-        chosen = [shown[position] for position in in_attention if position in shown]
-        _save_attention(attention, chosen, recognizer, block, head)
+        _save_attention(attention, [shown[i] for i in in_attention if i in shown], recognizer, block, head)
     sys.exit(1 if failed else 0)
+
+
+def _emit(prediction: Prediction, score: str, writer: PredictionWriter | None, as_json: bool, err: Console) -> None:
+    """Write or print one prediction; print its error too."""
+    from nxtp.inference.writer import json_line, to_row
+
+    name = printable(prediction.item.name)
+    if prediction.labels is None:
+        err.print(f"error: {name}: {prediction.error}", style="red", **_PLAIN)
+    if writer:
+        writer.write(prediction)
+    elif as_json:
+        click.echo(json_line(to_row(prediction, score)))
+    elif prediction.labels is not None:
+        _print_labels(name, prediction.labels)
+
+
+def _finish(writer: PredictionWriter, is_first: bool, err: Console) -> bool:
+    """Complete the file once every rank has written its share. Returns whether an image could not be read."""
+    from nxtp.distributed.ranks import gathered
+
+    counts = gathered((writer.count, writer.failed))
+    writer.count, writer.failed = (sum(each) for each in zip(*counts, strict=True))
+    if is_first:
+        writer.finish()
+        err.print(writer.summary(), **_PLAIN)
+    gathered(None)  # a rank that ended with code 1 before would have the first one killed
+    return writer.failed > 0
 
 
 def _spread(count: int, pictures: int) -> list[int]:
@@ -282,13 +292,15 @@ def _source(images: Sequence[str], stdin: bool, null: bool, cache_dir: str | Non
     return ImageSource([ImageItem("-", lambda: content)], 1)
 
 
-def _print_labels(console: Console, title: str, labels: Labels) -> None:
+def _print_labels(title: str, labels: Labels) -> None:
     """A table with probability bars, as wide as the terminal allows."""
     from rich.bar import Bar
+    from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
     from rich.text import Text
 
+    console = Console()
     console.print(Text(title, style="bold"), soft_wrap=True)
     table = Table(box=None, show_header=False, padding=(0, 1))
     table.add_column(justify="right", style="dim", no_wrap=True)

@@ -22,8 +22,8 @@ from nxtp.inference import model_directory as model_dir
 from nxtp.inference.calibration import Calibration, read_calibrations, write_calibrations
 from nxtp.model import decoder
 from nxtp.model.decoder import DecoderConfig, plain_config
-from nxtp.model.flops import meta_model
 from nxtp.model.lora import merged
+from nxtp.model.meta import meta_model
 from nxtp.model.model import Model, ModelConfig
 from nxtp.model.tokenizer import LabelTokenizer
 from nxtp.model.untrusted import in_one_line

@@ -202,6 +202,20 @@ class Recognizer(Pretrained):
         limit = threshold_of(threshold, RankingConfig())
         return [cut(labels, limit) for labels in self._calibrated(ranked, CLASSIFY, {"classes": classes.fingerprint})]
 
+    def label_pixels(
+        self,
+        images: Tensor,
+        top_k: int = 10,
+        classes: Vocabulary | None = None,
+        sampler: Sampler = "one_shot",
+        ranking: Ranking = "prob",
+        threshold: Threshold = None,
+    ) -> list[Labels]:
+        """:meth:`classify_pixels` for a closed vocabulary ``classes``, without one :meth:`predict_pixels`."""
+        if classes is not None:
+            return self.classify_pixels(images, classes, top_k, threshold)
+        return self.predict_pixels(images, top_k, sampler, ranking, None, threshold)
+
     def _calibrated(self, ranked: list[Labels], sampler: str, settings: dict[str, Any]) -> list[Labels]:
         """With calibrated probabilities, if this sampler with these settings has been calibrated."""
         known = self.calibrations.get(sampler)

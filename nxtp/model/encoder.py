@@ -18,6 +18,7 @@ from nxtp.model.untrusted import read_yaml
 from nxtp.model.weights import MODEL_FILE, ComputesBuffers, SafetensorsFiles
 
 log = logging.getLogger("nxtp")
+logging.getLogger("timm").setLevel(logging.WARNING)  # "Loaded  from checkpoint": of a plain file it knows no name
 
 PREFIX = "encoder.visual."  # of the tower's tensors in a model directory
 _probed: dict[str, tuple[list[str], list[str], int, int]] = {}  # of towers: a model directory's is built twice
@@ -427,6 +428,8 @@ def _timm_weights(config: EncoderConfig, vision: Mapping[str, Any]) -> dict[str,
             global_pool=vision["timm_pool"],
         )
     except Exception as error:  # timm and the hub raise many types
-        raise UserError(f"model.encoder.pretrained: no usable weights '{source}': {reason(error)}.") from error
+        advice = "" if Path(source).is_file() else " Without a hub, give a local file: model.encoder.pretrained=FILE."
+        text = f"model.encoder.pretrained: no usable weights '{source}': {reason(error)}.{advice}"
+        raise UserError(text) from error
     _resize(trunk, config.image_size)
     return {f"trunk.{name}": tensor for name, tensor in trunk.state_dict().items()}

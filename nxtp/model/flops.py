@@ -1,4 +1,4 @@
-"""FLOPs by formula, peak FLOP/s of GPUs, peak memory, parameter counts. nxtp.train.callbacks.throughput logs them."""
+"""FLOPs by formula, peak FLOP/s of GPUs, peak memory. nxtp.train.callbacks.throughput logs them."""
 
 from __future__ import annotations
 
@@ -13,37 +13,12 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from nxtp.errors import UserError
 from nxtp.model.encoder import Encoder
 from nxtp.model.layout import Layout, lay_out
-from nxtp.model.model import Model, ModelConfig
-from nxtp.model.trainable import TrainableConfig, choose_trainable
+from nxtp.model.model import Model
 
 LABELS, LABEL_TOKENS, PROMPT_TOKENS = 8, 2, 7  # of a typical caption
 TYPICAL = f"1 + {PROMPT_TOKENS} of the prompt, {LABELS} labels of {LABEL_TOKENS} tokens and a delimiter"
-
-
-def meta_model(config: ModelConfig, vocab_size: int | None, trainable: TrainableConfig | None = None) -> Model:
-    """The model's shapes without its weights, on the meta device, in well under a second.
-
-    Raises:
-        UserError: its numbers are impossible, as a width of 0; or torchvision is of another PyTorch.
-    """
-    from transformers.initialization import no_init_weights
-
-    try:
-        import torchvision  # noqa: F401  # first, for open_clip and transformers
-    except RuntimeError as error:  # its operators are those of one version of PyTorch
-        problem = f"PyTorch and torchvision do not fit each other ({error})"
-        raise UserError(f"{problem}: install both at once, pip install torch torchvision.") from error
-    try:
-        with torch.device("meta"), no_init_weights():
-            model = Model(config, vocab_size, load_pretrained=False)
-    except (ArithmeticError, AssertionError, RuntimeError) as error:  # of open_clip, transformers and PyTorch
-        raise UserError(f"model cannot be built with these numbers: {' '.join(str(error).split())[:200]}.") from error
-    if trainable is not None:
-        choose_trainable(model, trainable)
-    return model
 
 
 class Flops(NamedTuple):
@@ -241,13 +216,3 @@ def peak_memory_bytes(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def count_parameters(model: Model) -> dict[str, int]:
-    """Parameters by part, all and trained: ``encoder``, ``encoder_trained``, …, ``total``, ``total_trained``."""
-    counts: dict[str, int] = {}
-    for part in ("encoder", "projection", "image_token", "decoder", "total"):
-        found = [p for n, p in model.named_parameters() if part == "total" or n.split(".")[0] == part]
-        counts[part] = sum(p.numel() for p in found)
-        counts[f"{part}_trained"] = sum(p.numel() for p in found if p.requires_grad)
-    return counts

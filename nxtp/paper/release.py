@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +19,10 @@ from torch import Tensor
 
 from nxtp.config import to_dataclass
 from nxtp.errors import UserError
-from nxtp.inference.model_directory import (
-    CONFIG,
-    WEIGHTS,
-    read_config,
-    read_tokenizer,
-    verify,
-    write_model_dir,
-)
+from nxtp.inference.model_directory import CONFIG, WEIGHTS, read_config, read_tokenizer, verify, write_model_dir
 from nxtp.inference.pretrained import EMBEDDING, HEAD, fit
 from nxtp.model.decoder import DecoderConfig
-from nxtp.model.flops import meta_model
+from nxtp.model.meta import meta_model
 from nxtp.model.model import ModelConfig
 from nxtp.model.tokenizer import PROMPT, LabelTokenizer
 from nxtp.model.trainable import TrainableConfig
@@ -68,13 +62,7 @@ def released_entries(released: PickledFile, heads: int, key_heads: int, image_to
 
 
 def import_release(
-    checkpoint: Path,
-    *,
-    llama: Path,
-    clip: str,
-    tokenizer: Path | str,
-    to: Path,
-    track: Callable = iter,
+    checkpoint: Path, *, llama: Path, clip: str, tokenizer: Path | str, to: Path, track: Callable = iter
 ) -> Converted:
     """A released checkpoint and the base weights that it was trained from → a model directory.
 
@@ -98,10 +86,8 @@ def import_release(
     depth = count_blocks(name for name in entries if name.startswith("decoder."))
     if not depth:
         raise UserError(f"'{checkpoint}' has no decoder block: not a released checkpoint.")
-    if depth > lm["num_hidden_layers"]:
-        raise UserError(
-            f"'{checkpoint}' has {depth} decoder blocks, '{llama}' only {lm['num_hidden_layers']}: another LLaMA."
-        )
+    if depth > (most := lm["num_hidden_layers"]):
+        raise UserError(f"'{checkpoint}' has {depth} decoder blocks, '{llama}' only {most}: another LLaMA.")
     rows = (entries.get(EMBEDDING) or entries.get(HEAD) or llama_entries[EMBEDDING]).spec.shape[0]
     if rows != len(labels) + APPENDED:
         raise UserError(
@@ -112,45 +98,49 @@ def import_release(
     decoder = DecoderConfig(config={**lm, "num_hidden_layers": depth, "vocab_size": rows})
     config = ModelConfig(encoder=encoder, decoder=decoder, prompt=PROMPT)
     shapes = {name: tuple(tensor.shape) for name, tensor in meta_model(config, None).state_dict().items()}
+    rest = shapes.keys() - entries.keys()
+    base = {name: entry for name, entry in {**clip_entries, **llama_entries}.items() if name in rest}
+    _check_complete(shapes, entries, base, f"'{checkpoint}'", f"'{llama}' and '{clip}'")
 
-    # From the release: the new parameters, and the whole of every block of which it has a part. All else from the base.
+    tensors = {**base, **entries}
+    specs = {name: tensors[name].spec for name in shapes}
+    provenance = _provenance(checkpoint, released, _trainable(shapes.keys(), entries.keys()))
+    write = partial(write_safetensors, specs=specs, read=lambda name: tensors[name].read(), track=track)
+    write_model_dir(to, write, labels, config, provenance)
+    of_clip = sum(name.startswith("encoder.") for name in base)
+    return Converted(len(entries), of_clip, len(base) - of_clip, sum(spec.bytes for spec in specs.values()))
+
+
+def _check_complete(
+    shapes: dict[str, tuple[int, ...]], entries: dict[str, Entry], base: dict[str, Entry], release: str, sources: str
+) -> None:
+    """Of the release: the new parameters, and the whole of every block of which it has a part. All else of the base.
+
+    Raises:
+        UserError: parameters are missing or of another shape; names them.
+    """
     parts = {_part(name) for name in entries} | {"projection.weight", "image_token", EMBEDDING}
     needed = {name: shape for name, shape in shapes.items() if _part(name) in parts}
     rest = {name: shape for name, shape in shapes.items() if name not in entries}
-    base = {name: entry for name, entry in {**clip_entries, **llama_entries}.items() if name in rest}
     for expected, found, message in (
-        (needed, entries, f"'{checkpoint}' does not fit '{llama}' and '{clip}'"),
-        (rest, base, f"'{llama}' and '{clip}' do not complete '{checkpoint}'"),
+        (needed, entries, f"{release} does not fit {sources}"),
+        (rest, base, f"{sources} do not complete {release}"),
     ):
         problems = mismatch(expected, {name: entry.spec.shape for name, entry in found.items()})
         if problems:
             raise UserError(f"{message}: {problems}.")
 
-    tensors = {**base, **entries}
-    specs = {name: tensors[name].spec for name in shapes}
+
+def _provenance(checkpoint: Path, released: PickledFile, trainable: dict[str, Any] | None) -> dict[str, Any]:
     provenance: dict[str, Any] = {
         "released": checkpoint.name,
         **{key: released.extra[key] for key in ("epoch", "global_step") if key in released.extra},
         "objective": "published",
         "nouns": "nltk_published",
-        "trainable": _trainable(shapes.keys(), entries.keys()),
+        "trainable": trainable,
     }
     scale = next((name for name in released.specs if name.removeprefix("module.") == LOGIT_SCALE), None)
-    if scale is not None:
-        provenance["logit_scale"] = released.read(scale).item()
-    write_model_dir(
-        to,
-        lambda path: write_safetensors(path, specs, lambda name: tensors[name].read(), track),
-        labels,
-        config,
-        provenance,
-    )
-    return Converted(
-        len(entries),
-        sum(name.startswith("encoder.") for name in base),
-        sum(name.startswith("decoder.") for name in base),
-        sum(spec.bytes for spec in specs.values()),
-    )
+    return provenance if scale is None else provenance | {"logit_scale": released.read(scale).item()}
 
 
 def _load_tokenizer(source: Path | str) -> LabelTokenizer:

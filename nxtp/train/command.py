@@ -35,8 +35,8 @@ from nxtp.distributed.rendezvous import Ranks
 from nxtp.distributed.start import StartTogether
 from nxtp.errors import UserError, by_kind, nearest, one_line
 from nxtp.eval.metrics import HIT_CUTS
-from nxtp.model.flops import count_parameters, meta_model
 from nxtp.model.layout import Objective
+from nxtp.model.meta import count_parameters, meta_model
 from nxtp.model.model import ModelConfig
 from nxtp.model.tokenizer import LabelTokenizer, train_tokenizer
 from nxtp.runs.atomic import atomic_directory

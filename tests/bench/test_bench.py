@@ -28,8 +28,9 @@ from nxtp.data.config import DataConfig
 from nxtp.data.mixture import open_set
 from nxtp.errors import UserError
 from nxtp.inference.pretrained import usable_device
-from nxtp.model.flops import count_parameters, meta_model, peak_memory_bytes
+from nxtp.model.flops import peak_memory_bytes
 from nxtp.model.layout import MATCHED
+from nxtp.model.meta import count_parameters, meta_model
 from nxtp.model.model import Model
 from nxtp.train import module
 

@@ -9,10 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nxtp.data.labels.cleaning import DELIMITER, clean_labels, normalise
+from nxtp.data.labels.cleaning import clean_labels, normalise
 from nxtp.data.labels.hanta_nouns import HantaNouns, _readings, _tagger, tag
 from nxtp.data.labels.nouns import noun_backend
 from nxtp.errors import UserError
+from nxtp.model.tokenizer import DELIMITER
 
 CAPTIONS = {
     "a bear and two rockets beside a cup of coffee": "bear rocket cup coffee",

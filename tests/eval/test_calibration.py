@@ -2,20 +2,21 @@
 
 import csv
 import json
+import re
 import shutil
 
 import numpy as np
 import pytest
 import torch
 from helpers import call_nxtp, ending_recognizer, write_shards
-from sklearn.metrics import average_precision_score
+from sklearn.metrics import average_precision_score, brier_score_loss
 from torchmetrics.functional.classification import binary_calibration_error
 
 from nxtp.deploy.onnx.export import runner_config
 from nxtp.deploy.onnx.runner import OnnxRecognizer
 from nxtp.errors import UserError
 from nxtp.eval.calibrate import calibration_of
-from nxtp.eval.curves import Curve, LabelHits, calibration_error, fit, reliability
+from nxtp.eval.curves import Curve, LabelHits, brier_score, calibration_error, fit, reliability
 from nxtp.inference.calibration import Calibration, logit, read_calibrations
 from nxtp.inference.recognizer import Recognizer
 from nxtp.sampling.ranking import RankingConfig, cut, threshold_of
@@ -38,6 +39,14 @@ def test_the_error_of_a_constructed_set_is_the_known_one():
     p, right = drawn(3.0, 1.0)
     expected = binary_calibration_error(torch.tensor(p), torch.tensor(right).long(), n_bins=15, norm="l1")
     assert calibration_error(reliability(p, right)) == pytest.approx(float(expected), abs=1e-6)
+
+
+def test_the_brier_score_is_that_of_scikit_learn_and_a_constant_does_not_lower_it():
+    p, right = drawn(1.0, 0.0)
+    assert brier_score(p, right) == pytest.approx(brier_score_loss(right, p))
+    constant = np.full(len(p), right.mean())
+    assert calibration_error(reliability(constant, right)) == pytest.approx(0, abs=1e-9), "which the other error is"
+    assert brier_score(constant, right) > brier_score(p, right) + 0.05
 
 
 def test_what_was_drawn_is_fitted():
@@ -69,6 +78,10 @@ def test_every_second_image_is_fitted_and_the_others_are_measured():
     p, right = drawn(2.5, 0.7, 8000)
     found = calibration_of(hits_of(p, right), "val")
     assert found.measured["ece"]["after"] < 0.03 < found.measured["ece"]["before"]
+    brier = found.measured["brier"]
+    assert brier["before"] == pytest.approx(brier_score_loss(right[1::2], p[1::2]), abs=1e-6)
+    assert brier["constant"] == pytest.approx(np.mean((right[1::2] - right[::2].mean()) ** 2), abs=1e-6)
+    assert brier["after"] < min(brier["before"], brier["constant"])
     right[1::2] = False
     with pytest.raises(UserError, match=r"each half needs 10 labels that are right and 10 that are not, one has 0\."):
         calibration_of(hits_of(p, right), "val")
@@ -196,6 +209,8 @@ def test_classes_are_calibrated_each_vocabulary_for_itself(calibrated, caplog):
     recognizer.calibrations["classify"] = Calibration(2.0, 0.5, {"classes": mine.fingerprint})
     assert recognizer.classify_pixels(image, mine) == [Calibration(2.0, 0.5)(raw[0][0])]
     assert recognizer.classify_pixels(image, other) == raw[1]
+    assert recognizer.label_pixels(image, 2, other) == raw[1]
+    assert recognizer.label_pixels(image, 3) == recognizer.predict_pixels(image, 3)
     assert caplog.text.count("The model's calibration is not for these classes") == 1, "once, and nothing of the first"
 
 
@@ -226,6 +241,7 @@ def test_a_calibration_of_other_weights_is_not_used_and_a_damaged_one_refused(ca
     path = calibrated / "calibration.json"
     content = json.loads(path.read_text())
     weights = content["weights"]
+    assert content["samplers"]["one_shot"]["measured"] == {}, "as before there was a Brier score"
     assert read_calibrations(calibrated, weights)
     assert read_calibrations(calibrated, "other") == {}
     assert "is of other weights" in caplog.text
@@ -254,12 +270,20 @@ def test_calibrate_writes_into_the_model_directory_and_evaluate_draws_a_curve(pl
         scale = 0.1
         done = call_nxtp("calibrate", "mine", *DATA, cwd=place)
         assert (done.returncode, done.stderr) == (0, "")
-        assert "one_shot: temperature" in done.stdout
+        first, data, error, brier, last = filter(str.strip, done.stdout.splitlines())
+        assert re.fullmatch(r"one_shot: temperature \d+\.\d{3}, offset [+-]\d+\.\d{3}", first)
+        assert data == "fitted to 60 labels, the top 10 of 20 images; measured on 60 labels of 20 others:"
+        assert re.fullmatch(r"expected calibration error 0\.\d{4} before, 0\.\d{4} after", error)
+        assert re.fullmatch(r"Brier score 0\.\d{4} before, 0\.\d{4} after, 0\.\d{4} for a constant", brier)
+        assert last == "calibration.json and calibration.png, the reliability diagram, in mine"
         content = json.loads((place / "mine" / "calibration.json").read_text())
         assert content["samplers"]["one_shot"]["measured"]["images"] == 40
         assert (place / "mine" / "calibration.png").stat().st_size > 5_000
         given = [*DATA, "semantic=null", "grid=0", "top_k=3", "prior=val", "out=curve", "curve=true"]
-        assert call_nxtp("evaluate", "model=mine", *given, cwd=place).returncode == 0
+        done = call_nxtp("evaluate", "model=mine", *given, cwd=place)
+        assert done.returncode == 0
+    line = done.stdout.splitlines()[-1]
+    assert re.fullmatch(r"metrics\.json, predictions\.jsonl, curve\.csv, curve\.png in \S*curve", line)
     metrics = json.loads((place / "curve" / "metrics.json").read_text())
     rows = list(csv.DictReader((place / "curve" / "curve.csv").open()))
     assert 0 < metrics["val/average_precision"] < 1

@@ -46,6 +46,32 @@ def test_titles_are_no_wider_than_their_pictures(drawn):
     assert 0 < wide.get_window_extent().x0 < wide.get_window_extent().x1 <= wide.axes.get_window_extent().x1 + 1
 
 
+@pytest.mark.parametrize(("count", "columns"), [(1, 1), (3, 3), (4, 4), (5, 3), (6, 3), (7, 4), (12, 4)])
+def test_a_grid_has_as_few_empty_places_as_possible(drawn, count, columns):
+    save_grid("x.png", [GridItem(PICTURE, ["cat"], [("cat", 0.5)], name="1")] * count)
+    grid = drawn[0].axes[0].get_gridspec().get_topmost_subplotspec().get_gridspec()
+    assert (grid.nrows, grid.ncols) == (-(-count // columns), columns)
+    title, legend = (text.get_window_extent() for text in drawn[0].texts)
+    assert not title.overlaps(legend)
+    assert max(title.x1, legend.x1) <= drawn[0].bbox.width
+
+
+def test_bars_of_few_labels_are_as_high_as_an_image(drawn):
+    save_grid("x.png", [GridItem(PICTURE, [], [("cat", 0.5), ("dog", 0.3), ("car", 0.1)])])
+    assert drawn[0].axes[1].get_ylim() == (2.5, -0.5)
+
+
+def test_a_sheet_has_no_room_for_captions_that_are_not_there(drawn):
+    for caption in ("", "a rose", "a rose and many other flowers in a very large garden behind the house"):
+        save_contact_sheet("x.png", [SheetItem(PICTURE, "1", caption, ["cat"])] * 8, title="t")
+    assert drawn[0].axes[0].get_gridspec().ncols == 4
+    assert [figure.get_figheight() for figure in drawn] == sorted({figure.get_figheight() for figure in drawn})
+    for figure in drawn:
+        image, text = figure.axes[-1].get_window_extent(), figure.axes[-1].texts[-1].get_window_extent()
+        assert image.height == pytest.approx(image.width, rel=0.01)
+        assert 0 < text.y0 < 20
+
+
 def test_attention_has_names_and_probabilities(drawn):
     save_attention("x.png", [AttentionItem(PICTURE, [("rose", 0.53, np.ones((8, 8)))], name="a.jpg")])
     assert {"Where each label is seen", "a.jpg", "rose 0.53"} <= texts(drawn[0])

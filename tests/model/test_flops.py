@@ -17,17 +17,10 @@ from nxtp.config import conf_dir, to_dataclass
 from nxtp.errors import UserError
 from nxtp.model.decoder import DecoderConfig
 from nxtp.model.encoder import EncoderConfig
-from nxtp.model.flops import (
-    Flops,
-    ModelFlops,
-    compute_dtype,
-    count_parameters,
-    meta_model,
-    peak_flops,
-    training_flops,
-)
+from nxtp.model.flops import Flops, ModelFlops, compute_dtype, peak_flops, training_flops
 from nxtp.model.layout import MATCHED, PUBLISHED, Objective, lay_out
 from nxtp.model.lora import LoraConfig
+from nxtp.model.meta import count_parameters, meta_model
 from nxtp.model.model import Model, ModelConfig
 from nxtp.model.trainable import TrainableConfig, choose_trainable
 from nxtp.train.optim import OptimConfig

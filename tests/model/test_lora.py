@@ -14,8 +14,8 @@ from nxtp.cost.memory import Step, memory
 from nxtp.errors import UserError
 from nxtp.inference.recognizer import Recognizer
 from nxtp.model.decoder import Decoder, DecoderConfig
-from nxtp.model.flops import count_parameters, meta_model
 from nxtp.model.lora import LoraConfig, is_adapter
+from nxtp.model.meta import count_parameters, meta_model
 from nxtp.model.model import Model, ModelConfig
 from nxtp.model.trainable import TrainableConfig, choose_trainable
 from nxtp.train.optim import OptimConfig

@@ -77,7 +77,12 @@ def test_labels_survive_the_rules_of_a_family(tmp_path, family):
     assert (stored.prompt_ids, stored.encode_labels(LABELS)) == (ours.prompt_ids, labels)
 
 
-def test_a_timm_tower_starts_from_a_file_or_tag(tmp_path, monkeypatch):
+def unreachable(*_, **__):
+    raise OSError("no hub")
+
+
+def test_a_timm_tower_starts_from_a_file_or_tag(tmp_path, monkeypatch, caplog):
+    caplog.set_level("INFO")
     whole = timm.create_model("test_vit", num_classes=7)
     save_file(whole.state_dict(), tmp_path / "vit.safetensors")
     given = {"vision": {"timm_model_name": "test_vit"}, "image_size": 64}
@@ -87,6 +92,7 @@ def test_a_timm_tower_starts_from_a_file_or_tag(tmp_path, monkeypatch):
         stored = whole.state_dict()
         for name, tensor in encoder.visual.trunk.state_dict().items():
             assert torch.equal(tensor, stored[name]), name
+    assert caplog.text == "", "timm's line has no name of the weights in a plain file"
     torch.save({"code": EncoderConfig}, tmp_path / "code.pth")
     for source, says in (
         ("r161", "Did you mean 'r160_in1k'"),
@@ -94,6 +100,12 @@ def test_a_timm_tower_starts_from_a_file_or_tag(tmp_path, monkeypatch):
     ):
         with pytest.raises(UserError, match=says):
             Encoder(EncoderConfig(**given, pretrained=source))
+    monkeypatch.setattr("timm.models._builder.load_state_dict_from_hf", unreachable)
+    line = (
+        r"no usable weights 'r160_in1k': no hub\. Without a hub, give a local file: model\.encoder\.pretrained=FILE\.$"
+    )
+    with pytest.raises(UserError, match=line):
+        Encoder(EncoderConfig(**given, pretrained="r160_in1k"))
     for name, says in (("hf-hub:a/b", "timm has no model"), ("hiera_tiny_224", "gives no patch tokens")):
         with torch.device("meta"), pytest.raises(UserError, match=says):
             Encoder(EncoderConfig(vision={"timm_model_name": name}))

@@ -473,7 +473,7 @@ print(done.bytes, peak(), before)
 @pytest.mark.slow
 def test_the_published_size_is_converted_in_little_memory(tmp_path):
     """1.78 B parameters in bfloat16: the whole process stays under 1.2 times the size of what it writes."""
-    from nxtp.model.flops import meta_model
+    from nxtp.model.meta import meta_model
 
     write_tokenizer_model(tmp_path / "llama" / "tokenizer.model")
     tokenizer = LabelTokenizer.load(tmp_path / "llama" / "tokenizer.model")

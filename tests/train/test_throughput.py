@@ -17,8 +17,9 @@ from nxtp.data.config import DataConfig
 from nxtp.data.datamodule import WebDatasetDataModule
 from nxtp.data.dataset import Batch
 from nxtp.data.transforms import ImageTransform
-from nxtp.model.flops import ModelFlops, meta_model
+from nxtp.model.flops import ModelFlops
 from nxtp.model.layout import lay_out
+from nxtp.model.meta import meta_model
 from nxtp.model.tokenizer import train_tokenizer
 from nxtp.train.callbacks import throughput
 from nxtp.train.callbacks.throughput import Progress, Throughput, speed_line

@@ -8,8 +8,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from nxtp.errors import UserError
+from nxtp.model.tokenizer import DELIMITER
 
-DELIMITER = ","
 _SPACE = re.compile(r"\s+")
 
 

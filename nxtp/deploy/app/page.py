@@ -51,13 +51,10 @@ class Predictor:
             with self._lock:
                 begin = time.perf_counter()
                 pixels = self.recognizer.transform(path)[None]
-                if classes is None:
-                    (labels,) = self.recognizer.predict_pixels(pixels, count)
-                else:
-                    prepared = self.recognizer.prepare_classes(classes)
-                    if max(last - first for first, last in prepared.tree.rows(MAX_ALIKE)) > MAX_ALIKE:
-                        raise UserError("Too many labels begin alike: they are computed together.")
-                    (labels,) = self.recognizer.classify_pixels(pixels, prepared, count)
+                prepared = self.recognizer.prepare_classes(classes) if classes else None
+                if prepared and max(last - first for first, last in prepared.tree.rows(MAX_ALIKE)) > MAX_ALIKE:
+                    raise UserError("Too many labels begin alike: they are computed together.")
+                (labels,) = self.recognizer.label_pixels(pixels, count, prepared)
                 seconds = time.perf_counter() - begin
         except UserError as error:
             return _message(_reason(error), "error")

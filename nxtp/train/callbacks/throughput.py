@@ -15,7 +15,8 @@ from rich.progress import ProgressColumn, Task
 from rich.text import Text
 
 from nxtp.data.dataset import Batch
-from nxtp.model.flops import Flops, ModelFlops, compute_dtype, meta_model, peak_flops, peak_memory_bytes
+from nxtp.model.flops import Flops, ModelFlops, compute_dtype, peak_flops, peak_memory_bytes
+from nxtp.model.meta import meta_model
 
 log = logging.getLogger("nxtp")
 
