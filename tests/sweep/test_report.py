@@ -17,7 +17,8 @@ from nxtp.sweep.report import records as rec
 from nxtp.sweep.report.command import differing, generated, report
 from nxtp.sweep.report.comparison import interval
 from nxtp.sweep.report.hits import chance
-from nxtp.sweep.report.spec import Spec
+from nxtp.sweep.report.plot import svg
+from nxtp.sweep.report.spec import Plot, Spec
 
 EXPERIMENTS = Path(__file__).resolve().parents[2] / "experiments"
 SPEC = """
@@ -586,9 +587,23 @@ plot: {kind: bar, x: sampler, y: [val/hit@1], where: {lr: 3e-4, k: worst}}
     drawn = (arms / "plot.svg").read_text()
     assert ">bad<" in drawn
     assert ">same<" not in drawn
+    ordered = spec.replace("good: the best", "same: same, good: the best").replace(", where: {lr: 3e-4, k: worst}", "")
+    (arms / "report.yaml").write_text(ordered)
+    run(arms)
+    drawn = (arms / "plot.svg").read_text()
+    assert drawn.index(">same<") < drawn.index(">the best<") < drawn.index(">bad<"), (
+        "in the order of names, then others"
+    )
     (arms / "report.yaml").write_text(spec.replace("sampler: {good", "samplr: {good"))
     with pytest.raises(UserError, match=r"names: unknown 'samplr'\. Did you mean 'sampler'"):
         Spec.read(arms / "report.yaml")
+
+
+@pytest.mark.parametrize(("kind", "chance", "drawn"), [("line", 0.1, False), ("line", 0.89, True), ("bar", 0.1, True)])
+def test_a_reference_does_not_flatten_lines(kind, chance, drawn):
+    rows = [{"size": "laptop", "x": str(x), "m": str(0.9 + x / 20)} for x in range(2)]
+    spec = Spec({"x": "x"}, {"m": "m"}, plot=Plot("x", ["m"], kind))
+    assert ("chance" in svg([*rows, {"size": "chance", "x": "", "m": str(chance)}], spec)) is drawn
 
 
 def test_a_baseline_must_be_a_column(arms):

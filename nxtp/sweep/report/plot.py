@@ -42,8 +42,11 @@ def svg(table: list[Row], spec: Spec) -> str | None:
         for axes, metric in zip(panels, plot.y, strict=True):
             _panel(axes, drawn, metric, spec, plot)
             for line, style in zip(references, (":", "--", "-."), strict=False):
-                if metric in line.values:
-                    label = ", ".join(filter(None, (line.size, *line.columns.values())))
+                low, high = axes.get_ylim()
+                # Far below, it would flatten the lines; the table has it.
+                if metric in line.values and (plot.kind == "bar" or line.values[metric].mean > 2 * low - high):
+                    of = (value for column, value in line.columns.items() if column not in where)
+                    label = ", ".join(filter(None, (line.size, *of)))
                     axes.axhline(line.values[metric].mean, color="#555555", ls=style, lw=1.2, label=label)
         handles = {label: h for a in panels for h, label in zip(*a.get_legend_handles_labels(), strict=True)}
         if len(handles) > 1 or any("paper" in label for label in handles):
@@ -61,7 +64,9 @@ def _panel(axes: Axes, drawn: list[Line], metric: str, spec: Spec, plot: Plot) -
 
     apart = _apart(drawn, plot)
     series = _series(drawn, metric, plot, apart)
-    xs = sorted({x for points in series.values() for x, *_ in points}, key=order)
+    named = list(spec.names.get(plot.x, {}).values())  # in this order, before others
+    found = sorted({x for points in series.values() for x, *_ in points}, key=order)
+    xs = sorted(found, key=lambda x: named.index(x) if x in named else len(named))
     values = [value for x in xs if (value := number(x)) is not None]
     numeric = plot.kind == "line" and len(values) == len(xs)
     position = dict(zip(xs, values if numeric else map(float, range(len(xs))), strict=True))
