@@ -582,7 +582,7 @@ plot: {kind: bar, x: sampler, y: [val/hit@1], where: {lr: 3e-4, k: worst}}
     readme = (arms / "README.md").read_text()
     assert "| usual | 0.0003 | the best |" in readme
     assert "| worst | bad | -0." in readme
-    assert "- hit@1: {usual same, usual the best, worst bad}" in readme
+    assert "- hit@1: {usual the best, usual same, worst bad}" in readme
     assert "the best" in (arms / "results.csv").read_text()
     drawn = (arms / "plot.svg").read_text()
     assert ">bad<" in drawn
@@ -597,6 +597,32 @@ plot: {kind: bar, x: sampler, y: [val/hit@1], where: {lr: 3e-4, k: worst}}
     (arms / "report.yaml").write_text(spec.replace("sampler: {good", "samplr: {good"))
     with pytest.raises(UserError, match=r"names: unknown 'samplr'\. Did you mean 'sampler'"):
         Spec.read(arms / "report.yaml")
+
+
+@pytest.mark.parametrize(
+    "content", ["", "# only a comment", "null", "3", "[a]", "columns: {null: a}", "columns: {a: '${columns'}", "a: {"]
+)
+def test_a_report_that_is_no_mapping_is_one_line(tmp_path, content):
+    (tmp_path / "report.yaml").write_text(content)
+    with pytest.raises(UserError, match=r"report.yaml' (must be a mapping|cannot be read as YAML)"):
+        Spec.read(tmp_path / "report.yaml")
+
+
+def test_names_are_printed_as_they_are(arms):
+    names = {"good": "[first 2]", "same": "__init__", "bad": "n [/] a:dog:b $_{$"}
+    content = (
+        f"names: {json.dumps({'sampler': names})}\nplot: {{kind: bar, x: sampler, y: [val/hit@1, val/images_per_s]}}"
+    )
+    (arms / "report.yaml").write_text(BASELINE.replace("sampler: good", "sampler: '[first 2]'") + content)
+    done = run(arms)
+    assert done.exit_code == 0, done.output
+    for name in names.values():
+        assert done.stdout.count(name) >= 2, name
+
+
+def test_runs_that_no_column_tells_apart_are_reported(arms):
+    (arms / "report.yaml").write_text(BASELINE + "names: {sampler: {bad: same}}\n")
+    assert "note: 3 runs agree with others in all columns and in seed: one of each is compared" in run(arms).stderr
 
 
 @pytest.mark.parametrize(("kind", "chance", "drawn"), [("line", 0.1, False), ("line", 0.89, True), ("bar", 0.1, True)])

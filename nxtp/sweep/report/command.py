@@ -7,6 +7,7 @@ import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -16,6 +17,9 @@ from nxtp.sweep.report import comparison, tables
 from nxtp.sweep.report import records as rec
 from nxtp.sweep.report.plot import svg
 from nxtp.sweep.report.spec import Plot, Spec
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 START, END = "<!-- table -->", "<!-- /table -->"
 
@@ -27,8 +31,10 @@ def drawn(rows: list[tables.Row], spec: Spec) -> dict[str, str]:
     return {"results.csv": content} | ({"plot.svg": picture} if picture else {})
 
 
-def generated(folder: Path, records: list[rec.Record]) -> tuple[dict[str, str], list[tables.Row], Spec, str]:
-    """The generated files of a study by name, from its records alone; the rows, the specification and the differences.
+def generated(
+    folder: Path, records: list[rec.Record]
+) -> tuple[dict[str, str], list[tables.Row], Spec, comparison.Comparison | None]:
+    """The generated files of a study by name, from its records alone; the rows, the specification and the comparison.
 
     Raises:
         UserError: report.yaml is wrong, README.md lacks the markers, or there is neither record nor published value.
@@ -38,10 +44,11 @@ def generated(folder: Path, records: list[rec.Record]) -> tuple[dict[str, str], 
     if not rows:
         sweep = f"{folder.name}/laptop or {folder.name}/full"
         raise UserError(f"{folder.name}: no finished run of a sweep name={sweep}, and no published value.")
-    differences = comparison.markdown(records, spec)
-    files = {"README.md": _with_table(folder / "README.md", tables.markdown(rows, spec) + differences)}
+    compared = comparison.compare(records, spec)
+    table = tables.markdown(rows, spec) + (compared.markdown() if compared else "")
+    files = {"README.md": _with_table(folder / "README.md", table)}
     files |= {"records.jsonl": rec.as_lines(records)} if records else {}
-    return files | drawn(rows, spec), rows, spec, differences
+    return files | drawn(rows, spec), rows, spec, compared
 
 
 def differing(folder: Path, files: dict[str, str]) -> list[str]:
@@ -87,22 +94,29 @@ def differing_settings(records: list[rec.Record]) -> Spec:
     return Spec({k: k for k in differ}, metrics, plot=Plot(x, y, "line" if numeric else "bar", lines))
 
 
-def show(rows: list[tables.Row], spec: Spec, differences: str) -> None:
-    from rich import box
+def show(rows: list[tables.Row], spec: Spec, compared: comparison.Comparison | None) -> None:
     from rich.console import Console
-    from rich.markdown import Markdown
-    from rich.table import Table
 
-    header, body, start = tables.cells(rows, spec)
+    console = Console()
+    console.print(_table(*tables.cells(rows, spec)))
+    if compared:
+        console.print(compared.explanation, highlight=False, markup=False)
+        console.print(_table(compared.header, compared.body, compared.start))
+        console.print("\n".join([comparison.RANKED, *compared.ranking]), highlight=False, markup=False)
+
+
+def _table(header: list[str], body: list[list[str]], start: int) -> Table:
+    """Columns from ``start`` on are numbers."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
     table = Table(box=box.SIMPLE)
     for i, title in enumerate(header):
-        table.add_column(title, justify="left" if i < start else "right", overflow="fold")
+        table.add_column(Text(title), justify="left" if i < start else "right", overflow="fold")
     for row in body:
-        table.add_row(*row)
-    console = Console()
-    console.print(table)
-    if differences:
-        console.print(Markdown(differences))
+        table.add_row(*map(Text, row))
+    return table
 
 
 def find(study: str) -> Path | None:
@@ -141,7 +155,7 @@ def report(study: str, runs: Path, check: bool, wandb: str | None, as_json: bool
             raise UserError(f"'{study}' contains no finished run; nothing to show.")
         spec = differing_settings(records)
         rows = tables.rows(records, spec)
-        files, differences = drawn(rows, spec), ""
+        files, compared = drawn(rows, spec), None
     else:
         directory = folder
         sweeps = [f.stem for f in folder.glob("*.yaml") if f.stem not in NOT_A_SWEEP] or ["laptop", "full"]
@@ -150,7 +164,7 @@ def report(study: str, runs: Path, check: bool, wandb: str | None, as_json: bool
         records = rec.merge(old, rec.of_study(new, folder.name))
         if not records:
             rec.note(f"{folder.name}: no finished run")
-        files, rows, spec, differences = generated(folder, records)
+        files, rows, spec, compared = generated(folder, records)
     changed = differing(directory, files)
     for name in changed if not check else ():
         (directory / name).write_bytes(files[name].encode())
@@ -158,7 +172,7 @@ def report(study: str, runs: Path, check: bool, wandb: str | None, as_json: bool
         lines = [asdict(line) for line in tables.lines(rows, spec)]
         click.echo(json.dumps({"study": directory.name, "metrics": spec.metrics, "lines": lines, "changed": changed}))
     elif not check:
-        show(rows, spec, differences)
+        show(rows, spec, compared)
         click.echo(f"{os.path.relpath(directory)}: {', '.join(files)}")
     elif changed:
         click.echo(f"{directory.name}: would differ: {', '.join(changed)}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
@@ -11,9 +12,13 @@ from nxtp.errors import counted
 from nxtp.eval.hits import Hits
 from nxtp.sweep.report.records import Record, note
 from nxtp.sweep.report.spec import Spec
-from nxtp.sweep.report.tables import as_markdown, columns, is_time, measured, order, settings, size, text
+from nxtp.sweep.report.tables import as_markdown, columns, is_time, measured, place, settings, size, text
 
 RESAMPLES = 2_000
+BRACKETS = (
+    "In brackets: the 95 % bootstrap interval over the seeds and images that the header counts. ≈: it contains 0."
+)
+RANKED = "Best first. Arms in braces are not ranked: their own intervals overlap (the paired ones above tell more)."
 # Student's t at 97.5 % for 1, 2, … degrees of freedom, over the normal distribution's 1.96: 3 seeds know little
 _STUDENT = [t / 1.96 for t in (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)]
 Interval = tuple[float, float]
@@ -52,7 +57,10 @@ def arms(records: list[Record], spec: Spec) -> Runs:
         known = settings(record)
         arm = (size(record), *columns(record, spec).values())
         found.setdefault(arm, {})[tuple(text(known.get(key)) for key in spec.over)] = record
-    return dict(sorted(found.items(), key=lambda item: [order(part) for part in item[0]]))
+    titles = ("size", *spec.columns)
+    return dict(
+        sorted(found.items(), key=lambda item: [place(v, c, spec) for c, v in zip(titles, item[0], strict=True)])
+    )
 
 
 def _images(record: Record, metric: str) -> tuple[int, np.ndarray] | None:
@@ -117,15 +125,37 @@ def ranked(records: list[Record], spec: Spec, metric: str) -> list[list[list[Arm
     return list(lists.values())
 
 
-def markdown(records: list[Record], spec: Spec) -> str:
-    """The second table of a study with a baseline, and its arms in order; '' without a baseline."""
+@dataclass
+class Comparison:
+    """The second table of a study with a baseline, with its explanation, and the arms in order.
+
+    Columns of ``header`` and ``body`` are numbers from ``start`` on.
+    """
+
+    explanation: str
+    header: list[str]
+    body: list[list[str]]
+    start: int
+    ranking: list[str]
+
+    def markdown(self) -> str:
+        ranked = "\n".join(f"- {line}" for line in self.ranking)
+        return f"\n{self.explanation}\n\n{as_markdown(self.header, self.body, self.start)}\n{RANKED}\n\n{ranked}\n"
+
+
+def compare(records: list[Record], spec: Spec) -> Comparison | None:
+    """None without a baseline, or where no arm has one."""
     found = differences(records, spec) if spec.baseline else []
     if spec.baseline and records and not found:
         note(f"report.yaml, baseline: no run has {spec.baseline}; nothing is compared")
     if not found:
-        return ""
+        return None
+    runs = arms(records, spec)
+    if twice := len(records) - sum(map(len, runs.values())):
+        which = f"agree with others in all columns and in {', '.join(spec.over)}"
+        note(f"{counted(twice, 'run')} {which}: one of each is compared")
     titles = ("size", *spec.columns)
-    differ = [t for t, texts in zip(titles, zip(*arms(records, spec), strict=True), strict=True) if len(set(texts)) > 1]
+    differ = [t for t, texts in zip(titles, zip(*runs, strict=True), strict=True) if len(set(texts)) > 1]
 
     def only(wanted: list[str], arm: Arm) -> list[str]:
         return [part for title, part in zip(titles, arm, strict=True) if title in wanted]
@@ -135,24 +165,21 @@ def markdown(records: list[Record], spec: Spec) -> str:
     body = [[*only(differ, arm), *(_difference(*row[m][:2]) if m in row else "" for m in shown)] for arm, row in found]
     header = [*differ, *(f"Δ {spec.metrics[m]} ({_basis(counts[m])})" for m in shown)]
     where = ", ".join(f"{column} {text(value) or '–'}" for column, value in spec.baseline.items())
-    lines = [
-        "",
-        f"Difference from {where}, paired by {', '.join(spec.over)}.",
-        "In brackets: the 95 % bootstrap interval over the seeds and images that the header counts. ≈: it contains 0.",
-        "",
-        as_markdown(header, body, len(differ)),
-        "Best first. Arms in braces are not ranked: their own intervals overlap (the paired ones above tell more).",
-        "",
-    ]
+    explanation = f"Difference from {where}, paired by {', '.join(spec.over)}.\n{BRACKETS}"
     compared = [title for title in differ if title in spec.baseline]
     alike = [title for title in differ if title not in spec.baseline]
+    ranking = []
     for metric in shown:
         for groups in ranked(records, spec, metric):
             shared = "".join(f", {t} {part}" for t, part in zip(alike, only(alike, groups[0][0]), strict=True))
-            names = [[" ".join(filter(None, only(compared, arm))) or "–" for arm in group] for group in groups]
-            places = " > ".join(f"{{{', '.join(group)}}}" if len(group) > 1 else group[0] for group in names)
-            lines.append(f"- {spec.metrics[metric]}{shared}: {places}")
-    return "\n".join([*lines, ""])
+            parts = {arm: only(compared, arm) for group in groups for arm in group}
+            names = {arm: " ".join(filter(None, each)) or "–" for arm, each in parts.items()}
+            if len(set(names.values())) < len(names):  # blanks tell them apart
+                names = {arm: " ".join(part or "–" for part in each) for arm, each in parts.items()}
+            places = [", ".join(names[arm] for arm in group) for group in groups]
+            places = [f"{{{each}}}" if len(group) > 1 else each for each, group in zip(places, groups, strict=True)]
+            ranking.append(f"{spec.metrics[metric]}{shared}: {' > '.join(places)}")
+    return Comparison(explanation, header, body, len(differ), ranking)
 
 
 def _basis(counts: list[tuple[int, int]]) -> str:

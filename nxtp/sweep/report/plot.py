@@ -8,7 +8,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from nxtp.sweep.report.spec import Plot, Spec
-from nxtp.sweep.report.tables import REFERENCES, Line, Row, lines, number, order, text
+from nxtp.sweep.report.tables import REFERENCES, Line, Row, lines, number, order, place, text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = "osD^vPX"
 STYLE = {"svg.hashsalt": "nxtp", "svg.fonttype": "none", "font.size": 11}
-STYLE |= {"axes.spines.top": False, "axes.spines.right": False}
+STYLE |= {"axes.spines.top": False, "axes.spines.right": False, "text.parse_math": False}
 Point = tuple[str, float, float]  # x, mean, spread (NaN of one run: no bar)
 Group = tuple[str, ...]  # values of the columns that distinguish lines
 
@@ -41,8 +41,8 @@ def svg(table: list[Row], spec: Spec) -> str | None:
         panels = figure.subplots(1, len(plot.y), squeeze=False)[0]
         for axes, metric in zip(panels, plot.y, strict=True):
             _panel(axes, drawn, metric, spec, plot)
+            low, high = axes.get_ylim()
             for line, style in zip(references, (":", "--", "-."), strict=False):
-                low, high = axes.get_ylim()
                 # Far below, it would flatten the lines; the table has it.
                 if metric in line.values and (plot.kind == "bar" or line.values[metric].mean > 2 * low - high):
                     of = (value for column, value in line.columns.items() if column not in where)
@@ -64,20 +64,21 @@ def _panel(axes: Axes, drawn: list[Line], metric: str, spec: Spec, plot: Plot) -
 
     apart = _apart(drawn, plot)
     series = _series(drawn, metric, plot, apart)
-    named = list(spec.names.get(plot.x, {}).values())  # in this order, before others
-    found = sorted({x for points in series.values() for x, *_ in points}, key=order)
-    xs = sorted(found, key=lambda x: named.index(x) if x in named else len(named))
+    xs = sorted({x for points in series.values() for x, *_ in points}, key=lambda x: place(x, plot.x, spec))
     values = [value for x in xs if (value := number(x)) is not None]
     numeric = plot.kind == "line" and len(values) == len(xs)
     position = dict(zip(xs, values if numeric else map(float, range(len(xs))), strict=True))
     groups = sorted({tuple(line.columns[c] for c in apart) for line in drawn}, key=_order)  # as in the other panels
     bars = [bar for bar in series if bar[1] != "paper"]
     several = len({size for _, size in bars}) > 1
-    beside = {x: [bar for bar in bars if any(point[0] == x for point in series[bar])] for x in xs}
-    width = 0.8 / max(1, *map(len, beside.values()))
+    at_x = {x: [bar for bar in series if any(point[0] == x for point in series[bar])] for x in xs}
+    barred = {(x, bar[0]) for x in xs for bar in at_x[x] if bar[1] != "paper"}
+    # A published value is in the middle of its group's bars, or has a place of its own.
+    beside = {x: [bar for bar in at_x[x] if bar[1] != "paper" or (x, bar[0]) not in barred] for x in xs}
+    width = 0.8 / max([1, *map(len, beside.values())])
 
     def offset(x: str, group: Group, size: str) -> float:
-        """Of a bar from its x; a published value is in the middle of its group's bars."""
+        """Of a bar or a published value from its x."""
         places = [i for i, bar in enumerate(beside[x]) if bar[0] == group and size in ("paper", bar[1])]
         return (fmean(places) - (len(beside[x]) - 1) / 2) * width if places and plot.kind == "bar" else 0.0
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from nxtp.config import to_dataclass
 from nxtp.errors import UserError, nearest, one_line
@@ -57,12 +58,13 @@ class Spec:
             UserError: no such file, no YAML, a key that is unknown or missing, a name that is no column or metric.
         """
         try:
-            content: Any = OmegaConf.to_container(OmegaConf.load(path))  # 3e-4 is a number, as in the configuration
+            loaded = OmegaConf.load(path)  # 3e-4 is a number, as in the configuration
+            content: Any = OmegaConf.to_container(loaded, resolve=True)
         except FileNotFoundError:
             raise UserError(f"'{path}' is missing: it specifies what the report shows (docs/studies.md).") from None
-        except yaml.YAMLError as error:
-            raise UserError(f"'{path}' is not YAML: {one_line(error)}") from error
-        if not isinstance(content, dict):
+        except (yaml.YAMLError, OmegaConfBaseException, OSError, ValueError) as error:
+            raise UserError(f"'{path}' cannot be read as YAML: {one_line(error)}") from error
+        if not isinstance(content, dict) or not content:
             raise UserError(f"'{path}' must be a mapping, got '{content}'.")
         spec = to_dataclass(cls, content, f"{path}: ")
         _require(spec.baseline, spec.columns, f"{path}, baseline")

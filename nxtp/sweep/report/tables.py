@@ -180,6 +180,12 @@ def order(content: str) -> tuple[int, float, str]:
     return (2, 0.0, "") if content == "" else (1, 0.0, content) if value is None else (0, value, "")
 
 
+def place(content: str, column: str, spec: Spec) -> tuple[int, tuple[int, float, str]]:
+    """Where a value stands among those of its column: in the order of ``names``, before others."""
+    named = list(spec.names.get(column, {}).values())
+    return (named.index(content) if content in named else len(named), order(content))
+
+
 def lines(table: list[Row], spec: Spec) -> list[Line]:
     """Means over runs of one size that agree in all columns; published values likewise."""
     groups: dict[tuple[str, ...], list[Row]] = {}
@@ -194,7 +200,9 @@ def lines(table: list[Row], spec: Spec) -> list[Line]:
                 spread = statistics.stdev(known) if len(known) > 1 else None
                 values[metric] = Value(statistics.fmean(known), spread, len(known))
         found.append(Line(group_size, dict(zip(spec.columns, texts, strict=True)), values))
-    return sorted(found, key=lambda line: (ORDER.index(line.size), [order(c) for c in line.columns.values()]))
+    return sorted(
+        found, key=lambda line: (ORDER.index(line.size), [place(v, c, spec) for c, v in line.columns.items()])
+    )
 
 
 def cells(table: list[Row], spec: Spec) -> tuple[list[str], list[list[str]], int]:
