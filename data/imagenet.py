@@ -125,8 +125,10 @@ def objectnet_labels(source: Path) -> Callable[[str], str]:
     """
     table = source.parent / "mappings" / "folder_to_objectnet_label.json"
     try:
-        names = dict(json.loads(table.read_bytes())) if table.is_file() else {}
-    except (OSError, ValueError, TypeError, RecursionError) as error:
+        names = json.loads(table.read_bytes()) if table.is_file() else {}
+        if not isinstance(names, dict) or not all(isinstance(label, str) and label.strip() for label in names.values()):
+            raise ValueError("not a label for each folder")
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{table} is not ObjectNet's table of labels ({error}): download it again.") from error
     return lambda folder: str(names.get(folder, re.sub(r"[_\s]+", " ", folder).strip())).lower()
 

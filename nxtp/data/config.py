@@ -118,6 +118,8 @@ class DataConfig:
             raise UserError(f"data.max_skip_fraction must be ≥ 0 and ≤ 1, got {self.max_skip_fraction}.")
         if not 0 < self.read_timeout < math.inf:
             raise UserError(f"data.read_timeout must be > 0 seconds, got {self.read_timeout}.")
+        if slashed := next((name for name in self.val if "/" in name), None):
+            raise UserError(f"data.val must not name a set '{slashed}': its metrics are SET/METRIC.")
         one_of("data.nodes", self.nodes, ("shared", "split"))
         one_of("data.given_labels", self.given_labels, ("all", "first"))
         Selection(self.caption_key or "", self.where or "")  # which finds what is wrong

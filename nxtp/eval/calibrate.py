@@ -62,7 +62,7 @@ def calibrate(cfg: DictConfig) -> dict[str, float]:
     for line in summary(name, found):
         Console().print(line, highlight=False, soft_wrap=True)
     if error["after"] >= error["before"]:
-        Console().print("It is not lower: nothing is stored. A larger set may help.", highlight=False)
+        Console().print("The expected calibration error is not lower: nothing is stored.", highlight=False)
         return dict(error)
     known[name] = found
     write_calibrations(directory, weights_sum(read_config(directory)), known)

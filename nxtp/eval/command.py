@@ -30,7 +30,7 @@ from nxtp.data.labels.from_samples import label_counts, warn_if_nouns_differ
 from nxtp.data.mixture import open_set
 from nxtp.distributed.ranks import fabric_of, shared, together, torchrun_ranks
 from nxtp.distributed.rendezvous import Ranks
-from nxtp.errors import UserError, by_kind
+from nxtp.errors import UserError, at_least, by_kind
 from nxtp.eval.curves import Curve, LabelHits, write_curves
 from nxtp.eval.embedders import PACKAGED, TextEmbedder, label_embedder, packaged_encoder
 from nxtp.eval.metrics import ExactMatch, SemanticMatch, meaningless, own_metrics
@@ -112,6 +112,7 @@ def evaluate(cfg: DictConfig) -> dict[str, float]:
     The run's record is written beside the results, unless these go into the directory of a training run. Of several
     ranks the first writes, and returns the values.
     """
+    at_least("grid", cfg.grid, 0)
     if OmegaConf.is_missing(cfg, "model_dir"):
         raise UserError("No model: add model=runs/NAME/model of a run, another model directory, or a hub name.")
     out, overrides = Path(HydraConfig.get().runtime.output_dir), list(HydraConfig.get().overrides.task)

@@ -65,7 +65,7 @@ def save_grid(
     misses orange. ``what`` predictions are, for the title."""
     looks = any(item.weights is not None for item in items)
     most = max((len(item.predictions) for item in items), default=top)
-    title = f"Top-{min(top, most)} {what} with their probabilities"
+    title = f"Top-{min(top, most)} {what} with their probabilities" if most else f"No {what}"
     legend = "blue: among the true labels · orange: not" if any(item.truth for item in items) else ""
     top = max(3, min(top, most))  # bars of fewer labels are as high as an image, too
     panels = [1, 1, 1.25] if looks else [1, 1.25]

@@ -366,6 +366,7 @@ def test_labels_in_an_order_of_their_own_and_what_it_does_not_name_behind_them(t
         ("num_workers", -1, "must be ≥ 0, got -1."),
         ("max_image_pixels", 0, "must be ≥ 1, got 0."),
         ("max_labels", 0, "must be ≥ 1, got 0."),
+        ("val", {"a": "s", "b/c": "s"}, "must not name a set 'b/c': its metrics are SET/METRIC."),
     ],
 )
 def test_settings_out_of_range(setting, value, message):

@@ -265,7 +265,7 @@ def test_calibrate_writes_into_the_model_directory_and_evaluate_draws_a_curve(pl
     with monkeypatch.context() as patch:
         patch.setattr(Recognizer, "predict_pixels", pieces)
         done = call_nxtp("calibrate", "mine", *DATA, cwd=place)
-        assert "It is not lower: nothing is stored." in done.stdout
+        assert "The expected calibration error is not lower: nothing is stored." in done.stdout
         assert not (place / "mine" / "calibration.json").exists()
         scale = 0.1
         done = call_nxtp("calibrate", "mine", *DATA, cwd=place)

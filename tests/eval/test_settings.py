@@ -7,7 +7,7 @@ from omegaconf import open_dict
 
 from nxtp.config import composed
 from nxtp.errors import UserError
-from nxtp.eval.command import evaluate_into
+from nxtp.eval.command import evaluate, evaluate_into
 from nxtp.eval.settings import recorded_settings
 from nxtp.runs.resume import is_finished
 
@@ -53,3 +53,9 @@ def test_an_evaluation_of_other_settings_is_not_overwritten_by_a_sweep(tmp_path)
     with pytest.raises(UserError, match=r"contains a run with other settings \(model_dir, top_k, weights\)"):
         evaluate_into(tmp_path / "out", other, [])
     assert (tmp_path / "out" / "run.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("grid", ["-1", "null", "many"])
+def test_pictures_must_be_a_number(grid):
+    with pytest.raises(UserError, match=r"^grid must be ≥ 0, got "):
+        evaluate(composed("evaluate", ["model_dir=m", "+data.val.v=x", f"grid={grid}"]))

@@ -581,7 +581,7 @@ def test_imagenet_variants(tmp_path, class_folders):
         np.asarray(Image.open(io.BytesIO(data))) for data in (found["air_freshener_0a"]["image"], original)
     )
     assert np.array_equal(cropped, whole[2:-2, 2:-2])
-    for damaged in (b"{", b"[5]", b"\xff", b"[" * 100_000):
+    for damaged in (b"{", b"[5]", b"[]", b'{"air_freshener": null}', b"\xff", b"[" * 100_000):
         (root.parent / "mappings" / "folder_to_objectnet_label.json").write_bytes(damaged)
         message = run("imagenet", root, "--set", "objectnet", "--out", tmp_path / "x", fails=True)
         assert "folder_to_objectnet_label.json is not ObjectNet's table of labels (" in message
