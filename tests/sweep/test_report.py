@@ -541,6 +541,15 @@ def test_only_arms_that_differ_by_the_baseline_are_ranked_together(arms):
     assert "- hit@1, k 5: {good, bad}" in readme
 
 
+def test_full_size_is_named_beside_laptop_size_only(arms):
+    directory = arms.parent.parent / "runs" / "depth" / "laptop"
+    for file in directory.glob("**/run.json"):
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"sweep": "mine"}))
+    said = CliRunner().invoke(report, [str(directory)]).stdout.split()
+    assert "chance" in said
+    assert not {"size", "full"} & set(said)
+
+
 def test_images_of_another_kind_have_a_chance_of_their_own(arms):
     for file in (arms.parent.parent / "runs").glob("**/bad*/predictions.jsonl"):
         first, *others = file.read_text().splitlines()
