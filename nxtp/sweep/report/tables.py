@@ -208,7 +208,7 @@ def lines(table: list[Row], spec: Spec) -> list[Line]:
 def cells(table: list[Row], spec: Spec) -> tuple[list[str], list[list[str]], int]:
     """Header, body and the index of the first metric.
 
-    Columns that are blank throughout are dropped, and the sizes where all rows are full. A published value
+    Columns that are blank throughout are dropped; "full" is said where laptop rows stand beside. A published value
     is in the rows that it fits; others have rows of size paper.
     """
     measured_lines = [line for line in lines(table, spec) if line.size != "paper"]
@@ -222,6 +222,9 @@ def cells(table: list[Row], spec: Spec) -> tuple[list[str], list[list[str]], int
     ]
     shown += [(("paper", *w), {}, rest[w]) for w in sorted(rest, key=lambda where: [order(c) for c in where])]
     header, body = ["size", *spec.columns], [list(texts) for texts, *_ in shown]
+    if not any(line.size == "laptop" for line in measured_lines):
+        header[0] = ""
+        body = [[row[0].removeprefix("full"), *row[1:]] for row in body]
     for metric, title in spec.metrics.items():
         header.append(title)
         for row, (_, values, _) in zip(body, shown, strict=True):
@@ -230,8 +233,7 @@ def cells(table: list[Row], spec: Spec) -> tuple[list[str], list[list[str]], int
             header.append(f"{title}, published")
             for row, (*_, published) in zip(body, shown, strict=True):
                 row.append("; ".join(_cited(paper) for paper in published if paper.metric == metric))
-    blank = [{"", "full"}, *[{""}] * (len(header) - 1)]
-    filled = [i for i, nothing in enumerate(blank) if any(row[i] not in nothing for row in body)]
+    filled = [i for i in range(len(header)) if any(row[i] for row in body)]
     start = sum(i <= len(spec.columns) for i in filled)
     return [header[i] for i in filled], [[row[i] for i in filled] for row in body], start
 
