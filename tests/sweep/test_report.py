@@ -175,6 +175,18 @@ def test_a_run_done_again_replaces_its_record(study):
     assert sum("0.123" in line for line in lines) == 1
 
 
+def test_a_run_of_other_settings_replaces_a_record_aloud(study):
+    run(study)
+    file = next((study.parent.parent / "runs").glob("**/*depth=1,seed=0/run.json"))
+    again = json.loads(file.read_text())
+    again["config"]["trainer"]["max_steps"] = 600
+    file.write_text(json.dumps(again))
+    assert (
+        "replaces trainer.max_steps=300 by 600 of records.jsonl; with another name= both are kept" in run(study).stderr
+    )
+    assert "replaces" not in run(study).stderr
+
+
 def test_a_record_of_a_later_run_is_kept(study):
     """Here is a run of yesterday; the records come from the one that another machine did again today."""
     run(study)

@@ -11,8 +11,8 @@ from nxtp.data.config import DataConfig
 from nxtp.model.model import ModelConfig
 from nxtp.sampling.ranking import ranking_config
 from nxtp.sampling.samplers import sampler_config
+from nxtp.sweep.report.records import leaves
 from nxtp.sweep.report.spec import Spec
-from nxtp.sweep.report.tables import leaves
 from nxtp.sweep.sweep import Sweep
 from nxtp.train.optim import OptimConfig
 

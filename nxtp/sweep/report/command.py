@@ -71,7 +71,7 @@ def differing_settings(records: list[rec.Record]) -> Spec:
 
     Settings in the names of the runs come first; one that follows from them, as a copy does, is skipped.
     """
-    known = [tables.settings(r) for r in records]
+    known = [rec.settings(r) for r in records]
     names = dict.fromkeys(k for s in known for k in s)
     differ = [k for k in names if len({tables.text(s.get(k)) for s in known}) > 1]
     differ = [k for k in differ if any(s.get(k) != s["seed"] for s in known)]  # not data.seed, which is ${seed}

@@ -10,9 +10,9 @@ import numpy as np
 
 from nxtp.errors import counted
 from nxtp.eval.hits import Hits
-from nxtp.sweep.report.records import Record, note
+from nxtp.sweep.report.records import Record, note, settings
 from nxtp.sweep.report.spec import Spec
-from nxtp.sweep.report.tables import as_markdown, columns, is_time, measured, place, settings, size, text
+from nxtp.sweep.report.tables import as_markdown, columns, is_time, measured, place, size, text
 
 RESAMPLES = 2_000
 BRACKETS = (

@@ -30,6 +30,17 @@ TRAINER = ("max_steps", "max_epochs", "precision", "devices")
 _ABSOLUTE = re.compile(r"(?:^|[\s=:,'\"\[{(])(?:~?/|[A-Za-z]:[\\/]|file:)")
 
 
+def leaves(config: Any, prefix: str = "") -> dict[str, Any]:
+    """Dotted key → value; lists are values."""
+    if not isinstance(config, dict):
+        return {prefix: config}
+    return {k: v for name, c in config.items() for k, v in leaves(c, f"{prefix}.{name}" if prefix else name).items()}
+
+
+def settings(record: Record) -> dict[str, Any]:
+    return leaves(record["config"]) | {"seed": record["seed"]}
+
+
 def note(line: str) -> None:
     click.echo(f"note: {one_line(line)}", err=True)
 
@@ -170,10 +181,14 @@ def merge(old: list[Record], new: list[Record]) -> list[Record]:
     both = {_key(r): r for r in old}
     for record in new:
         kept = both.setdefault(_key(record), record)
+        name = "/".join(_key(record))
         if _started(kept) > _started(record):
-            note(f"{'/'.join(_key(record))}: records.jsonl has a run that was started later, which counts")
-        else:
-            both[_key(record)] = record
+            note(f"{name}: records.jsonl has a run that was started later, which counts")
+            continue
+        was, now = settings(kept), settings(record)
+        if changed := [f"{k}={was[k]} by {now[k]}" for k in was if k in now and was[k] != now[k]]:
+            note(f"{name}: replaces {', '.join(changed)} of records.jsonl; with another name= both are kept")
+        both[_key(record)] = record
     return [both[k] for k in sorted(both)]
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from nxtp.sweep.report.records import Record, is_finite
+from nxtp.sweep.report.records import Record, is_finite, settings
 from nxtp.sweep.report.spec import Published, Spec
 
 Row = dict[str, str]  # as in results.csv; "" is blank
@@ -59,17 +59,6 @@ class Line:
 
 def size(record: Record) -> str:
     return "laptop" if "laptop" in str(record.get("sweep") or "").split("/") else "full"
-
-
-def leaves(config: Any, prefix: str = "") -> dict[str, Any]:
-    """Dotted key → value; lists are values."""
-    if not isinstance(config, dict):
-        return {prefix: config}
-    return {k: v for name, c in config.items() for k, v in leaves(c, f"{prefix}.{name}" if prefix else name).items()}
-
-
-def settings(record: Record) -> dict[str, Any]:
-    return leaves(record["config"]) | {"seed": record["seed"]}
 
 
 def is_time(metric: str) -> bool:
