@@ -295,6 +295,7 @@ def test_a_run_directory_holds_everything(workplace):
     assert record["samples_seen"] > 140
     assert record["data"]["train"]["samples"] == 83
     assert record["data"]["val"]["manifest"]
+    assert record["data"]["train"]["frequent_labels"][0] == "stone", "of nxtp report's label prior"
     assert {"val/recall@10", "val/precision@10", "val/f1@10", "val/loss", "train/loss"} <= record["metrics"].keys()
     assert record["wall_time_s"] > 0
     assert record["parameters"]["total"] == record["parameters"]["total_trained"] > 0

@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import math
 import time
+from collections import Counter
 from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
+from nxtp.data.dataset import Batch
 from nxtp.errors import one_line
 from nxtp.runs.record import RunRecord
 from nxtp.runs.tracking import log_record
@@ -31,6 +34,7 @@ class RunRecordWriter(L.Callback):
     cannot be continued keeps its files.
 
     ``written``  when run.json was last written; 0.0: not yet
+    ``labels``   in how many images that this process trained on; rank 0's are enough for the most frequent ones
     """
 
     interval = 30.0
@@ -38,6 +42,7 @@ class RunRecordWriter(L.Callback):
     def __init__(self, run_dir: Path, cfg: DictConfig, record: RunRecord):
         self.run_dir, self.cfg, self.record = run_dir, cfg, record
         self.written = 0.0
+        self.labels: Counter[str] = Counter()
 
     @rank_zero_only
     def on_train_start(self, trainer: L.Trainer, module: RecognitionModule) -> None:
@@ -52,7 +57,10 @@ class RunRecordWriter(L.Callback):
             log.info("The run ends at step %s: %s; the first limit counts.", f"{min(steps, in_epochs):,}", both)
 
     @rank_zero_only
-    def on_train_batch_end(self, trainer: L.Trainer, module: RecognitionModule, *_: Any) -> None:
+    def on_train_batch_end(
+        self, trainer: L.Trainer, module: RecognitionModule, outputs: Any, batch: Batch, *_: Any
+    ) -> None:
+        self.labels.update(chain.from_iterable(map(set, batch.labels)))
         if time.monotonic() - self.written > self.interval:
             self._write(trainer)
 
@@ -68,6 +76,8 @@ class RunRecordWriter(L.Callback):
     @rank_zero_only
     def on_fit_end(self, trainer: L.Trainer, module: RecognitionModule) -> None:
         self.record.ended_by = ended_by(trainer)
+        frequent = sorted(self.labels, key=lambda label: (-self.labels[label], label))[: module.validation.top_k]
+        self.record.data["train"] = self.record.data["train"] | {"frequent_labels": frequent}
         log.info("Ended at step %s by %s.", f"{trainer.global_step:,}", self.record.ended_by)
         self._write(trainer)
 
