@@ -1,5 +1,6 @@
 """nxtp report: records of runs → results.csv, table and plot."""
 
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -15,7 +16,7 @@ from nxtp.eval.hits import Hits
 from nxtp.eval.metrics import ExactMatch
 from nxtp.sweep.report import records as rec
 from nxtp.sweep.report.command import differing, generated, report
-from nxtp.sweep.report.comparison import interval
+from nxtp.sweep.report.comparison import _difference, _groups, interval
 from nxtp.sweep.report.hits import chance
 from nxtp.sweep.report.plot import svg
 from nxtp.sweep.report.spec import Plot, Spec
@@ -106,6 +107,7 @@ def test_a_study_without_a_readme_or_runs_is_an_error_that_names_what_is_missing
 
 def test_published_value_stands_in_the_full_row(study):
     write(study.parent.parent / "runs", record(2, sweep="depth/full", recall=0.7, started="2026-02-01"))
+    (study / "report.yaml").write_text(SPEC.replace("blocks kept: 2,", "blocks kept: 2.0,"))
     run(study)
     readme = (study / "README.md").read_text()
     assert "| full | 2 | first | 0.700 | 0.731 (Table A.5) | 100 |" in readme
@@ -235,6 +237,8 @@ BAD = {
     "older": (record(3, format=1), "an older format"),
     "newer": (record(3, format=9), "a newer format"),
     "failed": (record(3, status="failed"), "failed, not finished"),
+    "yesterday": (record(3, started="yesterday"), "started is 'yesterday', no time"),
+    "many": (record(3, other_cores="many"), "other_cores is 'many', no number"),
     "lacks": ({k: v for k, v in record(3).items() if k != "config"}, "lacks config"),
     "twice": (record(1), "two runs are named"),
 }
@@ -290,6 +294,11 @@ def test_only_published_values_are_shown_and_nothing_at_all_fails(study):
         (SPEC.replace("lines: which", "line: which"), "Did you mean 'plot.lines'"),
         (SPEC.replace("value: 0.731", "value: much"), "could not be converted to Float"),
         ("- a list", "must be a mapping"),
+        (SPEC.replace("which: model", "size: model"), "'size' is a column of the table already"),
+        (SPEC.replace("time (s)", "recall@10"), "'recall@10' is a column of the table already"),
+        (SPEC + "names: {which: {first: <!-- /table -->}}", "cannot be in a table"),
+        (SPEC.replace("value: 0.731", "value: .inf"), r"val/recall@10 is inf, no finite number"),
+        (SPEC + "over: []", "over and metrics need an entry each"),
     ],
 )
 def test_report_yaml_is_checked(tmp_path, content, told):
@@ -375,7 +384,8 @@ def test_a_wandb_project_needs_a_key_and_must_exist(monkeypatch):
 
 def complaints(folder, capsys):
     records = rec.of_study(rec.read_lines(folder / "records.jsonl"), folder.name)
-    return capsys.readouterr().err.splitlines() + differing(folder, generated(folder, records)[0])
+    changed = differing(folder, generated(folder, records)[0])
+    return [line for line in capsys.readouterr().err.splitlines() if "beside other work" not in line] + changed
 
 
 def test_committed_studies_are_as_their_records_say(capsys):
@@ -511,6 +521,11 @@ def arms(study):
     return study
 
 
+def test_a_bound_that_is_shown_as_0_is_0():
+    assert _difference(-0.025, (-0.053, -0.0003)) == "-0.025 [-0.053, +0.000] ≈"
+    assert _difference(-0.025, (-0.053, -0.0007)) == "-0.025 [-0.053, -0.001]"
+
+
 def test_differences_are_paired_and_what_overlaps_is_not_ranked(arms, capsys):
     done = run(arms)
     assert done.exit_code == 0
@@ -577,12 +592,30 @@ def test_images_of_another_kind_have_a_chance_of_their_own(arms):
     assert "| chance |  | 2 | 0.500 |" in readme
 
 
+@pytest.mark.parametrize(("other", "rows"), [(0.49, 1), (0.42, 2)])
+def test_chances_within_5_percent_are_one_row(arms, other, rows):
+    run(arms)
+    shutil.rmtree(arms.parent.parent / "runs")
+    records = [json.loads(line) for line in (arms / "records.jsonl").read_text().splitlines()]
+    for kept in (r["hits"]["val"] for r in records if r["config"]["sampler"] == "bad"):
+        kept["chance"] = {name: other / 0.5 * value for name, value in kept["chance"].items()}
+    (arms / "records.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    run(arms)
+    assert (arms / "README.md").read_text().count("| chance |") == rows
+
+
+def test_only_seeds_that_both_arms_have_are_paired(arms):
+    shutil.rmtree(arms.parent.parent / "runs" / "depth" / "laptop" / "good2")
+    run(arms)
+    assert "Δ recall@2 (2 seeds, 4 images)" in (arms / "README.md").read_text()
+
+
 def test_images_of_another_set_are_not_paired(arms):
     for file in (arms.parent.parent / "runs").glob("**/bad*/predictions.jsonl"):
         file.write_text(file.read_text().replace('"key": "0"', '"key": "other"'))
     run(arms)
     readme = (arms / "README.md").read_text()
-    assert "Δ recall@2 (3 seeds, 4 images)" in readme
+    assert "Δ recall@2 (3 seeds, some by these only, 4 images)" in readme
     assert "| bad | -0.458 [-0.458, -0.458] |" in readme, "by seeds, which agree"
 
 
@@ -642,8 +675,56 @@ def test_names_are_printed_as_they_are(arms):
 
 
 def test_runs_that_no_column_tells_apart_are_reported(arms):
-    (arms / "report.yaml").write_text(BASELINE + "names: {sampler: {bad: same}}\n")
-    assert "note: 3 runs agree with others in all columns and in seed: one of each is compared" in run(arms).stderr
+    (arms / "report.yaml").write_text(BASELINE.replace("baseline: {sampler: good}", "names: {sampler: {bad: same}}"))
+    told = run(arms).stderr
+    assert "note: report.yaml, columns: 3 runs with the columns and seed of another: means are over all of them" in told
+    assert "they differ in sampler, which columns could name" in told
+
+
+def test_what_no_run_has_is_named(arms):
+    changed = BASELINE.replace("sampler: sampler", "sampler: smpler").replace("hit@1: hit@1", "hits@1: hit@1")
+    (arms / "report.yaml").write_text(changed + "plot: {x: k, y: [val/hits@1]}\n")
+    told = run(arms).stderr
+    assert "columns: no run has the setting smpler. Did you mean 'sampler'?" in told
+    assert "metrics: no run has val/hits@1. Did you mean 'val/hit@1'?" in told
+    assert "plot: no run has what it shows; plot.svg is left as it is" in told
+    assert "baseline: no runs to compare with those of sampler good" in told
+    (arms / "report.yaml").write_text(BASELINE.replace("baseline: {sampler", "baseline: {k: 2.0, sampler"))
+    assert "baseline" not in run(arms).stderr, "2.0 is 2"
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"packed": "UEsDBA=="}, "the hits of val cannot be read"),
+        ({"packed": None}, "the hits of val cannot be read"),
+        (BAD_ONES, "the hits of val give not f1@2 0.767 but 0.292; compared by seeds only"),
+    ],
+)
+def test_hits_that_are_not_the_records_are_not_used(arms, change, told):
+    run(arms)
+    shutil.rmtree(arms.parent.parent / "runs")
+    file = arms / "records.jsonl"
+    records = [json.loads(line) for line in file.read_text().splitlines()]
+    of = {r["config"]["sampler"]: r["hits"] for r in records}
+    for kept in (r["hits"] for r in records if r["config"]["sampler"] == "good"):
+        kept["val"] |= change if isinstance(change, dict) else {"packed": of["bad"]["val"]["packed"]}
+    file.write_text("".join(json.dumps(r) + "\n" for r in records))
+    assert f"note: records.jsonl, line 4: {told}" in run(arms).stderr
+
+
+def test_intervals_of_few_seeds_know_all_draws():
+    """Of two seeds one is drawn: its value, widened as Student's t of one degree of freedom is."""
+    assert interval(np.array([[0.0], [1.0]])) == pytest.approx((0.5 - 12.71 / 1.96 / 2, 0.5 + 12.71 / 1.96 / 2))
+    values = np.random.default_rng(0).normal(0, 1, (5, 1))
+    draws = values[np.array(list(itertools.product(range(5), repeat=4))), 0].mean(axis=1)
+    wide = values.mean() + 2.78 / 1.96 * (np.quantile(draws, (0.025, 0.975), method="inverted_cdf") - values.mean())
+    assert interval(values) == pytest.approx(tuple(wide))
+
+
+def test_groups_are_those_whose_intervals_all_overlap():
+    bounds = {("a",): (8, 9), ("b",): (5, 7), ("c",): (3, 6), ("d",): (2, 4), ("e",): (0, 1), ("f",): (0.5, 0.6)}
+    assert _groups(bounds) == [[("a",)], [("b",), ("c",)], [("c",), ("d",)], [("e",), ("f",)]]
 
 
 @pytest.mark.parametrize(("kind", "chance", "drawn"), [("line", 0.1, False), ("line", 0.89, True), ("bar", 0.1, True)])
@@ -664,5 +745,6 @@ def test_times_beside_other_work_are_left_out(study):
     shutil.rmtree(runs)
     for seed, (minute, others) in enumerate([(0, None), (1, None), (10, None), (20, 0.6), (21, 0.02)]):
         write(runs, record(1, seed=seed, started=f"2026-01-01T00:{minute:02}:00", other_cores=others))
+    write(runs, record(1, seed=5, started="2026-01-01T00:10:00", device="of another machine"))
     run(study)
-    assert "| laptop | 1 | first | 0.570 ± 0.016 (5) |  | 103 ± 1 (2) |" in (study / "README.md").read_text()
+    assert "| laptop | 1 | first | 0.575 ± 0.019 (6) |  | 104 ± 2 (3) |" in (study / "README.md").read_text()

@@ -28,6 +28,8 @@ def drawn(rows: list[tables.Row], spec: Spec) -> dict[str, str]:
     """results.csv, and plot.svg where there is something to draw."""
     content = tables.as_csv(rows, spec)
     picture = svg(tables.read_csv(content), spec)
+    if spec.plot and not picture:
+        rec.note("report.yaml, plot: no run has what it shows; plot.svg is left as it is")
     return {"results.csv": content} | ({"plot.svg": picture} if picture else {})
 
 
@@ -44,11 +46,28 @@ def generated(
     if not rows:
         sweep = f"{folder.name}/laptop or {folder.name}/full"
         raise UserError(f"{folder.name}: no finished run of a sweep name={sweep}, and no published value.")
+    _warn_of_blanks(records, rows, spec)
     compared = comparison.compare(records, spec)
     table = tables.markdown(rows, spec) + (compared.markdown() if compared else "")
     files = {"README.md": _with_table(folder / "README.md", table)}
     files |= {"records.jsonl": rec.as_lines(records)} if records else {}
     return files | drawn(rows, spec), rows, spec, compared
+
+
+def _warn_of_blanks(records: list[rec.Record], rows: list[tables.Row], spec: Spec) -> None:
+    """Of what report.yaml asks for and no run has, unless runs of another size may have it."""
+    keys = {key for record in records for key in rec.settings(record)}
+    for title, key in spec.columns.items():
+        if key not in keys and (near := nearest(key, keys)) and not any(title in p.where for p in spec.paper):
+            rec.note(f"report.yaml, columns: no run has the setting {key}.{near}")
+    found = {metric for record in records for metric in tables.measured(record)}
+    for metric in spec.metrics:
+        if any(row.get(metric) for row in rows):
+            continue
+        if metric in found:
+            rec.note(f"report.yaml, metrics: {metric} was always measured beside other work and is left out")
+        elif metric.partition("/")[0] in {name.partition("/")[0] for name in found}:
+            rec.note(f"report.yaml, metrics: no run has {metric}.{nearest(metric, found)}")
 
 
 def differing(folder: Path, files: dict[str, str]) -> list[str]:

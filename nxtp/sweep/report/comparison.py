@@ -5,20 +5,27 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
+from itertools import combinations_with_replacement
+from math import factorial, prod
+from typing import Any
 
 import numpy as np
 
-from nxtp.errors import counted
+from nxtp.errors import counted, some_of
 from nxtp.eval.hits import Hits
 from nxtp.sweep.report.records import Record, note, settings
 from nxtp.sweep.report.spec import Spec
-from nxtp.sweep.report.tables import as_markdown, columns, is_time, measured, place, size, text
+from nxtp.sweep.report.tables import as_markdown, columns, equal, is_time, measured, place, size, text
 
-RESAMPLES = 2_000
+RESAMPLES = 2_000  # of images, beside all draws of seeds
+FEW = 7  # seeds, whose draws are enumerated: 924 different ones
 BRACKETS = (
     "In brackets: the 95 % bootstrap interval over the seeds and images that the header counts. ≈: it contains 0."
 )
-RANKED = "Best first. Arms in braces are not ranked: their own intervals overlap (the paired ones above tell more)."
+RANKED = (
+    "Best first. Arms within braces are not ranked: their own intervals all overlap (the paired ones above tell more). "
+    "An arm may be in several."
+)
 # Student's t at 97.5 % for 1, 2, … degrees of freedom, over the normal distribution's 1.96: 3 seeds know little
 _STUDENT = [t / 1.96 for t in (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)]
 Interval = tuple[float, float]
@@ -27,9 +34,23 @@ Runs = Mapping[Arm, Mapping[Arm, Record]]  # arm → what is averaged over, as t
 
 
 @cache
-def _weights(count: int, of: int) -> np.ndarray:
-    """[resamples, of]: how often each of ``of`` is among ``count`` draws with replacement, divided by ``count``."""
-    return np.random.default_rng([count, of]).multinomial(count, np.full(of, 1 / of), RESAMPLES) / count
+def _image_draws(images: int) -> np.ndarray:
+    """[R, N] uint8: how often each of N images is among N draws with replacement."""
+    rng, even = np.random.default_rng(images), np.full(images, 1 / images)
+    return np.concatenate([rng.multinomial(images, even, RESAMPLES // 20).astype("u1") for _ in range(20)])
+
+
+@cache
+def _seed_draws(count: int, of: int) -> tuple[np.ndarray, np.ndarray]:
+    """[D, S]: how often each of S seeds is among ``count`` draws with replacement, and the probability of this, [D].
+
+    All different draws; of many seeds a random choice.
+    """
+    if of > FEW:
+        return np.random.default_rng(of).multinomial(count, np.full(of, 1 / of), RESAMPLES), np.full(RESAMPLES, 1.0)
+    draws_DS = np.array([np.bincount(d, minlength=of) for d in combinations_with_replacement(range(of), count)])
+    ways_D = [factorial(count) / prod(map(factorial, draw)) for draw in draws_DS.tolist()]
+    return draws_DS, np.array(ways_D) / of**count
 
 
 def interval(values_SN: np.ndarray) -> Interval | None:
@@ -46,8 +67,13 @@ def interval(values_SN: np.ndarray) -> Interval | None:
         means_S1 = values_SN.mean(axis=1, keepdims=True)
         wider = _STUDENT[seeds - 2] if seeds - 2 < len(_STUDENT) else 1 + 1.2 / (seeds - 1)
         values_SN = values_SN + (wider - 1) * (means_S1 - means_S1.mean())
-    means_RS = _weights(images, images) @ values_SN.T
-    low, high = np.quantile((means_RS * _weights(max(seeds - 1, 1), seeds)).sum(axis=1), (0.025, 0.975))
+    blocks = np.array_split(_image_draws(images), 20) if images > 1 else [np.ones((1, 1))]
+    means_RS = np.concatenate([draws @ values_SN.T for draws in blocks]) / images
+    count = max(seeds - 1, 1)
+    draws_DS, weight_D = _seed_draws(count, seeds)
+    means_RD = means_RS @ draws_DS.T / count
+    weights_RD = np.broadcast_to(weight_D, means_RD.shape)
+    low, high = np.quantile(means_RD, (0.025, 0.975), weights=weights_RD, method="inverted_cdf")
     return float(low), float(high)
 
 
@@ -91,9 +117,9 @@ def differences(
     """
     runs, found = arms(records, spec), []
     for arm, of in runs.items():
-        shown = dict(zip(spec.columns, arm[1:], strict=True)) | {c: text(v) for c, v in spec.baseline.items()}
-        base = (arm[0], *shown.values())
-        if base == arm or base not in runs:
+        wanted = dict(zip(spec.columns, arm[1:], strict=True)) | {c: text(v) for c, v in spec.baseline.items()}
+        base = next((other for other in runs if all(map(equal, other, (arm[0], *wanted.values())))), arm)
+        if base == arm:
             continue
         row = {}
         for metric in filter(lambda m: not is_time(m), spec.metrics):
@@ -105,24 +131,29 @@ def differences(
 
 
 def ranked(records: list[Record], spec: Spec, metric: str) -> list[list[list[Arm]]]:
-    """Groups of arms by a metric, best first: arms whose intervals overlap, or that have none, are in one group.
+    """Lists of groups of arms by a metric, best first. A group is as many arms as have intervals that all overlap, so
+    that an arm may be in several; one without interval is in each.
 
     Arms are in one list if they differ in nothing but the columns of ``spec.baseline``.
     """
     known = {arm: v for arm, of in arms(records, spec).items() if (v := values([of], metric)[0]).size}
     best = -1 if metric.endswith("loss") else 1
-    lists: dict[Arm, list[list[Arm]]] = {}
-    lowest: dict[Arm, float] = {}  # bound of a list's arms so far
+    lists: dict[Arm, dict[Arm, Interval]] = {}
     for arm, each in sorted(known.items(), key=lambda item: -best * item[1].mean()):
         key = (arm[0], *(t for column, t in zip(spec.columns, arm[1:], strict=True) if column not in spec.baseline))
-        groups = lists.setdefault(key, [])
         low, high = sorted(best * bound for bound in interval(each) or (-np.inf, np.inf))
-        if groups and high >= lowest[key]:
-            groups[-1].append(arm)
-        else:
-            groups.append([arm])
-        lowest[key] = min(low, lowest.get(key, np.inf))
-    return list(lists.values())
+        lists.setdefault(key, {})[arm] = (low, high)
+    return [_groups(bounds) for bounds in lists.values()]
+
+
+def _groups(bounds: dict[Arm, Interval]) -> list[list[Arm]]:
+    """The largest groups of arms whose intervals all overlap, from high to low."""
+    found: list[list[Arm]] = []
+    for at in sorted((low for low, _ in bounds.values()), reverse=True):  # all overlap where the highest of them begins
+        group = [arm for arm, (low, high) in bounds.items() if low <= at <= high]
+        if not any(set(group) <= set(other) for other in found):
+            found = [other for other in found if not set(other) < set(group)] + [group]
+    return found
 
 
 @dataclass
@@ -145,27 +176,25 @@ class Comparison:
 
 def compare(records: list[Record], spec: Spec) -> Comparison | None:
     """None without a baseline, or where no arm has one."""
+    _warn_of_twins(records, spec)
     found = differences(records, spec) if spec.baseline else []
-    if spec.baseline and records and not found:
-        note(f"report.yaml, baseline: no run has {spec.baseline}; nothing is compared")
-    if not found:
+    if not any(row for _, row in found):
+        if spec.baseline and records:
+            note(f"report.yaml, baseline: no runs to compare with those of {_where(spec)}")
         return None
     runs = arms(records, spec)
-    if twice := len(records) - sum(map(len, runs.values())):
-        which = f"agree with others in all columns and in {', '.join(spec.over)}"
-        note(f"{counted(twice, 'run')} {which}: one of each is compared")
     titles = ("size", *spec.columns)
     differ = [t for t, texts in zip(titles, zip(*runs, strict=True), strict=True) if len(set(texts)) > 1]
 
     def only(wanted: list[str], arm: Arm) -> list[str]:
         return [part for title, part in zip(titles, arm, strict=True) if title in wanted]
 
+    over = "seed" if spec.over == ["seed"] else "run"
     shown = [m for m in spec.metrics if any(m in row for _, row in found)]
     counts = {m: [row[m][2] for _, row in found if m in row] for m in shown}
     body = [[*only(differ, arm), *(_difference(*row[m][:2]) if m in row else "" for m in shown)] for arm, row in found]
-    header = [*differ, *(f"Δ {spec.metrics[m]} ({_basis(counts[m])})" for m in shown)]
-    where = ", ".join(f"{column} {text(value) or '–'}" for column, value in spec.baseline.items())
-    explanation = f"Difference from {where}, paired by {', '.join(spec.over)}.\n{BRACKETS}"
+    header = [*differ, *(f"Δ {spec.metrics[m]} ({_basis(counts[m], over)})" for m in shown)]
+    explanation = f"Difference from {_where(spec)}, paired by {', '.join(spec.over)}.\n{BRACKETS}"
     compared = [title for title in differ if title in spec.baseline]
     alike = [title for title in differ if title not in spec.baseline]
     ranking = []
@@ -176,20 +205,50 @@ def compare(records: list[Record], spec: Spec) -> Comparison | None:
             names = {arm: " ".join(filter(None, each)) or "–" for arm, each in parts.items()}
             if len(set(names.values())) < len(names):  # blanks tell them apart
                 names = {arm: " ".join(part or "–" for part in each) for arm, each in parts.items()}
-            places = [", ".join(names[arm] for arm in group) for group in groups]
-            places = [f"{{{each}}}" if len(group) > 1 else each for each, group in zip(places, groups, strict=True)]
-            ranking.append(f"{spec.metrics[metric]}{shared}: {' > '.join(places)}")
+            places = ""
+            for before, group in zip([[], *groups], groups, strict=False):
+                places += "" if not before else " " if set(before) & set(group) else " > "
+                places += (", ".join(names[arm] for arm in group)).join("{}" if len(group) > 1 else ("", ""))
+            ranking.append(f"{spec.metrics[metric]}{shared}: {places}")
     return Comparison(explanation, header, body, len(differ), ranking)
 
 
-def _basis(counts: list[tuple[int, int]]) -> str:
+def _warn_of_twins(records: list[Record], spec: Spec) -> None:
+    """Of runs that no column tells apart."""
+    found: dict[Arm, list[dict[str, Any]]] = {}
+    for record in records:
+        known = settings(record)
+        arm = (size(record), *columns(record, spec).values(), *(text(known.get(key)) for key in spec.over))
+        found.setdefault(arm, []).append(known)
+    twins = [alike for alike in found.values() if len(alike) > 1]
+    if not twins:
+        return
+    one, other = twins[0][:2]
+    differ = [key for key in one if text(one[key]) != text(other.get(key))]
+    add = f"; they differ in {some_of(differ)}, which columns could name" if differ else ""
+    alike = f"the columns and {', '.join(spec.over)} of another"
+    many = counted(sum(map(len, twins)) - len(twins), "run")
+    note(f"report.yaml, columns: {many} with {alike}: means are over all of them, one of each is compared{add}")
+
+
+def _where(spec: Spec) -> str:
+    return ", ".join(f"{column} {text(value) or '–'}" for column, value in spec.baseline.items())
+
+
+def _basis(counts: list[tuple[int, int]], over: str) -> str:
     """Of all arms' numbers of seeds and images."""
-    seeds, images = [seeds for seeds, _ in counts], max(images for _, images in counts)
-    few = f"{min(seeds)} to " if min(seeds) < max(seeds) else ""
-    return few + counted(max(seeds), "seed") + (" only" if images == 1 else f", {counted(images, 'image')}")
+    seeds, images = [seeds for seeds, _ in counts], [images for _, images in counts]
+
+    def several(numbers: list[int], of: str) -> str:
+        return (f"{min(numbers):,} to " if min(numbers) < max(numbers) else "") + counted(max(numbers), of)
+
+    own = [number for number in images if number > 1]
+    alone = " only" if not own else ", some by these only" if len(own) < len(images) else ""
+    return f"{several(seeds, over)}{alone}" + (f", {several(own, 'image')}" if own else "")
 
 
 def _difference(mean: float, bounds: Interval | None) -> str:
     if bounds is None:
         return f"{mean:+z.3f} (one run)"
-    return f"{mean:+z.3f} [{bounds[0]:+z.3f}, {bounds[1]:+z.3f}]" + (" ≈" if bounds[0] <= 0 <= bounds[1] else "")
+    low, high = (round(bound, 3) for bound in bounds)
+    return f"{mean:+z.3f} [{low:+z.3f}, {high:+z.3f}]" + (" ≈" if low <= 0 <= high else "")

@@ -40,8 +40,6 @@ def read_hits(path: Path, record: dict[str, Any]) -> dict[str, dict[str, Any]]:
     ``chance``       metric → :func:`chance`
     ``label prior``  metric → its value for the most frequent training labels, where the record has these
 
-    A set whose hits do not give the record's metrics is skipped: its predictions are of another evaluation.
-
     Raises:
         UserError: the file is not what `nxtp evaluate` writes.
     """
@@ -58,17 +56,15 @@ def read_hits(path: Path, record: dict[str, Any]) -> dict[str, dict[str, Any]]:
     for name, images in rows.items():
         keys, truths, said = zip(*images, strict=True)
         hits, prior = Hits.of(said, truths), Hits.of([frequent] * len(truths), truths)
-        own = {m.partition("/")[2]: v for m, v in record["metrics"].items() if m.partition("/")[0] == name}
-        values = {metric: each for metric in own if (each := hits.metric(metric)) is not None}
-        if not values or any(abs(each.mean() - own[metric]) > 1e-3 for metric, each in values.items()):
-            continue
+        own = [m.partition("/")[2] for m in record["metrics"] if m.partition("/")[0] == name]
+        exact = [metric for metric in own if hits.metric(metric) is not None]
         vocabulary = len({label for labels in truths for label in labels})
         found[name] = {
             "images": zlib.crc32(json.dumps([keys, truths]).encode()),
             "packed": hits.packed(),
-            "chance": {metric: round(chance(metric, hits.truths_N, vocabulary), 6) for metric in values},
+            "chance": {metric: round(chance(metric, hits.truths_N, vocabulary), 6) for metric in exact},
         }
         if frequent:
-            means = {m: prior.metric(m) for m in values if int(m.partition("@")[2]) <= len(frequent)}
+            means = {m: prior.metric(m) for m in exact if int(m.partition("@")[2]) <= len(frequent)}
             found[name]["label prior"] = {m: round(float(v.mean()), 6) for m, v in means.items() if v is not None}
     return found

@@ -6,13 +6,17 @@ import json
 import math
 import re
 import tempfile
+import zlib
 from collections.abc import Iterable
+from datetime import datetime
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import click
 
 from nxtp.errors import UserError, one_line
+from nxtp.eval.hits import Hits
 from nxtp.runs import secrets
 from nxtp.runs.record import FILE, FORMAT, PREDICTIONS_FILE
 from nxtp.sweep.report.hits import read_hits
@@ -27,6 +31,7 @@ KEPT = (
 )
 ELSEWHERE = ("callbacks", "logger", "hydra", "debug", "resume", "out", "device", "name", "sweep", "seed", "grid")
 TRAINER = ("max_steps", "max_epochs", "precision", "devices")
+TOLERANCE = 1e-3  # of a metric, as hits give it
 _ABSOLUTE = re.compile(r"(?:^|[\s=:,'\"\[{(])(?:~?/|[A-Za-z]:[\\/]|file:)")
 
 
@@ -58,7 +63,25 @@ def parsed(text: str, where: str) -> Record | None:
     metrics = {k: v for k, v in sorted(record["metrics"].items()) if is_finite(v)}
     for name in sorted(set(record["metrics"]) - set(metrics)):
         note(f"{where}: {name} is {record['metrics'][name]}; left blank")
-    return reduced(record) | {"metrics": metrics}
+    return _with_true_hits(reduced(record) | {"metrics": metrics}, where)
+
+
+def _with_true_hits(record: Record, where: str) -> Record:
+    """Without hits that are damaged or of another evaluation: they do not give the record's metrics."""
+    kept = {}
+    for name, each in (record.get("hits") or {}).items():
+        own = {m.partition("/")[2]: v for m, v in record["metrics"].items() if m.partition("/")[0] == name}
+        try:
+            hits = Hits.unpacked(each["packed"])
+            found = {m: float(values.mean()) for m in own if (values := hits.metric(m)) is not None}
+        except (ValueError, LookupError, TypeError, OSError, EOFError, BadZipFile, zlib.error) as error:
+            note(f"{where}: the hits of {name} cannot be read ({one_line(error)}); compared by seeds only")
+            continue
+        if wrong := [f"{m} {own[m]:.3f} but {v:.3f}" for m, v in found.items() if abs(v - own[m]) > TOLERANCE]:
+            note(f"{where}: the hits of {name} give not {wrong[0]}; compared by seeds only")
+        elif found:
+            kept[name] = each
+    return record | {"hits": kept} if "hits" in record else record
 
 
 def _unusable(record: Any) -> str | None:
@@ -71,6 +94,12 @@ def _unusable(record: Any) -> str | None:
     missing = [key for key in NEEDED if key not in record]
     if missing or not isinstance(record["config"], dict) or not isinstance(record["metrics"], dict):
         return f"lacks {', '.join(missing) or 'a config or metrics by name'}"
+    try:
+        datetime.fromisoformat(record.get("started") or "2026-01-01")
+    except (ValueError, TypeError):
+        return f"started is '{record['started']}', no time"
+    if wrong := [k for k in ("other_cores", "wall_time_s") if not is_finite(record.get(k) or 0)]:
+        return f"{wrong[0]} is '{record[wrong[0]]}', no number"
     status = record.get("status", "finished")  # records.jsonl has finished runs only
     return None if status == "finished" else f"{status}, not finished"
 
@@ -107,16 +136,18 @@ def collect(directories: Iterable[Path]) -> list[Record]:
     files = sorted(file for file in found if not file.match(f"wandb/*/files/{FILE}"))
     records = []
     for file in files:
-        record = parsed(file.read_text(), f"{file.parent.parent.name}/{file.parent.name}/{FILE}")
+        where = f"{file.parent.parent.name}/{file.parent.name}"
+        record = parsed(file.read_text(errors="replace"), f"{where}/{FILE}")
         if record and (predictions := file.with_name(PREDICTIONS_FILE)).is_file():
-            record |= {"hits": read_hits(predictions, record)}
+            read = record | {"hits": read_hits(predictions, record)}
+            record = _with_true_hits(read, f"{where}/{PREDICTIONS_FILE}")
         records.append(record)
     return unique(records)
 
 
 def read_lines(path: Path) -> list[Record]:
     """Of records.jsonl; none where there is no file."""
-    lines = path.read_text().splitlines() if path.is_file() else []
+    lines = path.read_text(errors="replace").splitlines() if path.is_file() else []
     return unique(parsed(line, f"{path.name}, line {number}") for number, line in enumerate(lines, 1))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +14,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from nxtp.config import to_dataclass
 from nxtp.errors import UserError, nearest, one_line
+
+RESERVED = ("size", "sweep", "run", "source")  # columns of results.csv
 
 
 @dataclass
@@ -67,11 +70,22 @@ class Spec:
         if not isinstance(content, dict) or not content:
             raise UserError(f"'{path}' must be a mapping, got '{content}'.")
         spec = to_dataclass(cls, content, f"{path}: ")
+        titles = [*spec.columns, *spec.metrics.values()]
+        for title in titles:
+            if titles.count(title) > 1 or title in (*spec.over, *RESERVED):
+                raise UserError(f"{path}: '{title}' is a column of the table already; give it another title.")
+        for shown in [*titles, *(name for each in spec.names.values() for name in each.values())]:
+            if not shown.isprintable() or "<!--" in shown:
+                raise UserError(f"{path}: {shown!r} cannot be in a table; give it another name.")
+        if not spec.over or not spec.metrics:
+            raise UserError(f"{path}: over and metrics need an entry each.")
         _require(spec.baseline, spec.columns, f"{path}, baseline")
         _require(spec.names, spec.columns, f"{path}, names")
         for paper in spec.paper:
             _require([paper.metric], spec.metrics, f"{path}, paper")
             _require(paper.where, [*spec.columns, "size"], f"{path}, paper, where")
+            if not math.isfinite(paper.value):
+                raise UserError(f"{path}, paper: the value of {paper.metric} is {paper.value}, no finite number.")
         if plot := spec.plot:
             _require([plot.kind], ("line", "bar"), f"{path}, plot, kind")
             _require([plot.x], [*spec.columns, *spec.metrics], f"{path}, plot, x")

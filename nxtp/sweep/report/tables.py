@@ -11,11 +11,11 @@ from datetime import datetime
 from typing import Any
 
 from nxtp.sweep.report.records import Record, is_finite, settings
-from nxtp.sweep.report.spec import Published, Spec
+from nxtp.sweep.report.spec import RESERVED, Published, Spec
 
 Row = dict[str, str]  # as in results.csv; "" is blank
 RUN = ("wall_time_s", "samples_seen")
-HEAD, TAIL = ("size", "sweep", "run"), ("source",)
+HEAD, TAIL = RESERVED[:3], RESERVED[3:]
 REFERENCES = ("label prior", "chance")
 ORDER = ("laptop", "full", *REFERENCES, "paper")
 OTHERS = 0.1  # cores that other work may use beside a time
@@ -51,10 +51,7 @@ class Line:
         """Whether a published value belongs to this line; to a full one, unless its ``where`` has another size."""
         known = self.columns | {"size": self.size}
         wanted = {name: text(value) for name, value in ({"size": "full"} | paper.where).items()}
-        return all(
-            v == known[name] or (number(v) is not None and number(v) == number(known[name]))
-            for name, v in wanted.items()
-        )
+        return all(equal(value, known[name]) for name, value in wanted.items())
 
 
 def size(record: Record) -> str:
@@ -161,6 +158,11 @@ def number(content: str | None) -> float | None:
     except ValueError:
         return None
     return value if math.isfinite(value) else None
+
+
+def equal(one: str, other: str) -> bool:
+    """As words, or as numbers: 1 and 1.0."""
+    return one == other or (number(one) is not None and number(one) == number(other))
 
 
 def order(content: str) -> tuple[int, float, str]:
