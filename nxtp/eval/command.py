@@ -176,6 +176,8 @@ def evaluate_sets(
         return {}
 
     begin_record(record, cfg, config, recognizer)
+    if classes is not None:
+        record.data["classes"] = len(classes.classes)  # of nxtp report's chance
     if embedder is not None:
         embedder.device = recognizer.device
     found: dict[str, SetResult] = {}

@@ -26,7 +26,7 @@ POINTS = 200  # of a curve, about
 
 @dataclass
 class LabelHits:
-    """The labels predicted for images that have labels.
+    """The labels predicted for images that have labels; of equal ones, once normalised, the first.
 
     ``probabilities``, ``right``  of each predicted label its probability, and whether it is among its image's labels
     ``images``                    the number of its image
@@ -42,9 +42,12 @@ class LabelHits:
     def update(self, predictions: Sequence[Labels], targets: Sequence[Sequence[str]]) -> None:
         for ranked, truth in zip(predictions, map(set, map(distinct, targets)), strict=True):
             if truth:
-                self.probabilities += [min(probability, 1.0) for _, probability in ranked]  # sums, rounded
-                self.right += [normalise(label) in truth for label, _ in ranked]
-                self.images += [self.count] * len(ranked)
+                said: dict[str, float] = {}
+                for label, probability in ranked:
+                    said.setdefault(normalise(label), min(probability, 1.0))  # sums, rounded
+                self.probabilities += said.values()
+                self.right += [label in truth for label in said]
+                self.images += [self.count] * len(said)
                 self.count += 1
                 self.truths += len(truth)
 

@@ -16,7 +16,7 @@ from nxtp.deploy.onnx.export import runner_config
 from nxtp.deploy.onnx.runner import OnnxRecognizer
 from nxtp.errors import UserError
 from nxtp.eval.calibrate import calibration_of
-from nxtp.eval.curves import Curve, LabelHits, brier_score, calibration_error, fit, reliability
+from nxtp.eval.curves import Curve, LabelHits, brier_score, calibration_error, fit, reliability, write_curves
 from nxtp.inference.calibration import Calibration, logit, read_calibrations
 from nxtp.inference.recognizer import Recognizer
 from nxtp.sampling.ranking import RankingConfig, cut, threshold_of
@@ -82,6 +82,9 @@ def test_every_second_image_is_fitted_and_the_others_are_measured():
     assert brier["before"] == pytest.approx(brier_score_loss(right[1::2], p[1::2]), abs=1e-6)
     assert brier["constant"] == pytest.approx(np.mean((right[1::2] - right[::2].mean()) ** 2), abs=1e-6)
     assert brier["after"] < min(brier["before"], brier["constant"])
+    right[1::2] ^= np.arange(len(right) // 2) % 7 == 0
+    again = calibration_of(hits_of(p, right), "val")
+    assert (again.temperature, again.offset) == (found.temperature, found.offset), "fitted on the others"
     right[1::2] = False
     with pytest.raises(UserError, match=r"each half needs 10 labels that are right and 10 that are not, one has 0\."):
         calibration_of(hits_of(p, right), "val")
@@ -130,6 +133,24 @@ def test_average_precision_is_that_of_scikit_learn():
     hits.truths *= 2  # as many labels that no prediction has
     assert Curve.of(hits).average_precision == pytest.approx(curve.average_precision / 2)
     assert Curve.of(LabelHits()).average_precision == 0
+
+
+def test_equal_labels_are_one():
+    hits = LabelHits()
+    hits.update([[("Dog", 0.5), ("dog ", 0.3), ("cat", 0.2)]], [["dog"]])
+    assert (hits.probabilities, hits.right) == ([0.5, 0.2], [True, False])
+
+
+def test_the_whole_curve_is_written_and_the_best_f1_marked(tmp_path, monkeypatch):
+    hits, shown = LabelHits(), []
+    hits.update([[("a", 0.9), ("b", 0.8), ("c", 0.1)]], [["a", "b"]])
+    monkeypatch.setattr("nxtp.eval.curves.save_figure", lambda figure, path: shown.append(figure))
+    write_curves({"val": Curve.of(hits)}, tmp_path)
+    rows = list(csv.DictReader((tmp_path / "curve.csv").open()))
+    assert [(float(row["threshold"]), float(row["recall"])) for row in rows] == [(0.9, 0.5), (0.8, 1), (0.1, 1)]
+    (line,) = shown[0].axes[0].lines
+    assert line.get_markevery() == [1]
+    assert line.get_label() == "val: average precision 1.000, F1 1.00 at 0.8"
 
 
 def brute_force_f1(probabilities, said):
@@ -267,9 +288,11 @@ def test_calibrate_writes_into_the_model_directory_and_evaluate_draws_a_curve(pl
         done = call_nxtp("calibrate", "mine", *DATA, cwd=place)
         assert "The expected calibration error is not lower: nothing is stored." in done.stdout
         assert not (place / "mine" / "calibration.json").exists()
-        scale = 0.1
+        scale, rng = 0.1, np.random.default_rng(1)
         done = call_nxtp("calibrate", "mine", *DATA, cwd=place)
         assert (done.returncode, done.stderr) == (0, "")
+        rng = np.random.default_rng(1)
+        assert call_nxtp("calibrate", "mine", *DATA, cwd=place).stdout == done.stdout, "the earlier one is not used"
         first, data, error, brier, last = filter(str.strip, done.stdout.splitlines())
         assert re.fullmatch(r"one_shot: temperature \d+\.\d{3}, offset [+-]\d+\.\d{3}", first)
         assert data == "fitted to 60 labels, the top 10 of 20 images; measured on 60 labels of 20 others:"

@@ -500,6 +500,11 @@ def test_chance_is_the_mean_of_random_guesses_and_the_prior_that_of_frequent_lab
     prior = Hits.of([["dog", "hen"]] * 4, truths)
     assert kept["label prior"] == pytest.approx({n: prior.metric(n).mean() for n in kept["label prior"]}, abs=1e-6)
     assert "recall@2" in kept["label prior"]
+    made = json.loads((tmp_path / "a" / "run.json").read_text())
+    made["data"]["classes"] = 3
+    (tmp_path / "a" / "run.json").write_text(json.dumps(made))
+    of_classes = rec.collect([tmp_path])[0]["hits"]["val"]["chance"]
+    assert of_classes["hit@1"] == pytest.approx(1 / 3, abs=1e-6), "four names of three classes"
 
 
 BASELINE = """

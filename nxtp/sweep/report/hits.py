@@ -52,17 +52,20 @@ def read_hits(path: Path, record: dict[str, Any]) -> dict[str, dict[str, Any]]:
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"'{path}' is not the predictions.jsonl of an evaluation: {error}.") from error
     frequent = distinct(record.get("data", {}).get("train", {}).get("frequent_labels", []))
+    classes = record.get("data", {}).get("classes")
     found = {}
     for name, images in rows.items():
         keys, truths, said = zip(*images, strict=True)
         hits, prior = Hits.of(said, truths), Hits.of([frequent] * len(truths), truths)
         own = [m.partition("/")[2] for m in record["metrics"] if m.partition("/")[0] == name]
         exact = [metric for metric in own if hits.metric(metric) is not None]
-        vocabulary = len({label for labels in truths for label in labels})
+        vocabulary, truths_N = len({label for labels in truths for label in labels}), hits.truths_N
+        if classes and vocabulary > classes:  # the labels are several names of an image's one class
+            vocabulary, truths_N = classes, np.ones_like(truths_N)
         found[name] = {
             "images": zlib.crc32(json.dumps([keys, truths]).encode()),
             "packed": hits.packed(),
-            "chance": {metric: round(chance(metric, hits.truths_N, vocabulary), 6) for metric in exact},
+            "chance": {metric: round(chance(metric, truths_N, vocabulary), 6) for metric in exact},
         }
         if frequent:
             means = {m: prior.metric(m) for m in exact if int(m.partition("@")[2]) <= len(frequent)}
