@@ -20,6 +20,7 @@ from nxtp.eval.curves import Curve, LabelHits, brier_score, calibration_error, f
 from nxtp.inference.calibration import Calibration, logit, read_calibrations
 from nxtp.inference.recognizer import Recognizer
 from nxtp.sampling.ranking import RankingConfig, cut, threshold_of
+from nxtp.sampling.samplers import sampler_config, settings_of
 
 
 def drawn(temperature, offset, count=40_000):
@@ -279,10 +280,12 @@ def test_calibrate_writes_into_the_model_directory_and_evaluate_draws_a_curve(pl
     shutil.copytree(place / "model", place / "mine")
     rng = np.random.default_rng(0)
     scale = 1.0
-    pieces = lambda self, images, *rest, **more: [  # noqa: E731
-        [("stone", scale * (0.5 + a / 2)), ("rose", scale * b), ("x", 0.001)]
-        for a, b in rng.uniform(size=(len(images), 2)).tolist()
-    ]
+
+    def pieces(self, images, *rest, **more):
+        drawn = rng.uniform(size=(len(images), 2)).tolist()
+        labels = [[("stone", scale * (0.5 + a / 2)), ("rose", scale * b), ("x", 0.001)] for a, b in drawn]
+        return self._calibrated(labels, *settings_of(sampler_config("one_shot")))
+
     with monkeypatch.context() as patch:
         patch.setattr(Recognizer, "predict_pixels", pieces)
         done = call_nxtp("calibrate", "mine", *DATA, cwd=place)
