@@ -47,6 +47,7 @@ from nxtp.runs.resume import differences, refuse_others
 from nxtp.runs.tracking import configured_loggers, end_tracking, log_evaluation
 from nxtp.sampling.closed_vocabulary import Vocabulary, read_classes
 from nxtp.sampling.ranking import Labels, ranking_config, threshold_of
+from nxtp.sampling.samplers import sampler_config, settings_of
 
 if TYPE_CHECKING:
     from lightning import Fabric
@@ -236,6 +237,10 @@ def predictor_of(cfg: DictConfig, recognizer: Recognizer) -> tuple[Predict, Voca
     threshold = threshold_of(cfg.threshold, ranking)
     if cfg.curve and (threshold is not None or ranking.name != "prob" or ranking.published):
         raise UserError("curve=true is over all thresholds on probabilities: omit threshold and ranking.")
+    if cfg.classes is not None and (
+        settings_of(sampler_config(cfg.sampler))[0] != "one_shot" or ranking.name != "prob"
+    ):
+        raise UserError("classes=… gives every class its probability, without sampling: omit sampler and ranking.")
     classes = recognizer.prepare_classes(read_classes(cfg.classes)) if cfg.classes is not None else None
     how = {"sampler": cfg.sampler, "ranking": cfg.ranking, "threshold": threshold}
     return partial(recognizer.label_pixels, top_k=cfg.top_k, classes=classes, **how), classes
