@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from numbers import Real
+from types import NoneType
+from typing import Any, get_args, get_type_hints
 
 import psutil
 import torch
+from lightning import Trainer
 from omegaconf import DictConfig
 from torch import nn
 
@@ -53,6 +56,10 @@ def check_settings(cfg: DictConfig) -> None:
         UserError: a number that Lightning takes is impossible, or settings contradict each other.
     """
     trainer = cfg.trainer
+    for name, hint in get_type_hints(Trainer.__init__).items():  # Lightning compares many of them unchecked
+        others = set(get_args(hint) or [hint]) - {int, float}
+        if others <= {NoneType} and name in trainer and not isinstance(trainer[name], (Real, *others)):
+            raise UserError(f"trainer.{name} must be a number, got '{trainer[name]}'.")
     for name in ("accumulate_grad_batches", "log_every_n_steps", "check_val_every_n_epoch"):
         if (value := trainer.get(name)) is not None:
             at_least(f"trainer.{name}", value, 1)
