@@ -294,3 +294,5 @@ def test_export_of_the_wrong_kind_says_which_is_needed(place):
     assert done.stderr == "error: 'model' is a model directory already: use --format onnx to export it.\n"
     done = call_nxtp("export", "torn.jpg", "--format", "onnx", "--out", "x", cwd=place)
     assert done.stderr.startswith("error: 'torn.jpg' is not a model directory: first nxtp export a checkpoint")
+    done = call_nxtp("export", ".", "--format", "onnx", "--out", "x", cwd=place)
+    assert done.stderr == "error: '.' is not a model directory: Did you mean 'model'?\n"

@@ -31,6 +31,8 @@ def export(source: Path, out: Path, kind: str, int8: bool, overwrite: bool) -> N
     from rich.console import Console
     from rich.progress import track
 
+    from nxtp.inference.model_directory import of_a_run
+
     console = Console(stderr=True)
     if int8 and kind != "onnx":
         raise UserError("--int8 needs --format onnx.")
@@ -40,7 +42,8 @@ def export(source: Path, out: Path, kind: str, int8: bool, overwrite: bool) -> N
     if kind == "model" and is_model:
         raise UserError(f"'{source}' is a model directory already: use --format onnx to export it.")
     if kind == "onnx" and source.exists() and not is_model:
-        raise UserError(f"'{source}' is not a model directory: first nxtp export a checkpoint to one with --out DIR.")
+        advice = of_a_run(source) or " first nxtp export a checkpoint to one with --out DIR."
+        raise UserError(f"'{source}' is not a model directory:{advice}")
     if kind == "onnx":
         summary = _export_onnx(source, out, int8)
     else:

@@ -95,6 +95,12 @@ def locate(source: str | Path) -> Path:
         raise UserError(f"No directory '{source}', and the hub has no such model: {reason(error)}.") from error
 
 
+def of_a_run(directory: Path) -> str:
+    """' Did you mean …/model?' for the directory of a run, else ''."""
+    model = directory / "model"
+    return f" Did you mean '{model}'?" if (model / CONFIG).is_file() else ""
+
+
 def read_config(directory: Path) -> dict[str, Any]:
     """The contents of ``config.yaml``: ``format``, ``model``, ``provenance``, ``files``.
 
@@ -103,10 +109,11 @@ def read_config(directory: Path) -> dict[str, Any]:
     """
     path = directory / CONFIG
     if not path.is_file():
-        raise UserError(f"'{directory}' is not a model directory: it has no {CONFIG}.")
+        raise UserError(f"'{directory}' is not a model directory: it has no {CONFIG}.{of_a_run(directory)}")
     content = read_yaml(path)
     if not isinstance(content, dict) or not isinstance(content.get("format"), int) or "model" not in content:
-        raise UserError(f"'{path}' is not a model's configuration: it lacks 'format' or 'model'.")
+        lacks = "is not a model's configuration: it lacks 'format' or 'model'."
+        raise UserError(f"'{path}' {lacks}{of_a_run(directory)}")
     if not 1 <= content["format"] <= FORMAT:
         raise UserError(f"'{directory}' has format {content['format']}; this nxtp reads up to {FORMAT}: upgrade nxtp.")
     for name in ("model", "provenance", "files"):

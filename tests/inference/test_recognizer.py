@@ -300,3 +300,12 @@ def test_what_can_only_be_a_path_is_not_asked_of_the_hub(tmp_path, monkeypatch):
     for source in (*paths, "gpt2"):
         with pytest.raises(UserError, match="No model directory"):
             Recognizer.from_pretrained(source)
+
+
+def test_the_directory_of_a_run_is_told_from_its_model(saved, tmp_path):
+    shutil.copytree(saved, tmp_path / "model")
+    for content in (None, "name: mine\nmodel: {}\n"):
+        if content:
+            (tmp_path / "config.yaml").write_text(content)
+        with pytest.raises(UserError, match=rf"\. Did you mean '{tmp_path}/model'\?$"):
+            Recognizer.from_pretrained(tmp_path)
