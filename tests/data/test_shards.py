@@ -219,7 +219,7 @@ def test_two_spellings_of_a_shard_are_one(tmp_path, shard):
         ("a-{0..2}.tar", "nothing found at 'a-2.tar'"),
         ("a-{0..1.tar", "'a-{0..1.tar'"),
         (["a-0.tar", "gone"], "nothing found at 'gone'"),
-        ("empty", "the directory empty contains no *.tar file"),
+        ("empty", "the directory empty contains no *.tar file. nxtp prepare folder makes shards"),
         ([], "list of shards is empty"),
     ],
 )

@@ -54,7 +54,8 @@ def _expand_one(spec: str) -> list[str]:
     if directory := directory_of(spec):
         found = sorted(glob.glob(os.path.join(glob.escape(directory), "*.tar")))
         if not found:
-            raise UserError(f"No shards: the directory {spec} contains no *.tar file.{sets_below(directory)}")
+            advice = sets_below(directory) or " nxtp prepare folder makes shards of a folder of pictures."
+            raise UserError(f"No shards: the directory {spec} contains no *.tar file.{advice}")
         return found
     path = os.path.expanduser(local_path(spec))
     if os.path.exists(path):
