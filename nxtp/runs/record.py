@@ -40,7 +40,7 @@ def code_version() -> dict[str, Any]:
     try:
         if not (root / ".git").exists():
             return {}
-        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
+        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "--untracked-files=no"))}
     except (OSError, subprocess.SubprocessError):
         return {}
 

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
-from nxtp.runs.record import FILE, RunRecord, others_seconds, read_record
+from nxtp.runs.record import FILE, RunRecord, code_version, others_seconds, read_record
 
 
 def test_a_record_is_written_and_read(tmp_path):
@@ -61,3 +61,17 @@ def test_ranks_of_the_same_run_are_no_others(monkeypatch, variable):
     if variable:
         monkeypatch.setenv(variable, "2")
     assert others_seconds() == (0 if variable else 8)
+
+
+def test_files_that_git_does_not_know_leave_the_code_clean(tmp_path, monkeypatch):
+    """Pictures and results that a user puts beside the code."""
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    (tmp_path / "nxtp" / "runs").mkdir(parents=True)
+    (code := tmp_path / "nxtp" / "runs" / "record.py").write_text("1")
+    for command in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "x"]):
+        subprocess.run([*git, *command], check=True)
+    monkeypatch.setattr("nxtp.runs.record.__file__", str(code))
+    (tmp_path / "sheet.png").write_text("x")
+    assert code_version()["dirty"] is False
+    code.write_text("2")
+    assert code_version()["dirty"] is True
