@@ -26,9 +26,10 @@ POINTS = 200  # of a curve, about
 
 @dataclass
 class LabelHits:
-    """The labels predicted for images that have labels; of equal ones, once normalised, the first.
+    """The distinct labels predicted for images that have labels: the same ones that exact match counts.
 
-    ``probabilities``, ``right``  of each predicted label its probability, and whether it is among its image's labels
+    ``probabilities``, ``right``  of each predicted label its probability, and whether it is among its image's labels;
+                                  of equal ones the first's
     ``images``                    the number of its image
     ``truths``                    how many labels all images have
     """
@@ -42,10 +43,9 @@ class LabelHits:
     def update(self, predictions: Sequence[Labels], targets: Sequence[Sequence[str]]) -> None:
         for ranked, truth in zip(predictions, map(set, map(distinct, targets)), strict=True):
             if truth:
-                said: dict[str, float] = {}
-                for label, probability in ranked:
-                    said.setdefault(normalise(label), min(probability, 1.0))  # sums, rounded
-                self.probabilities += said.values()
+                first = {normalise(label): probability for label, probability in reversed(ranked)}
+                said = distinct(label for label, _ in ranked)
+                self.probabilities += [min(first[label], 1.0) for label in said]  # sums, rounded
                 self.right += [label in truth for label in said]
                 self.images += [self.count] * len(said)
                 self.count += 1

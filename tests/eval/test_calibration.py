@@ -17,6 +17,7 @@ from nxtp.deploy.onnx.runner import OnnxRecognizer
 from nxtp.errors import UserError
 from nxtp.eval.calibrate import calibration_of
 from nxtp.eval.curves import Curve, LabelHits, brier_score, calibration_error, fit, reliability, write_curves
+from nxtp.eval.metrics import ExactMatch
 from nxtp.inference.calibration import Calibration, logit, read_calibrations
 from nxtp.inference.recognizer import Recognizer
 from nxtp.sampling.ranking import RankingConfig, cut, threshold_of
@@ -136,10 +137,16 @@ def test_average_precision_is_that_of_scikit_learn():
     assert Curve.of(LabelHits()).average_precision == 0
 
 
-def test_equal_labels_are_one():
+def test_a_curve_counts_the_labels_that_exact_match_counts():
     hits = LabelHits()
-    hits.update([[("Dog", 0.5), ("dog ", 0.3), ("cat", 0.2)]], [["dog"]])
-    assert (hits.probabilities, hits.right) == ([0.5, 0.2], [True, False])
+    said = [("Dog", 0.5), ("dog ", 0.3), (" ", 0.2), ("cat", 0.1)]
+    hits.update([said], [["dog", "DOG", ""]])
+    assert (hits.probabilities, hits.right, hits.truths) == ([0.5, 0.1], [True, False], 1)
+    exact = ExactMatch()
+    exact.update([[label for label, _ in said]], [["dog"]])
+    curve = Curve.of(hits)
+    assert (curve.precision[-1], curve.recall[-1]) == (exact.compute()["precision@10"], exact.compute()["recall@10"])
+    assert curve.average_precision == 1
 
 
 def test_the_whole_curve_is_written_and_the_best_f1_marked(tmp_path, monkeypatch):
@@ -169,7 +176,7 @@ def test_a_sum_that_is_rounded_above_1_leaves_the_thresholds_as_they_are():
         assert one.tolist() == other.tolist()
 
 
-def test_a_threshold_or_the_expected_f1_says_how_many_labels():
+def test_a_threshold_or_the_f1_of_expected_counts_says_how_many_labels():
     labels = [("a", 0.9), ("b", 0.8), ("c", 0.3), ("d", 0.02)]
     assert cut(labels, 0.3) == labels[:3]
     assert cut(labels, 0.95) == []
