@@ -38,7 +38,7 @@ _COMMON = (
     click.argument("images", nargs=-1),
     click.option("--model", required=True, help="A model directory or hub name."),
     click.option("--top-k", type=click.IntRange(min=1), default=10, show_default=True, help="Labels per image."),
-    click.option("--threshold", help="Only labels of at least this probability; f1: those with the best expected F1."),
+    click.option("--threshold", help="Labels of at least this probability; f1: the best F1 of expected counts."),
     click.option("--out", type=_FILE, help="Write a .jsonl or .parquet file. The same command resumes a stopped one."),
     click.option("--overwrite", is_flag=True, help="Replace the file of --out, finished or not."),
     click.option("--json", "as_json", is_flag=True, help="Print one JSON object per image and line."),

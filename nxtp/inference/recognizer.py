@@ -69,8 +69,8 @@ class Recognizer(Pretrained):
             ranking: prob, ppl, sim_mean, sim_max, clip, none, or ``{"name": …}`` with settings; see
                 :class:`nxtp.sampling.ranking.RankingConfig`. All but prob give scores instead of probabilities.
             classes: one-shot sampling may write only these labels. :meth:`classify` gives the probability of each.
-            threshold: the lowest probability of a label that is returned; or "f1", as many labels as have the highest
-                expected F1 (:func:`nxtp.sampling.ranking.cut`).
+            threshold: the lowest probability of a label that is returned; or "f1", as many as have the highest F1 of
+                expected counts (:func:`nxtp.sampling.ranking.cut`).
 
         Returns:
             ``[(label, probability), …]``, most probable first, for one image; a list of those for a list.

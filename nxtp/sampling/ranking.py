@@ -20,7 +20,7 @@ from nxtp.sampling.label_probability import Samples
 if TYPE_CHECKING:
     from nxtp.sampling.clip import ClipSimilarity
 
-EXPECTED_F1 = "f1"
+BEST_F1 = "f1"
 RANKINGS = ("prob", "ppl", "sim_mean", "sim_max", "clip", "none")
 Labels = list[tuple[str, float]]
 
@@ -141,15 +141,15 @@ def threshold_of(value: str | float | None, ranking: RankingConfig) -> str | flo
     Raises:
         UserError: something else, or the ranking gives no probabilities.
     """
-    if value is None or value == EXPECTED_F1:
+    if value is None or value == BEST_F1:
         number = None
     else:
         try:
             number = float(value)
         except ValueError:
-            raise UserError(f"threshold must be a probability or {EXPECTED_F1}, got '{value}'.") from None
+            raise UserError(f"threshold must be a probability or {BEST_F1}, got '{value}'.") from None
         if not 0 <= number <= 1:
-            raise UserError(f"threshold must be from 0 to 1, or {EXPECTED_F1}, got {value}.")
+            raise UserError(f"threshold must be from 0 to 1, or {BEST_F1}, got {value}.")
     if value is not None and ranking.name != "prob":
         raise UserError(f"threshold needs probabilities: ranking '{ranking.name}' gives scores, use prob.")
     return value if number is None else number
@@ -160,13 +160,14 @@ def cut(labels: Labels, threshold: str | float | None) -> Labels:
 
     Args:
         labels: with their probabilities, best first.
-        threshold: None keeps all; a number is the lowest probability that is kept; "f1" keeps the first n labels, n ≥ 1
-            with the highest expected F1 = 2·(right labels kept) / (n + labels of the image). Both counts are sums of
-            probabilities, so these must be calibrated (:mod:`nxtp.inference.calibration`).
+        threshold: None keeps all; a number is the lowest probability that is kept; "f1" keeps the first n ≥ 1 labels
+            with the highest 2·E[right labels kept] / (n + E[labels of the image]): F1 of expected counts, not the
+            expectation of F1. Both are sums of probabilities, so these must be calibrated
+            (:mod:`nxtp.inference.calibration`).
     """
     if threshold is None or not labels:
         return labels
-    if threshold != EXPECTED_F1:
+    if threshold != BEST_F1:
         return [(label, probability) for label, probability in labels if probability >= float(threshold)]
     sums = list(itertools.accumulate(probability for _, probability in labels))
     best = max(range(len(sums)), key=lambda i: sums[i] / (i + 1 + sums[-1]))
