@@ -15,10 +15,10 @@ from nxtp.data.config import DataConfig
 from nxtp.data.datamodule import WebDatasetDataModule
 from nxtp.errors import UserError
 from nxtp.eval.curves import BINS, LabelHits, brier_score, calibration_error, fit, reliability, save_reliability
+from nxtp.eval.vocabulary import closed_vocabulary
 from nxtp.inference.calibration import CLASSIFY, FILE, Calibration, write_calibrations
 from nxtp.inference.model_directory import WEIGHTS, read_config, weights_sum
 from nxtp.inference.recognizer import Recognizer
-from nxtp.sampling.closed_vocabulary import read_classes
 from nxtp.sampling.ranking import ranking_config
 from nxtp.sampling.samplers import sampler_config, settings_of
 
@@ -45,7 +45,7 @@ def calibrate(cfg: DictConfig) -> dict[str, float]:
         raise UserError("Probabilities of all predicted labels are calibrated: omit ranking and threshold.")
     recognizer = Recognizer.from_pretrained(directory, device=cfg.device)
     sampler = sampler_config(cfg.sampler)
-    classes = recognizer.prepare_classes(read_classes(cfg.classes)) if cfg.classes is not None else None
+    classes = closed_vocabulary(cfg, recognizer)
     name, settings = (CLASSIFY, {"classes": classes.fingerprint}) if classes is not None else settings_of(sampler)
     known, recognizer.calibrations = recognizer.calibrations, {}
     data = WebDatasetDataModule(

@@ -36,6 +36,7 @@ from nxtp.eval.embedders import PACKAGED, TextEmbedder, label_embedder, packaged
 from nxtp.eval.metrics import ExactMatch, SemanticMatch, meaningless, own_metrics
 from nxtp.eval.predictions import prediction_lines
 from nxtp.eval.settings import RANKS, recorded_settings
+from nxtp.eval.vocabulary import closed_vocabulary
 from nxtp.inference.figures import GridItem, save_grid
 from nxtp.inference.model_directory import weights_hash
 from nxtp.inference.recognizer import Recognizer
@@ -45,9 +46,8 @@ from nxtp.runs.processes import is_first_rank
 from nxtp.runs.record import FILE, PREDICTIONS_FILE, RunRecord, read_record
 from nxtp.runs.resume import differences, refuse_others
 from nxtp.runs.tracking import configured_loggers, end_tracking, log_evaluation
-from nxtp.sampling.closed_vocabulary import Vocabulary, read_classes
+from nxtp.sampling.closed_vocabulary import Vocabulary
 from nxtp.sampling.ranking import Labels, ranking_config, threshold_of
-from nxtp.sampling.samplers import sampler_config, settings_of
 
 if TYPE_CHECKING:
     from lightning import Fabric
@@ -237,11 +237,7 @@ def predictor_of(cfg: DictConfig, recognizer: Recognizer) -> tuple[Predict, Voca
     threshold = threshold_of(cfg.threshold, ranking)
     if cfg.curve and (threshold is not None or ranking.name != "prob" or ranking.published):
         raise UserError("curve=true is over all thresholds on probabilities: omit threshold and ranking.")
-    if cfg.classes is not None and (
-        settings_of(sampler_config(cfg.sampler))[0] != "one_shot" or ranking.name != "prob"
-    ):
-        raise UserError("classes=… gives every class its probability, without sampling: omit sampler and ranking.")
-    classes = recognizer.prepare_classes(read_classes(cfg.classes)) if cfg.classes is not None else None
+    classes = closed_vocabulary(cfg, recognizer)
     how = {"sampler": cfg.sampler, "ranking": cfg.ranking, "threshold": threshold}
     return partial(recognizer.label_pixels, top_k=cfg.top_k, classes=classes, **how), classes
 

@@ -333,7 +333,12 @@ def test_calibrate_writes_into_the_model_directory_and_evaluate_draws_a_curve(pl
         (["calibrate", "model", *DATA, "ranking=ppl"], "omit ranking and threshold"),
         (["calibrate", "model", *DATA, "top_k=1"], "none of 40 predicted labels is right. Is the model of another"),
         (["evaluate", "model=model", *DATA, "curve=true", "threshold=f1"], "omit threshold and ranking"),
-        (["evaluate", "model=model", *DATA, "classes=x.txt", "sampler=greedy"], "omit sampler and ranking"),
+        *(
+            ([*command, *DATA, "classes=x.txt", setting], "omit sampler and ranking")
+            for command in (["evaluate", "model=model"], ["calibrate", "model"])
+            for setting in ("sampler=greedy", "sampler.temperature=2", "ranking.published=true")
+        ),
+        (["evaluate", "model=model", *DATA, "classes=x.txt", "ranking=ppl"], "omit sampler and ranking"),
         (["evaluate", "model=model", *DATA, "threshold=2"], "threshold must be from 0 to 1, or f1, got 2."),
         (["predict", "x.jpg", "--model", "model", "--threshold", "lots"], "threshold must be a probability or f1"),
     ],
