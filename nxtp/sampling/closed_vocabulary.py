@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from nxtp.data.labels.cleaning import read_lines
+from nxtp.data.labels.cleaning import normalise, read_lines
 from nxtp.data.labels.imagenet import NAMES, imagenet_classes, subset
 from nxtp.errors import UserError
 from nxtp.model.model import Model
@@ -39,7 +39,7 @@ def read_classes(source: str | Path) -> list[list[str]]:
     ``imagenet1k:first``, ``imagenet1k:clip``; or ``imagenet1k:a`` and ``:r``, the 200 of ImageNet-A and -R.
 
     Raises:
-        UserError: no such file, not text, or no class in it.
+        UserError: no such file, not text, no class in it, or two of one label.
     """
     name, _, which = str(source).partition(":")
     if name == IMAGENET and not Path(source).exists():
@@ -47,16 +47,29 @@ def read_classes(source: str | Path) -> list[list[str]]:
             return [c.labels() for c in imagenet_classes() if c.index in subset(f"imagenet_{which}")]
         return [c.labels(which or NAMES[0]) for c in imagenet_classes()]
     advice = f"Give a file with one class per line, or {IMAGENET}."
-    classes = classes_of_lines(read_lines(source, f"Classes in '{source}'", advice))
+    classes = classes_of_lines(read_lines(source, f"Classes in '{source}'", advice), f"'{source}'")
     if not classes:
         raise UserError(f"'{source}' contains no class: write one per line, its names separated by commas.")
     return classes
 
 
-def classes_of_lines(lines: Iterable[str]) -> list[list[str]]:
-    """Classes, one per line, names of a class separated by commas; empty lines are skipped."""
+def classes_of_lines(lines: Iterable[str], source: str) -> list[list[str]]:
+    """Classes, one per line, names of a class separated by commas; empty lines are skipped.
+
+    Other names may be shared (:class:`Vocabulary`); the first is a class's label, which must tell it apart.
+
+    Raises:
+        UserError: two classes have the same label, once normalised; ``source`` says where.
+    """
     classes = ([name.strip() for name in line.split(",") if name.strip()] for line in lines)
-    return [names for names in classes if names]
+    found: dict[str, tuple[int, list[str]]] = {}
+    for number, names in enumerate(classes, start=1):
+        if names:
+            place, same = found.setdefault(normalise(names[0]), (number, names))
+            if place != number:
+                raise UserError(f"{source}: '{same[0]}' (line {place}) and '{names[0]}' (line {number}) are one label. "
+                                "Write them in one line, or begin one with another name.")  # fmt: skip
+    return [names for _, names in found.values()]
 
 
 @dataclass

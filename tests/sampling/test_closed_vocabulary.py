@@ -138,6 +138,10 @@ def test_wrong_use_is_a_user_error(recognizer, tmp_path):
     (tmp_path / "empty.txt").write_text("\n , \n")
     with pytest.raises(UserError, match="contains no class"):
         read_classes(tmp_path / "empty.txt")
+    (tmp_path / "twice.txt").write_text("ferry\n\ncat, ferry\n Ferry , boat\n")
+    with pytest.raises(UserError, match=r"twice\.txt': 'ferry' \(line 1\) and 'Ferry' \(line 4\) are one") as error:
+        read_classes(tmp_path / "twice.txt")
+    assert "\n" not in str(error.value)
     (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UserError, match="not a text file"):
         read_classes(tmp_path / "binary.txt")
@@ -146,8 +150,8 @@ def test_wrong_use_is_a_user_error(recognizer, tmp_path):
 
 
 def test_classes_of_a_file_and_of_imagenet(tmp_path):
-    (tmp_path / "classes.txt").write_text("bicycle, bike\n\ncar\n")
-    assert read_classes(tmp_path / "classes.txt") == [["bicycle", "bike"], ["car"]]
+    (tmp_path / "classes.txt").write_text("bicycle, bike\n\ncar, bike, Car\n")
+    assert read_classes(tmp_path / "classes.txt") == [["bicycle", "bike"], ["car", "bike", "Car"]]
     assert read_classes("imagenet1k") == [list(c.synonyms) for c in imagenet_classes()]
     assert all(len(names) == 1 for names in read_classes("imagenet1k:first"))
     adversarial = read_classes("imagenet1k:a")

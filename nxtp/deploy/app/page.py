@@ -80,11 +80,11 @@ class Predictor:
 def _classes(typed: str) -> list[list[str]]:
     """
     Raises:
-        UserError: nothing is typed, or too much.
+        UserError: nothing is typed, too much, or a label twice.
     """
     if len(typed) > MAX_CHARACTERS:
         raise UserError(f"The list is too long: at most {MAX_CHARACTERS:,} characters.")
-    classes = classes_of_lines(typed.splitlines())
+    classes = classes_of_lines(typed.splitlines(), "The list")
     if not classes:
         raise UserError("Type the labels: one per line, other names of the same thing behind it, after commas.")
     if len(classes) > MAX_CLASSES:
