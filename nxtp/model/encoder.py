@@ -429,6 +429,8 @@ def _timm_weights(config: EncoderConfig, vision: Mapping[str, Any]) -> dict[str,
         )
     except Exception as error:  # timm and the hub raise many types
         advice = "" if Path(source).is_file() else " Without a hub, give a local file: model.encoder.pretrained=FILE."
+        if advice and vision["timm_model_name"] == "tf_efficientnet_lite0.in1k":
+            advice += " In a clone, python experiments/photographs/efficientnet_lite0.py --out FILE writes it."
         text = f"model.encoder.pretrained: no usable weights '{source}': {reason(error)}.{advice}"
         raise UserError(text) from error
     _resize(trunk, config.image_size)

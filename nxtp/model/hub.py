@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 from nxtp.errors import UserError, one_line
+
+# Two lines for each try, each printed twice, before the error itself.
+_RETRIES = ("thrown while requesting", "Retrying in")
+logging.getLogger("huggingface_hub.utils._http").addFilter(lambda r: not any(t in r.getMessage() for t in _RETRIES))
 
 
 def is_path(source: str | Path) -> bool:

@@ -9,6 +9,7 @@ import pytest
 import timm
 import torch
 from helpers import tiny_config
+from huggingface_hub.utils import http_backoff
 from safetensors.torch import save_file
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
@@ -77,6 +78,12 @@ def test_labels_survive_the_rules_of_a_family(tmp_path, family):
     assert (stored.prompt_ids, stored.encode_labels(LABELS)) == (ours.prompt_ids, labels)
 
 
+def test_tries_to_reach_the_hub_are_quiet(caplog):
+    with pytest.raises(Exception, match="refused"):
+        http_backoff("HEAD", "http://127.0.0.1:9", max_retries=1, base_wait_time=0)
+    assert caplog.text == ""
+
+
 def unreachable(*_, **__):
     raise OSError("no hub")
 
@@ -106,6 +113,9 @@ def test_a_timm_tower_starts_from_a_file_or_tag(tmp_path, monkeypatch, caplog):
     )
     with pytest.raises(UserError, match=line):
         Encoder(EncoderConfig(**given, pretrained="r160_in1k"))
+    shipped = {"vision": {"timm_model_name": "tf_efficientnet_lite0"}, "pretrained": "in1k"}
+    with pytest.raises(UserError, match=r"experiments/photographs/efficientnet_lite0\.py --out FILE writes it\.$"):
+        Encoder(EncoderConfig(**shipped))
     for name, says in (("hf-hub:a/b", "timm has no model"), ("hiera_tiny_224", "gives no patch tokens")):
         with torch.device("meta"), pytest.raises(UserError, match=says):
             Encoder(EncoderConfig(vision={"timm_model_name": name}))
