@@ -171,7 +171,9 @@ def find_images(paths: Iterable[str | Path]) -> tuple[list[Path], list[ImageErro
                 folders[:] = [f for f in folders if not f.startswith(".")]
                 found += [Path(folder, f) for f in files if f[0] != "." and Path(f).suffix.lower() in SUFFIXES]
             if not found:
-                problems.append(ImageError(str(path), "no image in this directory"))
+                known = ".jpg, .png, .webp, .avif, .gif, .tif, .bmp, .jp2 and others"
+                reason = f"the directory '{printable(path)}' contains no file with an image's name ({known})"
+                problems.append(ImageError(str(path), reason))
             images.update(dict.fromkeys(sorted(found)))
         elif path.exists():
             images[path] = None

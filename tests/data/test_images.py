@@ -415,7 +415,8 @@ def test_find_images(tmp_path):
     assert names == ["sub/notes.txt", "a.jpg", "b.PNG", "sub/a.jpeg", "sub/deep/c.webp"]
     assert [str(p) for p in problems] == [
         f"{tmp_path / 'gone.png'}: no such file",
-        f"{tmp_path / 'empty'}: no image in this directory",
+        f"{tmp_path / 'empty'}: the directory '{tmp_path / 'empty'}' contains no file with an image's name "
+        "(.jpg, .png, .webp, .avif, .gif, .tif, .bmp, .jp2 and others)",
     ]
     (tmp_path / "linked").mkdir()
     (tmp_path / "linked" / "here").symlink_to(tmp_path / "sub")
