@@ -30,7 +30,10 @@ _LIBRARIES = (
 
 
 def code_version() -> dict[str, Any]:
-    """Commit and dirty flag of the checkout that this package runs from; empty without a checkout."""
+    """Commit and dirty flag of the checkout that this package runs from; empty without a checkout.
+
+    Dirty are changes of tracked files and new files in nxtp/, but not a user's pictures beside them.
+    """
     root = Path(__file__).resolve().parents[2]
 
     def git(*arguments: str) -> str:
@@ -40,7 +43,9 @@ def code_version() -> dict[str, Any]:
     try:
         if not (root / ".git").exists():
             return {}
-        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "--untracked-files=no"))}
+        changed = git("status", "--porcelain", "--untracked-files=no")
+        added = git("ls-files", "--others", "--exclude-standard", "nxtp")
+        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(changed or added)}
     except (OSError, subprocess.SubprocessError):
         return {}
 

@@ -25,6 +25,23 @@ def test_a_record_is_written_and_read(tmp_path):
     assert read_record(tmp_path) is None
 
 
+def test_dirty_is_changed_code_and_not_a_users_files(tmp_path, monkeypatch):
+    code = tmp_path / "nxtp" / "runs" / "record.py"
+    code.parent.mkdir(parents=True)
+    code.touch()
+    monkeypatch.setattr("nxtp.runs.record.__file__", str(code))
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    for command in ("init -q", "add .", "commit -qm first"):
+        subprocess.run([*git, *command.split()], check=True)
+    (tmp_path / "sheet.png").touch()
+    assert code_version()["dirty"] is False
+    (tmp_path / "nxtp" / "mine.py").touch()
+    assert code_version()["dirty"] is True
+    (tmp_path / "nxtp" / "mine.py").unlink()
+    code.write_text("changed = True")
+    assert code_version()["dirty"] is True
+
+
 def test_reading_records_imports_no_torch():
     code = "import json, sys, nxtp.runs.record, nxtp.runs.resume; print(json.dumps(sorted(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
@@ -61,17 +78,3 @@ def test_ranks_of_the_same_run_are_no_others(monkeypatch, variable):
     if variable:
         monkeypatch.setenv(variable, "2")
     assert others_seconds() == (0 if variable else 8)
-
-
-def test_files_that_git_does_not_know_leave_the_code_clean(tmp_path, monkeypatch):
-    """Pictures and results that a user puts beside the code."""
-    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
-    (tmp_path / "nxtp" / "runs").mkdir(parents=True)
-    (code := tmp_path / "nxtp" / "runs" / "record.py").write_text("1")
-    for command in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "x"]):
-        subprocess.run([*git, *command], check=True)
-    monkeypatch.setattr("nxtp.runs.record.__file__", str(code))
-    (tmp_path / "sheet.png").write_text("x")
-    assert code_version()["dirty"] is False
-    code.write_text("2")
-    assert code_version()["dirty"] is True
