@@ -50,7 +50,7 @@ from nxtp.train.callbacks.averaging import defer_average, keep_average
 from nxtp.train.callbacks.early_stopping import EarlyStopping
 from nxtp.train.callbacks.predictions import WritePredictions
 from nxtp.train.callbacks.preemption import PreemptionHandler, call_handler, preempted_by
-from nxtp.train.callbacks.run_record import RunRecordWriter
+from nxtp.train.callbacks.run_record import FrequentLabels, RunRecordWriter
 from nxtp.train.checks import check_machine, check_memory, check_settings
 from nxtp.train.module import RecognitionModule, ValidationConfig
 from nxtp.train.optim import OptimConfig
@@ -119,7 +119,7 @@ def train_from(checkpoint: str | None, cfg: DictConfig, run_dir: Path, record: R
         warn_if_nouns_differ(name, spec, data.config.nouns, data.config.nouns)
     start.opened = opened_by_rank(record, module, checkpoint, data)
     writer = RunRecordWriter(run_dir, cfg, record)
-    trainer.callbacks += [start, writer]
+    trainer.callbacks += [start, FrequentLabels(record, cfg.validation.top_k), writer]
     ranks = getattr(trainer.strategy.launcher, "procs", [])  # those that this process starts
     preempted = None
     try:

@@ -34,7 +34,6 @@ class RunRecordWriter(L.Callback):
     cannot be continued keeps its files.
 
     ``written``  when run.json was last written; 0.0: not yet
-    ``labels``   in how many images that this process trained on; rank 0's are enough for the most frequent ones
     """
 
     interval = 30.0
@@ -42,7 +41,6 @@ class RunRecordWriter(L.Callback):
     def __init__(self, run_dir: Path, cfg: DictConfig, record: RunRecord):
         self.run_dir, self.cfg, self.record = run_dir, cfg, record
         self.written = 0.0
-        self.labels: Counter[str] = Counter()
 
     @rank_zero_only
     def on_train_start(self, trainer: L.Trainer, module: RecognitionModule) -> None:
@@ -57,10 +55,7 @@ class RunRecordWriter(L.Callback):
             log.info("The run ends at step %s: %s; the first limit counts.", f"{min(steps, in_epochs):,}", both)
 
     @rank_zero_only
-    def on_train_batch_end(
-        self, trainer: L.Trainer, module: RecognitionModule, outputs: Any, batch: Batch, *_: Any
-    ) -> None:
-        self.labels.update(chain.from_iterable(map(set, batch.labels)))
+    def on_train_batch_end(self, trainer: L.Trainer, module: RecognitionModule, *_: Any) -> None:
         if time.monotonic() - self.written > self.interval:
             self._write(trainer)
 
@@ -76,8 +71,6 @@ class RunRecordWriter(L.Callback):
     @rank_zero_only
     def on_fit_end(self, trainer: L.Trainer, module: RecognitionModule) -> None:
         self.record.ended_by = ended_by(trainer)
-        frequent = sorted(self.labels, key=lambda label: (-self.labels[label], label))[: module.validation.top_k]
-        self.record.data["train"] = self.record.data["train"] | {"frequent_labels": frequent}
         log.info("Ended at step %s by %s.", f"{trainer.global_step:,}", self.record.ended_by)
         self._write(trainer)
 
@@ -89,6 +82,25 @@ class RunRecordWriter(L.Callback):
         self.record.step, self.record.steps = trainer.global_step, int(steps) if math.isfinite(steps) else 0
         self.record.write(self.run_dir)
         self.written = time.monotonic()
+
+
+class FrequentLabels(L.Callback):
+    """Records the ``count`` labels that most of the images have that rank 0 trained on: the label prior of a report."""
+
+    def __init__(self, record: RunRecord, count: int):
+        self.record, self.count = record, count
+        self.images: Counter[str] = Counter()
+
+    @rank_zero_only
+    def on_train_batch_end(
+        self, trainer: L.Trainer, module: RecognitionModule, outputs: Any, batch: Batch, *_: Any
+    ) -> None:
+        self.images.update(chain.from_iterable(map(set, batch.labels)))
+
+    @rank_zero_only
+    def on_fit_end(self, trainer: L.Trainer, module: RecognitionModule) -> None:
+        frequent = sorted(self.images, key=lambda label: (-self.images[label], label))[: self.count]
+        self.record.data["train"] = self.record.data["train"] | {"frequent_labels": frequent}
 
 
 def plan_of(trainer: L.Trainer, validates: bool) -> str:
