@@ -318,6 +318,15 @@ def test_any_directory_of_runs(study):
     assert (directory / "plot.svg").is_file()
 
 
+def test_a_sweep_without_report_yaml_is_not_told_of_one(tmp_path):
+    """Its times, all that could be drawn, were measured beside other work."""
+    for depth in (1, 2):
+        write(tmp_path, record(depth, sweep="mine") | {"metrics": {}, "monitor": None, "other_cores": 1.0})
+    done = CliRunner().invoke(report, ["mine", "--runs", str(tmp_path)])
+    assert (done.exit_code, done.stderr) == (0, "")
+    assert done.output.endswith("mine: results.csv\n")
+
+
 def test_what_was_swept_comes_before_what_follows_from_it(tmp_path):
     """The decoder's number of layers is an interpolation of its depth, and stands before it in the configuration."""
     for depth in (1, 2, 4):

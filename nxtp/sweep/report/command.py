@@ -28,8 +28,6 @@ def drawn(rows: list[tables.Row], spec: Spec) -> dict[str, str]:
     """results.csv, and plot.svg where there is something to draw."""
     content = tables.as_csv(rows, spec)
     picture = svg(tables.read_csv(content), spec)
-    if spec.plot and not picture:
-        rec.note("report.yaml, plot: no run has what it shows; plot.svg is left as it is")
     return {"results.csv": content} | ({"plot.svg": picture} if picture else {})
 
 
@@ -51,7 +49,10 @@ def generated(
     table = tables.markdown(rows, spec) + (compared.markdown() if compared else "")
     files = {"README.md": _with_table(folder / "README.md", table)}
     files |= {"records.jsonl": rec.as_lines(records)} if records else {}
-    return files | drawn(rows, spec), rows, spec, compared
+    files |= drawn(rows, spec)
+    if spec.plot and "plot.svg" not in files:
+        rec.note("report.yaml, plot: no run has what it shows; plot.svg is left as it is")
+    return files, rows, spec, compared
 
 
 def _warn_of_blanks(records: list[rec.Record], rows: list[tables.Row], spec: Spec) -> None:

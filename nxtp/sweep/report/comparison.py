@@ -41,16 +41,18 @@ def _image_draws(images: int) -> np.ndarray:
 
 
 @cache
-def _seed_draws(count: int, of: int) -> tuple[np.ndarray, np.ndarray]:
-    """[D, S]: how often each of S seeds is among ``count`` draws with replacement, and the probability of this, [D].
+def _seed_draws(seeds: int) -> tuple[np.ndarray, np.ndarray]:
+    """[D, S]: the share that each of S seeds has in S - 1 draws with replacement, and the weight of these draws, [D].
 
     All different draws; of many seeds a random choice.
     """
-    if of > FEW:
-        return np.random.default_rng(of).multinomial(count, np.full(of, 1 / of), RESAMPLES), np.full(RESAMPLES, 1.0)
-    draws_DS = np.array([np.bincount(d, minlength=of) for d in combinations_with_replacement(range(of), count)])
-    ways_D = [factorial(count) / prod(map(factorial, draw)) for draw in draws_DS.tolist()]
-    return draws_DS, np.array(ways_D) / of**count
+    count = max(seeds - 1, 1)
+    if seeds > FEW:
+        random_DS = np.random.default_rng(seeds).multinomial(count, np.full(seeds, 1 / seeds), RESAMPLES)
+        return random_DS / count, np.ones(RESAMPLES)
+    draws_DS = np.array([np.bincount(d, minlength=seeds) for d in combinations_with_replacement(range(seeds), count)])
+    ways_D = np.array([factorial(count) / prod(map(factorial, draw)) for draw in draws_DS.tolist()])
+    return draws_DS / count, ways_D
 
 
 def interval(values_SN: np.ndarray) -> Interval | None:
@@ -69,20 +71,24 @@ def interval(values_SN: np.ndarray) -> Interval | None:
         values_SN = values_SN + (wider - 1) * (means_S1 - means_S1.mean())
     blocks = np.array_split(_image_draws(images), 20) if images > 1 else [np.ones((1, 1))]
     means_RS = np.concatenate([draws @ values_SN.T for draws in blocks]) / images
-    count = max(seeds - 1, 1)
-    draws_DS, weight_D = _seed_draws(count, seeds)
-    means_RD = means_RS @ draws_DS.T / count
+    shares_DS, weight_D = _seed_draws(seeds)
+    means_RD = means_RS @ shares_DS.T
     weights_RD = np.broadcast_to(weight_D, means_RD.shape)
     low, high = np.quantile(means_RD, (0.025, 0.975), weights=weights_RD, method="inverted_cdf")
     return float(low), float(high)
 
 
+def _arm_and_run(record: Record, spec: Spec) -> tuple[Arm, Arm]:
+    """Its arm, and which of the arm's runs it is: the values of what is averaged over, as the seed."""
+    known = settings(record)
+    return (size(record), *columns(record, spec).values()), tuple(text(known.get(key)) for key in spec.over)
+
+
 def arms(records: list[Record], spec: Spec) -> Runs:
     found: dict[Arm, dict[Arm, Record]] = {}
     for record in records:
-        known = settings(record)
-        arm = (size(record), *columns(record, spec).values())
-        found.setdefault(arm, {})[tuple(text(known.get(key)) for key in spec.over)] = record
+        arm, run = _arm_and_run(record, spec)
+        found.setdefault(arm, {})[run] = record
     titles = ("size", *spec.columns)
     return dict(
         sorted(found.items(), key=lambda item: [place(v, c, spec) for c, v in zip(titles, item[0], strict=True)])
@@ -215,11 +221,9 @@ def compare(records: list[Record], spec: Spec) -> Comparison | None:
 
 def _warn_of_twins(records: list[Record], spec: Spec) -> None:
     """Of runs that no column tells apart."""
-    found: dict[Arm, list[dict[str, Any]]] = {}
+    found: dict[tuple[Arm, Arm], list[dict[str, Any]]] = {}
     for record in records:
-        known = settings(record)
-        arm = (size(record), *columns(record, spec).values(), *(text(known.get(key)) for key in spec.over))
-        found.setdefault(arm, []).append(known)
+        found.setdefault(_arm_and_run(record, spec), []).append(settings(record))
     twins = [alike for alike in found.values() if len(alike) > 1]
     if not twins:
         return

@@ -37,7 +37,7 @@ def read_hits(path: Path, record: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
     ``images``       a fingerprint of the images and their labels: only equal ones can be paired
     ``packed``       :meth:`Hits.packed`
-    ``chance``       metric → :func:`chance`
+    ``chance``       metric → :func:`chance`; of a closed vocabulary with several names a class, for one class an image
     ``label prior``  metric → its value for the most frequent training labels, where the record has these
 
     Raises:

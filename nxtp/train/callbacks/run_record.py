@@ -85,7 +85,7 @@ class RunRecordWriter(L.Callback):
 
 
 class FrequentLabels(L.Callback):
-    """Records the ``count`` labels that most of the images have that rank 0 trained on: the label prior of a report."""
+    """Records the ``count`` most frequent labels of the images that rank 0 trained on: nxtp report's label prior."""
 
     def __init__(self, record: RunRecord, count: int):
         self.record, self.count = record, count
